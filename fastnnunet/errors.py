@@ -1,0 +1,45 @@
+"""The error tree. Every error a user can cause is a `FastnnUNetError`; the CLI prints it as one message and exits with 2.
+
+Each subclass is also the builtin a library user would expect, so `except FileNotFoundError` works as usual.
+A message says what was wrong, what was got, what was expected and how to mend it.
+"""
+
+
+class FastnnUNetError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class SpecError(FastnnUNetError, ValueError):
+    """A spec, flag or YAML file is wrong; all problems are listed at once."""
+
+
+class NotFoundError(FastnnUNetError, FileNotFoundError):
+    """A data set, model folder, fold, cache or file is missing."""
+
+
+class CorruptError(FastnnUNetError, ValueError):
+    """Something stored was changed, truncated or damaged."""
+
+
+class MismatchError(FastnnUNetError, ValueError):
+    """Two things that must belong together do not (cache and data, plans and checkpoint, bundle and image)."""
+
+
+class ImageError(FastnnUNetError, ValueError):
+    """An input image cannot be used (unreadable, wrong channels, NaN, inconsistent geometry)."""
+
+
+class ParityError(FastnnUNetError, ArithmeticError):
+    """An exported model does not compute what the original computes."""
+
+
+class BackendError(FastnnUNetError, RuntimeError):
+    """An inference backend is not installed or cannot run here."""
+
+
+class DiskSpaceError(FastnnUNetError, OSError):
+    """Not enough room for what is about to be written."""
+
+
+class BuildError(FastnnUNetError, RuntimeError):
+    """A cache build or a training stopped before its end; what was committed is kept."""

@@ -1,0 +1,89 @@
+"""The bundle: the folder a student is deployed as.
+
+    BUNDLE/
+      model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32
+      bundle.json   this spec, with the SHA-256 of every other file and of itself
+      parity.npz    `image` (N, C, *patch) real patches and `logits` (N, heads, *patch) expected in fp32
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
+from fastnnunet.specs.load import build_spec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleSpec:
+    """Everything the runtime must know. Axis order is nnU-Net's internal one (after transpose_forward)."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    configuration: str
+    channel_names: tuple[str, ...]
+    labels: dict[str, Any]  # as in dataset.json: name -> int, or name -> list of int for regions
+    regions_class_order: tuple[int, ...] | None = None
+    num_heads: int
+    file_ending: str
+    reader_writer: str  # nnU-Net class name, e.g. SimpleITKIO
+    transpose_forward: tuple[int, ...]
+    transpose_backward: tuple[int, ...]
+    spacing_mm: tuple[float, ...]  # target spacing; two entries for 2d
+    patch_size: tuple[int, ...]  # zyx, two entries for 2d
+    normalization_schemes: tuple[str, ...]
+    use_mask_for_norm: tuple[bool, ...]
+    intensity_properties: dict[str, Any]  # channel index as text -> mean, std, percentile_00_5, percentile_99_5, ...
+    resampling: dict[str, Any]  # "data" | "seg" | "probabilities" -> {"fn": name, "kwargs": {...}}
+    step_size: float = 0.5
+    mirror_axes: tuple[int, ...] | None = None
+    architecture: dict[str, Any]  # network_class_name, arch_kwargs, _kw_requires_import: for the torch backend
+    plans: dict[str, Any]  # the student's whole plans.json, copied beside predictions as nnU-Net does
+    dataset_json: dict[str, Any]
+    provenance: dict[str, Any]  # versions, checkpoint digest, cache key, distillation settings
+    files: dict[str, Any]  # file name -> SHA-256
+
+
+def write_bundle_json(spec: BundleSpec, path: Path) -> None:
+    """Write `bundle.json` with its own digest (`self_sha256`, over the canonical JSON of everything else)."""
+    raw = to_plain(spec)
+    raw["self_sha256"] = sha256_of(raw)
+    path.write_text(json.dumps(raw, indent=1, sort_keys=True))
+
+
+def load_bundle_spec(folder: Path) -> BundleSpec:
+    """Read and check a bundle folder.
+
+    Raises NotFoundError when it is not a bundle, CorruptError when any file in it was changed, truncated or removed,
+    or when it was written by a newer format.
+    """
+    path = folder / "bundle.json"
+    if not path.is_file():
+        raise NotFoundError(f"no bundle at {folder}: bundle.json is missing\nmake one with: fastnnunet export onnx ... -o {folder}")
+    try:
+        raw = json.loads(path.read_text())
+        declared = raw.pop("self_sha256")
+    except (ValueError, KeyError, AttributeError) as e:
+        raise CorruptError(f"{path} is damaged ({e}); export the bundle again") from e
+    if raw.get("format_version", 0) > FORMAT_VERSION:
+        raise CorruptError(
+            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}; update fastnnunet"
+        )
+    if sha256_of(raw) != declared:
+        raise CorruptError(f"{path} was changed after export (its digest does not match); export the bundle again")
+    spec = build_spec(BundleSpec, raw, where=str(path))
+    for name, digest in spec.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptError(f"bundle {folder} is incomplete: {name} is missing; export it again")
+        if (got := sha256_of_file(file)) != digest:
+            raise CorruptError(
+                f"{file} was changed after export\n  got      sha256 {got}\n  expected sha256 {digest}\nexport the bundle again"
+            )
+    return spec
+
+

@@ -1,0 +1,38 @@
+"""What a soft-label cache holds: everything here changes a stored value, except the layout fields marked so."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastnnunet.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec:
+    """Recipe of one soft-label cache (YAML in `cache_specs/`)."""
+
+    temperature: float = 3.0
+    encoding: Literal["simplex_u8"] = "simplex_u8"
+    policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: a case is labelled by folds that did not see it
+    mirroring: bool = True
+    step_size: float = 0.5
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it
+    # layout: does not change a decoded value, so it is not part of the key
+    chunk_zyx: tuple[int, int, int] = (32, 32, 32)
+    compressor: Literal["zstd", "lz4"] = "zstd"
+    level: int = 3
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.1 <= self.temperature <= 100:
+            problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
+        if not 0 < self.step_size <= 1:
+            problems.append(f"step_size: got {self.step_size}, expected a number in (0, 1]")
+        if any(c < 1 for c in self.chunk_zyx):
+            problems.append(f"chunk_zyx: got {self.chunk_zyx}, expected three positive numbers")
+        if not 1 <= self.level <= 22:
+            problems.append(f"level: got {self.level}, expected 1 to 22")
+        if problems:
+            raise SpecError("; ".join(problems))
+
+
+LAYOUT_FIELDS = ("chunk_zyx", "compressor", "level")

@@ -1,0 +1,53 @@
+"""How a student is made smaller and how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastnnunet.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSpec:
+    """A student is the teacher's architecture with every stage `r` times narrower (f // r, at least `min_features`)."""
+
+    r: int
+    min_features: int = 8
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise SpecError(f"r: got {self.r}, expected a whole number of at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSpec:
+    """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only."""
+
+    alpha: float = 0.3
+    temperature: float = 3.0
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    val_iterations_per_epoch: int = 50
+    initial_lr: float = 1e-2
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    mirroring: bool = False  # test-time mirroring stored in the student's checkpoint
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.alpha <= 1:
+            problems.append(f"alpha: got {self.alpha}, expected a number from 0 to 1")
+        if not 0.1 <= self.temperature <= 100:
+            problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
+        for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.initial_lr <= 0:
+            problems.append(f"initial_lr: got {self.initial_lr}, expected a positive number")
+        if problems:
+            raise SpecError("; ".join(problems))
+
+
+def student_plans_name(teacher_plans: str, student: StudentSpec, distill: DistillSpec) -> str:
+    """Name of the student's plans, e.g. `nnUNetPlans_r4_a0.3_T3`; what `nnUNetv2_predict -p` takes."""
+    soft = f"a{distill.alpha:g}_T{distill.temperature:g}" if distill.alpha > 0 else "a0"
+    return f"{teacher_plans}_r{student.r}_{soft}"

@@ -1,0 +1,23 @@
+"""Which trained nnU-Net ensemble is the teacher."""
+
+from dataclasses import dataclass
+
+from fastnnunet.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpec:
+    """Names as nnU-Net uses them: dataset id or name, configuration, plans, trainer, folds, checkpoint file."""
+
+    dataset: str
+    configuration: str = "3d_fullres"
+    plans: str = "nnUNetPlans"
+    trainer: str = "nnUNetTrainer"
+    folds: tuple[int | str, ...] = (0, 1, 2, 3, 4)
+    checkpoint: str = "checkpoint_final.pth"
+
+    def __post_init__(self) -> None:
+        if not self.folds:
+            raise SpecError("folds: got none, expected at least one of 0 1 2 3 4 or 'all'")
+        if len(set(self.folds)) != len(self.folds):
+            raise SpecError(f"folds: got {self.folds}, expected each fold once")
