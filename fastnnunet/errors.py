@@ -1,4 +1,6 @@
-"""The error tree. Every error a user can cause is a `FastnnUNetError`; the CLI prints it as one message and exits with 2.
+"""The error tree: every error a user can cause is a `FastnnUNetError`.
+
+The CLI prints it as one message and exits with 2.
 
 Each subclass is also the builtin a library user would expect, so `except FileNotFoundError` works as usual.
 A message says what was wrong, what was got, what was expected and how to mend it.

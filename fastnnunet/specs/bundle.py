@@ -1,9 +1,9 @@
 """The bundle: the folder a student is deployed as.
 
-    BUNDLE/
-      model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32
-      bundle.json   this spec, with the SHA-256 of every other file and of itself
-      parity.npz    `image` (N, C, *patch) real patches and `logits` (N, heads, *patch) expected in fp32
+BUNDLE/
+  model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32
+  bundle.json   this spec, with the SHA-256 of every other file and of itself
+  parity.npz    `image` (N, C, *patch) real patches and `logits` (N, heads, *patch) expected in fp32
 """
 
 import json
@@ -63,7 +63,9 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     """
     path = folder / "bundle.json"
     if not path.is_file():
-        raise NotFoundError(f"no bundle at {folder}: bundle.json is missing\nmake one with: fastnnunet export onnx ... -o {folder}")
+        raise NotFoundError(
+            f"no bundle at {folder}: bundle.json is missing\nmake one with: fastnnunet export onnx ... -o {folder}"
+        )
     try:
         raw = json.loads(path.read_text())
         declared = raw.pop("self_sha256")
@@ -71,7 +73,8 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
         raise CorruptError(f"{path} is damaged ({e}); export the bundle again") from e
     if raw.get("format_version", 0) > FORMAT_VERSION:
         raise CorruptError(
-            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}; update fastnnunet"
+            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}; "
+            "update fastnnunet"
         )
     if sha256_of(raw) != declared:
         raise CorruptError(f"{path} was changed after export (its digest does not match); export the bundle again")
@@ -82,8 +85,7 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
             raise CorruptError(f"bundle {folder} is incomplete: {name} is missing; export it again")
         if (got := sha256_of_file(file)) != digest:
             raise CorruptError(
-                f"{file} was changed after export\n  got      sha256 {got}\n  expected sha256 {digest}\nexport the bundle again"
+                f"{file} was changed after export\n"
+                f"  got      sha256 {got}\n  expected sha256 {digest}\nexport the bundle again"
             )
     return spec
-
-

@@ -12,7 +12,7 @@ class CacheSpec:
 
     temperature: float = 3.0
     encoding: Literal["simplex_u8"] = "simplex_u8"
-    policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: a case is labelled by folds that did not see it
+    policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
     step_size: float = 0.5
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it

@@ -29,7 +29,7 @@ def load_yaml_spec(cls: type[T], path: Path) -> T:
 
 
 def build_spec(cls: type[T], raw: dict[str, Any], where: str = "spec") -> T:
-    """Build the dataclass `cls` from a plain mapping. Raises SpecError listing every unknown, missing or mistyped field."""
+    """Build the dataclass `cls` from a mapping. Raises SpecError listing every unknown, missing or mistyped field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems = [f"unknown field {k!r}; known: {', '.join(fields)}" for k in raw if k not in fields]

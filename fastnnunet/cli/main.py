@@ -1,0 +1,54 @@
+"""The `fastnnunet` command: parse, call one library function, print. Errors become one message and exit code 2."""
+
+import sys
+
+import typer
+
+from fastnnunet.errors import FastnnUNetError
+
+app = typer.Typer(
+    name="fastnnunet",
+    help="Distil a trained nnU-Net v2 ensemble into one small student and predict with it, fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
+MULTI_VALUE = frozenset({"-f", "--fold", "-r", "--reduction", "-tf", "--backend"})
+
+
+def spread_multi_values(argv: list[str]) -> list[str]:
+    """Rewrite `-f 0 1 2` as `-f 0 -f 1 -f 2` for the options in MULTI_VALUE; everything else is left as it is."""
+    out: list[str] = []
+    option: str | None = None
+    taken = 0
+    for token in argv:
+        if token.startswith("-") and not token[1:2].isdigit():
+            option, taken = (token, 0) if token in MULTI_VALUE else (None, 0)
+            out.append(token)
+            continue
+        if option is not None:
+            if taken:
+                out.append(option)
+            taken += 1
+        out.append(token)
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Console entry point. Exit codes: 0 done, 1 some cases failed, 2 wrong input, 130 interrupted."""
+    args = spread_multi_values(sys.argv[1:] if argv is None else argv)
+    try:
+        app(args)
+    except FastnnUNetError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
