@@ -1,0 +1,76 @@
+"""Preprocessed cases, read in place from nnU-Net's folder (blosc2 or npz)."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.nnunet.paths import nnunet_folder
+from fastnnunet.nnunet.plans import configuration_of, read_json
+
+
+@dataclass(frozen=True)
+class PreprocessedCases:
+    """All cases of one preprocessed configuration. Picklable; files are opened on use."""
+
+    folder: Path
+
+    @cached_property
+    def _dataset(self) -> Any:
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        return infer_dataset_class(str(self.folder))(str(self.folder))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "folder", state["folder"])
+
+    @cached_property
+    def case_ids(self) -> tuple[str, ...]:
+        """Case identifiers in sorted order."""
+        return tuple(sorted(self._dataset.identifiers))
+
+    def _load(self, case_id: str) -> Any:
+        try:
+            return self._dataset.load_case(case_id)[0]
+        except FileNotFoundError as e:
+            raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}") from e
+        except (RuntimeError, ValueError, OSError, EOFError) as e:
+            raise CorruptError(
+                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\nrun nnUNetv2_preprocess again"
+            ) from e
+
+    def shape_zyx(self, case_id: str) -> tuple[int, ...]:
+        """Spatial shape of a case."""
+        return tuple(int(s) for s in self._load(case_id).shape[1:])
+
+    def image_CZYX(self, case_id: str) -> np.ndarray:
+        """The normalised, resampled image: float32 (C, Z, Y, X)."""
+        return np.ascontiguousarray(self._load(case_id)[:], dtype=np.float32)
+
+    def digest(self, case_id: str) -> str:
+        """Hex SHA-256 over dtype, shape and decoded bytes of the image; how the file is compressed does not matter."""
+        image_CZYX = self.image_CZYX(case_id)
+        digest = hashlib.sha256(f"{image_CZYX.dtype.str}{image_CZYX.shape}".encode())
+        digest.update(image_CZYX.data)
+        return digest.hexdigest()
+
+
+def open_cases(dataset_name: str, plans_name: str, configuration: str) -> PreprocessedCases:
+    """The preprocessed cases of a data set. Raises NotFoundError with the command that makes them."""
+    base = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    plans_file = base / f"{plans_name}.json"
+    how = f"run: nnUNetv2_preprocess -d {dataset_name} -plans_name {plans_name} -c {configuration}"
+    if not plans_file.is_file():
+        raise NotFoundError(f"{plans_file} is missing\nplan and preprocess first; then {how}")
+    _, config = configuration_of(read_json(plans_file), configuration)
+    folder = base / config.data_identifier
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise NotFoundError(f"no preprocessed cases in {folder}\n{how}")
+    return PreprocessedCases(folder)

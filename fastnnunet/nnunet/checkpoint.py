@@ -1,0 +1,84 @@
+"""Reading nnU-Net checkpoints without running code from them, and digests of their weights."""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+Weights = dict[str, "torch.Tensor"]
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU with `weights_only=True`; numpy scalars, which nnU-Net's logs contain, are allowed.
+
+    Raises NotFoundError, or CorruptError when the file is truncated, damaged or no nnU-Net checkpoint.
+    """
+    import numpy as np
+    import torch
+    from numpy._core import multiarray
+
+    if not path.is_file():
+        raise NotFoundError(f"checkpoint not found: {path}")
+    scalar_types = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
+    allowed: list[Any] = [multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype]
+    try:
+        with torch.serialization.safe_globals([*allowed, *scalar_types]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError, KeyError) as e:
+        reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise CorruptError(
+            f"checkpoint {path} cannot be read ({path.stat().st_size} bytes): {reason}\n"
+            "it is truncated, damaged, or not an nnU-Net checkpoint; copy it again or retrain that fold"
+        ) from e
+    if not isinstance(checkpoint, dict) or not {"network_weights", "init_args", "trainer_name"} <= checkpoint.keys():
+        raise CorruptError(
+            f"{path} is not an nnU-Net v2 checkpoint: network_weights, init_args or trainer_name missing"
+        )
+    return checkpoint
+
+
+def strip_prefix(weights: Weights) -> Weights:
+    """Drop the `module.` and `_orig_mod.` prefixes that DDP and torch.compile leave in state dicts."""
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+
+
+def load_weights(network: "torch.nn.Module", weights: Weights, where: Path) -> None:
+    """`load_state_dict(strict=True)`; a misfit is a MismatchError that names the first differences."""
+    own = network.state_dict()
+    problems = [f"missing {k}" for k in own if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in own]
+    problems += [
+        f"{k}: checkpoint {tuple(weights[k].shape)}, plans {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems[:5])
+        raise MismatchError(
+            f"the plans beside {where} do not fit the checkpoint, {len(problems)} parameter(s) differ:\n{shown}\n"
+            "use the plans.json the checkpoint was trained with"
+        )
+    network.load_state_dict(weights, strict=True)
+
+
+def weights_digest(weights: Weights) -> str:
+    """Hex SHA-256 over name, dtype, shape and bytes of every parameter in name order, however the file is packed."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.view(-1).view(_uint8()).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _uint8() -> Any:
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,34 @@
+"""Joining names to things: a TeacherSpec to its cases, its model and the place of its caches."""
+
+from pathlib import Path
+
+from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
+from fastnnunet.nnunet.splits import load_splits
+from fastnnunet.nnunet.teacher import NnUNetTeacher, make_teacher
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import TeacherSpec
+
+
+def cache_root(dataset_name: str, plans: str, configuration: str) -> Path:
+    """Where caches of a configuration live: beside the preprocessed data."""
+    return nnunet_folder("nnUNet_preprocessed") / dataset_name / f"fastnnunet_{plans}_{configuration}"
+
+
+def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[PreprocessedCases, NnUNetTeacher, Path]:
+    """Cases, teacher and cache root of `spec`. Loads no weights. Raises NotFoundError, SpecError, MismatchError."""
+    dataset_name = resolve_dataset(spec.dataset)
+    cases = open_cases(dataset_name, spec.plans, spec.configuration)
+    folder = teacher_folder(spec)
+    base = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    splits = load_splits(base, cases.case_ids)
+    teacher = make_teacher(spec, folder, cache_spec.mirroring, cache_spec.step_size, cache_spec.precision, splits)
+    if cache_spec.policy == "out_of_fold":
+        orphans = [c for c in cases.case_ids if not teacher.unseen_folds(c)]
+        if orphans:
+            raise MismatchError(
+                f"policy out_of_fold: {len(orphans)} case(s) were seen by every given fold, first {orphans[0]!r}\n"
+                "give all folds with -f, or use policy: ensemble"
+            )
+    return cases, teacher, cache_root(dataset_name, spec.plans, spec.configuration)

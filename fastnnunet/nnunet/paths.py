@@ -1,0 +1,76 @@
+"""Where nnU-Net keeps things: environment variables, data set names, model folders."""
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.specs.teacher import TeacherSpec
+
+FolderName = Literal["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"]
+
+
+def nnunet_folder(name: FolderName) -> Path:
+    """The folder an nnU-Net environment variable names. Raises NotFoundError when it is unset or no folder."""
+    value = os.environ.get(name)
+    if not value:
+        raise NotFoundError(
+            f"the environment variable {name} is not set\nset it as for nnU-Net itself: export {name}=/path/to/{name}"
+        )
+    path = Path(value)
+    if not path.is_dir():
+        raise NotFoundError(f"{name}={value} is not a folder\ncreate it or correct the variable")
+    return path
+
+
+def resolve_dataset(dataset: str) -> str:
+    """`4`, `004` or `Dataset004_Hippocampus` -> `Dataset004_Hippocampus`, looked up as nnU-Net does.
+
+    Raises NotFoundError with the names that exist, SpecError when an id stands for two names.
+    """
+    roots = [Path(v) for n in ("nnUNet_preprocessed", "nnUNet_raw", "nnUNet_results") if (v := os.environ.get(n))]
+    if not roots:
+        nnunet_folder("nnUNet_preprocessed")
+    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset[0-9][0-9][0-9]_*")})
+    if dataset in names:
+        return dataset
+    if re.fullmatch(r"\d{1,3}", dataset):
+        found = [n for n in names if n.startswith(f"Dataset{int(dataset):03d}_")]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise SpecError(f"data set id {dataset} stands for several names: {', '.join(found)}\ngive the full name")
+    raise NotFoundError(
+        f"unknown data set {dataset!r}\nexpected an id or name among: {', '.join(names) or '(none found)'}\n"
+        f"looked in: {', '.join(map(str, roots))}"
+    )
+
+
+def model_folder(dataset_name: str, trainer: str, plans: str, configuration: str) -> Path:
+    """`$nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>` (not checked for existence)."""
+    return nnunet_folder("nnUNet_results") / dataset_name / f"{trainer}__{plans}__{configuration}"
+
+
+def teacher_folder(spec: TeacherSpec) -> Path:
+    """The teacher's model folder. Raises NotFoundError when it, or a fold of it, is missing."""
+    dataset_name = resolve_dataset(spec.dataset)
+    folder = model_folder(dataset_name, spec.trainer, spec.plans, spec.configuration)
+    if not folder.is_dir():
+        there = sorted(p.name for p in folder.parent.glob("*__*__*")) if folder.parent.is_dir() else []
+        raise NotFoundError(
+            f"no trained model at {folder}\nthere is: {', '.join(there) or '(nothing)'}\n"
+            f"train it with nnUNetv2_train, or correct -d, -c, -p or -tr"
+        )
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise NotFoundError(f"{folder / name} is missing; nnU-Net writes it when training starts")
+    missing = [f for f in spec.folds if not (folder / f"fold_{f}" / spec.checkpoint).is_file()]
+    if missing:
+        there = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{spec.checkpoint}"))
+        raise NotFoundError(
+            f"fold(s) {', '.join(map(str, missing))} have no {spec.checkpoint} in {folder}\n"
+            f"folds that have one: {', '.join(there) or '(none)'}\n"
+            f"finish their training, or name the folds to use with -f"
+        )
+    return folder

@@ -1,0 +1,25 @@
+"""nnU-Net's cross-validation splits."""
+
+import json
+from pathlib import Path
+
+from fastnnunet.errors import CorruptError, MismatchError
+
+
+def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict[str, list[str]]]:
+    """`splits_final.json` if it is there, else the five folds nnU-Net would write (seed 12345). Writes nothing."""
+    path = preprocessed_base / "splits_final.json"
+    if path.is_file():
+        try:
+            splits = json.loads(path.read_text())
+            return [{"train": list(s["train"]), "val": list(s["val"])} for s in splits]
+        except (ValueError, TypeError, KeyError) as e:
+            raise CorruptError(f"{path} is no nnU-Net splits file: {e}") from e
+    if len(case_ids) < 5:
+        raise MismatchError(
+            f"five folds need at least 5 cases, got {len(case_ids)}\n"
+            f"write your own splits_final.json in {preprocessed_base}"
+        )
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    return list(generate_crossval_split(sorted(case_ids), seed=12345, n_splits=5))
