@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.errors import FastnnUNetError
 
 app = typer.Typer(
@@ -14,6 +15,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `fastnnunet` a group of commands however many are registered."""
+
+
+app.command("evaluate")(evaluate)
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset({"-f", "--fold", "-r", "--reduction", "-tf", "--backend"})

@@ -1,0 +1,156 @@
+"""Label files: which labels to expect, which files belong together, and whether they lie on the same grid.
+
+Axes are (z, y, x) as SimpleITK gives arrays.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
+
+ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png", ".bmp")  # tried in this order without a dataset.json
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """What to score: name -> label values (several for a region), the ignore label, and the file ending."""
+
+    names: dict[str, tuple[int, ...]]
+    ignore: int | None
+    file_ending: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Cases present in both folders, and those present in one only."""
+
+    cases: tuple[str, ...]
+    without_prediction: tuple[str, ...]
+    without_label: tuple[str, ...]
+
+
+def labels_from_dataset_json(path: Path) -> LabelSet:
+    """Foreground labels or regions of an nnU-Net `dataset.json`. Raises NotFoundError or SpecError."""
+    if not path.is_file():
+        raise NotFoundError(f"dataset.json not found: {path}\ngive nnU-Net's description of the labels with -dj")
+    try:
+        raw = json.loads(path.read_text())
+        labels, ending = dict(raw["labels"]), str(raw["file_ending"])
+        ignore = labels.pop("ignore", None)
+        names = {
+            str(name): tuple(int(v) for v in (values if isinstance(values, list) else [values]))
+            for name, values in labels.items()
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise SpecError(
+            f"{path} is not an nnU-Net dataset.json ({type(e).__name__}: {e})\n"
+            'expected {"labels": {"background": 0, "organ": 1, ...}, "file_ending": ".nii.gz", ...}'
+        ) from e
+    return LabelSet(
+        {name: values for name, values in names.items() if values != (0,)},
+        int(ignore) if ignore is not None else None,
+        ending,
+    )
+
+
+def find_dataset_json(prediction_folder: Path, label_folder: Path) -> Path | None:
+    """The `dataset.json` that nnU-Net leaves beside predictions, in the label folder or one above it."""
+    for folder in (prediction_folder, label_folder, label_folder.parent):
+        if (folder / "dataset.json").is_file():
+            return folder / "dataset.json"
+    return None
+
+
+def labels_from_files(label_folder: Path) -> LabelSet:
+    """Without a dataset.json: every non-zero value that occurs in the label files, named by its number."""
+    for ending in ENDINGS:
+        files = sorted(label_folder.glob(f"*{ending}"))
+        if files:
+            values = sorted({int(v) for f in files for v in np.unique(read_segmentation(f).labels_zyx)} - {0})
+            return LabelSet({str(v): (v,) for v in values}, None, ending)
+    raise NotFoundError(f"no segmentation in {label_folder}\nexpected files ending in {', '.join(ENDINGS)}")
+
+
+def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) -> Pairing:
+    """Match files by name. Raises NotFoundError when a folder or every pair is missing."""
+    cases = []
+    for folder, what in ((prediction_folder, "prediction"), (label_folder, "label")):
+        if not folder.is_dir():
+            raise NotFoundError(f"{what} folder not found: {folder}")
+        cases.append({f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}")})
+    predicted, labelled = cases
+    if not predicted & labelled:
+        raise NotFoundError(
+            f"nothing to compare: {len(predicted)} file(s) ending in {file_ending} in {prediction_folder}, "
+            f"{len(labelled)} in {label_folder}, no name in common\nexpected CASE{file_ending} in both"
+        )
+    return Pairing(*(tuple(sorted(s)) for s in (predicted & labelled, labelled - predicted, predicted - labelled)))
+
+
+def require_complete(pairing: Pairing) -> None:
+    """Raise MismatchError naming every case that only one of the folders has."""
+    problems = []
+    for cases, what in ((pairing.without_prediction, "prediction"), (pairing.without_label, "label")):
+        if cases:
+            problems.append(f"{len(cases)} case(s) without a {what}: {', '.join(cases)}")
+    if problems:
+        raise MismatchError("\n".join([*problems, "add the files, or compare the common cases only with --chill"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """Labels and geometry of one file; `spacing_mm` in the array's axis order, origin and direction as ITK has them."""
+
+    labels_zyx: NDArray[np.integer]
+    spacing_mm: tuple[float, float, float]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+
+def read_segmentation(path: Path) -> Segmentation:
+    """Read a label file; a 2d image gets a first axis of length 1. Raises ImageError when it is not a label map."""
+    import SimpleITK as sitk  # noqa: N813
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as e:
+        raise ImageError(f"cannot read {path}: {str(e).strip().splitlines()[-1]}") from e
+    array = sitk.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
+        raise ImageError(
+            f"{path} is not a label map: got {image.GetDimension()} dimensions with "
+            f"{image.GetNumberOfComponentsPerPixel()} component(s) per voxel, expected 2 or 3 with one"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        if not np.isfinite(array).all() or (array != np.rint(array)).any():
+            raise ImageError(f"{path} is not a label map: it holds values that are not whole numbers")
+        array = array.astype(np.int32)
+    spacing = tuple(image.GetSpacing()[::-1])
+    if image.GetDimension() == 2:
+        array, spacing = array[None], (1.0, *spacing)
+    z, y, x = (float(s) for s in spacing)
+    return Segmentation(array, (z, y, x), tuple(image.GetOrigin()), tuple(image.GetDirection()))
+
+
+def require_same_geometry(case: str, reference: Segmentation, prediction: Segmentation) -> None:
+    """Raise MismatchError naming each of shape, spacing, origin and direction in which the two differ.
+
+    Spacing may differ by 1e-3 and origin by 1e-2 of the smallest spacing, cosines by 1e-3: headers hold float32.
+    """
+    smallest = min(reference.spacing_mm)
+    found = []
+    if reference.labels_zyx.shape != prediction.labels_zyx.shape:
+        found.append(f"shape: label {reference.labels_zyx.shape}, prediction {prediction.labels_zyx.shape}")
+    for name, tolerance in (("spacing_mm", 1e-3 * smallest), ("origin", 1e-2 * smallest), ("direction", 1e-3)):
+        left, right = getattr(reference, name), getattr(prediction, name)
+        if len(left) != len(right) or not np.allclose(left, right, rtol=0, atol=tolerance):
+            found.append(f"{name}: label {left}, prediction {right}")
+    if found:
+        raise MismatchError(
+            f"case {case}: prediction and label do not lie on the same grid\n  " + "\n  ".join(found) + "\n"
+            "expected a prediction written with the geometry of its image"
+        )
