@@ -46,9 +46,10 @@ class PreprocessedCases:
                 f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\nrun nnUNetv2_preprocess again"
             ) from e
 
-    def shape_zyx(self, case_id: str) -> tuple[int, ...]:
+    def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
         """Spatial shape of a case."""
-        return tuple(int(s) for s in self._load(case_id).shape[1:])
+        z, y, x = (int(s) for s in self._load(case_id).shape[1:])
+        return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
         """The normalised, resampled image: float32 (C, Z, Y, X)."""

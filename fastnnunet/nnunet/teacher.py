@@ -1,6 +1,7 @@
 """The teacher ensemble: trained folds run over preprocessed cases with nnU-Net's own sliding window."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -141,7 +142,7 @@ class LoadedTeacher:
     weights: dict[Fold, Weights]
     patch_size: tuple[int, ...]
 
-    def logits(self, image_CZYX: np.ndarray, folds: tuple[Fold, ...]) -> np.ndarray:
+    def logits(self, image_CZYX: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
         """Mean logits over mirrors, tiles and folds as nnU-Net computes them: float32 (heads, Z, Y, X)."""
         import torch
 

@@ -1,0 +1,146 @@
+"""`fastnnunet train`: distil students from a cache."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastnnunet.errors import SpecError
+
+EXAMPLE = """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
+
+Example:
+
+  fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
+
+The student is an ordinary nnU-Net model, `nnUNetv2_predict -p nnUNetPlans_r4_a0.3_T3 -f 0 ...` runs it.
+"""
+
+
+def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
+    """`["0", "all"]` -> (0, "all"). Raises SpecError for anything that is neither a number nor `all`."""
+    wrong = [f for f in folds if not f.isdigit() and f != "all"]
+    if wrong:
+        raise SpecError(f"fold {wrong[0]!r} is no fold; expected numbers such as 0 1 2 3 4, or all")
+    return tuple(int(f) if f.isdigit() else f for f in folds)
+
+
+def train(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
+    fold: Annotated[list[str], typer.Option("-f", "--fold", help="The student's fold(s): 0 to 4, or all.")],
+    reduction: Annotated[
+        list[int], typer.Option("-r", "--reduction", help="Student size: width divided by r; may repeat.")
+    ],
+    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
+    alpha: Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")] = 0.3,
+    temperature: Annotated[float, typer.Option("-temp", "--temperature", help="T of cache and loss.")] = 3.0,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
+    teacher_folds: Annotated[list[str] | None, typer.Option("-tf", help="Teacher folds [default: 0 1 2 3 4].")] = None,
+    checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
+    spec: Annotated[Path | None, typer.Option("--spec", help="Cache recipe, if not the default one.")] = None,
+    cache_root: Annotated[Path | None, typer.Option("--root", help="Where the caches are.")] = None,
+    epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
+    iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
+    val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
+    lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = 1e-2,
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")] = "auto",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    mirroring: Annotated[
+        bool, typer.Option("--mirroring", help="Let the student mirror at prediction (8x slower).")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--continue", "--c", help="Continue from the latest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
+    device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,
+    validate: Annotated[bool, typer.Option(help="Predict and score the validation fold at the end.")] = True,
+) -> None:
+    import dataclasses
+
+    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.load import build_spec, load_yaml_spec
+    from fastnnunet.specs.teacher import TeacherSpec
+
+    if resume and overwrite:
+        raise SpecError("--continue and --overwrite exclude each other; give one")
+    teacher = TeacherSpec(
+        dataset=dataset,
+        configuration=configuration,
+        plans=plans,
+        trainer=trainer,
+        folds=parse_folds(teacher_folds or ["0", "1", "2", "3", "4"]),
+        checkpoint=checkpoint,
+    )
+    distill = build_spec(
+        DistillSpec,
+        {
+            "alpha": alpha,
+            "temperature": temperature,
+            "epochs": epochs,
+            "iterations_per_epoch": iterations,
+            "val_iterations_per_epoch": val_iterations,
+            "initial_lr": lr,
+            "seed": seed,
+            "precision": precision,
+            "mirroring": mirroring,
+        },
+        where="options",
+    )
+    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
+    recipe = dataclasses.replace(recipe, temperature=temperature)
+    jobs = [
+        TrainingJob(
+            teacher=teacher,
+            student=StudentSpec(r=r),
+            distill=distill,
+            cache=recipe,
+            fold=f,
+            device=device,
+            threads=threads,
+            cache_root=cache_root,
+            cache_spec_file=spec,
+        )
+        for f in parse_folds(fold)
+        for r in reduction
+    ]
+    for job in jobs:
+        run_job(job, resume=resume, overwrite=overwrite, validate=validate)
+
+
+train.__doc__ = EXAMPLE
+
+
+def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
+    """Train one student with a progress line on standard error; print where it went."""
+    import json
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from fastnnunet.distill.train import TrainingState, train_student
+
+    columns = (
+        TextColumn("[bold]r={task.fields[r]} fold {task.fields[fold]}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    total = job.distill.epochs * job.distill.iterations_per_epoch
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as progress:
+        task = progress.add_task("train", total=total, r=job.student.r, fold=job.fold, text="starting")
+
+        def show(state: TrainingState) -> None:
+            dice = f" pseudo Dice {' '.join(f'{d:.3f}' for d in state.pseudo_dice)}" if state.pseudo_dice else ""
+            text = f"epoch {state.epoch + 1}/{state.epochs} hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
+            progress.update(task, completed=state.epoch * state.iterations + state.iteration, text=text)
+
+        folder = train_student(job, resume=resume, overwrite=overwrite, validate=validate, progress=show)
+    print(f"student r={job.student.r}: {folder}")
+    summary = folder / "validation" / "summary.json"
+    if summary.is_file():
+        print(f"mean Dice on the validation fold: {json.loads(summary.read_text())['foreground_mean']['Dice']:.4f}")
+    return folder

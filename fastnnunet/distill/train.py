@@ -1,0 +1,232 @@
+"""Training one student: from names to a finished nnU-Net model folder. Never runs a teacher."""
+
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastnnunet import __version__
+from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.errors import BuildError, MismatchError
+from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
+from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.student import student_folder, student_plans
+from fastnnunet.nnunet.teacher import resolve_precision
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.canonical import to_plain
+from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.teacher import TeacherSpec
+
+if TYPE_CHECKING:
+    from fastnnunet.nnunet.trainer import StudentTrainer
+
+log = logging.getLogger(__name__)
+FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One student to train. `fold` is the student's own fold; the teacher's folds are in `teacher`."""
+
+    teacher: TeacherSpec
+    student: StudentSpec
+    distill: DistillSpec
+    cache: CacheSpec
+    fold: int | str
+    device: str = "auto"
+    threads: int | None = None
+    cache_spec_file: Path | None = None  # only to quote it in messages
+    cache_root: Path | None = None  # where to look for the cache; None = beside the preprocessed data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What a progress line shows."""
+
+    epoch: int
+    epochs: int
+    iteration: int
+    iterations: int
+    hard: float
+    soft: float
+    pseudo_dice: list[float] = field(default_factory=list)
+
+
+Progress = Callable[[TrainingState], None]
+
+
+def train_student(
+    job: TrainingJob,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    validate: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a student and return its fold folder (checkpoints, progress.png, validation/summary.json).
+
+    Everything that can be refused is refused before anything is written. Raises NotFoundError (data, teacher, cache),
+    MismatchError (cache or plans do not fit; a run exists and neither `resume` nor `overwrite` was given), SpecError
+    (r leaves no channels), BuildError (the loss became NaN; the last good checkpoint stays).
+    """
+    import torch
+
+    folder = teacher_folder(job.teacher)
+    dataset_json = read_json(folder / "dataset.json")
+    plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
+    fold_folder = run_folder(job)
+    _check_run_folder(fold_folder, resume, overwrite)
+    soft_labels = None
+    if job.distill.alpha > 0:
+        cache = cache_for_training(job.teacher, job.cache, job.cache_root, job.cache_spec_file)
+        soft_labels = CachedSoftLabels(cache)
+
+    _seed_everything(job.distill.seed)
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    if overwrite and fold_folder.exists():
+        shutil.rmtree(fold_folder)
+    trainer = _configure(job, plans, dataset_json, soft_labels, resume)
+    if resume and (fold_folder / FINAL).is_file():
+        trainer.resume(fold_folder / FINAL)
+    else:
+        if resume and (fold_folder / LATEST).is_file():
+            trainer.resume(fold_folder / LATEST)
+            log.info("continuing at epoch %d", trainer.current_epoch)
+        _run_epochs(trainer, progress)
+    if validate and not (fold_folder / "validation" / "summary.json").is_file():
+        _validate(trainer)
+    return fold_folder
+
+
+def run_folder(job: TrainingJob) -> Path:
+    """The fold folder a job trains into."""
+    name = resolve_dataset(job.teacher.dataset)
+    folder = student_folder(name, job.teacher.plans, job.teacher.configuration, job.student, job.distill)
+    return folder / f"fold_{job.fold}"
+
+
+def _check_run_folder(fold_folder: Path, resume: bool, overwrite: bool) -> None:
+    existing = [n for n in (FINAL, LATEST) if (fold_folder / n).is_file()]
+    if existing and not (resume or overwrite):
+        state = "finished" if FINAL in existing else "unfinished"
+        raise MismatchError(
+            f"{fold_folder} holds a {state} run\n"
+            "continue or validate it with --continue, or replace it with --overwrite"
+        )
+
+
+def _configure(
+    job: TrainingJob,
+    plans: dict[str, Any],
+    dataset_json: dict[str, Any],
+    soft_labels: CachedSoftLabels | None,
+    resume: bool,
+) -> "StudentTrainer":
+    import torch
+
+    from fastnnunet.distill.losses import DistillationObjective
+    from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
+
+    device = job.device if job.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MismatchError(f"--device {device}: no CUDA device is available here\nuse --device cpu")
+    spec = job.distill
+    trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
+    plans_manager, _ = configuration_of(plans, job.teacher.configuration)
+    trainer.num_epochs = spec.epochs
+    trainer.num_iterations_per_epoch = spec.iterations_per_epoch
+    trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
+    trainer.initial_lr = spec.initial_lr
+    trainer.save_every = 1  # students are small; a kill costs one epoch at most
+    trainer.store_mirroring = spec.mirroring
+    trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
+    trainer.soft_labels = soft_labels
+    if soft_labels is not None:
+        regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
+        trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions)
+    trainer.provenance = {
+        "version": __version__,
+        "teacher": to_plain(job.teacher),
+        "student": to_plain(job.student),
+        "distill": to_plain(spec),
+        "cache_key": soft_labels.key if soft_labels is not None else None,
+    }
+    with nnunet_quiet():
+        trainer.initialize()
+    return trainer
+
+
+def _run_epochs(trainer: "StudentTrainer", progress: Progress | None) -> None:
+    import torch
+
+    from fastnnunet.nnunet.trainer import nnunet_quiet
+
+    def report(iteration: int, hard: float, soft: float) -> None:
+        if progress is not None:
+            progress(
+                TrainingState(
+                    epoch=trainer.current_epoch,
+                    epochs=trainer.num_epochs,
+                    iteration=iteration,
+                    iterations=trainer.num_iterations_per_epoch,
+                    hard=hard,
+                    soft=soft,
+                    pseudo_dice=pseudo_dice,
+                )
+            )
+
+    pseudo_dice: list[float] = []
+    with nnunet_quiet():
+        trainer.on_train_start()
+    try:
+        for _ in range(trainer.current_epoch, trainer.num_epochs):
+            trainer.on_epoch_start()
+            trainer.on_train_epoch_start()
+            losses = []
+            for iteration in range(trainer.num_iterations_per_epoch):
+                batch = next(trainer.dataloader_train)
+                losses.append(step := trainer.train_step(batch))
+                if not np.isfinite(step["loss"]):
+                    raise BuildError(
+                        f"the loss became {step['loss']} in epoch {trainer.current_epoch}, iteration {iteration} "
+                        f"(cases {', '.join(map(str, batch['keys']))})\nthe checkpoints of earlier epochs are kept; "
+                        "continue from them with a lower --lr or --precision fp32"
+                    )
+                report(iteration + 1, step["hard"], step["soft"])
+            trainer.on_train_epoch_end(losses)
+            with torch.no_grad():
+                trainer.on_validation_epoch_start()
+                validation = [
+                    trainer.validation_step(next(trainer.dataloader_val))
+                    for _ in range(trainer.num_val_iterations_per_epoch)
+                ]
+                trainer.on_validation_epoch_end(validation)
+            pseudo_dice = [float(d) for d in trainer.logger.get_value("dice_per_class_or_region", step=-1)]
+            trainer.on_epoch_end()
+        with nnunet_quiet():
+            trainer.on_train_end()
+    finally:
+        for loader in (trainer.dataloader_train, trainer.dataloader_val):
+            if hasattr(loader, "_finish"):
+                loader._finish()
+
+
+def _validate(trainer: "StudentTrainer") -> None:
+    from fastnnunet.nnunet.trainer import nnunet_quiet
+
+    with nnunet_quiet():
+        trainer.perform_actual_validation()
+
+
+def _seed_everything(seed: int) -> None:
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # nnU-Net's loaders draw from the global generator
+    torch.manual_seed(seed)

@@ -1,0 +1,50 @@
+"""Students are ordinary nnU-Net models: the teacher's plans with narrower stages, under a name of their own."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.nnunet.paths import model_folder
+from fastnnunet.specs.distill import DistillSpec, StudentSpec, student_plans_name
+
+STOCK_TRAINER = "nnUNetTrainer"
+
+
+def reduce_features(features_per_stage: list[int], student: StudentSpec) -> list[int]:
+    """f // r per stage, at least `min_features`. Raises SpecError when f // r leaves no channel somewhere."""
+    if min(features_per_stage) // student.r < 1:
+        raise SpecError(
+            f"-r {student.r} leaves no channels: the narrowest stage has {min(features_per_stage)} features\n"
+            f"expected r of at most {min(features_per_stage)}"
+        )
+    return [min(f, max(student.min_features, f // student.r)) for f in features_per_stage]
+
+
+def student_plans(
+    plans: dict[str, Any], configuration: str, student: StudentSpec, distill: DistillSpec
+) -> dict[str, Any]:
+    """The student's plans: `features_per_stage` reduced in `configuration`, everything else as the teacher's.
+
+    The preprocessed data are shared with the teacher because `data_identifier` stays.
+    Raises MismatchError for an architecture without `features_per_stage`.
+    """
+    out = deepcopy(plans)
+    out["plans_name"] = student_plans_name(plans["plans_name"], student, distill)
+    config = out["configurations"].get(configuration, {})
+    kwargs = config.get("architecture", {}).get("arch_kwargs", {})
+    features = kwargs.get("features_per_stage")
+    if not isinstance(features, list):
+        raise MismatchError(
+            f"configuration {configuration!r} of {plans['plans_name']} has no list features_per_stage to divide by r\n"
+            f"got architecture {config.get('architecture', {}).get('network_class_name')}; expected a U-Net"
+        )
+    kwargs["features_per_stage"] = reduce_features(features, student)
+    return out
+
+
+def student_folder(
+    dataset_name: str, teacher_plans: str, configuration: str, student: StudentSpec, distill: DistillSpec
+) -> Path:
+    """The student's model folder in nnUNet_results, where stock nnU-Net looks for it."""
+    return model_folder(dataset_name, STOCK_TRAINER, student_plans_name(teacher_plans, student, distill), configuration)
