@@ -5,6 +5,7 @@ import sys
 import typer
 
 from fastnnunet.cli.evaluate import evaluate
+from fastnnunet.cli.export import app as export_app
 from fastnnunet.cli.train import train
 from fastnnunet.errors import FastnnUNetError
 
@@ -25,6 +26,7 @@ def _group() -> None:
 
 app.command("evaluate")(evaluate)
 app.command("train")(train)
+app.add_typer(export_app, name="export")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset({"-f", "--fold", "-r", "--reduction", "-tf", "--backend"})

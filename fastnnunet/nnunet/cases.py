@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.nnunet.paths import nnunet_folder
 from fastnnunet.nnunet.plans import configuration_of, read_json
+from fastnnunet.specs.canonical import differences
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,42 @@ class PreprocessedCases:
         return digest.hexdigest()
 
 
-def open_cases(dataset_name: str, plans_name: str, configuration: str) -> PreprocessedCases:
-    """The preprocessed cases of a data set. Raises NotFoundError with the command that makes them."""
-    base = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    plans_file = base / f"{plans_name}.json"
-    how = f"run: nnUNetv2_preprocess -d {dataset_name} -plans_name {plans_name} -c {configuration}"
-    if not plans_file.is_file():
-        raise NotFoundError(f"{plans_file} is missing\nplan and preprocess first; then {how}")
-    _, config = configuration_of(read_json(plans_file), configuration)
+PREPROCESSING_FIELDS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+
+
+def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
+    """The preprocessed cases a model with these plans was trained on (by `data_identifier`).
+
+    Raises NotFoundError with the command that makes them, MismatchError when the plans beside the preprocessed data
+    prepare images in another way than the model's.
+    """
+    _, config = configuration_of(plans, configuration)
+    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
     folder = base / config.data_identifier
+    plans_name = config.data_identifier.removesuffix(f"_{configuration}")
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise NotFoundError(f"no preprocessed cases in {folder}\n{how}")
+        raise NotFoundError(
+            f"no preprocessed cases in {folder}\n"
+            f"put the model's plans.json at {base / plans_name}.json and run: "
+            f"nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans_name} -c {configuration}"
+        )
+    beside = base / f"{plans_name}.json"
+    if beside.is_file():
+        theirs = configuration_of(read_json(beside), configuration)[1].configuration
+        changed = differences(
+            {f: config.configuration.get(f) for f in PREPROCESSING_FIELDS},
+            {f: theirs.get(f) for f in PREPROCESSING_FIELDS},
+        )
+        if changed:
+            raise MismatchError(
+                f"{beside} preprocesses differently from the model's plans (model -> data):\n"
+                + "\n".join(f"  - {c}" for c in changed)
+                + "\nput the model's plans.json there and preprocess again"
+            )
     return PreprocessedCases(folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
+from fastnnunet.nnunet.plans import read_json
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.teacher import NnUNetTeacher, make_teacher
 from fastnnunet.specs.cache import CacheSpec
@@ -19,8 +20,8 @@ def cache_root(dataset_name: str, plans: str, configuration: str) -> Path:
 def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[PreprocessedCases, NnUNetTeacher, Path]:
     """Cases, teacher and cache root of `spec`. Loads no weights. Raises NotFoundError, SpecError, MismatchError."""
     dataset_name = resolve_dataset(spec.dataset)
-    cases = open_cases(dataset_name, spec.plans, spec.configuration)
     folder = teacher_folder(spec)
+    cases = open_cases(read_json(folder / "plans.json"), spec.configuration)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
     splits = load_splits(base, cases.case_ids)
     teacher = make_teacher(spec, folder, cache_spec.mirroring, cache_spec.step_size, cache_spec.precision, splits)

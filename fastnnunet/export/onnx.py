@@ -1,0 +1,74 @@
+"""Student checkpoint -> ONNX graph, checked node by node."""
+
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from fastnnunet.errors import ParityError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+INPUT, OUTPUT = "image", "logits"
+OPSET = 18
+
+
+def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ...]) -> "onnx.ModelProto":
+    """Export `network` (eval, no deep supervision): image (N, C, *patch) -> logits (N, heads, *patch), N dynamic.
+
+    Weights stay inside the model under their state_dict names. Raises ParityError when the graph lost what makes it
+    fast and exact: InstanceNormalization nodes taken apart, or parameters folded away.
+    """
+    import torch
+
+    network = network.float().eval().to(memory_format=torch.contiguous_format)
+    # a batch of two for the trace: a batch of one would be taken for a constant
+    example = torch.zeros(2, channels, *patch_size)
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    model = program.model_proto
+    _drop_trace_metadata(model)
+    _check_graph(model, network)
+    return model
+
+
+def _check_graph(model: "onnx.ModelProto", network: "torch.nn.Module") -> None:
+    import onnx
+    import torch
+
+    onnx.checker.check_model(model, full_check=True)
+    nodes = Counter(node.op_type for node in model.graph.node)
+    norms = sum(isinstance(m, torch.nn.modules.instancenorm._InstanceNorm) for m in _used_modules(network))
+    if nodes["InstanceNormalization"] != norms:
+        raise ParityError(
+            f"the exported graph has {nodes['InstanceNormalization']} InstanceNormalization nodes, expected {norms}\n"
+            f"operators: {dict(nodes)}\nuse a torch version that exports instance_norm as one node"
+        )
+    external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if external:
+        raise ParityError(f"{len(external)} weights lie outside the model file, expected all inside")
+
+
+def _drop_trace_metadata(model: "onnx.ModelProto") -> None:
+    """Source paths and stack traces of the exporting machine, which the exporter records in every node."""
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+
+
+def _used_modules(network: "torch.nn.Module") -> "list[torch.nn.Module]":
+    """Modules by identity: nnU-Net registers the encoder twice (as itself and inside the decoder)."""
+    return list({id(m): m for m in network.modules()}.values())
