@@ -12,7 +12,7 @@ import numpy as np
 
 from fastnnunet import __version__
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
-from fastnnunet.errors import BuildError, MismatchError
+from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.student import student_folder, student_plans
@@ -163,11 +163,7 @@ def _configure(
 
 
 def _run_epochs(trainer: "StudentTrainer", progress: Progress | None) -> None:
-    import torch
-
-    from fastnnunet.nnunet.trainer import nnunet_quiet
-
-    def report(iteration: int, hard: float, soft: float) -> None:
+    def report(iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
         if progress is not None:
             progress(
                 TrainingState(
@@ -175,46 +171,13 @@ def _run_epochs(trainer: "StudentTrainer", progress: Progress | None) -> None:
                     epochs=trainer.num_epochs,
                     iteration=iteration,
                     iterations=trainer.num_iterations_per_epoch,
-                    hard=hard,
-                    soft=soft,
+                    hard=step["hard"],
+                    soft=step["soft"],
                     pseudo_dice=pseudo_dice,
                 )
             )
 
-    pseudo_dice: list[float] = []
-    with nnunet_quiet():
-        trainer.on_train_start()
-    try:
-        for _ in range(trainer.current_epoch, trainer.num_epochs):
-            trainer.on_epoch_start()
-            trainer.on_train_epoch_start()
-            losses = []
-            for iteration in range(trainer.num_iterations_per_epoch):
-                batch = next(trainer.dataloader_train)
-                losses.append(step := trainer.train_step(batch))
-                if not np.isfinite(step["loss"]):
-                    raise BuildError(
-                        f"the loss became {step['loss']} in epoch {trainer.current_epoch}, iteration {iteration} "
-                        f"(cases {', '.join(map(str, batch['keys']))})\nthe checkpoints of earlier epochs are kept; "
-                        "continue from them with a lower --lr or --precision fp32"
-                    )
-                report(iteration + 1, step["hard"], step["soft"])
-            trainer.on_train_epoch_end(losses)
-            with torch.no_grad():
-                trainer.on_validation_epoch_start()
-                validation = [
-                    trainer.validation_step(next(trainer.dataloader_val))
-                    for _ in range(trainer.num_val_iterations_per_epoch)
-                ]
-                trainer.on_validation_epoch_end(validation)
-            pseudo_dice = [float(d) for d in trainer.logger.get_value("dice_per_class_or_region", step=-1)]
-            trainer.on_epoch_end()
-        with nnunet_quiet():
-            trainer.on_train_end()
-    finally:
-        for loader in (trainer.dataloader_train, trainer.dataloader_val):
-            if hasattr(loader, "_finish"):
-                loader._finish()
+    trainer.run_epochs(report)
 
 
 def _validate(trainer: "StudentTrainer") -> None:

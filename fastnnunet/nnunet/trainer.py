@@ -9,7 +9,7 @@ step hands it to the objective. Shapes: N batch, C channels, S stored soft-label
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from fastnnunet.errors import MismatchError
+from fastnnunet.errors import BuildError, MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
 from fastnnunet.specs.canonical import differences
+
+
+StepReport = Callable[[int, dict[str, float], list[float]], None]
 
 
 class SoftLabels(Protocol):
@@ -156,6 +159,45 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.optimizer.step()
         return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item()}
+
+    def run_epochs(self, report: StepReport | None = None) -> None:
+        """Train from `current_epoch` to `num_epochs` and write checkpoint_final.pth.
+
+        `report` gets (iteration in this epoch, losses, pseudo Dice of the last epoch) after every step. Raises
+        BuildError when the loss is no longer finite; the checkpoints of earlier epochs stay.
+        """
+        pseudo_dice: list[float] = []
+        with nnunet_quiet():
+            self.on_train_start()
+        try:
+            for _ in range(self.current_epoch, self.num_epochs):
+                self.on_epoch_start()
+                self.on_train_epoch_start()
+                losses = []
+                for iteration in range(self.num_iterations_per_epoch):
+                    batch = next(self.dataloader_train)
+                    losses.append(step := self.train_step(batch))
+                    if not np.isfinite(step["loss"]):
+                        raise BuildError(
+                            f"the loss became {step['loss']} in epoch {self.current_epoch}, iteration {iteration} "
+                            f"(cases {', '.join(map(str, batch['keys']))})\nthe checkpoints of earlier epochs are kept; "
+                            "continue from them in fp32, or start over with a lower learning rate"
+                        )
+                    if report is not None:
+                        report(iteration + 1, step, pseudo_dice)
+                self.on_train_epoch_end(losses)
+                with torch.no_grad():
+                    self.on_validation_epoch_start()
+                    steps = range(self.num_val_iterations_per_epoch)
+                    self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in steps])
+                pseudo_dice = [float(d) for d in self.logger.get_value("dice_per_class_or_region", step=-1)]
+                self.on_epoch_end()
+            with nnunet_quiet():
+                self.on_train_end()
+        finally:
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if hasattr(loader, "_finish"):  # stops the loader's processes; a single-threaded loader has none
+                    loader._finish()
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
         if self.soft_labels is not None:
