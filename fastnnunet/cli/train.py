@@ -115,6 +115,8 @@ train.__doc__ = EXAMPLE
 def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
     """Train one student with a progress line on standard error; print where it went."""
     import json
+    import sys
+    import time
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -130,13 +132,19 @@ def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     total = job.distill.epochs * job.distill.iterations_per_epoch
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as progress:
+    console = Console(stderr=True)
+    start = time.monotonic()
+    with Progress(*columns, console=console, speed_estimate_period=120, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=total, r=job.student.r, fold=job.fold, text="starting")
 
         def show(state: TrainingState) -> None:
             dice = f" pseudo Dice {' '.join(f'{d:.3f}' for d in state.pseudo_dice)}" if state.pseudo_dice else ""
             text = f"epoch {state.epoch + 1}/{state.epochs} hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
-            progress.update(task, completed=state.epoch * state.iterations + state.iteration, text=text)
+            done = state.epoch * state.iterations + state.iteration
+            progress.update(task, completed=done, text=text)
+            if not console.is_terminal and state.iteration == state.iterations:  # a log file: one line an epoch
+                left_s = (time.monotonic() - start) / done * (total - done)
+                print(f"r={job.student.r} fold {job.fold} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
 
         folder = train_student(job, resume=resume, overwrite=overwrite, validate=validate, progress=show)
     print(f"student r={job.student.r}: {folder}")

@@ -21,7 +21,6 @@ from fastnnunet.errors import BuildError, MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
 from fastnnunet.specs.canonical import differences
 
-
 StepReport = Callable[[int, dict[str, float], list[float]], None]
 
 
@@ -180,8 +179,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                     if not np.isfinite(step["loss"]):
                         raise BuildError(
                             f"the loss became {step['loss']} in epoch {self.current_epoch}, iteration {iteration} "
-                            f"(cases {', '.join(map(str, batch['keys']))})\nthe checkpoints of earlier epochs are kept; "
-                            "continue from them in fp32, or start over with a lower learning rate"
+                            f"(cases {', '.join(map(str, batch['keys']))})\n"
+                            "the checkpoints of earlier epochs are kept; continue from them in fp32, or start over with a lower learning rate"
                         )
                     if report is not None:
                         report(iteration + 1, step, pseudo_dice)
