@@ -6,6 +6,7 @@ import typer
 
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
+from fastnnunet.cli.predict import predict
 from fastnnunet.cli.train import train
 from fastnnunet.errors import FastnnUNetError
 
@@ -26,6 +27,7 @@ def _group() -> None:
 
 app.command("evaluate")(evaluate)
 app.command("train")(train)
+app.command("predict")(predict)
 app.add_typer(export_app, name="export")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.

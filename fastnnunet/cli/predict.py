@@ -1,0 +1,104 @@
+"""`fastnnunet predict`: a bundle on an image or a folder of images."""
+
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from fastnnunet.runtime.cases import Case
+    from fastnnunet.runtime.predict import CaseResult
+
+
+def predict(
+    source: Annotated[
+        Path, typer.Option("-i", "--input", help="Image, or folder of images named CASE_0000, CASE_0001, ...")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
+    model: Annotated[Path, typer.Option("-m", "--model", help="Bundle folder of `fastnnunet export onnx`.")],
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino or torch.")
+    ] = "auto",
+    step_size: Annotated[
+        float | None,
+        typer.Option("-step_size", "--step_size", help="Step between tiles / patch; default: the bundle's."),
+    ] = None,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save_probabilities", help="Also write CASE.npz and CASE.pkl.")
+    ] = False,
+    continue_prediction: Annotated[
+        bool, typer.Option("--continue_prediction", help="Leave out cases that are predicted already.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"],
+        typer.Option("--precision", help="fp32 (as nnU-Net), or bf16: faster where the CPU has it, not exact."),
+    ] = "fp32",
+    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar")] = False,
+) -> None:
+    """Predict with a bundle: nnU-Net's preprocessing, sliding window, geometry and file names, without nnU-Net.
+
+    In a folder a case that cannot be predicted is reported and left out, and the exit code is 1.
+
+    Example:
+
+      fastnnunet predict -i imagesTs -o predictions -m hippocampus_r4
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fastnnunet.runtime.predict import Predictor
+
+    start = time.perf_counter()
+    predictor = Predictor.load(model, backend, threads=threads, step_size=step_size, precision=precision)
+    load_s = time.perf_counter() - start
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=disable_progress_bar,
+    )
+    with progress:
+        all_cases = progress.add_task("cases", total=None)
+        one_case = progress.add_task("tiles", total=None, visible=False)
+
+        def on_start(case: "Case", index: int, total: int) -> None:
+            progress.update(all_cases, total=total, completed=index)
+            progress.update(one_case, description=case.case_id, visible=False)
+
+        def on_tiles(done: int, total: int) -> None:
+            progress.update(one_case, completed=done, total=total, visible=total > 1)
+
+        def on_done(result: "CaseResult") -> None:
+            progress.advance(all_cases)
+            if result.error is not None:
+                progress.console.print(f"failed: {result.case_id}: {result.error}", markup=False, highlight=False)
+
+        results = predictor.predict_files(
+            source,
+            output,
+            save_probabilities=save_probabilities,
+            overwrite=not continue_prediction,
+            on_start=on_start,
+            on_tiles=on_tiles,
+            on_done=on_done,
+        )
+
+    done = [r for r in results if r.error is None]
+    print(f"{len(done)} case(s) predicted with {predictor.backend.name} into {output} (model loaded in {load_s:.2f} s)")
+    if done:
+        stages = ("read", "preprocess", "infer", "postprocess", "write")
+        parts = ", ".join(f"{s} {1e3 * mean(getattr(r.times, f'{s}_s') for r in done):.1f}" for s in stages)
+        print(f"mean per case: {1e3 * mean(r.times.total_s for r in done):.1f} ms ({parts})")
+    if len(done) < len(results):
+        print(f"{len(results) - len(done)} case(s) failed, see above", file=sys.stderr)
+        raise typer.Exit(1)

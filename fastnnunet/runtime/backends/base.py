@@ -1,0 +1,86 @@
+"""What runs the network: one contract, one small file per engine."""
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.errors import BackendError, SpecError
+from fastnnunet.specs.bundle import BundleSpec
+
+MODEL_FILE = "model.onnx"
+Precision = Literal["fp32", "bf16"]
+
+
+class Backend(Protocol):
+    """A loaded network."""
+
+    name: str  # as in BACKENDS
+    precision: Precision
+
+    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits (N, heads, *patch) float32 of a contiguous float32 batch (N, C, *patch), any N >= 1.
+
+        The result may be the engine's own memory: it is valid until the next call.
+        Raises BackendError when the engine fails.
+        """
+
+
+class BackendClass(Protocol):
+    """Constructor every backend module offers as its class."""
+
+    def __call__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> Backend: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """Where a backend lives and what it needs."""
+
+    module: str  # imported when chosen, never before
+    class_name: str
+    requires: str  # top-level package
+    extra: str | None  # of this package's optional dependencies; None: part of the base install
+
+
+BACKENDS: dict[str, BackendEntry] = {
+    "openvino": BackendEntry("fastnnunet.runtime.backends.openvino", "OpenVINOBackend", "openvino", "openvino"),
+    "onnxruntime": BackendEntry("fastnnunet.runtime.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime", None),
+    "torch": BackendEntry("fastnnunet.runtime.backends.torch", "TorchBackend", "torch", "train"),
+}
+_AUTO_ORDER = ("openvino", "onnxruntime")  # fastest first
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package that backend needs can be imported (without importing it)."""
+    return importlib.util.find_spec(BACKENDS[name].requires) is not None
+
+
+def create_backend(
+    name: str, bundle_dir: Path, spec: BundleSpec, *, threads: int | None = None, precision: Precision = "fp32"
+) -> Backend:
+    """Load the model of a bundle. `auto` is the fastest backend that is installed; `threads` None: all cores.
+
+    Raises SpecError for an unknown name, BackendError when its package is missing or it cannot load the model.
+    """
+    if name == "auto":
+        name = next((n for n in _AUTO_ORDER if is_installed(n)), _AUTO_ORDER[-1])
+    if name not in BACKENDS:
+        raise SpecError(f"backend: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise SpecError(f"threads: got {threads}, expected at least 1")
+    entry = BACKENDS[name]
+    if not is_installed(name):
+        install = f"fastnnunet[{entry.extra}]" if entry.extra else entry.requires
+        raise BackendError(f"backend {name} needs the package {entry.requires}\ninstall it: pip install '{install}'")
+    backend_class = cast(BackendClass, getattr(importlib.import_module(entry.module), entry.class_name))
+    return backend_class(bundle_dir, spec, threads or available_cores(), precision)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

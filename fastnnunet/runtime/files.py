@@ -1,0 +1,54 @@
+"""Files that are whole or not there."""
+
+import errno
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError
+
+
+@contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` with the same file ending; rename it on success, remove it on failure.
+
+    Raises DiskSpaceError when the disk is full, FastnnUNetError for any other reason that `path` cannot be written.
+    """
+    # the whole name after a prefix: writers choose the format by the ending
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(f"no room left to write {path}; free some space and run again") from e
+        raise FastnnUNetError(f"cannot write {path}: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents. Raises FastnnUNetError saying why it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FastnnUNetError(f"cannot create the output folder {path}: {e}") from e
+
+
+def read_gunzipped(path: Path) -> bytes:
+    """The content of a file, decompressed where it is gzip. Raises ImageError when it is truncated or damaged.
+
+    ITK reads a truncated .nii.gz without complaint and leaves the missing voxels zero, so this is checked here.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except EOFError as e:
+        raise ImageError(f"{path} is truncated (its compressed data stop early); copy or export it again") from e
+    except (gzip.BadGzipFile, zlib.error) as e:
+        raise ImageError(f"{path} is damaged ({e}); copy or export it again") from e
+    except OSError as e:
+        raise ImageError(f"cannot read {path}: {e}") from e

@@ -1,0 +1,125 @@
+"""From an image as read to what the network sees: transpose, crop to non-zero, normalise, resample.
+
+As nnU-Net 2.8's DefaultPreprocessor, without the work of it that changes no voxel (resampling the non-zero mask; hole
+filling where no channel is normalised inside the mask).
+Axes: C channel, Z Y X in nnU-Net's internal order after transpose_forward, unless the name says `_image`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.errors import ImageError
+from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resampled_shape
+from fastnnunet.runtime.normalize import SCHEMES
+from fastnnunet.specs.bundle import BundleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessed:
+    """What the network sees, and what is needed to put its answer back into the image."""
+
+    data_CZYX: npt.NDArray[np.float32]
+    spacing_mm: tuple[float, ...]  # of the image, transposed
+    target_spacing_mm: tuple[float, ...]
+    shape_before_cropping: tuple[int, ...]
+    bbox: tuple[tuple[int, int], ...]  # half open
+    properties: dict[str, Any]  # the reader's, with nnU-Net's additions (what it writes as .pkl)
+
+    @property
+    def cropped_shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.bbox)
+
+    @property
+    def crop(self) -> tuple[slice, ...]:
+        return tuple(slice(start, stop) for start, stop in self.bbox)
+
+
+def preprocess(
+    image_CZYX: npt.NDArray[np.float32], properties: dict[str, Any], spec: BundleSpec, resample_spec: ResampleSpec
+) -> Preprocessed:
+    """Preprocess an image as the reader returned it (C, axes of the file); `image_CZYX` is overwritten.
+
+    Raises ImageError when the number of channels or dimensions is not the model's.
+    """
+    expected = len(spec.channel_names)
+    if image_CZYX.ndim != 4 or image_CZYX.shape[0] != expected:
+        raise ImageError(
+            f"the image has {image_CZYX.shape[0]} channel(s) and {image_CZYX.ndim - 1} spatial axes; the model needs "
+            f"{expected} channel(s) ({', '.join(spec.channel_names)}) and 3 axes"
+        )
+    if 0 in image_CZYX.shape:
+        raise ImageError(f"the image is empty: shape {image_CZYX.shape}")
+    data = image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward))
+    spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
+    shape_before_cropping = data.shape[1:]
+    bbox = nonzero_bbox(data)
+    data = data[(slice(None), *(slice(start, stop) for start, stop in bbox))]
+    cropped_shape = data.shape[1:]
+
+    # a 2d configuration leaves the distance between slices alone
+    target = (*spacing[: len(spacing) - len(spec.spacing_mm)], *spec.spacing_mm)
+    _normalize(data, spec)
+    plan = plan_resampling(
+        resample_spec, cropped_shape, resampled_shape(cropped_shape, spacing, target), spacing, target
+    )
+    return Preprocessed(
+        data_CZYX=resample(data, plan),
+        spacing_mm=spacing,
+        target_spacing_mm=target,
+        shape_before_cropping=shape_before_cropping,
+        bbox=bbox,
+        properties={
+            **properties,
+            "shape_before_cropping": shape_before_cropping,
+            "bbox_used_for_cropping": [list(limits) for limits in bbox],
+            "shape_after_cropping_and_before_resampling": cropped_shape,
+        },
+    )
+
+
+def nonzero_bbox(data_CZYX: npt.NDArray[np.float32]) -> tuple[tuple[int, int], ...]:
+    """Half-open box around the voxels that are non-zero in any channel; the whole image when there are none.
+
+    Planes are looked at from both ends until one is not empty, so a full image costs six planes.
+    """
+    limits = []
+    for axis in range(1, data_CZYX.ndim):
+        size = data_CZYX.shape[axis]
+        filled = (i for i in range(size) if data_CZYX.take(i, axis=axis).any())
+        start = next(filled, None)
+        if start is None:
+            return tuple((0, s) for s in data_CZYX.shape[1:])
+        stop = next(i for i in range(size - 1, -1, -1) if data_CZYX.take(i, axis=axis).any()) + 1
+        limits.append((start, stop))
+    return tuple(limits)
+
+
+def _normalize(data_CZYX: npt.NDArray[np.float32], spec: BundleSpec) -> None:
+    mask = _filled_nonzero_mask(data_CZYX) if any(spec.use_mask_for_norm) else None
+    for index, (channel, scheme, use_mask) in enumerate(
+        zip(data_CZYX, spec.normalization_schemes, spec.use_mask_for_norm, strict=True)
+    ):
+        SCHEMES[scheme](channel, mask if use_mask else None, spec.intensity_properties.get(str(index), {}))
+
+
+def _filled_nonzero_mask(data_CZYX: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Non-zero voxels and the holes they enclose.
+
+    Equal to `binary_fill_holes` of the uncropped mask: everything outside the box is connected to the border, so a
+    zero region that touches the box is no hole.
+    """
+    from scipy.ndimage import label
+
+    mask = (data_CZYX != 0).any(axis=0)
+    regions, count = label(~mask)
+    if not count:
+        return mask
+    is_hole = np.ones(count + 1, bool)
+    is_hole[0] = False
+    for axis in range(mask.ndim):
+        for border in (0, -1):
+            is_hole[regions.take(border, axis=axis)] = False
+    return mask | is_hole[regions]
