@@ -52,7 +52,8 @@ def write_bundle_json(spec: BundleSpec, path: Path) -> None:
     """Write `bundle.json` with its own digest (`self_sha256`, over the canonical JSON of everything else)."""
     raw = to_plain(spec)
     raw["self_sha256"] = sha256_of(raw)
-    path.write_text(json.dumps(raw, indent=1, sort_keys=True))
+    # keys keep their order: dataset.json and plans.json are copied from here, and nnU-Net's regions are ordered
+    path.write_text(json.dumps(raw, indent=1))
 
 
 def load_bundle_spec(folder: Path) -> BundleSpec:
