@@ -43,7 +43,8 @@ def train(
     epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
-    lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = 1e-2,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd (nnU-Net's), or adamw for short runs.")] = "sgd",
+    lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")] = "auto",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     mirroring: Annotated[
@@ -81,6 +82,7 @@ def train(
             "epochs": epochs,
             "iterations_per_epoch": iterations,
             "val_iterations_per_epoch": val_iterations,
+            "optimizer": optimizer,
             "initial_lr": lr,
             "seed": seed,
             "precision": precision,

@@ -142,7 +142,8 @@ def _configure(
     trainer.num_epochs = spec.epochs
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
-    trainer.initial_lr = spec.initial_lr
+    trainer.initial_lr = spec.lr
+    trainer.optimizer_name = spec.optimizer
     trainer.save_every = 1  # students are small; a kill costs one epoch at most
     trainer.store_mirroring = spec.mirroring
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
