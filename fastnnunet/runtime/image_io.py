@@ -102,7 +102,8 @@ class SimpleITKIO:
         geometry = {
             "spacing": image.GetSpacing(),
             "origin": image.GetOrigin(),
-            "direction": image.GetDirection(),
+            # plus zero: ITK's header reader leaves -0.0 where its image reader has 0.0
+            "direction": tuple(cosine + 0.0 for cosine in image.GetDirection()),
         }
         if original_orientation is not None:
             geometry["original_orientation"] = original_orientation
