@@ -1,0 +1,68 @@
+"""Finding the cache a training needs, or saying exactly why there is none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastnnunet.cache.folder import CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.identity import Identity, cache_name
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.specs.canonical import differences
+
+NAMED_AT_MOST = 10
+
+
+def find_cache(
+    root: Path, identity: Identity, *, build_command: str, case_digests: Mapping[str, str] | None = None
+) -> Path:
+    """The folder of the complete cache with exactly this identity under `root`.
+
+    `build_command` is what would build it, quoted in the errors; `case_digests`, when given, lets them name the cases
+    whose image changed. Raises NotFoundError when there is no cache at all or the right one is incomplete,
+    MismatchError when only other caches exist (with the fields in which the nearest one differs), CorruptError when the
+    right one is damaged.
+    """
+    path = root / cache_name(identity)
+    if path.is_dir():
+        cache = open_cache(path)
+        if missing := cache.missing_cases():
+            raise NotFoundError(
+                f"soft-label cache {path} is incomplete: {len(missing)} of {len(cache.cases)} cases are missing "
+                f"({_some(missing, ' ')})\nfinish it with: {build_command}"
+            )
+        return path
+    others = [other for folder in cache_folders(root) if (other := _readable(folder))]
+    if not others:
+        raise NotFoundError(f"no soft-label cache under {root}\nbuild it with: {build_command}")
+    nearest = min(others, key=lambda other: len(differences(other.identity, identity)))
+    fields = differences(nearest.identity, identity)
+    lines = [f"  {field}" for field in fields[:NAMED_AT_MOST]]
+    if len(fields) > NAMED_AT_MOST:
+        lines.append(f"  and {len(fields) - NAMED_AT_MOST} more")
+    if case_digests is not None:
+        lines += _case_lines(nearest.cases, case_digests)
+    raise MismatchError(
+        f"no soft-label cache under {root} fits; the nearest, {nearest.path.name}, differs in (cached -> needed)\n"
+        + "\n".join(lines)
+        + f"\nbuild the right one with: {build_command}"
+    )
+
+
+def _readable(folder: Path) -> CacheFolder | None:
+    try:
+        return open_cache(folder)
+    except (CorruptError, NotFoundError):
+        return None  # something else, or damaged: not a candidate
+
+
+def _case_lines(cached: Mapping[str, str], needed: Mapping[str, str]) -> list[str]:
+    kinds = {
+        "cases whose preprocessed image changed": [c for c in cached if c in needed and cached[c] != needed[c]],
+        "cases no longer there": [c for c in cached if c not in needed],
+        "new cases": [c for c in needed if c not in cached],
+    }
+    return [f"  {kind}: {_some(cases, ' ')}" for kind, cases in kinds.items() if cases]
+
+
+def _some(names: list[str], separator: str) -> str:
+    shown = separator.join(names[:NAMED_AT_MOST])
+    return shown if len(names) <= NAMED_AT_MOST else f"{shown} and {len(names) - NAMED_AT_MOST} more"

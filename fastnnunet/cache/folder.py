@@ -1,0 +1,204 @@
+"""The folder of one cache: `<root>/<first 16 digits of the key>/`, a Zarr v3 group with one array per case.
+
+zarr.json                  group; attributes: key, identity, spec, cases, provenance, a digest of all that
+<case>/zarr.json           array (stored channels, Z, Y, X) uint8
+<case>/c/0/0/0/0           its only shard
+<case>/manifest.json       written last: proof that the case is whole
+"""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastnnunet.cache.codec import Codec, make_codec
+from fastnnunet.cache.durable import write_atomically
+from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
+from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from fastnnunet.cache.shard import SHARD_NAME
+from fastnnunet.errors import CorruptError, NotFoundError, SpecError
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
+from fastnnunet.specs.load import build_spec
+
+GROUP_NAME = "zarr.json"
+ARRAY_NAME = "zarr.json"
+RECORDED_PACKAGES = ("fastnnunet", "numpy", "torch", "nnunetv2", "zarr", "numcodecs", "openvino")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFolder:
+    """An opened cache. Holds no file handle; safe to pickle and to share."""
+
+    path: Path
+    key: str
+    identity: Identity
+    spec: CacheSpec
+    cases: dict[str, str]  # case id -> digest of the preprocessed image
+    provenance: dict[str, Any]
+
+    @property
+    def codec(self) -> Codec:
+        labels = self.identity["soft_labels"]
+        return make_codec(labels["encoding"], labels["heads"])
+
+    @property
+    def temperature(self) -> float:
+        return float(self.identity["soft_labels"]["temperature"])
+
+    def case_dir(self, case_id: str) -> Path:
+        return self.path / case_id
+
+    def manifest(self, case_id: str) -> Manifest | None:
+        """The manifest of a stored case, None when the case is not stored.
+
+        Raises CorruptError when it is damaged or belongs to another case, cache or image.
+        """
+        manifest = read_manifest(self.case_dir(case_id))
+        if manifest is None:
+            return None
+        expected = (case_id, self.key, self.cases.get(case_id))
+        if (got := (manifest.case_id, manifest.key, manifest.image_sha256)) != expected:
+            raise CorruptError(
+                f"{self.case_dir(case_id) / MANIFEST_NAME} belongs elsewhere\n"
+                f"  got      (case, cache, image) {got}\n  expected (case, cache, image) {expected}"
+            )
+        return manifest
+
+    def rebuild_command(self, case_id: str) -> str:
+        """The command that replaces a damaged case."""
+        return f"{self.provenance.get('command', 'fastnnunet cache build ...')} --case {case_id}"
+
+    def missing_cases(self) -> list[str]:
+        """Cases that are not stored, or visibly damaged (a rebuild replaces those)."""
+        return [case for case in self.cases if self.problem(case) is not None]
+
+    def stored_manifests(self) -> list[Manifest]:
+        """The manifests of all cases that count as stored."""
+        stored = (self.manifest(case) for case in self.cases if self.problem(case) is None)
+        return [manifest for manifest in stored if manifest is not None]
+
+    def problem(self, case_id: str, *, deep: bool = False) -> str | None:
+        """Why a case does not count as stored, None when it does.
+
+        The manifest, the array's metadata and the shard's size are always checked; `deep` also hashes the shard.
+        """
+        try:
+            manifest = self.manifest(case_id)
+        except CorruptError as e:
+            return str(e)
+        if manifest is None:
+            return f"not built ({MANIFEST_NAME} is missing)"
+        folder = self.case_dir(case_id)
+        shard = folder / SHARD_NAME
+        try:
+            if sha256_of_file(folder / ARRAY_NAME) != manifest.array_sha256:
+                return f"{folder / ARRAY_NAME} was changed (its digest does not match the manifest)"
+            if (size := shard.stat().st_size) != manifest.stored_bytes:
+                return f"{shard} was truncated or changed: got {size} bytes, expected {manifest.stored_bytes}"
+            if deep and (got := sha256_of_file(shard)) != manifest.shard_sha256:
+                return f"{shard} was changed: got sha256 {got}, expected {manifest.shard_sha256}"
+        except OSError as e:
+            return f"{e.filename} cannot be read ({e.strerror})"
+        return None
+
+
+def create_cache(
+    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], provenance: Mapping[str, Any]
+) -> CacheFolder:
+    """Open the cache with this identity under `root`, creating it when it is not there.
+
+    A second builder of the same cache finds and uses the first one's folder. Raises SpecError when `root` lies inside
+    another cache or a case id cannot be a folder name, CorruptError when the existing cache is damaged.
+    """
+    for folder in (root, *root.parents):
+        if (folder / GROUP_NAME).exists():
+            raise SpecError(f"root {root} is inside a Zarr store ({folder}); choose a folder outside any cache")
+    for case in cases:
+        if not case or case.startswith(".") or "/" in case or "\\" in case or case == GROUP_NAME:
+            raise SpecError(f"case id {case!r} cannot be used as a folder name")
+    path = root / cache_name(identity)
+    if not (path / GROUP_NAME).exists():
+        path.mkdir(parents=True, exist_ok=True)
+        body = {
+            "format_version": FORMAT_VERSION,
+            "key": cache_key(identity),
+            "identity": identity,
+            "spec": to_plain(spec),
+            "cases": dict(cases),
+            "provenance": {**provenance, **_versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")},
+        }
+        group = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {"fastnnunet": {**body, "self_sha256": sha256_of(body)}},
+        }
+        write_atomically(path / GROUP_NAME, json.dumps(group, indent=1, sort_keys=True).encode())
+    return open_cache(path)
+
+
+def open_cache(path: Path) -> CacheFolder:
+    """Open a cache folder for reading.
+
+    Raises NotFoundError when there is none, CorruptError when its metadata was changed or is of a newer format.
+    """
+    file = path / GROUP_NAME
+    try:
+        raw = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise NotFoundError(f"no soft-label cache at {path}: {GROUP_NAME} is missing") from e
+    except (OSError, ValueError) as e:
+        raise CorruptError(_damaged(path, f"{GROUP_NAME} cannot be read: {e}")) from e
+    try:
+        body = raw["attributes"]["fastnnunet"]
+        version = body["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CorruptError(
+                f"cache {path} has format version {version}, this fastnnunet reads up to {FORMAT_VERSION}; "
+                "update fastnnunet"
+            )
+        declared = body.pop("self_sha256")
+        if (set(raw), raw["zarr_format"], raw["node_type"]) != ({"zarr_format", "node_type", "attributes"}, 3, "group"):
+            raise CorruptError(_damaged(path, f"{GROUP_NAME} is not the group this project writes"))
+        if sha256_of(body) != declared:
+            raise CorruptError(_damaged(path, f"{GROUP_NAME} was changed (its digest does not match)"))
+        folder = CacheFolder(
+            path=path,
+            key=body["key"],
+            identity=body["identity"],
+            spec=build_spec(CacheSpec, body["spec"], where=str(file)),
+            cases=body["cases"],
+            provenance=body["provenance"],
+        )
+    except (KeyError, TypeError, AttributeError, SpecError) as e:
+        raise CorruptError(_damaged(path, f"{GROUP_NAME} is not that of a soft-label cache: {e}")) from e
+    if cache_key(folder.identity) != folder.key or path.name != folder.key[:KEY_CHARS_IN_NAME]:
+        raise CorruptError(
+            _damaged(path, f"folder name, key and identity disagree\n  got      {path.name}\n  expected {folder.key}")
+        )
+    if folder.identity["data"]["sha256"] != sha256_of(folder.cases):
+        raise CorruptError(_damaged(path, "the list of cases does not match the identity"))
+    return folder
+
+
+def cache_folders(root: Path) -> Iterable[Path]:
+    """Folders under `root` that look like caches, by name; empty when `root` does not exist."""
+    return sorted(file.parent for file in root.glob(f"*/{GROUP_NAME}"))
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"cache {path} is damaged: {reason}\nremove the folder and build the cache again (fastnnunet cache build)"
+
+
+def _versions() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions}

@@ -1,0 +1,71 @@
+"""What a cache build needs from the outside: cases and a teacher.
+
+`cache` imports neither nnU-Net nor torch; whatever implements these three protocols can be cached.
+Shape suffixes: C = channels (of an image: modalities; of logits: network heads), Z, Y, X = space in the order of the
+preprocessed arrays.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Fold = int | str
+Float32Array = npt.NDArray[np.float32]
+Uint8Array = npt.NDArray[np.uint8]
+
+
+class CaseSource(Protocol):
+    """Preprocessed cases. Picklable and cheap to pickle: it travels to every worker."""
+
+    @property
+    def case_ids(self) -> tuple[str, ...]: ...
+
+    def shape_zyx(self, case_id: str) -> tuple[int, int, int]: ...
+
+    def image_CZYX(self, case_id: str) -> Float32Array: ...
+
+    def digest(self, case_id: str) -> str:
+        """Hex SHA-256 of the dtype, shape and decoded values of the image (not of the file that holds it)."""
+        ...
+
+
+class Teacher(Protocol):
+    """A loaded ensemble."""
+
+    def logits(self, image_CZYX: Float32Array, folds: Sequence[Any]) -> Float32Array:
+        """Mean logits (heads, Z, Y, X) over mirrors, tiles and `folds`."""
+        ...
+
+    def seconds_per_patch(self) -> float:
+        """Measured seconds for one patch with all folds and mirrors, warm."""
+        ...
+
+
+class TeacherFactory(Protocol):
+    """Describes a teacher without loading it. Picklable and cheap: it travels to every worker."""
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def has_regions(self) -> bool:
+        """True when heads are overlapping regions (sigmoid), False when they are exclusive classes (softmax)."""
+        ...
+
+    @property
+    def patch_size(self) -> tuple[int, ...]: ...
+
+    @property
+    def folds(self) -> tuple[Any, ...]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Everything about the teacher that changes a logit, as plain JSON values; no paths, no host names."""
+        ...
+
+    def unseen_folds(self, case_id: str) -> tuple[Any, ...]:
+        """The folds that did not train on this case."""
+        ...
+
+    def load(self, threads: int) -> Teacher: ...
