@@ -1,0 +1,54 @@
+# make demo   the whole job on generated data        make test   the test suite
+# make cache | train | export | benchmark            one stage on your own data (DATASET= CONFIG= FOLD= R=)
+PYTHON   ?= python3
+VENV     ?= .venv
+DATASET  ?= 4
+CONFIG   ?= 3d_fullres
+FOLD     ?= 0
+R        ?= 2 4
+BUNDLES  ?= bundles
+EXTRA    ?=
+BIN      := $(VENV)/bin
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help install demo test lint cache train export benchmark clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+# One environment for everything; the stamp makes a second run start at once.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[train,openvino,dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python -m pipelines.demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+cache: install
+	$(BIN)/python -m pipelines.cache $(DATASET) $(CONFIG) $(EXTRA)
+
+train: install
+	$(BIN)/python -m pipelines.train $(DATASET) $(CONFIG) $(FOLD) $(R) $(EXTRA)
+
+export: install
+	$(BIN)/python -m pipelines.export $(DATASET) $(CONFIG) $(FOLD) $(R) --to $(BUNDLES) $(EXTRA)
+
+benchmark: install
+	$(BIN)/python -m pipelines.benchmark $(DATASET) $(CONFIG) $(FOLD) $(R) --bundles $(BUNDLES) $(EXTRA)
+
+clean:
+	rm -rf demo_out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,47 @@
+"""Fixtures shared by the suite. Nothing here needs a GPU or a network."""
+
+import os
+
+# before torch and OpenMP start: small work, and several test processes may share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("nnUNet_def_n_proc", "1")
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_world, world_environment
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def pristine_world(tmp_path_factory):
+    """A tiny nnU-Net world, made once; tests that change something take `world` instead."""
+    root = tmp_path_factory.mktemp("world") / "pristine"
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in world_environment(root).items():
+            patch.setenv(name, value)
+        make_world(root)
+    return root
+
+
+@pytest.fixture
+def world(pristine_world, tmp_path, monkeypatch):
+    """A private copy of the tiny world, with the nnU-Net variables pointing at it."""
+    root = tmp_path / "nnunet"
+    shutil.copytree(pristine_world, root)
+    for name, value in world_environment(root).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # load batches in this process: reproducible
+    return root
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data beside the project; skips where it is absent."""
+    if not (SHARED / "data" / "Dataset004_Hippocampus").is_dir():
+        pytest.skip(f"real data not found at {SHARED}")
+    return SHARED
