@@ -25,6 +25,14 @@ from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, Misma
 log = logging.getLogger(__name__)
 
 
+class CasesFailedError(BuildError):
+    """Some cases could not be labelled; the others are stored. `failed` maps case id -> reason."""
+
+    def __init__(self, message: str, failed: dict[str, str]) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseDone:
     """Progress: one case is finished (`manifest`) or failed (`error`)."""
@@ -67,9 +75,9 @@ def build_cache(
     `scheduler` (tcp://host:port). Each teacher computes with `threads` threads. `only` restricts the build to these
     cases and replaces those among them that are damaged.
 
-    A case that fails does not stop the others; at the end BuildError names each with its reason. Full disks and lost
-    clusters stop the build at once (DiskSpaceError, BuildError). In every event what was committed stays and the same
-    call resumes.
+    A case that fails does not stop the others; at the end CasesFailedError names each with its reason. Full disks and
+    lost clusters stop the build at once (DiskSpaceError, BuildError). In every event what was committed stays and the
+    same call resumes.
     """
     todo = job.todo(only)
     if todo:
@@ -109,10 +117,11 @@ def build_cache(
                 )
             )
     if failed:
-        raise BuildError(
+        raise CasesFailedError(
             f"{len(failed)} of {len(todo)} cases failed\n"
             + "\n".join(f"  {case}: {error}" for case, error in failed.items())
-            + "\nthe others are stored; mend these and run the same command again"
+            + "\nthe others are stored; mend these and run the same command again",
+            failed,
         )
     return cache
 

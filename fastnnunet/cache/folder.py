@@ -69,9 +69,14 @@ class CacheFolder:
             )
         return manifest
 
-    def rebuild_command(self, case_id: str) -> str:
-        """The command that replaces a damaged case."""
-        return f"{self.provenance.get('command', 'fastnnunet cache build ...')} --case {case_id}"
+    @property
+    def build_command(self) -> str:
+        """The command that built this cache, and completes it."""
+        return str(self.provenance["command"])
+
+    def rebuild_command(self, *case_ids: str) -> str:
+        """The command that replaces damaged cases."""
+        return f"{self.build_command} --case {' '.join(case_ids)}"
 
     def missing_cases(self) -> list[str]:
         """Cases that are not stored, or visibly damaged (a rebuild replaces those)."""
@@ -108,7 +113,7 @@ class CacheFolder:
 
 
 def create_cache(
-    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], provenance: Mapping[str, Any]
+    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], command: str
 ) -> CacheFolder:
     """Open the cache with this identity under `root`, creating it when it is not there.
 
@@ -130,7 +135,11 @@ def create_cache(
             "identity": identity,
             "spec": to_plain(spec),
             "cases": dict(cases),
-            "provenance": {**provenance, **_versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")},
+            "provenance": {
+                "command": command,
+                **_versions(),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
         }
         group = {
             "zarr_format": 3,

@@ -36,7 +36,7 @@ class CacheJob:
             return None
 
     def create(self) -> CacheFolder:
-        return create_cache(self.root, self.identity, self.spec, self.cases, {"command": self.command})
+        return create_cache(self.root, self.identity, self.spec, self.cases, self.command)
 
     def todo(self, only: Sequence[str] | None = None) -> list[str]:
         """Cases still to be labelled, largest first.

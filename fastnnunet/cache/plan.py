@@ -11,6 +11,7 @@ from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.errors import DiskSpaceError
+from fastnnunet.geometry.grid import tile_starts
 
 BYTES_PER_STORED_VALUE = 0.4  # rule used until one case is measured: 0.33 on hippocampus at T = 3, less when T is lower
 FILES_PER_CASE_BYTES = 3 * 4096  # manifest, zarr.json and the rounding of three files to disk blocks
@@ -83,13 +84,10 @@ def free_bytes(path: Path) -> int:
 
 
 def count_tiles(shape_zyx: Sequence[int], patch_size: Sequence[int], step_size: float) -> int:
-    """Number of sliding-window tiles; a two-dimensional patch visits every slice.
-
-    Per axis ceil((I - T) / (T * step)) + 1 with I the image padded to at least the patch T, as nnU-Net computes it.
-    """
+    """Number of sliding-window tiles; a two-dimensional patch visits every slice."""
     slices = shape_zyx[0] if len(patch_size) == 2 else 1
-    axes = zip(shape_zyx[-len(patch_size) :], patch_size, strict=True)
-    return slices * math.prod(math.ceil((max(n, t) - t) / (t * step_size)) + 1 for n, t in axes)
+    padded = [max(n, t) for n, t in zip(shape_zyx[-len(patch_size) :], patch_size, strict=True)]
+    return slices * math.prod(map(len, tile_starts(padded, patch_size, step_size)))
 
 
 def _bytes_per_voxel(job: CacheJob) -> tuple[float, bool]:

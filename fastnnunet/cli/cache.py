@@ -1,0 +1,246 @@
+"""`fastnnunet cache`: soft labels of the teacher ensemble, computed once and stored."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastnnunet.errors import NotFoundError, SpecError
+
+if TYPE_CHECKING:
+    from fastnnunet.cache.folder import CacheFolder
+    from fastnnunet.cache.job import CacheJob
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Stage 1: run the teacher ensemble once over every case and store its soft labels.",
+)
+
+Dataset = Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")]
+AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name (default: all).")]
+Configuration = Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net configuration.")]
+Plans = Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")]
+Trainer = Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")]
+Folds = Annotated[list[str] | None, typer.Option("-f", "--fold", help="Teacher folds (default: 0 1 2 3 4).")]
+Checkpoint = Annotated[str, typer.Option("-chk", "--checkpoint", help="Checkpoint file of every fold.")]
+SpecFile = Annotated[Path | None, typer.Option("--spec", help="Recipe (default: cache_specs/default.yaml's values).")]
+Temperature = Annotated[float | None, typer.Option("-temp", "--temp", help="Temperature; overrides the recipe's.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the caches (default: beside the cases).")]
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
+WhichCache = Annotated[str | None, typer.Argument(help="Folder of the cache, or the first digits of its key.")]
+
+
+@app.command("build")
+def build(
+    dataset: Dataset,
+    configuration: Configuration = "3d_fullres",
+    plans: Plans = "nnUNetPlans",
+    trainer: Trainer = "nnUNetTrainer",
+    fold: Folds = None,
+    checkpoint: Checkpoint = "checkpoint_final.pth",
+    spec: SpecFile = None,
+    temperature: Temperature = None,
+    root: Root = None,
+    case: Cases = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
+    ] = None,
+) -> None:
+    """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.
+
+    Example:
+
+      fastnnunet cache build -d 4 -c 3d_fullres -f 0 1 2 3 4 --spec cache_specs/default.yaml
+    """
+    from fastnnunet.cache.build import CasesFailedError, build_cache
+    from fastnnunet.cli.cache_view import BuildProgress, print_summary
+
+    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
+    workers, threads = _parallelism(workers, threads)
+    print(f"cache: {job.path}")
+    with BuildProgress(job, job.todo(case)) as progress:
+        try:
+            cache = build_cache(
+                job, workers=workers, threads=threads, scheduler=scheduler, only=case, progress=progress.advance
+            )
+        except CasesFailedError as e:
+            failure: CasesFailedError | None = e
+        else:
+            failure = None
+    if failure is not None:
+        typer.echo(f"error: {failure}", err=True)
+        raise typer.Exit(1)
+    print_summary(cache)
+
+
+@app.command("plan")
+def plan(
+    dataset: Dataset,
+    configuration: Configuration = "3d_fullres",
+    plans: Plans = "nnUNetPlans",
+    trainer: Trainer = "nnUNetTrainer",
+    fold: Folds = None,
+    checkpoint: Checkpoint = "checkpoint_final.pth",
+    spec: SpecFile = None,
+    temperature: Temperature = None,
+    root: Root = None,
+    case: Cases = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
+) -> None:
+    """Say what a build would write, need and take. Writes nothing; exit code 2 when the disk is too small.
+
+    Example:
+
+      fastnnunet cache plan -d 4 -c 3d_fullres --workers 2
+    """
+    from fastnnunet.cache.plan import plan_cache, require_space
+    from fastnnunet.cli.cache_view import print_plan
+
+    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
+    workers, threads = _parallelism(workers, threads)
+    todo = job.todo(case)
+    teacher = job.factory.load(threads) if timing and todo else None
+    print_plan(plan_cache(job, teacher=teacher, workers=max(1, workers), only=case))
+    require_space(job, todo)
+
+
+@app.command("list")
+def list_caches(dataset: AnyDataset = None, root: Root = None) -> None:
+    """List the caches that exist, finished or not.
+
+    Example:
+
+      fastnnunet cache list -d 4
+    """
+    from fastnnunet.cli.cache_view import print_list
+
+    print_list(_all_folders(dataset, root))
+
+
+@app.command("info")
+def info(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = None) -> None:
+    """Show one cache: what it is made from, by what, and how large and how accurate it is.
+
+    Example:
+
+      fastnnunet cache info 40467043
+    """
+    from fastnnunet.cli.cache_view import print_info
+
+    print_info(_select(cache, dataset, root))
+
+
+@app.command("verify")
+def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = None) -> None:
+    """Read a whole cache again and check every digest, chunk and value. Exit code 1 when anything is not right.
+
+    Example:
+
+      fastnnunet cache verify 40467043
+    """
+    from fastnnunet.cache.verify import verify_cache
+    from fastnnunet.cli.cache_view import VerifyProgress, print_reports
+
+    folder = _select(cache, dataset, root)
+    with VerifyProgress(len(folder.cases)) as progress:
+        reports = verify_cache(folder, progress.advance)
+    if not print_reports(folder, reports):
+        raise typer.Exit(1)
+
+
+def _job(
+    dataset: str,
+    configuration: str,
+    plans: str,
+    trainer: str,
+    folds: list[str] | None,
+    checkpoint: str,
+    spec_file: Path | None,
+    temperature: float | None,
+    root: Path | None,
+) -> "CacheJob":
+    """Join nnU-Net's cases and teacher with a cache recipe."""
+    import dataclasses
+    import shlex
+
+    from fastnnunet.cache.job import prepare_job
+    from fastnnunet.cli.cache_view import digest_progress
+    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.distill.soft_labels import build_command
+    from fastnnunet.nnunet.dataset import open_teacher
+    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.specs.load import load_yaml_spec
+    from fastnnunet.specs.teacher import TeacherSpec
+
+    teacher = TeacherSpec(
+        dataset=dataset,
+        configuration=configuration,
+        plans=plans,
+        trainer=trainer,
+        folds=parse_folds(folds) if folds else TeacherSpec(dataset=dataset).folds,
+        checkpoint=checkpoint,
+    )
+    recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
+    if temperature is not None:
+        recipe = dataclasses.replace(recipe, temperature=temperature)
+    command = build_command(teacher, recipe, spec_file) + ("" if root is None else f" --root {shlex.quote(str(root))}")
+    source, factory, default_root = open_teacher(teacher, recipe)
+    with digest_progress() as progress:
+        return prepare_job(source, factory, recipe, root or default_root, command=command, progress=progress)
+
+
+def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
+    """Processes and threads per process: what was asked for, else up to four processes that share the CPUs.
+
+    With a GPU one process, since all of them would share it.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    if workers is None:
+        import torch
+
+        workers = 1 if torch.cuda.is_available() else min(4, cpus)
+    return workers, threads or max(1, cpus // max(1, workers))
+
+
+def _all_folders(dataset: str | None, root: Path | None) -> list[Path]:
+    """Every cache folder under `root`, or beside the preprocessed cases of one or all data sets."""
+    from fastnnunet.cache.folder import cache_folders
+    from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+
+    if root is not None:
+        if not root.is_dir():
+            raise NotFoundError(f"--root {root} is not a folder")
+        return list(cache_folders(root))
+    base = nnunet_folder("nnUNet_preprocessed")
+    name = "Dataset*" if dataset is None else resolve_dataset(dataset)
+    return [folder for caches in sorted(base.glob(f"{name}/fastnnunet_*")) for folder in cache_folders(caches)]
+
+
+def _select(which: str | None, dataset: str | None, root: Path | None) -> "CacheFolder":
+    """The cache meant by a path, by the start of a key, or by being the only one."""
+    from fastnnunet.cache.folder import open_cache
+
+    if which is not None and Path(which).is_dir():
+        return open_cache(Path(which).resolve())
+    folders = _all_folders(dataset, root)
+    matching = [folder for folder in folders if folder.name.startswith(which or "")]
+    if not matching:
+        raise NotFoundError(
+            f"no soft-label cache {which or ''} found\n"
+            f"there are: {', '.join(folder.name for folder in folders) or 'none'}\n"
+            "expected a cache folder or the first digits of a key; see: fastnnunet cache list"
+        )
+    if len(matching) > 1:
+        raise SpecError(
+            "which cache? there are several:\n"
+            + "\n".join(f"  {folder}" for folder in matching)
+            + "\ngive the folder, more digits of the key, -d or --root"
+        )
+    return open_cache(matching[0])

@@ -1,0 +1,242 @@
+"""What `fastnnunet cache` shows: progress bars, tables, numbers with units."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastnnunet.cache.build import CaseDone
+from fastnnunet.cache.folder import CacheFolder, open_cache
+from fastnnunet.cache.job import CacheJob
+from fastnnunet.cache.manifest import Manifest
+from fastnnunet.cache.plan import CachePlan
+from fastnnunet.cache.verify import CaseReport
+from fastnnunet.errors import CorruptError
+from fastnnunet.specs.canonical import to_plain
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def size_text(size_bytes: float) -> str:
+    """`12.3 MB`, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def time_text(seconds: float) -> str:
+    """`48 s`, `12 min` or `3.4 h`."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+@contextmanager
+def digest_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for reading and hashing the cases, gone when done."""
+    with Progress(
+        TextColumn("reading cases"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class BuildProgress:
+    """Bar over voxels, so that cases of different size leave the remaining time right; off a terminal a line a case."""
+
+    def __init__(self, job: CacheJob, todo: Sequence[str]) -> None:
+        self._todo = todo
+        self._stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)
+        self._total = len(job.cases)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=3600,
+        )
+        self._task = self._progress.add_task("loading the teacher", total=sum(map(job.voxels, todo)) or None)
+
+    def __enter__(self) -> "BuildProgress":
+        console.print(f"{self._stored} of {self._total} cases stored, {len(self._todo)} to do")
+        if self._todo and console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, event: CaseDone) -> None:
+        """Show one finished case."""
+        count = f"{event.done}/{event.total}"
+        if event.manifest is None:
+            console.print(f"{count} {event.case_id} [red]failed[/red]: {escape(event.error or '')}")
+        elif not console.is_terminal:
+            manifest = event.manifest
+            console.print(
+                f"{count} {event.case_id} {manifest.seconds:.1f} s, {size_text(manifest.stored_bytes)}, "
+                f"{manifest.stored_bytes / manifest.voxels:.2f} B/voxel"
+            )
+        self._progress.update(self._task, advance=event.voxels, description=f"{count} {event.case_id}")
+
+
+class VerifyProgress:
+    """Bar over cases."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("checking"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> "VerifyProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, _report: CaseReport) -> None:
+        """Count one case."""
+        self._progress.advance(self._task)
+
+
+def print_plan(plan: CachePlan) -> None:
+    """What a build would write, need and take."""
+    source = "measured on the stored cases" if plan.bytes_measured else "rule of thumb until a case is stored"
+    rows = [
+        ("cache", str(plan.path)),
+        ("cases", f"{plan.cases}, of which {plan.cases_todo} to do"),
+        ("voxels to do", f"{plan.voxels_todo:,}"),
+        ("disk", f"{size_text(plan.bytes_estimated)} ({plan.bytes_per_voxel:.2f} B/voxel, {source}); "
+                 f"free: {size_text(plan.bytes_free)}"),
+        ("memory", f"{size_text(plan.memory_per_worker)} per process at most, beside the teacher; x {plan.workers}"),
+    ]  # fmt: skip
+    if plan.seconds_estimated is not None and plan.seconds_per_patch is not None:
+        rows.append(
+            (
+                "time",
+                f"about {time_text(plan.seconds_estimated)} ({plan.seconds_per_patch:.2f} s per patch x "
+                f"{plan.tiles_todo} patches / {plan.workers} processes)",
+            )
+        )
+    _print_rows(rows)
+
+
+def print_list(folders: Sequence[Path]) -> None:
+    """One line per cache."""
+    if not folders:
+        console.print("no caches")
+        return
+    table = Table(
+        "key", "place", "T", "encoding", "policy", "folds", "cases", "size", "B/voxel", box=None, pad_edge=False
+    )
+    for folder in folders:
+        try:
+            cache = open_cache(folder)
+        except CorruptError as e:
+            table.add_row(folder.name, escape(str(folder.parent)), "[red]damaged[/red]", escape(str(e).splitlines()[0]))
+            continue
+        stored = cache.stored_manifests()
+        size, voxels = _totals(stored)
+        policy = cache.identity["policy"]
+        table.add_row(
+            cache.path.name,
+            escape(str(folder.parent)),
+            f"{cache.temperature:g}",
+            cache.codec.name,
+            policy["name"],
+            " ".join(map(str, policy["folds"])),
+            f"{len(stored)}/{len(cache.cases)}",
+            size_text(size),
+            f"{size / voxels:.3f}" if voxels else "-",
+        )
+    console.print(table)
+
+
+def print_info(cache: CacheFolder) -> None:
+    """Everything known about one cache."""
+    import yaml
+
+    stored = cache.stored_manifests()
+    size, voxels = _totals(stored)
+    rows = [
+        ("folder", str(cache.path)),
+        ("key", cache.key),
+        (
+            "cases",
+            f"{len(stored)} of {len(cache.cases)} stored"
+            + ("" if len(stored) == len(cache.cases) else " (unfinished)"),
+        ),
+        ("size", f"{size_text(size)}" + (f", {size / voxels:.3f} bytes per voxel" if voxels else "")),
+    ]
+    if stored:
+        rows.append(
+            ("error", f"at most {max(m.max_error for m in stored):.6f} measured, {cache.codec.eps:.6f} guaranteed")
+        )
+        rows.append(("teacher time", time_text(sum(m.seconds for m in stored))))
+    _print_rows(rows)
+    document = {"identity": cache.identity, "recipe": to_plain(cache.spec), "provenance": cache.provenance}
+    console.print(escape(yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=120)))
+
+
+def print_summary(cache: CacheFolder) -> None:
+    """One line after a build."""
+    stored = cache.stored_manifests()
+    size, voxels = _totals(stored)
+    console.print(
+        f"{len(stored)} of {len(cache.cases)} cases stored, {size_text(size)}, "
+        f"{size / max(voxels, 1):.3f} bytes per voxel, largest error {max((m.max_error for m in stored), default=0):.6f} (bound {cache.codec.eps:.6f})"
+    )
+
+
+def print_reports(cache: CacheFolder, reports: Sequence[CaseReport]) -> bool:
+    """Print what is not right and the command that mends it; True when everything is."""
+    bad = [report for report in reports if report.status != "ok"]
+    for report in bad:
+        console.print(f"{report.case_id} [red]{report.status}[/red]: {escape(report.problem or '')}")
+    damaged = [report.case_id for report in bad if report.status == "damaged"]
+    missing = len(bad) - len(damaged)
+    console.print(f"{len(reports) - len(bad)} cases ok, {len(damaged)} damaged, {missing} missing")
+    if damaged:
+        console.print(f"rebuild the damaged ones with: {escape(cache.rebuild_command(*damaged))}")
+    if missing:
+        console.print(f"build the missing ones with: {escape(cache.build_command)}")
+    return not bad
+
+
+def _totals(manifests: Sequence[Manifest]) -> tuple[int, int]:
+    """Stored bytes and voxels."""
+    return sum(m.stored_bytes for m in manifests), sum(m.voxels for m in manifests)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    for name, text in rows:
+        console.print(f"{name + ':':<14}{escape(text)}")
