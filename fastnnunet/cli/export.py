@@ -1,9 +1,14 @@
 """`fastnnunet export`: a student as a bundle."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fastnnunet.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from fastnnunet.specs.distill import DistillSpec, StudentSpec
 
 app = typer.Typer(no_args_is_help=True, help="Export a student for deployment; always validated on real patches.")
 
@@ -34,23 +39,55 @@ def onnx(
 
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 -r 4 -o hippocampus_r4
     """
+    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+
+    export_student(
+        dataset=dataset,
+        configuration=configuration,
+        plans=plans,
+        fold=fold,
+        student=StudentSpec(r=reduction),
+        distill=DistillSpec(alpha=alpha, temperature=temperature),
+        output=output,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+    )
+
+
+def export_student(
+    *,
+    dataset: str,
+    configuration: str,
+    plans: str,
+    fold: str,
+    student: "StudentSpec",
+    distill: "DistillSpec",
+    output: Path | None,
+    checkpoint: str,
+    overwrite: bool,
+    verbose: bool = True,
+) -> Path:
+    """Export a student found by what it was trained with; `output` None puts `bundle/` beside its checkpoint."""
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.export.bundle import export_bundle
     from fastnnunet.nnunet.paths import resolve_dataset
     from fastnnunet.nnunet.student import student_folder
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
 
-    folder = student_folder(
-        resolve_dataset(dataset),
-        plans,
-        configuration,
-        StudentSpec(r=reduction),
-        DistillSpec(alpha=alpha, temperature=temperature),
-    )
+    folder = student_folder(resolve_dataset(dataset), plans, configuration, student, distill)
+    if not folder.is_dir():
+        there = sorted(p.name.split("__")[1] for p in folder.parent.glob(f"*__{plans}_r*__{configuration}"))
+        raise NotFoundError(
+            f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}\n"
+            f"train it with: fastnnunet train -d {dataset} -c {configuration} -f {fold} -r {student.r} "
+            f"-a {distill.alpha:g} -temp {distill.temperature:g}"
+        )
+    output = output or folder / f"fold_{fold}" / "bundle"
     report = export_bundle(folder, parse_folds([fold])[0], output, checkpoint=checkpoint, overwrite=overwrite)
     print(f"bundle: {output}")
-    print(
-        f"parity with PyTorch on {report.patches} real patches: largest logit difference "
-        f"{report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
-        f"same label on {report.label_agreement:.3%} of voxels"
-    )
+    if verbose:
+        print(
+            f"parity with PyTorch on {report.patches} real patches: largest logit difference "
+            f"{report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
+            f"same label on {report.label_agreement:.3%} of voxels"
+        )
+    return output

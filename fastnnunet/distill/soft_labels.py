@@ -1,15 +1,19 @@
 """The cache as a trainer sees it."""
 
+import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from fastnnunet.cache.find import find_cache
-from fastnnunet.cache.identity import build_identity, cache_name, digest_cases
+from fastnnunet.cache.identity import build_identity, cache_name
+from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.teacher import Precision
+from fastnnunet.nnunet.teacher import NnUNetTeacher, Precision
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
@@ -28,7 +32,9 @@ class CachedSoftLabels:
         return probabilities[probabilities.shape[0] - self.num_channels :]
 
 
-def build_command(teacher: TeacherSpec, spec: CacheSpec, spec_file: Path | None = None) -> str:
+def build_command(
+    teacher: TeacherSpec, spec: CacheSpec, spec_file: Path | None = None, root: Path | None = None
+) -> str:
     """The `fastnnunet cache build` command that makes this cache."""
     words = ["fastnnunet", "cache", "build", "-d", teacher.dataset, "-c", teacher.configuration]
     default = TeacherSpec(dataset=teacher.dataset)
@@ -41,7 +47,26 @@ def build_command(teacher: TeacherSpec, spec: CacheSpec, spec_file: Path | None 
         words += ["--spec", str(spec_file)]
     if spec.temperature != CacheSpec().temperature:
         words += ["--temp", f"{spec.temperature:g}"]
+    if root is not None:
+        words += ["--root", str(root)]
     return shlex.join(words)
+
+
+def cache_job(
+    teacher: TeacherSpec,
+    spec: CacheSpec,
+    *,
+    root: Path | None = None,
+    spec_file: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CacheJob:
+    """Join nnU-Net's cases and teacher with a cache recipe; nothing is written. `root` None = beside the cases.
+
+    `progress` gets (cases digested, cases). Raises NotFoundError, SpecError, MismatchError, CorruptError.
+    """
+    source, factory, default_root = open_teacher(teacher, spec)
+    command = build_command(teacher, spec, spec_file, root)
+    return prepare_job(source, factory, spec, root or default_root, command=command, progress=progress)
 
 
 def cache_for_training(
@@ -52,15 +77,13 @@ def cache_for_training(
     With `precision: auto` a cache built in either precision fits, since it may come from another machine.
     Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one).
     """
-    import dataclasses
-
-    cases, factory, default_root = open_teacher(teacher, spec)
-    root = root or default_root
-    digests = digest_cases(cases)
-    identity = build_identity(digests, factory, spec)
-    if spec.precision == "auto" and not (root / cache_name(identity)).is_dir():
-        other: Precision = "fp32" if factory.precision == "bf16" else "bf16"
-        alternative = build_identity(digests, dataclasses.replace(factory, precision=other), spec)
-        if (root / cache_name(alternative)).is_dir():
-            identity = alternative
-    return find_cache(root, identity, build_command=build_command(teacher, spec, spec_file), case_digests=digests)
+    job = cache_job(teacher, spec, root=root, spec_file=spec_file)
+    identity = job.identity
+    if spec.precision == "auto" and not job.path.is_dir():
+        precisions: tuple[Precision, Precision] = ("fp32", "bf16")
+        for precision in precisions:
+            factory = dataclasses.replace(cast(NnUNetTeacher, job.factory), precision=precision)
+            alternative = build_identity(job.cases, factory, spec)
+            if (job.root / cache_name(alternative)).is_dir():
+                identity = alternative
+    return find_cache(job.root, identity, build_command=job.command, case_digests=job.cases)

@@ -76,11 +76,7 @@ def train_student(
     """
     import torch
 
-    folder = teacher_folder(job.teacher)
-    dataset_json = read_json(folder / "dataset.json")
-    plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
-    fold_folder = run_folder(job)
-    _check_run_folder(fold_folder, resume, overwrite)
+    plans, dataset_json, fold_folder = check_job(job, resume=resume, overwrite=overwrite)
     soft_labels = None
     if job.distill.alpha > 0:
         cache = cache_for_training(job.teacher, job.cache, job.cache_root, job.cache_spec_file)
@@ -102,6 +98,16 @@ def train_student(
     if validate and not (fold_folder / "validation" / "summary.json").is_file():
         _validate(trainer)
     return fold_folder
+
+
+def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Refuse what can be refused without the cache; returns (student plans, dataset.json, fold folder)."""
+    folder = teacher_folder(job.teacher)
+    dataset_json = read_json(folder / "dataset.json")
+    plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
+    fold_folder = run_folder(job)
+    _check_run_folder(fold_folder, resume, overwrite)
+    return plans, dataset_json, fold_folder
 
 
 def run_folder(job: TrainingJob) -> Path:
