@@ -219,7 +219,12 @@ def _dataset_json(toy: Toy) -> dict[str, Any]:
 
 
 def nnunet_predict(
-    model: ToyModel, cases: dict[str, list[Path]], out: Path, *, save_probabilities: bool = False, step_size: float = 0.5
+    model: ToyModel,
+    cases: dict[str, list[Path]],
+    out: Path,
+    *,
+    save_probabilities: bool = False,
+    step_size: float = 0.5,
 ) -> None:
     """nnU-Net's own predictor (CPU, one process) on case name -> channel files."""
     import torch

@@ -142,6 +142,8 @@ class NaturalImage2DIO:
                 pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
             except RuntimeError as e:
                 raise ImageError(f"cannot read {file}: {_last_line(e)}\nexpected a PNG, BMP or TIFF picture") from e
+            if pixels.ndim == 3 and _is_grey_bmp(file, pixels):
+                pixels = pixels[..., 0]
             if pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
                 pictures.append(pixels.transpose(2, 0, 1)[:, None])
             elif pixels.ndim == 2:
@@ -158,6 +160,13 @@ class NaturalImage2DIO:
 
         with atomic_output(file) as partial:
             _write_sitk(sitk.GetImageFromArray(_smallest_dtype(segmentation_ZYX[0])), partial, file)
+
+
+def _is_grey_bmp(picture: Path, pixels: npt.NDArray[Any]) -> bool:
+    """BMP stores greys as a palette, which ITK turns into colours and nnU-Net's reader does not."""
+    with picture.open("rb") as f:
+        header = f.read(30)
+    return header[:2] == b"BM" and header[28] <= 8 and bool((pixels == pixels[..., :1]).all())
 
 
 def _write_sitk(image: Any, partial: Path, file: Path) -> None:
