@@ -1,0 +1,93 @@
+"""The distillation loss against hand-computed arrays, SciPy and its own derivative."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, rel_entr, softmax
+
+from fastnnunet.distill.losses import DistillationObjective, full_simplex, kl_classes, kl_regions
+
+
+def random_problem(seed, classes, shape=(2, 3, 4, 5)):
+    rng = np.random.default_rng(seed)
+    n, *space = shape
+    teacher = rng.normal(0, 3, (n, classes, *space))
+    student = rng.normal(0, 3, (n, classes, *space))
+    return teacher, student
+
+
+def test_kl_by_hand():
+    # one voxel, two classes: p = (1/4, 3/4), q = softmax(0, 0) = (1/2, 1/2)
+    logits = torch.zeros(1, 2, 1, 1, 1)
+    soft = torch.full((1, 1, 1, 1, 1), 0.75)
+    expected = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    assert kl_classes(logits, soft, 2.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_of_a_region_by_hand():
+    # one voxel, two regions: p = 0.75 against sigmoid(0) = 0.5, and p = 0 against sigmoid(0)
+    soft = torch.tensor([0.75, 0.0]).reshape(1, 2, 1, 1, 1)
+    first = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
+    got = kl_regions(torch.zeros(1, 2, 1, 1, 1), soft, 1.0).item()
+    assert got == pytest.approx(first + np.log(2), rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 7), st.floats(0.5, 8))
+def test_kl_sums_classes_and_averages_voxels(seed, classes, temperature):
+    teacher, student = random_problem(seed, classes)
+    p, q = softmax(teacher / temperature, 1), softmax(student / temperature, 1)
+    expected = rel_entr(p, q).sum(1).mean()  # SciPy: p log(p / q)
+    got = kl_classes(torch.tensor(student), torch.tensor(p[:, 1:]), temperature)
+    assert got.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0.5, 8))
+def test_region_kl_is_binary(seed, regions, temperature):
+    teacher, student = random_problem(seed, regions)
+    p, q = expit(teacher / temperature), expit(student / temperature)
+    expected = (rel_entr(p, q) + rel_entr(1 - p, 1 - q)).sum(1).mean()
+    assert kl_regions(torch.tensor(student), torch.tensor(p), temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_t_times_difference():
+    """d(T^2 KL)/dz = T (q - p) per voxel, here divided by the number of voxels because KL averages them."""
+    temperature, (teacher, student) = 3.0, random_problem(0, 4)
+    p = torch.tensor(softmax(teacher / temperature, 1))
+    z = torch.tensor(student, requires_grad=True)
+    (temperature**2 * kl_classes(z, p[:, 1:], temperature)).backward()
+    q = torch.softmax(z.detach() / temperature, 1)
+    voxels = z.numel() / z.shape[1]
+    torch.testing.assert_close(z.grad, temperature * (q - p) / voxels)
+
+
+def test_certain_teacher_has_finite_loss_and_gradient():
+    soft = torch.zeros(1, 2, 2, 2, 2)
+    soft[:, 0, 0] = 1.0  # one-hot: log(0) must not appear
+    z = torch.full((1, 3, 2, 2, 2), 50.0, requires_grad=True)
+    loss = kl_classes(z, soft, 1.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(z.grad).all()
+
+
+def test_background_is_what_is_left_also_after_rounding():
+    soft = torch.tensor([0.6, 0.4000001]).reshape(1, 2, 1, 1, 1)
+    assert full_simplex(soft)[0, 0].item() == 0
+    assert full_simplex(torch.zeros(1, 2, 1, 1, 1))[0, 0].item() == 1
+
+
+def test_objective_weighs_hard_and_soft():
+    logits, soft = torch.zeros(1, 2, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 0.75)
+    hard = torch.tensor(2.0)
+    total, soft_loss = DistillationObjective(alpha=0.3, temperature=3.0)(hard, logits, soft)
+    kl = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    assert soft_loss.item() == pytest.approx(9 * kl, rel=1e-6)
+    assert total.item() == pytest.approx(0.7 * 2 + 0.3 * 9 * kl, rel=1e-6)
+    zero, _ = DistillationObjective(alpha=0.3, temperature=3.0)(
+        torch.tensor(0.0), torch.tensor([[0.0, np.log(27.0)]]).reshape(1, 2, 1, 1, 1), soft
+    )
+    assert zero.item() == pytest.approx(0, abs=1e-6)  # softmax((0, 3 log 3) / 3) = (1/4, 3/4): the teacher's opinion

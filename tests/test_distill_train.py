@@ -1,0 +1,239 @@
+"""Training: soft labels move with the image, students are ordinary nnU-Net models, resuming and refusals."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastnnunet.cache.build import build_cache
+from fastnnunet.cache.job import prepare_job
+from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.student import reduce_features
+from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.teacher import TeacherSpec
+from tests.tiny import CONFIGURATION, DATASET
+
+CACHE = CacheSpec(precision="fp32", mirroring=False)
+SHORT = DistillSpec(epochs=2, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
+
+
+def make_job(**changes):
+    fields = {
+        "teacher": TeacherSpec(dataset="998", folds=(0, 1)),
+        "student": StudentSpec(r=2),
+        "distill": SHORT,
+        "cache": CACHE,
+        "fold": 0,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return TrainingJob(**{**fields, **changes})
+
+
+def build(spec=CACHE, folds=(0, 1)):
+    source, factory, root = open_teacher(TeacherSpec(dataset="998", folds=folds), spec)
+    return build_cache(prepare_job(source, factory, spec, root, command="rebuild"))
+
+
+class TestSoftLabelsMoveWithTheImage:
+    """The oracle: a soft label that *is* the image must stay equal to it through crop, padding and every transform."""
+
+    @pytest.fixture
+    def pair(self):
+        rng = np.random.default_rng(0)
+        image = rng.random((1, 20, 22, 24), np.float32)
+
+        class ImageAsSoftLabel:
+            num_channels = 1
+
+            def read(self, _case, lower, upper):
+                return image[(slice(None), *(slice(a, b) for a, b in zip(lower, upper, strict=True)))]
+
+        return image, _StackedCase(image, ImageAsSoftLabel(), "case")
+
+    def test_crop_and_padding(self, pair):
+        from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+        image, stacked = pair
+        box = [[-3, 15], [4, 30], [0, 24]]
+        patch = crop_and_pad_nd(stacked, box, 0)
+        np.testing.assert_array_equal(patch[:1], patch[1:])
+        np.testing.assert_array_equal(patch[:1], crop_and_pad_nd(image, box, 0))
+
+    def test_rotation_scaling_and_mirrors(self, pair):
+        from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+        from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+
+        spatial = SpatialTransform(
+            (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4)
+        )
+        split = _SplitSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 1)
+        np.random.seed(3)
+        for _ in range(5):
+            stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
+            out = split(stacked, torch.zeros(1, 20, 22, 24, dtype=torch.int16))
+            torch.testing.assert_close(out["segmentation"][-1], out["image"])
+            assert out["image"].shape == (1, 16, 16, 16)
+
+    def test_intensity_transforms_leave_it_alone(self, pair):
+        from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+
+        class Always:
+            def __init__(self, transform):
+                self.transform = transform
+
+            def __call__(self, **data):
+                return self.transform(**data)
+
+        brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
+        stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
+        out = _SplitSoftLabels(brighter, 1)(stacked.clone(), torch.zeros(1, 20, 22, 24))
+        torch.testing.assert_close(out["segmentation"][-1], stacked[1:])
+        torch.testing.assert_close(out["image"], 2 * stacked[:1])
+
+
+@pytest.mark.parametrize(
+    ("features", "r", "expected"),
+    [([32, 64, 320], 4, [8, 16, 80]), ([32, 64, 320], 6, [8, 10, 53]), ([32, 64], 1, [32, 64]), ([6, 12], 2, [6, 8])],
+)
+def test_reduced_widths(features, r, expected):
+    assert reduce_features(features, StudentSpec(r=r)) == expected
+
+
+def test_r_that_leaves_no_channels(world):
+    with pytest.raises(SpecError, match="-r 17 leaves no channels: the narrowest stage has 16"):
+        train_student(make_job(student=StudentSpec(r=17)))
+
+
+class TestTraining:
+    def test_student_is_an_ordinary_nnunet_model(self, world, tmp_path):
+        """Stock nnU-Net loads and runs it in a process in which fastnnunet cannot be imported."""
+        cache = build()
+        seen = []
+        folder = train_student(make_job(), progress=seen.append)
+        assert [(s.epoch, s.iteration) for s in seen] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+        assert all(s.soft > 0 for s in seen)
+        assert json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] >= 0
+        assert (folder / "progress.png").stat().st_size > 1000
+        checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
+        assert checkpoint["fastnnunet"]["cache_key"] == cache.key
+        assert checkpoint["inference_allowed_mirroring_axes"] is None
+        assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"].shape[0] == 8
+        code = (
+            "import sys; sys.modules['fastnnunet'] = None\n"
+            "from nnunetv2.inference.predict_from_raw_data import predict_entry_point\n"
+            "if __name__ == '__main__': predict_entry_point()\n"
+        )
+        script = tmp_path / "stock.py"
+        script.write_text(code)
+        options = f"-d 998 -c {CONFIGURATION} -p nnUNetPlans_r2_a0.3_T3 -f 0 -device cpu -npp 1 -nps 1".split()
+        images, out = world / "raw" / DATASET / "imagesTs", tmp_path / "out"
+        command = [sys.executable, str(script), "-i", str(images), "-o", str(out), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in out.glob("*.nii.gz")) == ["tiny_10.nii.gz", "tiny_11.nii.gz"]
+
+    def test_control_needs_no_cache(self, world):
+        folder = train_student(make_job(distill=dataclasses.replace(SHORT, alpha=0.0)), validate=False)
+        assert folder.parent.name == f"nnUNetTrainer__nnUNetPlans_r2_a0__{CONFIGURATION}"
+        assert load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]["cache_key"] is None
+
+    def test_resumed_run_equals_uninterrupted(self, world):
+        """On one core with in-process loading the second half of a resumed run starts from the stored state."""
+        build()
+        whole = train_student(make_job(), validate=False)
+        reference = load_checkpoint(whole / "checkpoint_final.pth")
+        stopped = []
+
+        def stop_in_second_epoch(state):
+            stopped.append(state)
+            if state.epoch == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train_student(make_job(), overwrite=True, validate=False, progress=stop_in_second_epoch)
+        assert load_checkpoint(whole / "checkpoint_latest.pth")["current_epoch"] == 1
+        with pytest.raises(MismatchError, match=r"unfinished run.*\n.*--continue"):
+            train_student(make_job(), validate=False)
+        epochs = []
+        train_student(make_job(), resume=True, validate=False, progress=lambda s: epochs.append(s.epoch))
+        assert set(epochs) == {1}
+        resumed = load_checkpoint(whole / "checkpoint_final.pth")
+        assert resumed["current_epoch"] == reference["current_epoch"] == 2
+        assert len(resumed["logging"]["train_losses"]) == 2
+        assert resumed["logging"]["train_losses"][0] == reference["logging"]["train_losses"][0]
+
+    def test_continue_with_other_hyperparameters(self, world):
+        job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0))
+        train_student(job, validate=False)
+        other = make_job(distill=dataclasses.replace(SHORT, alpha=0.0, epochs=3, initial_lr=0.5))
+        with pytest.raises(MismatchError, match=r"(?s)distill.epochs: 2 -> 3.*distill.initial_lr"):
+            train_student(other, resume=True, validate=False)
+
+    def test_loss_that_is_not_finite(self, world):
+        job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0, initial_lr=1e30))
+        with pytest.raises(BuildError, match=r"loss became (nan|inf).*tiny_"):
+            train_student(job, validate=False)
+
+
+class TestCacheThatDoesNotFit:
+    """Refused before anything is written, with the fields that differ and the command that builds the right one."""
+
+    def refused(self, job, error=MismatchError):
+        with pytest.raises(error) as caught:
+            train_student(job, validate=False)
+        assert not run_folder(job).exists()
+        return str(caught.value)
+
+    def test_none(self, world):
+        message = self.refused(make_job(), NotFoundError)
+        assert f"fastnnunet cache build -d 998 -c {CONFIGURATION} -f 0 1" in message
+
+    def test_other_temperature(self, world):
+        build(dataclasses.replace(CACHE, temperature=2.0))
+        message = self.refused(make_job())
+        assert "temperature: 2.0 -> 3.0" in message
+
+    def test_other_folds(self, world):
+        build(folds=(0, 1, 2))
+        message = self.refused(make_job())
+        assert "folds" in message
+        assert "-f 0 1" in message
+
+    def test_retrained_fold(self, world):
+        build()
+        path = world / "results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres/fold_1/checkpoint_final.pth"
+        checkpoint = load_checkpoint(path)
+        checkpoint["network_weights"]["decoder.seg_layers.0.bias"][0] += 1
+        torch.save(checkpoint, path)
+        assert "checkpoints.1" in self.refused(make_job())
+
+    def test_case_preprocessed_anew(self, world):
+        import blosc2
+
+        build()
+        file = world / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / "tiny_03.b2nd"
+        array = blosc2.open(str(file))[:]
+        file.unlink()
+        with contextlib.redirect_stdout(io.StringIO()):
+            blosc2.asarray(array + 1, urlpath=str(file))
+        assert "tiny_03" in self.refused(make_job())
+
+    def test_incomplete(self, world):
+        import shutil
+
+        cache = build()
+        shutil.rmtree(cache.case_dir("tiny_05"))
+        assert "tiny_05" in self.refused(make_job(), NotFoundError)

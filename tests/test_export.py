@@ -1,0 +1,148 @@
+"""Bundles: what is in them, that they compute what PyTorch computes, and that nothing is left when they do not."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError
+from fastnnunet.export import bundle as bundle_module
+from fastnnunet.export.bundle import export_bundle
+from fastnnunet.export.onnx import to_onnx
+from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.plans import build_network
+from fastnnunet.specs.bundle import load_bundle_spec
+from tests.tiny import CONFIGURATION, DATASET, PATCH
+
+
+@pytest.fixture
+def model_folder(world):
+    return world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+
+
+@pytest.fixture
+def bundle(model_folder, tmp_path):
+    export_bundle(model_folder, 0, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_bundle_describes_the_model(bundle, model_folder):
+    spec = load_bundle_spec(bundle)
+    plans = json.loads((model_folder / "plans.json").read_text())
+    config = plans["configurations"][CONFIGURATION]
+    assert spec.patch_size == tuple(PATCH)
+    assert spec.spacing_mm == tuple(config["spacing"])
+    assert spec.normalization_schemes == ("CTNormalization",)
+    assert spec.channel_names == ("CT",)
+    assert spec.labels == {"background": 0, "bright": 1, "dark": 2}
+    assert spec.num_heads == 3
+    assert spec.plans == plans
+    assert sorted(p.name for p in bundle.iterdir()) == ["bundle.json", "model.onnx", "parity.npz"]
+
+
+def test_model_computes_what_pytorch_computes_for_any_batch(bundle, model_folder):
+    plans, dataset_json = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
+    network = build_network(plans, CONFIGURATION, dataset_json).eval()
+    network.load_state_dict(load_checkpoint(model_folder / "fold_0/checkpoint_final.pth")["network_weights"])
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):
+        image = np.random.default_rng(batch).normal(size=(batch, 1, *PATCH)).astype(np.float32)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(image)).numpy()
+        np.testing.assert_allclose(session.run(["logits"], {"image": image})[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_graph_keeps_norms_weights_and_no_traces_of_the_machine(bundle, model_folder):
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    operators = [node.op_type for node in model.graph.node]
+    assert (
+        operators.count("InstanceNormalization") == 5
+    )  # three encoder stages, two decoder stages, one convolution each
+    assert "ReduceMean" not in operators
+    assert {o.domain for o in model.opset_import} == {""}
+    weights = load_checkpoint(model_folder / "fold_0/checkpoint_final.pth")["network_weights"]
+    assert {i.name for i in model.graph.initializer} <= set(weights)
+    assert b"site-packages" not in (bundle / "model.onnx").read_bytes()
+
+
+def test_parity_patches_are_real(bundle, world):
+    parity = np.load(bundle / "parity.npz")
+    assert parity["image"].shape == (2, 1, *PATCH)
+    assert parity["logits"].shape == (2, 3, *PATCH)
+    assert parity["image"].std() > 0.1
+
+
+def test_export_is_reproducible(bundle, model_folder, tmp_path):
+    export_bundle(model_folder, 0, tmp_path / "again")
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "parity.npz"])
+def test_changed_file_is_refused(bundle, name):
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    with pytest.raises(CorruptError, match=f"{name} was changed"):
+        load_bundle_spec(bundle)
+
+
+def test_changed_description_is_refused(bundle):
+    text = (bundle / "bundle.json").read_text()
+    (bundle / "bundle.json").write_text(text.replace('"step_size": 0.5', '"step_size": 0.9'))
+    with pytest.raises(CorruptError, match=r"bundle\.json was changed"):
+        load_bundle_spec(bundle)
+
+
+def test_missing_file_and_newer_format_are_refused(bundle):
+    (bundle / "parity.npz").unlink()
+    with pytest.raises(CorruptError, match=r"parity\.npz is missing"):
+        load_bundle_spec(bundle)
+    raw = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**raw, "format_version": 99}))
+    with pytest.raises(CorruptError, match="format version 99"):
+        load_bundle_spec(bundle)
+
+
+class TestRefusals:
+    def test_mismatch_leaves_nothing(self, model_folder, tmp_path, monkeypatch):
+        def wrong(network, channels, patch_size):
+            with torch.no_grad():
+                list(network.parameters())[-1].add_(1)
+            return to_onnx(network, channels, patch_size)
+
+        monkeypatch.setattr(bundle_module, "to_onnx", wrong)
+        out = tmp_path / "new" / "bundle"
+        with pytest.raises(ParityError, match="differs from PyTorch on 2 real patches"):
+            export_bundle(model_folder, 0, out)
+        assert list(out.parent.iterdir()) == []
+
+    def test_graph_without_instance_normalization(self):
+        class Disguised(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = torch.nn.InstanceNorm3d(1)
+
+            def forward(self, x):
+                return x - x.mean((2, 3, 4), keepdim=True)
+
+        with pytest.raises(ParityError, match="0 InstanceNormalization nodes, expected 1"):
+            to_onnx(Disguised(), 1, (8, 8, 8))
+
+    def test_existing_target(self, bundle, model_folder, tmp_path):
+        with pytest.raises(MismatchError, match="exists already"):
+            export_bundle(model_folder, 0, bundle)
+        export_bundle(model_folder, 1, bundle, overwrite=True)
+        assert load_bundle_spec(bundle).provenance["fold"] == "1"
+        precious = tmp_path / "precious"
+        precious.mkdir()
+        (precious / "thesis.tex").write_text("mine")
+        with pytest.raises(MismatchError, match="not a bundle and not empty"):
+            export_bundle(model_folder, 0, precious, overwrite=True)
+        assert (precious / "thesis.tex").read_text() == "mine"
+
+    def test_missing_fold(self, model_folder, tmp_path):
+        with pytest.raises(NotFoundError, match=r"(?s)fold_7.*folds with a checkpoint_final.pth: 0, 1, 2, 3, 4"):
+            export_bundle(model_folder, 7, tmp_path / "b")
