@@ -24,6 +24,8 @@ from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, Misma
 
 log = logging.getLogger(__name__)
 
+SCHEDULER_TIMEOUT_S = 30
+
 
 class CasesFailedError(BuildError):
     """Some cases could not be labelled; the others are stored. `failed` maps case id -> reason."""
@@ -211,7 +213,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
 
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=30)
+            client = Client(scheduler, timeout=SCHEDULER_TIMEOUT_S)
         except (OSError, ValueError) as e:
             raise BuildError(
                 f"no dask scheduler answers at {scheduler} ({e})\n"

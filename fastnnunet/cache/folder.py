@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.cache.codec import Codec, make_codec
-from fastnnunet.cache.durable import write_atomically
+from fastnnunet.cache.durable import write_atomically, write_error
 from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fastnnunet.cache.shard import SHARD_NAME
@@ -128,7 +128,6 @@ def create_cache(
             raise SpecError(f"case id {case!r} cannot be used as a folder name")
     path = root / cache_name(identity)
     if not (path / GROUP_NAME).exists():
-        path.mkdir(parents=True, exist_ok=True)
         body = {
             "format_version": FORMAT_VERSION,
             "key": cache_key(identity),
@@ -146,7 +145,11 @@ def create_cache(
             "node_type": "group",
             "attributes": {"fastnnunet": {**body, "self_sha256": sha256_of(body)}},
         }
-        write_atomically(path / GROUP_NAME, json.dumps(group, indent=1, sort_keys=True).encode())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / GROUP_NAME, json.dumps(group, indent=1, sort_keys=True).encode())
+        except OSError as e:
+            raise write_error(e, path) from e
     return open_cache(path)
 
 

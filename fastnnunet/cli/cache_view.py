@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
@@ -151,34 +152,37 @@ def print_plan(plan: CachePlan) -> None:
 
 
 def print_list(folders: Sequence[Path]) -> None:
-    """One line per cache."""
+    """One table per place, one line per cache."""
     if not folders:
         console.print("no caches")
-        return
-    table = Table(
-        "key", "place", "T", "encoding", "policy", "folds", "cases", "size", "B/voxel", box=None, pad_edge=False
+    for place, group in groupby(folders, key=lambda folder: folder.parent):
+        table = Table(box=None, pad_edge=False)
+        for heading in ("key", "T", "encoding", "policy", "folds", "cases", "size", "B/voxel"):
+            table.add_column(heading, no_wrap=True)
+        for folder in group:
+            table.add_row(*_list_row(folder))
+        console.print(escape(f"{place}:"))
+        console.print(table)
+
+
+def _list_row(folder: Path) -> tuple[str, ...]:
+    try:
+        cache = open_cache(folder)
+    except CorruptError:
+        return folder.name, "", "[red]damaged[/red]"
+    stored = cache.stored_manifests()
+    size, voxels = _totals(stored)
+    policy = cache.identity["policy"]
+    return (
+        folder.name,
+        f"{cache.temperature:g}",
+        cache.codec.name,
+        policy["name"],
+        " ".join(map(str, policy["folds"])),
+        f"{len(stored)}/{len(cache.cases)}",
+        size_text(size),
+        f"{size / voxels:.3f}" if voxels else "-",
     )
-    for folder in folders:
-        try:
-            cache = open_cache(folder)
-        except CorruptError as e:
-            table.add_row(folder.name, escape(str(folder.parent)), "[red]damaged[/red]", escape(str(e).splitlines()[0]))
-            continue
-        stored = cache.stored_manifests()
-        size, voxels = _totals(stored)
-        policy = cache.identity["policy"]
-        table.add_row(
-            cache.path.name,
-            escape(str(folder.parent)),
-            f"{cache.temperature:g}",
-            cache.codec.name,
-            policy["name"],
-            " ".join(map(str, policy["folds"])),
-            f"{len(stored)}/{len(cache.cases)}",
-            size_text(size),
-            f"{size / voxels:.3f}" if voxels else "-",
-        )
-    console.print(table)
 
 
 def print_info(cache: CacheFolder) -> None:
@@ -213,7 +217,8 @@ def print_summary(cache: CacheFolder) -> None:
     size, voxels = _totals(stored)
     console.print(
         f"{len(stored)} of {len(cache.cases)} cases stored, {size_text(size)}, "
-        f"{size / max(voxels, 1):.3f} bytes per voxel, largest error {max((m.max_error for m in stored), default=0):.6f} (bound {cache.codec.eps:.6f})"
+        f"{size / max(voxels, 1):.3f} bytes per voxel, "
+        f"largest error {max((m.max_error for m in stored), default=0):.6f} (bound {cache.codec.eps:.6f})"
     )
 
 

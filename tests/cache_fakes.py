@@ -1,0 +1,102 @@
+"""In-memory cases and a teacher that computes smooth logits from them: what a cache build needs, without nnU-Net."""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastnnunet.cache.job import CacheJob, prepare_job
+from fastnnunet.specs.cache import CacheSpec
+
+COMMAND = "fastnnunet cache build -d 4"
+SHAPES = {"small": (7, 20, 33), "large": (40, 37, 41), "flat": (1, 30, 18)}
+
+
+@dataclass(frozen=True)
+class FakeCases:
+    shapes: dict = field(default_factory=lambda: dict(SHAPES))
+    seed: int = 0
+    nan_in: str | None = None  # this case makes the teacher answer NaN
+
+    @property
+    def case_ids(self):
+        return tuple(self.shapes)
+
+    def shape_zyx(self, case_id):
+        return self.shapes[case_id]
+
+    def image_CZYX(self, case_id):
+        rng = np.random.default_rng([self.seed, *case_id.encode()])
+        image = rng.normal(size=(1, *self.shapes[case_id])).astype(np.float32)
+        if case_id == self.nan_in:
+            image[0, 0, 0, 0] = np.nan
+        return image
+
+    def digest(self, case_id):
+        image = self.image_CZYX(case_id)
+        return hashlib.sha256(f"{image.dtype}{image.shape}".encode() + image.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FakeTeacher:
+    num_heads: int
+    delay_s: float
+
+    def logits(self, image_CZYX, folds):
+        time.sleep(self.delay_s)
+        z, y, x = np.indices(image_CZYX.shape[1:], dtype=np.float32)
+        heads = [np.full_like(image_CZYX[0], 3.0)]
+        for head in range(1, self.num_heads):
+            distance = np.hypot(np.hypot(z - 5 * head, y - 9), x - 7 * head)
+            heads.append(8 - distance + 0.3 * image_CZYX[0] + 0.1 * sum(int(f) for f in folds))
+        logits = np.stack(heads)
+        logits[1:, :, -1:] = -1e4  # certain background, so that some chunks of large volumes are empty
+        return logits
+
+    def seconds_per_patch(self):
+        return 0.5
+
+
+@dataclass(frozen=True)
+class FakeFactory:
+    num_heads: int = 3
+    has_regions: bool = False
+    patch_size: tuple = (16, 16, 16)
+    folds: tuple = (0, 1, 2)
+    unseen: dict = field(default_factory=lambda: {"small": (0,), "large": (1,), "flat": (2,)})
+    weights: str = "abc"
+    delay_s: float = 0.0
+    loads: str | None = None  # folder where every load leaves a file
+    die_once: str | None = None  # the first process that loads the teacher while this file exists dies
+
+    def identity(self):
+        return {"plans": "nnUNetPlans", "checkpoints": {str(f): f"{self.weights}{f}" for f in self.folds}}
+
+    def unseen_folds(self, case_id):
+        return tuple(f for f in self.unseen[case_id] if f in self.folds)
+
+    def load(self, threads):
+        if self.loads is not None:
+            (Path(self.loads) / f"{os.getpid()}-{time.perf_counter_ns()}").touch()
+        if self.die_once is not None:
+            try:
+                Path(self.die_once).unlink()
+            except FileNotFoundError:
+                pass
+            else:
+                os._exit(9)
+        return FakeTeacher(self.num_heads, self.delay_s)
+
+
+def make_job(root: Path, cases=None, factory=None, spec=None) -> CacheJob:
+    return prepare_job(
+        cases or FakeCases(), factory or FakeFactory(), spec or CacheSpec(level=3), root, command=COMMAND
+    )
+
+
+def digests(cache) -> dict:
+    """What must be equal between two builds of one cache."""
+    return {case: cache.manifest(case).content_sha256 for case in cache.cases}

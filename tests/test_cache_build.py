@@ -1,0 +1,262 @@
+"""Builds: in process and on dask, resumed after kills, with failing cases, never half-written."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastnnunet.cache import build as build_module
+from fastnnunet.cache import plan as plan_module
+from fastnnunet.cache.build import CasesFailedError, build_cache
+from fastnnunet.cache.plan import count_tiles, plan_cache
+from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store import PARTIAL, remove_leftovers
+from fastnnunet.cache.verify import verify_cache
+from fastnnunet.errors import BuildError, DiskSpaceError, SpecError
+from fastnnunet.specs.cache import CacheSpec
+from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, digests, make_job
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Digests of an uninterrupted build in one process."""
+    return digests(build_cache(make_job(tmp_path_factory.mktemp("reference"))))
+
+
+def test_largest_first_with_progress_and_resume(tmp_path, reference):
+    events = []
+    job = make_job(tmp_path)
+    cache = build_cache(job, only=["flat"], progress=events.append)
+    assert cache.missing_cases() == ["large", "small"]
+    build_cache(job, progress=events.append)
+    assert [(e.case_id, e.done, e.total) for e in events] == [("flat", 1, 1), ("large", 1, 2), ("small", 2, 2)]
+    assert [e.voxels for e in events] == [540, 40 * 37 * 41, 7 * 20 * 33]
+    assert digests(cache) == reference
+    build_cache(job, progress=lambda e: pytest.fail(f"{e.case_id} was built again"))
+
+
+def test_one_teacher_for_all_cases(tmp_path):
+    loads = tmp_path / "loads"
+    loads.mkdir()
+    job = make_job(tmp_path / "root", factory=FakeFactory(loads=str(loads)))
+    build_cache(job)
+    build_cache(job)  # complete: no teacher at all
+    assert len(list(loads.iterdir())) == 1
+
+
+def test_a_failing_case_is_named_and_the_others_are_stored(tmp_path):
+    job = make_job(tmp_path, cases=FakeCases(nan_in="large"))
+    with pytest.raises(CasesFailedError, match=r"(?s)1 of 3 cases failed.*large: .*NaN") as error:
+        build_cache(job)
+    assert list(error.value.failed) == ["large"]
+    assert job.open().missing_cases() == ["large"]
+
+
+def test_a_case_that_changed_meanwhile_is_refused(tmp_path):
+    job = make_job(tmp_path)
+    changed = FakeCases(shapes={**SHAPES, "small": (7, 20, 34)})
+    object.__setattr__(job, "source", changed)
+    with pytest.raises(CasesFailedError, match="image of case small changed"):
+        build_cache(job)
+
+
+def test_out_of_fold_uses_only_unseen_folds(tmp_path):
+    job = make_job(tmp_path, spec=CacheSpec(policy="out_of_fold", level=3))
+    reader = SoftLabelReader(build_cache(job).path)
+    for case, fold in {"small": 0, "large": 1, "flat": 2}.items():
+        alone = make_job(tmp_path / case, factory=FakeFactory(folds=(fold,)))
+        expected = SoftLabelReader(build_cache(alone, only=[case]).path).read_case(case)
+        assert (reader.read_case(case) == expected).all()
+    with pytest.raises(SpecError, match="trained on case large"):
+        make_job(tmp_path, factory=FakeFactory(folds=(0, 2)), spec=CacheSpec(policy="out_of_fold"))
+
+
+def test_the_key_ignores_place_and_layout(tmp_path):
+    job = make_job(tmp_path / "a")
+    assert make_job(tmp_path / "b", spec=CacheSpec(level=1, compressor="lz4")).path.name == job.path.name
+    assert str(tmp_path) not in str(job.identity)
+    assert make_job(tmp_path / "a", spec=CacheSpec(precision="fp32")).path != job.path
+
+
+def test_unknown_case(tmp_path):
+    with pytest.raises(SpecError, match=r"--case: got nobody, expected cases of this data set such as small"):
+        build_cache(make_job(tmp_path), only=["nobody"])
+
+
+def test_read_only_root(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(BuildError, match="cannot write"):
+        build_cache(make_job(file / "root"))
+
+
+class TestPlan:
+    def test_numbers(self, tmp_path):
+        job = make_job(tmp_path / "root")
+        plan = plan_cache(job, teacher=job.factory.load(1), workers=2)
+        voxels = sum(z * y * x for z, y, x in SHAPES.values())
+        assert (plan.cases, plan.cases_todo, plan.voxels_todo, plan.key) == (
+            3,
+            3,
+            voxels,
+            job.path.name + plan.key[16:],
+        )
+        # patch 16, step 8: 7 -> 1, 20 -> 2, 33 -> 4; 40 -> 4, 37 -> 4, 41 -> 5; 1 -> 1, 30 -> 3, 18 -> 2 tiles
+        assert plan.tiles_todo == 1 * 2 * 4 + 4 * 4 * 5 + 1 * 3 * 2
+        assert plan.seconds_estimated == pytest.approx(0.5 * plan.tiles_todo / 2)
+        assert not plan.bytes_measured
+        assert plan.memory_per_worker > 40 * 37 * 41 * 3 * 4
+        assert not (tmp_path / "root").exists()
+
+    def test_measured_bytes(self, tmp_path):
+        job = make_job(tmp_path)
+        cache = build_cache(job, only=["large"])
+        plan = plan_cache(job)
+        manifest = cache.manifest("large")
+        assert plan.bytes_measured
+        assert plan.bytes_per_voxel == pytest.approx(manifest.stored_bytes / manifest.voxels)
+        assert plan.cases_todo == 2
+        assert plan.seconds_estimated is None
+
+    def test_tiles_of_a_2d_patch(self):
+        assert count_tiles((10, 20, 33), (16, 16), 0.5) == 10 * 2 * 4
+
+    def test_too_small_a_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(plan_module, "free_bytes", lambda path: 1000)
+        job = make_job(tmp_path / "root")
+        with pytest.raises(DiskSpaceError, match=r"(?s)not enough disk space.*got.*expected"):
+            build_cache(job)
+        assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.timeout(120)
+class TestDask:
+    def test_two_workers_give_the_serial_digests(self, tmp_path, reference):
+        loads = tmp_path / "loads"
+        loads.mkdir()
+        job = make_job(tmp_path / "root", factory=FakeFactory(loads=str(loads)))
+        assert digests(build_cache(job, workers=2)) == reference
+        assert len({p.name.split("-")[0] for p in loads.iterdir()}) == len(list(loads.iterdir())) <= 2
+
+    def test_a_failing_case_and_a_dying_worker(self, tmp_path, reference):
+        poison = tmp_path / "poison"
+        poison.touch()
+        job = make_job(tmp_path / "root", FakeCases(nan_in="small"), FakeFactory(die_once=str(poison)))
+        with pytest.raises(CasesFailedError, match="small") as error:
+            build_cache(job, workers=1)
+        assert list(error.value.failed) == ["small"]
+        assert not poison.exists()  # the worker did die, and its case was done by the next one
+        others = [job.open().manifest(case).content_sha256 for case in ("flat", "large")]
+        assert others == [digests_of(job, case) for case in ("flat", "large")]
+
+    def test_an_existing_cluster(self, tmp_path, reference):
+        from distributed import LocalCluster
+
+        with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+            cache = build_cache(make_job(tmp_path), scheduler=cluster.scheduler_address)
+        assert digests(cache) == reference
+
+
+def digests_of(job, case):
+    """Digest of one case built alone, elsewhere."""
+    alone = make_job(job.root / ".." / "alone", job.source)
+    return build_cache(alone, only=[case]).manifest(case).content_sha256
+
+
+SCRIPT = """
+import pickle, sys
+from fastnnunet.cache.build import build_cache
+if __name__ == "__main__":
+    print("ready", flush=True)
+    build_cache(pickle.load(open(sys.argv[1], "rb")), workers=int(sys.argv[2]))
+"""
+
+
+def start_build(tmp_path, job, workers=0):
+    (tmp_path / "job.pkl").write_bytes(pickle.dumps(job))
+    (tmp_path / "build.py").write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "build.py"), str(tmp_path / "job.pkl"), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+class TestKilled:
+    def test_sigkill_at_any_moment(self, tmp_path, reference):
+        """Killed again and again at growing delays, until a build comes through: same digests, no leftovers."""
+        job = make_job(tmp_path / "root", factory=FakeFactory(delay_s=0.05))
+        for attempt in range(8):
+            process = start_build(tmp_path, job)
+            time.sleep(0.05 + 0.07 * attempt)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            if (cache := job.open()) is not None:
+                assert {r.status for r in verify_cache(cache)} <= {"ok", "missing"}
+        cache = build_cache(job)
+        assert digests(cache) == reference
+        assert not list((tmp_path / "root" / PARTIAL).iterdir())
+
+    def test_leftovers_of_the_dead_go_those_of_the_living_stay(self, tmp_path):
+        from fastnnunet.cache.store import _partial_folder
+
+        cache = build_cache(make_job(tmp_path))
+        dead = tmp_path / PARTIAL / f"{cache.path.name}.small.1.abc"
+        dead.mkdir()
+        with _partial_folder(cache, "large") as living:
+            assert remove_leftovers(cache) == [dead.name]
+            assert living.is_dir()
+        assert not living.exists()
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_interrupt_leaves_a_resumable_cache(self, tmp_path, reference, workers):
+        job = make_job(tmp_path / "root", factory=FakeFactory(delay_s=1.0))
+        process = start_build(tmp_path, job, workers)
+        deadline = time.monotonic() + 60
+        while not list(job.path.glob("*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "KeyboardInterrupt" in stderr
+        cache = job.open()
+        assert 0 < len(cache.missing_cases()) < 3
+        assert {r.status for r in verify_cache(cache)} == {"ok", "missing"}
+        assert digests(build_cache(make_job(tmp_path / "root"))) == reference
+
+    def test_two_builders_at_once(self, tmp_path, reference):
+        job = make_job(tmp_path / "root", factory=FakeFactory(delay_s=0.1))
+        processes = [start_build(tmp_path, job) for _ in range(2)]
+        assert [p.wait(60) for p in processes] == [0, 0]
+        assert digests(job.open()) == reference
+        assert {r.status for r in verify_cache(job.open())} == {"ok"}
+        assert not list((tmp_path / "root" / PARTIAL).iterdir())
+
+
+def test_a_damaged_case_is_built_again(tmp_path, reference):
+    job = make_job(tmp_path)
+    cache = build_cache(job)
+    (cache.case_dir("small") / "c/0/0/0/0").unlink()
+    shutil.rmtree(cache.case_dir("flat"))
+    rebuilt = []
+    build_cache(job, progress=lambda e: rebuilt.append(e.case_id))
+    assert rebuilt == ["small", "flat"]
+    assert digests(cache) == reference
+
+
+def test_no_cluster_at_the_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "SCHEDULER_TIMEOUT_S", 1)
+    with pytest.raises(BuildError, match="no dask scheduler answers"):
+        build_cache(make_job(tmp_path), scheduler="tcp://127.0.0.1:1")

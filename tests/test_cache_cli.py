@@ -1,0 +1,158 @@
+"""`fastnnunet cache` on a tiny nnU-Net world, with nnU-Net's predictor as oracle; every recipe in cache_specs/."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from fastnnunet.cache.codec import softmax
+from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cli.main import main
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.load import load_yaml_spec
+from tests.tiny import CONFIGURATION, DATASET
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = sorted((REPOSITORY / "cache_specs").glob("*.yaml"))
+BASE = ["-d", "998", "-c", CONFIGURATION, "-f", "0", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs the command; returns (exit code, what it printed)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stop:
+            main(["cache", *map(str, args)])
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out + captured.err
+
+    return run
+
+
+def test_build_list_info_verify(world, cli):
+    root = world / "preprocessed" / DATASET / f"fastnnunet_nnUNetPlans_{CONFIGURATION}"
+    cases = sorted(p.name.removesuffix("_seg.b2nd") for p in (world / "preprocessed" / DATASET).rglob("*_seg.b2nd"))
+    code, text = cli("plan", *BASE)
+    assert code == 0
+    assert f"{len(cases)}, of which {len(cases)} to do" in text
+    assert "s per patch" in text
+    assert "rule of thumb" in text
+    assert not root.exists()
+
+    code, text = cli("build", *BASE, "--workers", "0", "--case", cases[0], cases[3])
+    assert code == 0
+    assert f"2 of {len(cases)} cases stored" in text
+    (folder,) = (p.parent for p in root.glob("*/zarr.json"))
+
+    code, text = cli("verify", folder.name[:6])
+    assert code == 1
+    assert f"2 cases ok, 0 damaged, {len(cases) - 2} missing" in text
+
+    code, text = cli("build", *BASE, "--workers", "0")
+    assert code == 0
+    assert f"{len(cases)} of {len(cases)} cases stored" in text
+    assert cli("verify")[0] == 0
+
+    code, text = cli("list", "-d", "998")
+    assert code == 0
+    assert re.search(rf"{folder.name}.*simplex_u8.*ensemble.*0 1.*{len(cases)}/{len(cases)}", text)
+    code, text = cli("info", folder)
+    assert code == 0
+    assert "temperature: 3.0" in text
+    assert "fastnnunet cache build -d 998" in text
+
+    shard = folder / cases[1] / "c/0/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, text = cli("verify")
+    assert code == 1
+    command = re.search(rf"fastnnunet (cache build .* --case {cases[1]})", text).group(1)
+    assert cli(*command.split()[1:], "--workers", "0", "--threads", "1")[0] == 0
+    assert cli("verify")[0] == 0
+
+
+def test_stored_values_are_nnunets_own(world, cli, tmp_path):
+    """A patch of the cache against softmax(logits / T) of nnUNetPredictor over the same folds, within the bound."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    case = sorted((world / "preprocessed" / DATASET).rglob("*_seg.b2nd"))[0].name.removesuffix("_seg.b2nd")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("precision: fp32\ntemperature: 2.0\nstep_size: 0.5\n")
+    assert cli("build", *BASE, "--spec", spec, "--root", tmp_path / "r", "--case", case, "--workers", "0")[0] == 0
+    (folder,) = (p.parent for p in (tmp_path / "r").glob("*/zarr.json"))
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    model = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    predictor.initialize_from_trained_model_folder(str(model), (0, 1), "checkpoint_final.pth")
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    images = world / "preprocessed" / DATASET / f"nnUNetPlans_{CONFIGURATION}"
+    image = np.asarray(infer_dataset_class(str(images))(str(images)).load_case(case)[0][:])
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy()
+    reader = SoftLabelReader(folder)
+    lower, upper = (-2, 3, 5), (9, 14, 40)
+    got = reader.to_probabilities(reader.read_patch(case, lower, upper))
+    expected = softmax(logits, 2.0)[:, :9, 3:14, 5:40]
+    np.testing.assert_array_less(np.abs(got[:, 2:, :, : expected.shape[-1]] - expected), 1 / 255)
+    assert zarr.open_array(str(folder / case), mode="r").shape == (2, *image.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["build", "-d", "77"], "unknown data set '77'"),
+        (["build", "-d", "998", "-f", "0", "7"], "fold(s) 7 have no checkpoint_final.pth"),
+        (["build", *BASE, "--case", "nobody"], "--case: got nobody"),
+        (["build", *BASE, "--temp", "-1"], "temperature: got -1.0"),
+        (["build", *BASE, "--spec", "nothing.yaml"], "spec file not found"),
+        (["info", "beef"], "no soft-label cache beef found"),
+        (["list", "--root", "/nonexistent"], "is not a folder"),
+    ],
+)
+def test_bad_input_is_one_message(world, cli, args, expected):
+    code, text = cli(*args)
+    assert code == 2
+    assert expected in text
+    assert "Traceback" not in text
+    assert not list(world.rglob("fastnnunet_*"))
+
+
+def test_all_problems_of_a_recipe_at_once(world, cli, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("temprature: 3\npolicy: best\nlevel: nineteen\n")
+    code, text = cli("build", *BASE, "--spec", spec)
+    assert code == 2
+    assert all(word in text for word in ("3 problem(s)", "temprature", "policy", "level"))
+
+
+def test_a_case_that_fails_gives_exit_code_1(world, cli, monkeypatch):
+    from fastnnunet.nnunet.teacher import LoadedTeacher
+
+    original = LoadedTeacher.logits
+    monkeypatch.setattr(
+        LoadedTeacher, "logits", lambda self, image, folds: original(self, image, folds) * np.float32(np.nan)
+    )
+    code, text = cli("build", *BASE, "--workers", "0", "--case", "tiny_00")
+    assert code == 1
+    assert "1 of 1 cases failed" in text
+    assert "NaN" in text
+
+
+@pytest.mark.parametrize("command", ["build", "plan", "list", "info", "verify"])
+def test_help_ends_with_an_example(cli, command):
+    code, text = cli(command, "--help")
+    assert code == 0
+    assert f"fastnnunet cache {command}" in text.split("Example")[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes(recipe):
+    spec = load_yaml_spec(CacheSpec, recipe)
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("fastnnunet cache build" in line and f"cache_specs/{recipe.name}" in line for line in header)
+    named = {"default": CacheSpec(), "out_of_fold": CacheSpec(policy="out_of_fold")}
+    named |= {"no_mirroring": CacheSpec(mirroring=False), "regions": CacheSpec(encoding="sigmoid_u8")}
+    assert spec == named[recipe.stem]  # the default recipe is what the commands use without --spec

@@ -1,0 +1,161 @@
+"""Encodings: properties that must hold for any input, and hand-computed values."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.special import expit
+from scipy.special import softmax as scipy_softmax
+
+from fastnnunet.cache.codec import SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
+from fastnnunet.errors import BuildError, SpecError
+
+CLASSES = st.integers(2, 20) | st.just(105)
+
+
+@st.composite
+def logits(draw, scale=20.0):
+    classes = draw(CLASSES)
+    seed = draw(st.integers(0, 2**32 - 1))
+    spread = draw(st.floats(0.01, scale))
+    return (np.random.default_rng(seed).normal(size=(classes, 40)) * spread).astype(np.float32)
+
+
+def reference_largest_remainder(p):
+    """One voxel, in exact integer-like float64 arithmetic, written as a textbook would."""
+    scaled = p.astype(np.float64) * 255
+    units = np.floor(scaled)
+    left = round(255 - units.sum())
+    order = sorted(range(len(p)), key=lambda c: (-(scaled[c] - units[c]), c))
+    for c in order[:left]:
+        units[c] += 1
+    return units.astype(int)
+
+
+@given(logits(), st.sampled_from([1.0, 2.0, 3.0, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_simplex_sums_to_255_and_keeps_its_bound(logits, temperature):
+    codec = SimplexU8(len(logits))
+    p = codec.target(logits, temperature)
+    stored = codec.encode(p)
+    total = stored.sum(axis=0, dtype=int)
+    assert stored.dtype == np.uint8
+    assert stored.shape == (len(logits) - 1, 40)
+    assert total.max() <= 255
+    decoded = codec.decode(stored)
+    np.testing.assert_allclose(decoded.sum(axis=0), 1, atol=2e-6)
+    error = np.abs(decoded - p).max()
+    assert error < codec.eps
+    assert error <= (1 - 1 / len(logits)) / 255 + 2e-7  # the sharper bound derived in the module
+    assert codec.problem(stored) is None
+
+
+@given(st.integers(2, 105), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_one_hot_is_exact(classes, seed):
+    label = np.random.default_rng(seed).integers(0, classes, 50)
+    p = np.eye(classes, dtype=np.float32)[label].T
+    codec = SimplexU8(classes)
+    stored = codec.encode(p)
+    np.testing.assert_array_equal(codec.decode(stored), p)
+    assert not stored[:, label == 0].any()  # background is all zero: zero padding is background
+
+
+@given(st.integers(3, 12) | st.just(40), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_renaming_the_classes_renames_the_result(classes, seed):
+    rng = np.random.default_rng(seed)
+    p = softmax(rng.normal(size=(classes, 30)).astype(np.float32), 3.0)
+    remainders = p * np.float32(255) % 1
+    distinct = np.array([len(np.unique(column)) == classes for column in remainders.T])
+    order = rng.permutation(classes)
+    codec = SimplexU8(classes)
+    units = np.rint(codec.decode(codec.encode(p)) * 255)
+    permuted = np.rint(codec.decode(codec.encode(p[order])) * 255)
+    np.testing.assert_array_equal(permuted[:, distinct], units[order][:, distinct])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 8, 9, 30])
+def test_matches_a_textbook_apportionment(classes):
+    rng = np.random.default_rng(classes)
+    p = rng.dirichlet(np.full(classes, 0.5), 200).T.astype(np.float32)
+    codec = SimplexU8(classes)
+    expected = np.stack([reference_largest_remainder(column) for column in p.T], axis=1)
+    got = np.rint(codec.decode(codec.encode(p)) * 255).astype(int)
+    # float32 and float64 may order two nearly equal remainders differently; never more than a few voxels
+    assert (got == expected).all(axis=0).mean() > 0.98
+
+
+@pytest.mark.parametrize("classes", [3, 5, 15])  # 255 / C is whole: nothing to hand out
+def test_uniform(classes):
+    stored = SimplexU8(classes).encode(np.full((classes, 4), 1 / classes, np.float32))
+    np.testing.assert_array_equal(stored, 255 // classes)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 7, 10, 60])
+def test_equal_remainders_go_to_the_first_channels(classes):
+    codec = SimplexU8(classes)
+    units = np.rint(codec.decode(codec.encode(np.full((classes, 3), 1 / classes, np.float32))) * 255).astype(int)
+    low, left = divmod(255, classes)
+    np.testing.assert_array_equal(units[:, 0], [low + 1] * left + [low] * (classes - left))
+
+
+def test_hand_computed_voxel():
+    # the floors of 100.5, 100.8 and 53.7 sum to 253; the two units left go to the remainders .8 and .7
+    p = (np.array([[100.5], [100.8], [53.7]]) / 255).astype(np.float32)
+    np.testing.assert_array_equal(SimplexU8(3).encode(p)[:, 0], [101, 54])
+
+
+def test_what_is_not_a_distribution_is_refused():
+    for bad in (np.full((3, 4), 0.5), np.full((3, 4), 0.1), np.full((3, 4), np.nan)):
+        with pytest.raises(ValueError, match="sum to one"):
+            SimplexU8(3).encode(bad.astype(np.float32))
+    assert "sum to 300" in SimplexU8(3).problem(np.full((2, 1), 150, np.uint8))
+    with pytest.raises(SpecError, match="at least 2"):
+        SimplexU8(1)
+
+
+@given(logits(scale=200))
+@settings(max_examples=30, deadline=None)
+def test_sigmoid_bound(logits):
+    codec = SigmoidU8(len(logits))
+    p = codec.target(logits, 2.0)
+    assert np.abs(codec.decode(codec.encode(p)) - p).max() <= codec.eps
+
+
+@given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-3e4, 3e4, width=32)), st.sampled_from([0.5, 1.0, 3.0, 7.0]))
+@settings(max_examples=60, deadline=None)
+def test_soft_labels_match_scipy(logits, temperature):
+    exact = logits.astype(np.float64) / temperature
+    np.testing.assert_allclose(softmax(logits, temperature), scipy_softmax(exact, axis=0), atol=2e-6)
+    np.testing.assert_allclose(sigmoid(logits, temperature), expit(exact), atol=2e-6)
+
+
+def test_a_case_is_encoded_in_blocks_like_at_once(monkeypatch):
+    logits = np.random.default_rng(0).normal(size=(4, 6, 7, 9)).astype(np.float32) * 5
+    whole, error = encode_logits(SimplexU8(4), logits, 3.0)
+    monkeypatch.setattr("fastnnunet.cache.codec.BLOCK_VALUES", 100)
+    blocks, block_error = encode_logits(SimplexU8(4), logits, 3.0)
+    np.testing.assert_array_equal(whole, blocks)
+    assert error == block_error
+    np.testing.assert_array_equal(whole, SimplexU8(4).encode(softmax(logits, 3.0)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused(bad):
+    logits = np.zeros((3, 4, 4, 4), np.float32)
+    logits[1, 2, 3, 0] = bad
+    with pytest.raises(BuildError, match="NaN or infinity"):
+        encode_logits(SimplexU8(3), logits, 3.0)
+
+
+def test_encoding_must_fit_the_teacher():
+    assert codec_for_teacher("simplex_u8", 3, has_regions=False).num_stored == 2
+    assert codec_for_teacher("sigmoid_u8", 3, has_regions=True).num_stored == 3
+    with pytest.raises(SpecError, match="use encoding: sigmoid_u8"):
+        codec_for_teacher("simplex_u8", 3, has_regions=True)
+    with pytest.raises(SpecError, match="use encoding: simplex_u8"):
+        codec_for_teacher("sigmoid_u8", 3, has_regions=False)
+    with pytest.raises(SpecError, match="expected one of simplex_u8, sigmoid_u8"):
+        codec_for_teacher("float8", 3, has_regions=False)
