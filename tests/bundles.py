@@ -265,7 +265,7 @@ def write_image(
     direction: tuple[float, ...] | None = None,
 ) -> Path:
     """Write an array (z, y, x) with SimpleITK."""
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing_xyz)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
 from fastnnunet.runtime.image_io import image_io

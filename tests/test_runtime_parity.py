@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fastnnunet.runtime.predict import Predictor
-from tests.bundles import NO_RESAMPLING, TORCH_RESAMPLING, Toy, ToyModel, make_toy_model, nnunet_predict
-from tests.bundles import smooth_noise, write_image
+from tests.bundles import (
+    NO_RESAMPLING,
+    TORCH_RESAMPLING,
+    Toy,
+    make_toy_model,
+    nnunet_predict,
+    smooth_noise,
+    write_image,
+)
 
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
 OBLIQUE = (0.9553364891, -0.2955202067, 0.0, 0.2955202067, 0.9553364891, 0.0, 0.0, 0.0, 1.0)  # 0.3 rad about z

@@ -81,7 +81,8 @@ def predict(
         def on_done(result: "CaseResult") -> None:
             progress.advance(all_cases)
             if result.error is not None:
-                progress.console.print(f"failed: {result.case_id}: {result.error}", markup=False, highlight=False)
+                message = f"failed: {result.case_id}: {result.error}"
+                progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
         results = predictor.predict_files(
             source,

@@ -67,7 +67,7 @@ class SimpleITKIO:
         }
 
     def _read_one(self, file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
 
         if not file.is_file():
             raise ImageError(f"image not found: {file}")
@@ -110,7 +110,7 @@ class SimpleITKIO:
         return voxels, geometry
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
 
         geometry = properties["sitk_stuff"]
         dimensions = len(geometry["spacing"])
@@ -132,7 +132,7 @@ class NaturalImage2DIO:
     """PNG, BMP and TIFF pictures: one file may hold three (RGB) or four (RGBA) channels, spacing is 1."""
 
     def read(self, files: Sequence[Path]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
 
         pictures = []
         for file in files:
@@ -156,7 +156,7 @@ class NaturalImage2DIO:
         return image_CZYX, {"spacing": (999, 1, 1)}
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
 
         with atomic_output(file) as partial:
             _write_sitk(sitk.GetImageFromArray(_smallest_dtype(segmentation_ZYX[0])), partial, file)
@@ -170,7 +170,7 @@ def _is_grey_bmp(picture: Path, pixels: npt.NDArray[Any]) -> bool:
 
 
 def _write_sitk(image: Any, partial: Path, file: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     try:
         sitk.WriteImage(image, str(partial), True)

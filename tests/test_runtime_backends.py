@@ -1,0 +1,184 @@
+"""One contract, run over every backend; and what each of them refuses."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastnnunet.errors import BackendError, CorruptError, MismatchError, SpecError
+from fastnnunet.runtime.backends import base
+from fastnnunet.runtime.backends.base import BACKENDS, Backend, create_backend, is_installed
+from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
+    return make_toy_model(Toy(), tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def model_2d(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
+    return make_toy_model(Toy(dims=2, spacing=(1.0, 1.0)), tmp_path_factory.mktemp("toy2d"))
+
+
+def _expected(model: ToyModel, batch: np.ndarray) -> np.ndarray:
+    """PyTorch on nnU-Net's checkpoint."""
+    import torch
+
+    from tests.bundles import _network
+
+    network, _ = _network(len(model.spec.patch_size), 1, 3)
+    with torch.inference_mode():
+        return network(torch.from_numpy(batch)).numpy()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+class TestBackendContract:
+    @pytest.fixture
+    def backend(self, name: str, model: ToyModel) -> Backend:
+        if not is_installed(name):
+            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        return create_backend(name, model.bundle, model.spec, threads=1)
+
+    def test_name(self, name: str, backend: Backend) -> None:
+        assert backend.name == name
+        assert backend.precision == "fp32"
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_computes_what_pytorch_computes(self, backend: Backend, model: ToyModel, batch_size: int) -> None:
+        batch = np.random.default_rng(0).standard_normal((batch_size, 1, *PATCH_3D)).astype(np.float32)
+        expected = _expected(model, batch)
+        got = backend.run(batch)
+        assert got.dtype == np.float32
+        assert got.shape == (batch_size, 3, *PATCH_3D)
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+        assert (got.argmax(1) == expected.argmax(1)).mean() >= 0.9999
+
+    def test_parity_file_of_the_bundle(self, backend: Backend, model: ToyModel) -> None:
+        parity = np.load(model.bundle / "parity.npz")
+        np.testing.assert_allclose(backend.run(parity["image"]), parity["logits"], atol=1e-3)
+
+    def test_changing_batch_sizes(self, backend: Backend) -> None:
+        batch = np.random.default_rng(1).standard_normal((3, 1, *PATCH_3D)).astype(np.float32)
+        together = backend.run(batch).copy()
+        for row, alone in zip(together, batch, strict=True):
+            np.testing.assert_allclose(backend.run(alone[None])[0], row, atol=1e-4 * np.abs(together).max())
+
+    def test_input_is_left_alone(self, backend: Backend) -> None:
+        batch = np.random.default_rng(2).standard_normal((1, 1, *PATCH_3D)).astype(np.float32)
+        before = batch.copy()
+        backend.run(batch)
+        np.testing.assert_array_equal(batch, before)
+
+    def test_wrong_patch(self, backend: Backend) -> None:
+        with pytest.raises(BackendError, match=r"\(1, 2, 16, 20, 24\)"):
+            backend.run(np.zeros((1, 2, *PATCH_3D), np.float32))
+
+    def test_2d(self, name: str, model_2d: ToyModel) -> None:
+        if not is_installed(name):
+            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        batch = np.random.default_rng(3).standard_normal((4, 1, *model_2d.spec.patch_size)).astype(np.float32)
+        expected = _expected(model_2d, batch)
+        got = create_backend(name, model_2d.bundle, model_2d.spec, threads=1).run(batch)
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+    def test_damaged_model(self, name: str, model: ToyModel, tmp_path: Path) -> None:
+        if not is_installed(name):
+            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        (tmp_path / "model.onnx").write_bytes((model.bundle / "model.onnx").read_bytes()[:2000])
+        with pytest.raises((BackendError, CorruptError), match=r"model\.onnx"):
+            create_backend(name, tmp_path, model.spec, threads=1)
+
+    def test_not_installed_says_how_to_install(
+        self, name: str, model: ToyModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(base.importlib.util, "find_spec", lambda _: None)
+        install = f"fastnnunet[{BACKENDS[name].extra}]" if BACKENDS[name].extra else name
+        with pytest.raises(BackendError) as caught:
+            create_backend(name, model.bundle, model.spec)
+        assert f"pip install '{install}'" in str(caught.value)
+
+
+def test_bf16_is_close(model: ToyModel) -> None:
+    batch = np.random.default_rng(0).standard_normal((1, 1, *PATCH_3D)).astype(np.float32)
+    expected = _expected(model, batch)
+    for name in ("openvino", "torch"):
+        if is_installed(name):
+            backend = create_backend(name, model.bundle, model.spec, threads=1, precision="bf16")
+            assert (backend.run(batch).argmax(1) == expected.argmax(1)).mean() > 0.95
+    with pytest.raises(BackendError, match="fp32 only"):
+        create_backend("onnxruntime", model.bundle, model.spec, precision="bf16")
+
+
+def test_auto_takes_openvino_if_there_is_one(model: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "is_installed", lambda name: name == "onnxruntime")
+    assert create_backend("auto", model.bundle, model.spec, threads=1).name == "onnxruntime"
+    monkeypatch.undo()
+    if is_installed("openvino"):
+        assert create_backend("auto", model.bundle, model.spec, threads=1).name == "openvino"
+
+
+def test_unknown_names_and_threads(model: ToyModel) -> None:
+    with pytest.raises(SpecError, match="'caffe', expected auto or one of openvino, onnxruntime, torch"):
+        create_backend("caffe", model.bundle, model.spec)
+    with pytest.raises(SpecError, match="threads"):
+        create_backend("auto", model.bundle, model.spec, threads=0)
+
+
+def _with_architecture(model: ToyModel, **changes: Any) -> Any:
+    architecture = {**model.spec.architecture}
+    arguments = {**architecture["arch_kwargs"], **changes.pop("arch_kwargs", {})}
+    return replace(model.spec, architecture={**architecture, "arch_kwargs": arguments, **changes})
+
+
+def test_torch_builds_only_known_classes(model: ToyModel, tmp_path: Path) -> None:
+    marker = tmp_path / "imported"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nNet = object")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        for spec in (
+            _with_architecture(model, network_class_name="evil.Net"),
+            _with_architecture(model, network_class_name="dynamic_network_architectures.none.Net"),
+            _with_architecture(model, arch_kwargs={"nonlin": "evil.Net"}),
+            _with_architecture(model, arch_kwargs={"stages": 3}),
+        ):
+            with pytest.raises(MismatchError, match=r"architecture|network class"):
+                create_backend("torch", model.bundle, spec, threads=1)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not marker.exists()
+
+
+def test_torch_refuses_weights_of_another_architecture(model: ToyModel) -> None:
+    wider = _with_architecture(model, arch_kwargs={"features_per_stage": [6, 8, 16]})
+    with pytest.raises(MismatchError, match=r"has shape \(12, 8, 3, 3, 3\), expected \(16, 8, 3, 3, 3\)"):
+        create_backend("torch", model.bundle, wider, threads=1)
+    deeper = _with_architecture(model, arch_kwargs={"n_conv_per_stage": [1, 1, 2]})
+    with pytest.raises(MismatchError, match="is missing"):
+        create_backend("torch", model.bundle, deeper, threads=1)
+
+
+def test_the_slim_runtime_imports_nothing_heavy(model: ToyModel, tmp_path: Path) -> None:
+    """A prediction with ONNX Runtime, in a fresh interpreter, without torch, nnU-Net, zarr or scikit-image."""
+    shutil.copytree(model.bundle, tmp_path / "bundle")
+    program = f"""
+import sys
+import fastnnunet.runtime.predict
+heavy = {{"torch", "nnunetv2", "zarr", "skimage", "onnx", "scipy", "SimpleITK", "onnxruntime", "openvino"}}
+print(sorted(heavy & sys.modules.keys()))
+import numpy as np
+from pathlib import Path
+from fastnnunet.runtime.predict import Predictor
+predictor = Predictor.load(Path({str(tmp_path / "bundle")!r}), "onnxruntime", threads=1)
+image = np.random.default_rng(0).standard_normal((1, 18, 22, 26))
+for spacing in ([1, 1, 1], [1.2, 0.8, 5]):
+    predictor.predict_array(image, {{"spacing": spacing}})
+print(sorted({{"torch", "nnunetv2", "zarr", "skimage", "onnx", "openvino", "batchgenerators"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"], done.stderr
