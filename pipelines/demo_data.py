@@ -77,7 +77,7 @@ def make_dataset(
 
 
 def _write_case(folder: Path, part: str, case: str, content: Case) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     for kind, ending, array in (
         ("images", "_0000.nii.gz", content.image_zyx),

@@ -157,7 +157,7 @@ class TestLabelMetrics:
     @pytest.mark.parametrize("ignore_label", [None, 4])
     def test_dice_is_nnunets(self, tmp_path: Path, ignore_label: int | None) -> None:
         evaluation = pytest.importorskip("nnunetv2.evaluation.evaluate_predictions")
-        import SimpleITK as sitk  # noqa: N813
+        import SimpleITK as sitk
         from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
         rng = np.random.default_rng(5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fastnnunet.bench.segmentations import labels_from_dataset_json
 from fastnnunet.cli.main import main

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
-from demo_data import LABELS, SPACINGS_MM, make_case, make_dataset
+import SimpleITK as sitk
+from pipelines.demo_data import LABELS, SPACINGS_MM, make_case, make_dataset
 
 from fastnnunet.errors import MismatchError
 

@@ -4,8 +4,10 @@ Axes are (z, y, x) as SimpleITK gives arrays.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,22 +41,25 @@ def labels_from_dataset_json(path: Path) -> LabelSet:
         raise NotFoundError(f"dataset.json not found: {path}\ngive nnU-Net's description of the labels with -dj")
     try:
         raw = json.loads(path.read_text())
-        labels, ending = dict(raw["labels"]), str(raw["file_ending"])
-        ignore = labels.pop("ignore", None)
-        names = {
-            str(name): tuple(int(v) for v in (values if isinstance(values, list) else [values]))
-            for name, values in labels.items()
-        }
+        return make_label_set(raw["labels"], str(raw["file_ending"]))
     except (ValueError, KeyError, TypeError) as e:
         raise SpecError(
             f"{path} is not an nnU-Net dataset.json ({type(e).__name__}: {e})\n"
             'expected {"labels": {"background": 0, "organ": 1, ...}, "file_ending": ".nii.gz", ...}'
         ) from e
-    return LabelSet(
-        {name: values for name, values in names.items() if values != (0,)},
-        int(ignore) if ignore is not None else None,
-        ending,
-    )
+
+
+def make_label_set(labels: Mapping[str, Any], file_ending: str) -> LabelSet:
+    """From labels as nnU-Net writes them: name -> value, or name -> values of a region; `ignore` is set apart.
+
+    Raises TypeError or ValueError when they are written otherwise.
+    """
+    values = {
+        str(name): tuple(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
+        for name, value in dict(labels).items()
+    }
+    ignore = values.pop("ignore", None)
+    return LabelSet({n: v for n, v in values.items() if v != (0,)}, ignore[0] if ignore else None, file_ending)
 
 
 def find_dataset_json(prediction_folder: Path, label_folder: Path) -> Path | None:
@@ -113,7 +118,7 @@ class Segmentation:
 
 def read_segmentation(path: Path) -> Segmentation:
     """Read a label file; a 2d image gets a first axis of length 1. Raises ImageError when it is not a label map."""
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     try:
         image = sitk.ReadImage(str(path))

@@ -1,6 +1,7 @@
 """Results as rich tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -44,4 +45,28 @@ def mean_table(means: Mapping[str, Mapping[str, float]], tolerance_mm: float) ->
             "" if total else str(values["cases"]),
             style="bold" if total else "",
         )
+    return table
+
+
+def benchmark_table(record: Mapping[str, Any]) -> Table:
+    """One row per arm of a benchmark record; the record itself says more."""
+    with_dice = any("metrics" in result for result in record["arms"].values())
+    table = Table(title=f"{len(record['cases'])} cases, {record['threads']} threads, {record['hardware']['cpu']}")
+    table.add_column("arm", no_wrap=True)
+    for heading in ("s/case", "x ens.", "x fold", "params", "MB", "peak", *(["Dice"] if with_dice else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, result in record["arms"].items():
+        peak, parameters = result.get("peak_memory_bytes"), result["parameters"]
+        cells = [
+            f"{result['median_s']:.3g}",
+            f"{result['times_faster_than_ensemble']:.3g}",
+            f"{result['times_faster_than_single_fold']:.3g}",
+            "-" if parameters is None else f"{parameters / 1e6:.2f}M",
+            f"{result['size_bytes'] / 1e6:.1f}",
+            "-" if peak is None else f"{peak / 1e9:.2f}G",
+        ]
+        table.add_row(name, *cells, *([number(result["dice_on_common_cases"])] if with_dice else []))
+    table.caption = "s/case: median from file to file, warm" + (
+        f"; Dice: the {record['baseline_cases']} case(s) every arm predicted" if with_dice else ""
+    )
     return table

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from fastnnunet.cli.benchmark import benchmark
 from fastnnunet.cli.cache import app as cache_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
@@ -27,13 +28,16 @@ def _group() -> None:
 
 
 app.command("evaluate")(evaluate)
+app.command("benchmark")(benchmark)
 app.command("train")(train)
 app.command("predict")(predict)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
-MULTI_VALUE = frozenset({"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case"})
+MULTI_VALUE = frozenset(
+    {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision"}
+)
 
 
 def spread_multi_values(argv: list[str]) -> list[str]:

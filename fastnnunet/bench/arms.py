@@ -1,0 +1,121 @@
+"""What a benchmark compares: nnU-Net's own predictor and bundles on backends. Both go from image file to label file."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.bench.measure import Runner
+from fastnnunet.errors import CorruptError
+from fastnnunet.runtime.backends.base import Precision, create_backend
+from fastnnunet.runtime.cases import Case
+from fastnnunet.specs.bundle import load_bundle_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceArm:
+    """Folds of an nnU-Net model run by nnU-Net."""
+
+    name: str
+    model_folder: Path
+    folds: tuple[int | str, ...]
+    mirroring: bool
+    threads: int
+    checkpoint: str = "checkpoint_final.pth"
+    device: str = "cpu"
+
+    def load(self) -> Runner:
+        """Load all folds. Raises NotFoundError, CorruptError, SpecError."""
+        from fastnnunet.nnunet.reference import load_reference
+
+        reference = load_reference(
+            self.model_folder,
+            self.folds,
+            mirroring=self.mirroring,
+            threads=self.threads,
+            checkpoint=self.checkpoint,
+            device=self.device,
+        )
+
+        def run(case: Case, output: Path) -> Mapping[str, float]:
+            return reference.predict_case(case.files, output)
+
+        return run
+
+    def describe(self) -> dict[str, Any]:
+        """For the record; `parameters` of one network, `size_bytes` of the float32 weights of all folds."""
+        from fastnnunet.nnunet.checkpoint import load_checkpoint
+        from fastnnunet.nnunet.plans import build_network, read_json
+
+        plans, dataset_json = (read_json(self.model_folder / f"{n}.json") for n in ("plans", "dataset"))
+        first = load_checkpoint(self.model_folder / f"fold_{self.folds[0]}" / self.checkpoint)
+        network = build_network(plans, first["init_args"]["configuration"], dataset_json)
+        parameters = int(sum(p.numel() for p in network.parameters()))
+        return {
+            "kind": "nnunetv2",
+            "model": self.model_folder.name,
+            "folds": [str(f) for f in self.folds],
+            "mirroring": self.mirroring,
+            "device": self.device,
+            "precision": "fp32",
+            "parameters": parameters,
+            "size_bytes": 4 * parameters * len(self.folds),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleArm:
+    """A student's bundle on one backend."""
+
+    name: str
+    bundle: Path
+    backend: str
+    precision: Precision
+    threads: int
+
+    def load(self) -> Runner:
+        """Check and load the bundle. Raises NotFoundError, CorruptError, BackendError."""
+        from fastnnunet.runtime.predict import Predictor
+
+        predictor = Predictor.load(self.bundle, self.backend, threads=self.threads, precision=self.precision)
+
+        def run(case: Case, output: Path) -> Mapping[str, float]:
+            times = asdict(predictor.predict_case(case, output).times)
+            return {name: float(value) for name, value in times.items()}
+
+        return run
+
+    def describe(self) -> dict[str, Any]:
+        """For the record, with the parity of this backend on the bundle's own patches; `size_bytes` of model.onnx."""
+        spec = load_bundle_spec(self.bundle)
+        return {
+            "kind": "bundle",
+            "bundle": self.bundle.name,
+            "backend": self.backend,
+            "precision": self.precision,
+            "parameters": spec.provenance.get("parameters"),
+            "size_bytes": (self.bundle / "model.onnx").stat().st_size,
+            "parity": self.parity(),
+        }
+
+    def parity(self) -> dict[str, float]:
+        """This backend against the logits that PyTorch computed at export, on the patches of `parity.npz`."""
+        spec = load_bundle_spec(self.bundle)
+        try:
+            with np.load(self.bundle / "parity.npz") as stored:
+                image_NCX, expected_NHX = stored["image"], stored["logits"]
+        except (OSError, ValueError, KeyError) as e:
+            raise CorruptError(f"{self.bundle / 'parity.npz'} cannot be read ({e}); export the bundle again") from e
+        backend = create_backend(self.backend, self.bundle, spec, threads=self.threads, precision=self.precision)
+        got_NHX = np.concatenate([np.array(backend.run(np.ascontiguousarray(i[None]))) for i in image_NCX])
+        if spec.regions_class_order is not None:
+            same = (got_NHX > 0) == (expected_NHX > 0)
+        else:
+            same = got_NHX.argmax(1) == expected_NHX.argmax(1)
+        return {
+            "max_abs_logit_difference": float(np.abs(got_NHX - expected_NHX).max()),
+            "max_abs_logit": float(np.abs(expected_NHX).max()),
+            "label_agreement": float(same.mean()),
+        }

@@ -1,0 +1,93 @@
+"""`fastnnunet benchmark`: the ensemble, a single fold and bundles on the same images."""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from fastnnunet.errors import SpecError
+
+
+def benchmark(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name of the teacher.")],
+    images: Annotated[Path, typer.Option("-i", "--input", help="Folder of images named CASE_0000, CASE_0001, ...")],
+    bundles: Annotated[list[Path], typer.Option("-m", "--model", help="Bundle folder(s).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the record, the plot, the predictions.")],
+    labels: Annotated[Path | None, typer.Option("-g", "--labels", help="True segmentations: adds Dice.")] = None,
+    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
+    folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Teacher folds [default: 0 1 2 3 4].")] = None,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
+    checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
+    backends: Annotated[
+        list[str] | None, typer.Option("--backend", help="openvino, onnxruntime, torch [default: all installed].")
+    ] = None,
+    precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32 and/or bf16 [fp32].")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="For every arm alike [default: all cores].")] = None,
+    cases: Annotated[int | None, typer.Option("--cases", help="Only the first so many images.")] = None,
+    repeat: Annotated[int, typer.Option("--repeat", help="Measurements per case.")] = 5,
+    baseline_cases: Annotated[int, typer.Option("--baseline-cases", help="Images for the two nnU-Net arms.")] = 5,
+    baseline_repeat: Annotated[int, typer.Option("--baseline-repeat", help="Measurements per case for them.")] = 1,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each arm in a process of its own.")] = True,
+    device: Annotated[str, typer.Option("-device", "--device", help="Of the nnU-Net arms: cpu or cuda.")] = "cpu",
+    tolerance_mm: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice in mm.")] = 1.0,
+) -> None:
+    """Measure seconds per case, memory, parity and Dice of bundles against nnU-Net's own predictor, in one run.
+
+    Example:
+
+      fastnnunet benchmark -d 4 -i imagesTs -g labelsTs -m hippocampus_r2 hippocampus_r4 -o benchmark_out
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
+    from fastnnunet.bench.plot import plot_benchmark
+    from fastnnunet.bench.record import write_json
+    from fastnnunet.bench.tables import benchmark_table
+    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.runtime.backends.base import Precision
+    from fastnnunet.specs.teacher import TeacherSpec
+
+    wrong = [p for p in precisions or [] if p not in ("fp32", "bf16")]
+    if wrong:
+        raise SpecError(f"--precision: got {wrong[0]!r}, expected fp32 or bf16")
+    job = BenchmarkJob(
+        teacher=TeacherSpec(
+            dataset=dataset,
+            configuration=configuration,
+            plans=plans,
+            trainer=trainer,
+            folds=parse_folds(folds or ["0", "1", "2", "3", "4"]),
+            checkpoint=checkpoint,
+        ),
+        bundles=tuple(bundles),
+        images=images,
+        labels=labels,
+        output=output,
+        backends=tuple(backends or ()),
+        precisions=tuple(cast(Precision, p) for p in precisions or ["fp32"]),
+        threads=threads,
+        cases=cases,
+        baseline_cases=baseline_cases,
+        repeat=repeat,
+        baseline_repeat=baseline_repeat,
+        memory=memory,
+        device=device,
+        tolerance_mm=tolerance_mm,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def show(what: str, done: float, expected: float) -> None:
+            progress.update(task, description=what, completed=done, total=expected)
+
+        record = run_benchmark(job, show)
+    stamp = record["created"][:19].replace("-", "").replace(":", "")
+    target = output / f"benchmark_{stamp}.json"
+    write_json(target, record)
+    plot_benchmark(record, target.with_suffix(".png"))
+    console = Console()
+    console.print(benchmark_table(record))
+    console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False)
