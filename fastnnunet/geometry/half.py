@@ -5,6 +5,9 @@ slower still when the result is subnormal (at the rim of the Gaussian 17 % of th
 onto the float16 grid gives the same numbers with five vectorised operations.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,21 +22,35 @@ _SHIFT = np.uint32((13 << 23) | 0x00400000)
 _SUBNORMAL = np.uint32(0x3F400000)
 
 
+# Several passes over a block this large stay in the processor's second level cache.
+BLOCK_VALUES = 2**16
+
+
 def round_to_half(
-    values: npt.NDArray[np.float32], out: npt.NDArray[np.float32] | None = None
+    values: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float32] | None = None,
+    scratch: npt.NDArray[np.uint32] | None = None,
 ) -> npt.NDArray[np.float32]:
     """The float32 values nearest to `values` that float16 can hold, ties to even, subnormals included.
 
     Values of magnitude HALF_OVERFLOW and above, where float16 has only infinity, stay finite: see `check_half_range`.
-    `out` may be `values`.
+    `out` may be `values`; `scratch` (of their shape) spares an allocation.
     """
-    magic = np.bitwise_and(values.view(np.uint32), _EXPONENT)
+    magic = np.bitwise_and(values.view(np.uint32), _EXPONENT, out=scratch)
     magic += _SHIFT
     np.maximum(magic, _SUBNORMAL, out=magic)
     shift = magic.view(np.float32)
     rounded = np.add(values, shift, out=out)
     rounded -= shift
     return rounded
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(head, rows) that cut an array (H, rows, ...) into blocks of about BLOCK_VALUES."""
+    rows = max(1, BLOCK_VALUES // max(1, math.prod(shape[2:])))
+    for head in range(shape[0]):
+        for start in range(0, shape[1], rows):
+            yield head, slice(start, min(start + rows, shape[1]))
 
 
 def check_half_range(values: npt.NDArray[np.float32], what: str) -> None:

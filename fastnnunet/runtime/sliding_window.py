@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastnnunet.errors import BackendError
 from fastnnunet.geometry.gaussian import gaussian_weights
 from fastnnunet.geometry.grid import tile_slices
-from fastnnunet.geometry.half import check_half_range, round_to_half
+from fastnnunet.geometry.half import check_half_range, round_to_half, row_blocks
 from fastnnunet.geometry.padding import centre_padding, inner_slices, pad_spatial
 
 Array = npt.NDArray[np.float32]
@@ -53,28 +53,46 @@ def sliding_window_logits(
         # nothing overlaps: work only on the voxels that are kept
         logits = next(tile_logits)[0]
         kept = inner[-len(patch_size) :]
-        rounded = np.multiply(logits[:, *kept], weights[kept])
-        round_to_half(rounded, out=rounded)
+        summed = np.empty((num_heads, *shape), np.float32)
         total: Array = weights[kept]
-        summed = rounded.reshape(num_heads, *shape)
+        _add_weighted(logits[:, *kept], total, summed.reshape(num_heads, *total.shape), is_first=True)
+        total = total.reshape(shape)
         if on_tiles:
             on_tiles(1, 1)
     else:
         accumulated = np.zeros((num_heads, *padded.shape[1:]), np.float32)
         for done, (tile, logits) in enumerate(zip(tiles, _each(tile_logits), strict=True), 1):
-            weighted = logits * weights
-            target = accumulated[:, *tile]
-            weighted += target
-            round_to_half(weighted, out=target)
+            _add_weighted(logits, weights, accumulated[:, *tile], is_first=False)
             if on_tiles:
                 on_tiles(done, len(tiles))
         summed = accumulated[:, *inner]
         total = _summed_weights(padded.shape[1:], tuple(patch_size), step_size)[inner]
-    check_half_range(summed, "the weighted logits")
-    summed /= total
-    round_to_half(summed, out=summed)
-    check_half_range(summed, "the logits")
+    _divide(summed, total)
     return summed
+
+
+def _add_weighted(logits_HX: Array, weights_X: Array, target_HX: Array, is_first: bool) -> None:
+    """target = half(target + logits * weights), block by block; the first tile has nothing to add to."""
+    scratch: dict[int, tuple[Array, npt.NDArray[np.uint32]]] = {}
+    for head, rows in row_blocks(target_HX.shape):
+        target = target_HX[head, rows]
+        if len(target) not in scratch:
+            scratch[len(target)] = np.empty(target.shape, np.float32), np.empty(target.shape, np.uint32)
+        weighted, magic = scratch[len(target)]
+        np.multiply(logits_HX[head, rows], weights_X[rows], out=weighted)
+        if not is_first:
+            weighted += target
+        round_to_half(weighted, out=target, scratch=magic)
+
+
+def _divide(summed_HX: Array, total_X: Array) -> None:
+    """summed = half(summed / total), block by block. Raises BackendError where float16 would overflow."""
+    for head, rows in row_blocks(summed_HX.shape):
+        block = summed_HX[head, rows]
+        check_half_range(block, "the weighted logits")
+        logits = block / total_X[rows]
+        round_to_half(logits, out=block)
+        check_half_range(block, "the logits")
 
 
 def _each(batches: Iterator[Array]) -> Iterator[Array]:
