@@ -1,0 +1,129 @@
+"""The command line as a user meets it: whole commands in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tiny import CONFIGURATION, DATASET
+
+
+def run(*words, module="fastnnunet.cli.main", function="main", env=None):
+    code = f"from {module} import {function}\nif __name__ == '__main__': {function}()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=env,
+    )
+
+
+def refused(done, *expected):
+    """Exit code 2, one message, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    for text in expected:
+        assert text in done.stderr
+    return done.stderr
+
+
+def test_spread_multi_values():
+    from fastnnunet.cli.main import spread_multi_values
+
+    given = ["train", "-f", "0", "1", "2", "-r", "2", "-d", "4"]
+    assert spread_multi_values(given) == ["train", "-f", "0", "-f", "1", "-f", "2", "-r", "2", "-d", "4"]
+    plain = ["predict", "-i", "a", "-o", "b"]
+    assert spread_multi_values(plain) == plain
+
+
+def test_help_is_fast_and_light():
+    start = time.perf_counter()
+    done = run("--help")
+    elapsed_s = time.perf_counter() - start
+    assert done.returncode == 0
+    for command in ("cache", "train", "export", "predict", "benchmark", "evaluate"):
+        assert command in done.stdout
+    assert elapsed_s < 10, "a heavy import crept into the command line"  # the figure itself is a benchmark's business
+    heavy = "('torch', 'numpy', 'nnunetv2', 'zarr')"
+    probe = f"import sys, fastnnunet.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "command", ["cache build", "cache plan", "train", "export onnx", "predict", "evaluate", "benchmark"]
+)
+def test_every_help_has_an_example(command):
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "Example" in done.stdout
+
+
+def test_three_stages_and_their_aliases(world, tmp_path):
+    """nnU-Net-style commands build the cache when there is none; the plain commands find everything they left."""
+    train = {"module": "fastnnunet.cli.aliases", "function": "distillation_train"}
+    flags = ["-d", "998", "-f", "0", "-a", "0.3", "-temp", "3.0", "-r", "2", "-e", "1", "--iterations", "2"]
+    done = run(*flags, **train)
+    assert done.returncode == 0, done.stderr
+    assert "building the soft-label cache first" in done.stderr
+    assert "mean Dice on the validation fold" in done.stdout
+    refused(run(*flags, **train), "holds a finished run", "--overwrite")
+
+    done = run("cache", "list", "-d", "998")
+    assert done.returncode == 0, done.stderr
+    again = run("train", "-d", "998", "-f", "0", "-r", "4", "-e", "1", "--iterations", "1", "--no-validate")
+    assert again.returncode == 0, again.stderr  # the same cache serves another size
+
+    bundle = tmp_path / "bundle"
+    export = {"module": "fastnnunet.cli.aliases", "function": "distillation_export_onnx"}
+    done = run("-d", "998", "-f", "0", "-r", "2", "-o", bundle, "-v", **export)
+    assert done.returncode == 0, done.stderr
+    assert "parity with PyTorch" in done.stdout
+    done = run("predict", "-i", world / "raw" / DATASET / "imagesTs", "-o", tmp_path / "out", "-m", bundle)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+    done = run(
+        "evaluate", "-p", tmp_path / "out", "-g", world / "raw" / DATASET / "labelsTs", "-o", tmp_path / "e.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "e.json").read_text())["cases"]) == 2
+
+
+class TestRefusals:
+    def test_unknown_dataset(self, world):
+        for command in ("cache build", "cache plan", "train -f 0 -r 2"):
+            refused(run(*command.split(), "-d", "77"), "unknown data set '77'", DATASET)
+        refused(run("export", "onnx", "-d", "77", "-f", "0", "-r", "2", "-o", "b"), "unknown data set '77'")
+
+    def test_unset_variables(self, world, monkeypatch):
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            monkeypatch.delenv(name)
+        refused(run("cache", "build", "-d", "998"), "nnUNet_preprocessed is not set")
+
+    def test_missing_folds(self, world):
+        refused(run("cache", "build", "-d", "998", "-f", "0", "7"), "fold(s) 7 have no checkpoint_final.pth")
+        refused(run("cache", "build", "-d", "998", "-f", "zero"), "'zero' is no fold")
+
+    def test_truncated_checkpoint(self, world):
+        path = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}/fold_0/checkpoint_final.pth"
+        path.write_bytes(path.read_bytes()[:1000])
+        refused(run("cache", "build", "-d", "998"), "fold_0/checkpoint_final.pth cannot be read")
+
+    def test_r_that_leaves_no_channels(self, world):
+        refused(run("train", "-d", "998", "-f", "0", "-r", "99"), "-r 99 leaves no channels")
+
+    def test_no_student(self, world):
+        refused(
+            run("export", "onnx", "-d", "998", "-f", "0", "-r", "3", "-o", "b"), "no student at", "fastnnunet train"
+        )
+
+    def test_wrong_spec_file(self, world, tmp_path):
+        (tmp_path / "s.yaml").write_text("temprature: 2")
+        refused(run("cache", "build", "-d", "998", "--spec", tmp_path / "s.yaml"), "unknown field 'temprature'")
+
+    def test_no_bundle(self, tmp_path):
+        refused(run("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "b"), "no bundle at")
