@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.special import expit
 
 from fastnnunet.cache import build as build_module
 from fastnnunet.cache import plan as plan_module
@@ -20,7 +22,7 @@ from fastnnunet.cache.store import PARTIAL, remove_leftovers
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import BuildError, DiskSpaceError, SpecError
 from fastnnunet.specs.cache import CacheSpec
-from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, digests, make_job
+from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, FakeTeacher, digests, make_job
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -58,6 +60,30 @@ def test_a_failing_case_is_named_and_the_others_are_stored(tmp_path):
         build_cache(job)
     assert list(error.value.failed) == ["large"]
     assert job.open().missing_cases() == ["large"]
+
+
+def test_an_error_below_us_names_the_case_too(tmp_path, monkeypatch):
+    def out_of_memory(self, image, folds):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(FakeTeacher, "logits", out_of_memory)
+    with pytest.raises(CasesFailedError, match="flat: RuntimeError: not enough memory"):
+        build_cache(make_job(tmp_path), only=["flat"])
+
+
+def test_regions_store_every_head(tmp_path):
+    factory = FakeFactory(has_regions=True)
+    with pytest.raises(SpecError, match="use encoding: sigmoid_u8"):
+        make_job(tmp_path, factory=factory)
+    job = make_job(tmp_path, factory=factory, spec=CacheSpec(encoding="sigmoid_u8", level=3))
+    cache = build_cache(job)
+    reader = SoftLabelReader(cache.path)
+    logits = factory.load(1).logits(FakeCases().image_CZYX("flat"), factory.folds)
+    got = reader.to_probabilities(reader.read_patch("flat", (0, 0, 0), (1, 30, 20)))
+    assert got.shape == (3, 1, 30, 20)
+    np.testing.assert_allclose(got[..., :18], expit(logits / 3.0), atol=0.51 / 255)
+    assert not got[..., 18:].any()  # outside the volume: in no region
+    assert {r.status for r in verify_cache(cache)} == {"ok"}
 
 
 def test_a_case_that_changed_meanwhile_is_refused(tmp_path):

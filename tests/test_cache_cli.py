@@ -81,7 +81,9 @@ def test_stored_values_are_nnunets_own(world, cli, tmp_path):
     case = sorted((world / "preprocessed" / DATASET).rglob("*_seg.b2nd"))[0].name.removesuffix("_seg.b2nd")
     spec = tmp_path / "spec.yaml"
     spec.write_text("precision: fp32\ntemperature: 2.0\nstep_size: 0.5\n")
-    assert cli("build", *BASE, "--spec", spec, "--root", tmp_path / "r", "--case", case, "--workers", "0")[0] == 0
+    assert (
+        cli("build", *BASE, "--spec", spec, "--root", tmp_path / "r", "--case", case, "--workers", "1")[0] == 0
+    )  # dask
     (folder,) = (p.parent for p in (tmp_path / "r").glob("*/zarr.json"))
 
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)

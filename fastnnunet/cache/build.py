@@ -129,7 +129,21 @@ def build_cache(
 
 
 def run_task(task: CaseTask, teacher: Teacher) -> Manifest:
-    """Label, encode and commit one case. Raises MismatchError when its image is not the one the cache is for."""
+    """Label, encode and commit one case.
+
+    Raises MismatchError when its image is not the one the cache is for, DiskSpaceError when the disk is full,
+    BuildError for anything else that goes wrong with it.
+    """
+    try:
+        return _label_and_commit(task, teacher)
+    except FastnnUNetError:
+        raise
+    except Exception as e:  # from the framework underneath, such as running out of memory: the case must be named
+        log.exception("case %s failed", task.case_id)
+        raise BuildError(f"{type(e).__name__}: {e}") from e
+
+
+def _label_and_commit(task: CaseTask, teacher: Teacher) -> Manifest:
     start = time.perf_counter()
     case = task.case_id
     if (got := task.source.digest(case)) != task.cache.cases[case]:
