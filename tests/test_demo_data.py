@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from pipelines.demo_data import LABELS, SPACINGS_MM, make_case, make_dataset
 
 from fastnnunet.errors import MismatchError
+from pipelines.demo_data import LABELS, SPACINGS_MM, make_case, make_dataset
 
 SEED = 20240901
 
