@@ -20,7 +20,12 @@ def evaluate(
     processes: Annotated[int, typer.Option("-np", help="Worker processes.")] = 1,
     chill: Annotated[bool, typer.Option("--chill", help="Compare the cases both folders have.")] = False,
 ) -> None:
-    """Compare predictions with the truth: Dice, surface Dice at a tolerance and HD95 per label and case."""
+    """Compare predictions with the truth: Dice, surface Dice at a tolerance and HD95 per label and case.
+
+    Example:
+
+      fastnnunet evaluate -p predictions -g labelsTs -o scores.json
+    """
     from rich.console import Console
     from rich.progress import track
 

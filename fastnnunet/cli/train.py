@@ -7,15 +7,6 @@ import typer
 
 from fastnnunet.errors import SpecError
 
-EXAMPLE = """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
-
-Example:
-
-  fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
-
-The student is an ordinary nnU-Net model, `nnUNetv2_predict -p nnUNetPlans_r4_a0.3_T3 -f 0 ...` runs it.
-"""
-
 
 def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
     """`["0", "all"]` -> (0, "all"). Raises SpecError for anything that is neither a number nor `all`."""
@@ -56,6 +47,14 @@ def train(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,
     validate: Annotated[bool, typer.Option(help="Predict and score the validation fold at the end.")] = True,
 ) -> None:
+    """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
+
+    The student is an ordinary nnU-Net model: `nnUNetv2_predict -p nnUNetPlans_r4_a0.3_T3 -f 0 ...` runs it.
+
+    Example:
+
+      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
+    """
     import dataclasses
 
     from fastnnunet.distill.train import TrainingJob
@@ -109,9 +108,6 @@ def train(
     ]
     for job in jobs:
         run_job(job, resume=resume, overwrite=overwrite, validate=validate)
-
-
-train.__doc__ = EXAMPLE
 
 
 def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
