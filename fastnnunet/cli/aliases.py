@@ -32,7 +32,7 @@ def distillation_train(argv: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=250, help="iterations per epoch")
     parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs")
     parser.add_argument("-d_device", default="auto", help="cpu or cuda")
-    parser.add_argument("-c_continue", "--c", action="store_true", help="continue from the latest checkpoint")
+    parser.add_argument("-c_continue", "--c", dest="c_continue", action="store_true", help="continue from the latest checkpoint")
     _run(_train, parser.parse_args(argv))
 
 
