@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastnnunet.nnunet.paths import model_folder, nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.plans import read_json
+from fastnnunet.specs.distill import DEFAULT_LR
 
 FINAL = "checkpoint_final.pth"
 
@@ -18,13 +19,14 @@ def train_teacher(
     epochs: int,
     iterations_per_epoch: int,
     val_iterations_per_epoch: int = 2,
-    initial_lr: float = 1e-2,
+    optimizer: str = "adamw",
+    initial_lr: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train one fold with hard labels at full width and write checkpoint_final.pth; returns the fold folder.
 
-    Resumes from checkpoint_latest.pth, does nothing when checkpoint_final.pth is there. `progress` gets
+    AdamW because nnU-Net's SGD needs about a thousand iterations before small structures appear. Resumes from checkpoint_latest.pth, does nothing when checkpoint_final.pth is there. `progress` gets
     (iterations done, iterations in all). Mirroring at prediction stays on, as in any nnU-Net teacher.
     Raises NotFoundError when the data set is not planned and preprocessed.
     """
@@ -47,7 +49,8 @@ def train_teacher(
     trainer = make_trainer(plans, configuration, fold, dataset_json, device, resuming=latest.is_file())
     trainer.num_epochs, trainer.num_iterations_per_epoch = epochs, iterations_per_epoch
     trainer.num_val_iterations_per_epoch = val_iterations_per_epoch
-    trainer.initial_lr = initial_lr
+    trainer.optimizer_name = optimizer
+    trainer.initial_lr = initial_lr if initial_lr is not None else DEFAULT_LR[optimizer]
     trainer.save_every = 1
     trainer.store_mirroring = True
     trainer.bf16 = device == "cpu" and resolve_precision("auto") == "bf16"
