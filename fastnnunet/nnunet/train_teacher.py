@@ -26,8 +26,9 @@ def train_teacher(
 ) -> Path:
     """Train one fold with hard labels at full width and write checkpoint_final.pth; returns the fold folder.
 
-    AdamW because nnU-Net's SGD needs about a thousand iterations before small structures appear. Resumes from checkpoint_latest.pth, does nothing when checkpoint_final.pth is there. `progress` gets
-    (iterations done, iterations in all). Mirroring at prediction stays on, as in any nnU-Net teacher.
+    AdamW because nnU-Net's SGD needs about a thousand iterations before small structures appear.
+    Resumes from checkpoint_latest.pth, does nothing when checkpoint_final.pth is there. `progress` gets (iterations
+    done, iterations in all). Mirroring at prediction stays on, as in any nnU-Net teacher.
     Raises NotFoundError when the data set is not planned and preprocessed.
     """
     import numpy as np
