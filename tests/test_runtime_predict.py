@@ -46,6 +46,7 @@ def _labels(file: Path) -> np.ndarray:
 def test_folder_as_nnunet(model: ToyModel, predictor: Predictor, tmp_path: Path) -> None:
     files = {name: [_image(tmp_path / "in" / f"{name}_0000.nii.gz", seed)] for seed, name in enumerate(("b", "a_1"))}
     (tmp_path / "in" / "notes.txt").write_text("not an image")
+    (tmp_path / "in" / "._b_0000.nii.gz").write_bytes(b"what macOS leaves behind")
     nnunet_predict(model, files, tmp_path / "expected", save_probabilities=True)
     seen: list[str] = []
     results = predictor.predict_files(
@@ -67,6 +68,21 @@ def test_folder_as_nnunet(model: ToyModel, predictor: Predictor, tmp_path: Path)
     assert theirs.keys() <= ours.keys()
     assert ours["list_of_lists_or_source_folder"] == str(tmp_path / "in")
     assert ours["fastnnunet"]["backend"] == "onnxruntime"
+
+
+def test_nnunet_can_ensemble_our_probabilities(model: ToyModel, predictor: Predictor, tmp_path: Path) -> None:
+    from nnunetv2.ensembling.ensemble import merge_files
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    _image(tmp_path / "in" / "a_0000.nii.gz")
+    out = tmp_path / "out"
+    predictor.predict_files(tmp_path / "in", out, save_probabilities=True)
+    plans = PlansManager(str(out / "plans.json"))
+    manager = plans.get_label_manager(json.loads((out / "dataset.json").read_text()))
+    merge_files(
+        [str(out / "a.npz")] * 2, str(tmp_path / "merged"), ".nii.gz", plans.image_reader_writer_class(), manager
+    )
+    np.testing.assert_array_equal(_labels(tmp_path / "merged.nii.gz"), _labels(out / "a.nii.gz"))
 
 
 def test_labels_keep_the_order_regions_depend_on(tmp_path: Path) -> None:

@@ -23,12 +23,17 @@ class Case:
 def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
     """Cases of a folder (`NAME_0000.ending`, `NAME_0001.ending`, ... as nnU-Net wants them), sorted by name.
 
-    Files of the model's ending that are not named so become a case with a problem, as do gaps in the channels.
+    Files of the model's ending that are not named so become a case with a problem, as do gaps in the channels; hidden
+    files (macOS leaves `._` twins) are passed over.
     Raises NotFoundError when the folder is missing or has no image of the model's file ending.
     """
     if not source.is_dir():
         raise NotFoundError(f"input not found: {source}\nexpected an image file or a folder of images")
-    names = sorted(p.name for p in source.iterdir() if p.is_file() and p.name.endswith(spec.file_ending))
+    names = sorted(
+        p.name
+        for p in source.iterdir()
+        if p.name.endswith(spec.file_ending) and not p.name.startswith(".") and p.is_file()
+    )
     if not names:
         others = sorted(p.name for p in source.iterdir())[:3]
         raise NotFoundError(
