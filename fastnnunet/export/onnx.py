@@ -36,6 +36,7 @@ def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ..
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
+            optimize=False,  # its optimiser merges parameters that happen to be equal, and their names are lost
             verbose=False,
         )
     model = program.model_proto
