@@ -1,19 +1,10 @@
 """What the stage scripts share: errors as one message, names of student bundles."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from fastnnunet.errors import FastnnUNetError
+from fastnnunet.cli.guard import guarded as run
 
-
-def run(stage: Callable[[], None]) -> None:
-    """Run a stage; a FastnnUNetError becomes one message and exit code 2."""
-    try:
-        stage()
-    except FastnnUNetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+__all__ = ["bundle_folder", "run"]
 
 
 def bundle_folder(root: Path, dataset_name: str, configuration: str, fold: int, r: int) -> Path:

@@ -125,5 +125,12 @@ class TestRefusals:
         (tmp_path / "s.yaml").write_text("temprature: 2")
         refused(run("cache", "build", "-d", "998", "--spec", tmp_path / "s.yaml"), "unknown field 'temprature'")
 
+    def test_base_install_says_which_extra_is_missing(self, tmp_path):
+        blocked = "import sys\nfor m in ('torch', 'nnunetv2', 'zarr', 'google_crc32c'): sys.modules[m] = None\n"
+        code = blocked + "from fastnnunet.cli.main import main\nmain(sys.argv[1:])"
+        words = [sys.executable, "-c", code, "train", "-d", "998", "-f", "0", "-r", "2"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        refused(done, "needs the package", "pip install 'fastnnunet[train]'")
+
     def test_no_bundle(self, tmp_path):
         refused(run("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "b"), "no bundle at")

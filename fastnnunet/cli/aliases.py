@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastnnunet.errors import FastnnUNetError, MismatchError, NotFoundError
+from fastnnunet.cli.guard import guarded
+from fastnnunet.errors import MismatchError, NotFoundError
 
 if TYPE_CHECKING:
     from fastnnunet.distill.train import TrainingJob
@@ -32,7 +33,9 @@ def distillation_train(argv: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=250, help="iterations per epoch")
     parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs")
     parser.add_argument("-d_device", default="auto", help="cpu or cuda")
-    parser.add_argument("-c_continue", "--c", dest="c_continue", action="store_true", help="continue from the latest checkpoint")
+    parser.add_argument(
+        "-c_continue", "--c", dest="c_continue", action="store_true", help="continue from the latest checkpoint"
+    )
     _run(_train, parser.parse_args(argv))
 
 
@@ -63,14 +66,7 @@ def _parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        command(args)
-    except FastnnUNetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    guarded(lambda: command(args))
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -8,9 +8,9 @@ from fastnnunet.cli.benchmark import benchmark
 from fastnnunet.cli.cache import app as cache_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
+from fastnnunet.cli.guard import guarded
 from fastnnunet.cli.predict import predict
 from fastnnunet.cli.train import train
-from fastnnunet.errors import FastnnUNetError
 
 app = typer.Typer(
     name="fastnnunet",
@@ -61,14 +61,7 @@ def spread_multi_values(argv: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 0 done, 1 some cases failed, 2 wrong input, 130 interrupted."""
     args = spread_multi_values(sys.argv[1:] if argv is None else argv)
-    try:
-        app(args)
-    except FastnnUNetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    guarded(lambda: app(args))
 
 
 if __name__ == "__main__":

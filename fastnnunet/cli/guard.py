@@ -1,0 +1,35 @@
+"""Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
+
+import sys
+from collections.abc import Callable
+
+from fastnnunet.errors import FastnnUNetError
+
+# top-level modules that are no part of the base install
+EXTRA_OF = {
+    **dict.fromkeys(("torch", "nnunetv2", "zarr", "numcodecs", "google_crc32c", "dask", "distributed"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "matplotlib", "batchgenerators", "dynamic_network_architectures"), "train"),
+    "openvino": "openvino",
+}
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run `command`. Exit codes: its own, 2 for wrong input or a missing extra, 130 when interrupted."""
+    try:
+        command()
+    except FastnnUNetError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as e:
+        module = (e.name or "").split(".")[0]
+        if module not in EXTRA_OF:
+            raise
+        print(
+            f"error: this command needs the package {module}, which the base install leaves out\n"
+            f"install it: pip install 'fastnnunet[{EXTRA_OF[module]}]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
