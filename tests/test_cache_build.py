@@ -163,7 +163,7 @@ class TestPlan:
         assert not (tmp_path / "root").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 class TestDask:
     def test_two_workers_give_the_serial_digests(self, tmp_path, reference):
         loads = tmp_path / "loads"
@@ -250,11 +250,11 @@ class TestKilled:
     def test_interrupt_leaves_a_resumable_cache(self, tmp_path, reference, workers):
         job = make_job(tmp_path / "root", factory=FakeFactory(delay_s=1.0))
         process = start_build(tmp_path, job, workers)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not list(job.path.glob("*/manifest.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
         assert process.returncode != 0
         assert "KeyboardInterrupt" in stderr
         cache = job.open()
@@ -265,7 +265,7 @@ class TestKilled:
     def test_two_builders_at_once(self, tmp_path, reference):
         job = make_job(tmp_path / "root", factory=FakeFactory(delay_s=0.1))
         processes = [start_build(tmp_path, job) for _ in range(2)]
-        assert [p.wait(60) for p in processes] == [0, 0]
+        assert [p.wait(300) for p in processes] == [0, 0]
         assert digests(job.open()) == reference
         assert {r.status for r in verify_cache(job.open())} == {"ok"}
         assert not list((tmp_path / "root" / PARTIAL).iterdir())

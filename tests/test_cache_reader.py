@@ -111,9 +111,9 @@ def test_loader_workers(cache_dir, oracle, method):
     workers = [context.Process(target=_read, args=(reader, "large", queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    sums = [queue.get(timeout=60) for _ in workers]
+    sums = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     assert sums == [oracle["large"].sum(dtype=np.int64)] * 2
 
 
