@@ -28,6 +28,9 @@ class OpenVINOBackend:
                     "INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision],
                     "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_NUM_THREADS": threads,
+                    # Pinned threads wait for their core while others are idle: half the speed on a busy machine, and
+                    # several predictors would all be pinned to the same first cores.
+                    "ENABLE_CPU_PINNING": False,
                 },
             )
             self._request = compiled.create_infer_request()
