@@ -12,6 +12,7 @@ from rich.progress import Progress
 from fastnnunet.cache.build import CaseDone, build_cache
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.distill.soft_labels import cache_job
+from fastnnunet.errors import CorruptError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -30,8 +31,9 @@ def main(dataset: str, configuration: str, spec_file: Path) -> None:
             bar.advance(task, case.voxels)
 
         cache = build_cache(job, workers=0, threads=os.cpu_count() or 1, progress=advance)
-    damaged = [report.case_id for report in verify_cache(cache) if report.problem is not None]
-    print(f"verified: {len(cache.cases) - len(damaged)} of {len(cache.cases)} cases intact")
+    if damaged := [f"{report.case_id}: {report.problem}" for report in verify_cache(cache) if report.problem]:
+        raise CorruptError("\n".join(["cases that did not verify, run the same command again:", *damaged]))
+    print(f"verified: all {len(cache.cases)} cases intact")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ in a CRC-32C of its compressed bytes. A chunk that is all zero is absent: offset
 
 The inner chunks hold all channels and are about `chunk_zyx` in space: an axis is cut into round(n / edge) equal parts,
 so a 51-voxel axis becomes 2 x 26 and not 32 + 19 padded to 64. Small volumes then carry almost no padding, which made
-the hippocampus cache 18 % smaller and quicker to decode.
+the hippocampus cache 6 % smaller than fixed chunks at the same level, and quicker to decode.
 
 Writing is done here and not by zarr-python so that equal voxels give equal bytes whatever its version and threads do;
 zarr-python reads every case back before it is committed.
