@@ -1,0 +1,47 @@
+"""Bytes per voxel and the largest stored error of a soft-label cache, read off its manifests.
+
+    python -m tests.benchmarks.cache_size CACHE_FOLDER -o record.json
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from fastnnunet.bench.record import hardware, now_utc, versions, write_json
+from fastnnunet.cache.folder import open_cache
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """The record of one complete cache. Raises NotFoundError, CorruptError."""
+    cache = open_cache(folder)
+    manifests = [m for case in cache.cases if (m := cache.manifest(case)) is not None]
+    voxels = sum(math.prod(m.shape[1:]) for m in manifests)
+    stored = sum(m.stored_bytes for m in manifests)
+    return {
+        "what": "size and accuracy of a soft-label cache",
+        "created": now_utc(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "key": cache.key,
+        "soft_labels": cache.identity["soft_labels"],
+        "cases": len(manifests),
+        "cases_expected": len(cache.cases),
+        "voxels": voxels,
+        "stored_bytes": stored,
+        "bytes_per_voxel": stored / voxels,
+        "float16_bytes_per_voxel": 2 * cache.codec.num_heads,
+        "max_error": max(m.max_error for m in manifests),
+        "eps": cache.codec.eps,
+        "teacher_seconds": sum(m.seconds for m in manifests),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("-o", type=Path, required=True)
+    args = parser.parse_args()
+    record = measure(args.cache)
+    write_json(args.o, record)
+    print(f"{record['cases']} cases, {record['bytes_per_voxel']:.3f} bytes per voxel, error {record['max_error']:.4f}")
