@@ -139,3 +139,18 @@ class TestRefusals:
     def test_no_folds(self):
         with pytest.raises(SpecError, match="folds"):
             TeacherSpec(dataset="998", folds=())
+
+    def test_cascade(self, world):
+        import json
+
+        path = world / "results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres/plans.json"
+        plans = json.loads(path.read_text())
+        plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+        path.write_text(json.dumps(plans))
+        with pytest.raises(MismatchError, match="cascades cannot be cached yet"):
+            open_teacher(SPEC, FP32)
+
+
+def test_one_timed_patch_takes_time(world):
+    _, teacher, _ = open_teacher(SPEC, FP32)
+    assert teacher.load(threads=1).seconds_per_patch() > 0

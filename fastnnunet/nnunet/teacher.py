@@ -10,7 +10,7 @@ import numpy as np
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class NnUNetTeacher:
         plans_manager, config = configuration_of(plans, self.configuration)
         axes = tuple(mirror_axes) if mirror_axes else None
         predictor.manual_initialization(network, plans_manager, config, None, dataset_json, "nnUNetTrainer", axes)
-        return LoadedTeacher(predictor, weights, self.patch_size)
+        channels = num_input_channels(plans_manager, config, dataset_json)
+        return LoadedTeacher(predictor, weights, self.patch_size, channels)
 
 
 @dataclass
@@ -141,6 +142,7 @@ class LoadedTeacher:
     predictor: "nnUNetPredictor"
     weights: dict[Fold, Weights]
     patch_size: tuple[int, ...]
+    channels: int
 
     def logits(self, image_CZYX: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
         """Mean logits over mirrors, tiles and folds as nnU-Net computes them: float32 (heads, Z, Y, X)."""
@@ -152,9 +154,8 @@ class LoadedTeacher:
 
     def seconds_per_patch(self) -> float:
         """Seconds for one patch through all folds and mirrors (one timed fold after a warm-up, times the folds)."""
-        channels = next(iter(self.weights.values()))["encoder.stages.0.0.convs.0.conv.weight"].shape[1]
         shape = self.patch_size if len(self.patch_size) == 3 else (1, *self.patch_size)
-        image_CZYX = np.zeros((channels, *shape), np.float32)
+        image_CZYX = np.zeros((self.channels, *shape), np.float32)
         first = tuple(self.weights)[:1]
         self.logits(image_CZYX, first)
         start = time.perf_counter()
