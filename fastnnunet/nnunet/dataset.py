@@ -25,7 +25,7 @@ def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[Preprocessed
     if previous := configuration_of(plans, spec.configuration)[1].previous_stage_name:
         raise MismatchError(
             f"{spec.configuration} is a cascade stage, it needs the predictions of {previous}; "
-            f"cascades cannot be cached yet\nuse a configuration without a previous stage, such as {previous} or 3d_fullres"
+            f"cascades cannot be cached yet\nuse a configuration without a previous stage, such as {previous}"
         )
     cases = open_cases(plans, spec.configuration)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
