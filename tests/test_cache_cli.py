@@ -12,6 +12,7 @@ from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
+from tests.cache_fakes import FakeCases, make_job
 from tests.tiny import CONFIGURATION, DATASET
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -143,11 +144,42 @@ def test_a_case_that_fails_gives_exit_code_1(world, cli, monkeypatch):
     assert "NaN" in text
 
 
-@pytest.mark.parametrize("command", ["build", "plan", "list", "info", "verify"])
+@pytest.mark.parametrize("command", ["build", "plan", "list", "info", "verify", "diff"])
 def test_help_ends_with_an_example(cli, command):
     code, text = cli(command, "--help")
     assert code == 0
     assert f"fastnnunet cache {command}" in text.split("Example")[1]
+
+
+class TestDiff:
+    def test_equal(self, cli, tmp_path):
+        left = make_job(tmp_path / "a").create()
+        right = make_job(tmp_path / "b", spec=CacheSpec(compressor="lz4", level=1)).create()
+        assert cli("diff", left.path, right.path) == (0, f"no difference: both have the key {left.key}\n")
+
+    def test_fields_and_cases_are_named(self, cli, tmp_path):
+        left = make_job(tmp_path).create()
+        right = make_job(tmp_path, FakeCases(seed=1), spec=CacheSpec(temperature=2.0, mirroring=False)).create()
+        code, text = cli("diff", left.path.name[:8], right.path.name[:8], "--root", tmp_path)
+        assert code == 1
+        lines = text.splitlines()
+        assert lines[0] == f"{left.path.name} -> {right.path.name}"
+        assert lines[1].startswith("  data.sha256: ")
+        assert lines[2:] == [
+            "  inference.mirroring: true -> false",
+            "  soft_labels.temperature: 3.0 -> 2.0",
+            "  cases whose preprocessed image changed: flat large small",
+        ]
+
+    def test_bad_input(self, cli, tmp_path):
+        left = make_job(tmp_path).create()
+        code, text = cli("diff", left.path, "beef", "--root", tmp_path)
+        assert code == 2
+        assert "no soft-label cache beef found" in text
+        (left.path / "zarr.json").write_text("{}")
+        code, text = cli("diff", left.path, left.path)
+        assert code == 2
+        assert "damaged" in text
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)

@@ -39,7 +39,7 @@ def find_cache(
     if len(fields) > NAMED_AT_MOST:
         lines.append(f"  and {len(fields) - NAMED_AT_MOST} more")
     if case_digests is not None:
-        lines += _case_lines(nearest.cases, case_digests)
+        lines += case_differences(nearest.cases, case_digests)
     raise MismatchError(
         f"no soft-label cache under {root} fits; the nearest, {nearest.path.name}, differs in (cached -> needed)\n"
         + "\n".join(lines)
@@ -54,7 +54,8 @@ def _readable(folder: Path) -> CacheFolder | None:
         return None  # something else, or damaged: not a candidate
 
 
-def _case_lines(cached: Mapping[str, str], needed: Mapping[str, str]) -> list[str]:
+def case_differences(cached: Mapping[str, str], needed: Mapping[str, str]) -> list[str]:
+    """Indented lines that name the cases in which two lists of case -> image digest differ, left to right."""
     kinds = {
         "cases whose preprocessed image changed": [c for c in cached if c in needed and cached[c] != needed[c]],
         "cases no longer there": [c for c in cached if c not in needed],

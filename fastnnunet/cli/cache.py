@@ -30,6 +30,8 @@ Root = Annotated[Path | None, typer.Option("--root", help="Folder of the caches 
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
+LeftCache = Annotated[str, typer.Argument(metavar="A", help="Folder of a cache, or the first digits of its key.")]
+RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder of the cache, or the first digits of its key.")]
 
 
@@ -152,6 +154,22 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = No
     with VerifyProgress(len(folder.cases)) as progress:
         reports = verify_cache(folder, progress.advance)
     if not print_reports(folder, reports):
+        raise typer.Exit(1)
+
+
+@app.command("diff")
+def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: Root = None) -> None:
+    """Name what makes two caches different: every field of their identities, A -> B. Exit code 1 when they differ.
+
+    What changes no stored value (place, chunks, compression) is not compared.
+
+    Example:
+
+      fastnnunet cache diff 40467043 9f3c
+    """
+    from fastnnunet.cli.cache_view import print_differences
+
+    if not print_differences(_select(left, dataset, root), _select(right, dataset, root)):
         raise typer.Exit(1)
 
 

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastnnunet.cache.build import CaseDone
+from fastnnunet.cache.find import case_differences
 from fastnnunet.cache.folder import CacheFolder, open_cache
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import CachePlan
 from fastnnunet.cache.verify import CaseReport
 from fastnnunet.errors import CorruptError
-from fastnnunet.specs.canonical import to_plain
+from fastnnunet.specs.canonical import differences, to_plain
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -235,6 +236,18 @@ def print_reports(cache: CacheFolder, reports: Sequence[CaseReport]) -> bool:
     if missing:
         console.print(f"build the missing ones with: {escape(cache.build_command)}")
     return not bad
+
+
+def print_differences(left: CacheFolder, right: CacheFolder) -> bool:
+    """Print the identity fields, and the cases, in which two caches differ; True when there are none."""
+    fields = differences(left.identity, right.identity)
+    if not fields:
+        console.print(f"no difference: both have the key {left.key}")
+        return True
+    console.print(f"{left.path.name} -> {right.path.name}")
+    for line in (*(f"  {field}" for field in fields), *case_differences(left.cases, right.cases)):
+        console.print(escape(line))
+    return False
 
 
 def _totals(manifests: Sequence[Manifest]) -> tuple[int, int]:
