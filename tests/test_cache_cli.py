@@ -113,6 +113,7 @@ def test_stored_values_are_nnunets_own(world, cli, tmp_path):
         (["build", *BASE, "--spec", "nothing.yaml"], "spec file not found"),
         (["info", "beef"], "no soft-label cache beef found"),
         (["list", "--root", "/nonexistent"], "is not a folder"),
+        (["gc", "--root", "/nonexistent"], "is not a folder"),
     ],
 )
 def test_bad_input_is_one_message(world, cli, args, expected):
@@ -144,7 +145,7 @@ def test_a_case_that_fails_gives_exit_code_1(world, cli, monkeypatch):
     assert "NaN" in text
 
 
-@pytest.mark.parametrize("command", ["build", "plan", "list", "info", "verify", "diff"])
+@pytest.mark.parametrize("command", ["build", "plan", "list", "info", "verify", "diff", "gc"])
 def test_help_ends_with_an_example(cli, command):
     code, text = cli(command, "--help")
     assert code == 0

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
     removed = []
     for folder in sorted((cache.path.parent / PARTIAL).glob(f"{cache.path.name}.*")):
         try:
-            with _locked(folder):
+            with locked(folder):
                 shutil.rmtree(folder)
         except (BlockingIOError, FileNotFoundError):
             continue  # another builder is writing it, or has just finished
@@ -143,18 +143,28 @@ def _partial_folder(cache: CacheFolder, case_id: str) -> Iterator[Path]:
     """A locked temporary folder on the cache's file system, gone afterwards unless it was renamed."""
     parent = cache.path.parent / PARTIAL
     parent.mkdir(exist_ok=True)
-    folder = parent / f"{cache.path.name}.{case_id}.{os.getpid()}.{secrets.token_hex(6)}"
-    folder.mkdir()
-    try:
-        with _locked(folder):
+    with ExitStack() as stack:
+        while True:
+            folder = parent / f"{cache.path.name}.{case_id}.{os.getpid()}.{secrets.token_hex(6)}"
+            folder.mkdir()
+            try:
+                stack.enter_context(locked(folder))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # a clean-up took it before it was locked: another one
+            if folder.is_dir():
+                break
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder; the system releases it when the process dies, however it dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an advisory lock on a folder; the system releases it when the process dies, however it dies.
+
+    Raises BlockingIOError when another process holds it, FileNotFoundError when the folder is gone.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

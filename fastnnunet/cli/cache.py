@@ -173,6 +173,33 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: R
         raise typer.Exit(1)
 
 
+@app.command("gc")
+def gc(
+    dataset: AnyDataset = None,
+    root: Root = None,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Read every case and remove the damaged ones too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove what interrupted builds left behind. Valid cases and the work of running builders are never touched.
+
+    What --damaged removes, `cache build` makes again.
+
+    Example:
+
+      fastnnunet cache gc -d 4 --dry-run
+    """
+    from fastnnunet.cache.gc import collect_garbage
+    from fastnnunet.cli.cache_view import gc_progress, print_leftovers
+
+    leftovers = []
+    with gc_progress() as progress:
+        for place in _roots(dataset, root):
+            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=progress)
+    print_leftovers(leftovers, dry_run=dry_run)
+
+
 def _job(
     dataset: str,
     configuration: str,
@@ -227,18 +254,24 @@ def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
     return workers, threads or max(1, cpus // max(1, workers))
 
 
-def _all_folders(dataset: str | None, root: Path | None) -> list[Path]:
-    """Every cache folder under `root`, or beside the preprocessed cases of one or all data sets."""
-    from fastnnunet.cache.folder import cache_folders
+def _roots(dataset: str | None, root: Path | None) -> list[Path]:
+    """`root`, or the folders of caches beside the preprocessed cases of one or all data sets."""
     from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
 
     if root is not None:
         if not root.is_dir():
             raise NotFoundError(f"--root {root} is not a folder")
-        return list(cache_folders(root))
+        return [root]
     base = nnunet_folder("nnUNet_preprocessed")
     name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return [folder for caches in sorted(base.glob(f"{name}/fastnnunet_*")) for folder in cache_folders(caches)]
+    return sorted(base.glob(f"{name}/fastnnunet_*"))
+
+
+def _all_folders(dataset: str | None, root: Path | None) -> list[Path]:
+    """Every cache folder under `root`, or beside the preprocessed cases of one or all data sets."""
+    from fastnnunet.cache.folder import cache_folders
+
+    return [folder for caches in _roots(dataset, root) for folder in cache_folders(caches)]
 
 
 def _select(which: str | None, dataset: str | None, root: Path | None) -> "CacheFolder":

@@ -14,6 +14,7 @@ from rich.table import Table
 from fastnnunet.cache.build import CaseDone
 from fastnnunet.cache.find import case_differences
 from fastnnunet.cache.folder import CacheFolder, open_cache
+from fastnnunet.cache.gc import Leftover
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import CachePlan
@@ -248,6 +249,26 @@ def print_differences(left: CacheFolder, right: CacheFolder) -> bool:
     for line in (*(f"  {field}" for field in fields), *case_differences(left.cases, right.cases)):
         console.print(escape(line))
     return False
+
+
+@contextmanager
+def gc_progress() -> Iterator[Callable[[str], None]]:
+    """The case being looked at, gone when done."""
+    columns = TextColumn("looking at"), TextColumn("{task.description}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda case_id: bar.update(task, description=case_id)
+
+
+def print_leftovers(leftovers: Sequence[Leftover], *, dry_run: bool) -> None:
+    """What was removed, or would be, and how many bytes."""
+    verb = "would remove" if dry_run else "removed"
+    for leftover in leftovers:
+        console.print(
+            f"{verb} {escape(str(leftover.path))} ({size_text(leftover.size_bytes)}): {escape(leftover.reason)}"
+        )
+    size_bytes = sum(leftover.size_bytes for leftover in leftovers)
+    console.print(f"{verb} {len(leftovers)} leftover(s), {size_bytes} bytes" if leftovers else "nothing to remove")
 
 
 def _totals(manifests: Sequence[Manifest]) -> tuple[int, int]:

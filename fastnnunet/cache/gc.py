@@ -1,0 +1,141 @@
+"""Removing what interrupted builds and copies left behind, and nothing else.
+
+A builder holds a lock on the folder it writes, so what can be locked in `.partial/` belongs to nobody. Other places
+have no lock: there a thing counts as left behind when it has not changed for `STALE_S`.
+"""
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastnnunet.cache.folder import GROUP_NAME, CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.identity import KEY_CHARS_IN_NAME
+from fastnnunet.cache.manifest import MANIFEST_NAME
+from fastnnunet.cache.store import PARTIAL, locked
+from fastnnunet.errors import BuildError, CorruptError
+
+STALE_S = 3600
+_CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """One thing that was removed, or would be."""
+
+    path: Path
+    reason: str
+    size_bytes: int
+
+
+def collect_garbage(
+    root: Path, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
+) -> list[Leftover]:
+    """Remove the leftovers under `root`, the folder that holds caches, and return them.
+
+    Leftovers are unfinished cases of dead builders, case folders without a manifest, and temporary metadata files.
+    With `damaged` every shard is read, and committed cases that no longer match their manifest go too; `cache build`
+    makes them again. Valid cases, caches whose own metadata is damaged, and files this project does not write are never
+    touched. `dry_run` removes nothing. `progress` gets the name of each case looked at.
+    Raises BuildError when something cannot be removed.
+    """
+    try:
+        found = [_partial(folder, dry_run) for folder in sorted((root / PARTIAL).glob("*"))]
+        for folder in sorted(root.glob("*")):
+            if _CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
+                found += _unfinished_metadata(folder, dry_run)
+        for folder in cache_folders(root):
+            try:
+                cache = open_cache(folder)
+            except CorruptError:
+                continue  # nothing in it can be judged; `cache list` shows it as damaged
+            for case_id in cache.cases:
+                found.append(_case(cache, case_id, damaged, dry_run))
+                if progress is not None:
+                    progress(case_id)
+    except OSError as e:
+        raise BuildError(
+            f"cannot remove leftovers under {root}: {e}\nmake the folder writable and run the same command again"
+        ) from e
+    return [leftover for leftover in found if leftover is not None]
+
+
+def _partial(folder: Path, dry_run: bool) -> Leftover | None:
+    if not _CACHE_NAME.match(folder.name) or not folder.is_dir():
+        return None  # not ours
+    try:
+        with locked(folder):
+            leftover = Leftover(path=folder, reason="unfinished case of a dead builder", size_bytes=_size_bytes(folder))
+            if not dry_run:
+                shutil.rmtree(folder)
+    except (BlockingIOError, FileNotFoundError):
+        return None  # a builder is writing it, or has just finished
+    return leftover
+
+
+def _unfinished_metadata(folder: Path, dry_run: bool) -> list[Leftover]:
+    """Temporary siblings of the group's metadata, and the folder itself when it never got any."""
+    found = []
+    for file in sorted(folder.glob(f".{GROUP_NAME}.*")):
+        if _is_stale(file):
+            found.append(Leftover(path=file, reason="unfinished metadata", size_bytes=file.stat().st_size))
+            if not dry_run:
+                file.unlink(missing_ok=True)
+    if not found and not any(folder.iterdir()) and _is_stale(folder):
+        found.append(Leftover(path=folder, reason="empty", size_bytes=0))
+        if not dry_run:
+            folder.rmdir()
+    return found
+
+
+def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Leftover | None:
+    folder = cache.case_dir(case_id)
+    if not folder.is_dir() or folder.is_symlink():
+        return None
+    committed = (folder / MANIFEST_NAME).exists()
+    if committed and not damaged:
+        return None
+    problem = cache.problem(case_id, deep=True)
+    if problem is None or not (committed or _is_stale(folder)):
+        return None
+    leftover = Leftover(
+        path=folder,
+        reason=f"damaged: {problem}" if committed else f"half-written: it has no {MANIFEST_NAME}",
+        size_bytes=_size_bytes(folder),
+    )
+    if dry_run:
+        return leftover
+    return leftover if _remove_case(cache, case_id) else None
+
+
+def _remove_case(cache: CacheFolder, case_id: str) -> bool:
+    """Remove a bad case at one stroke; False when a builder works on it or has just replaced it."""
+    folder = cache.case_dir(case_id)
+    (cache.path.parent / PARTIAL).mkdir(exist_ok=True)
+    doomed = cache.path.parent / PARTIAL / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
+    try:
+        with locked(folder):
+            judged = folder.stat().st_ino
+            if cache.problem(case_id, deep=True) is None:
+                return False
+            folder.rename(doomed)
+            if doomed.stat().st_ino != judged:  # a builder put a good one there in between: back with it
+                doomed.rename(folder)
+                return False
+            shutil.rmtree(doomed)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True
+
+
+def _is_stale(path: Path) -> bool:
+    """Nothing in it has changed for a while."""
+    newest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+    return time.time() - newest > STALE_S
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
