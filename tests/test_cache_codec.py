@@ -33,30 +33,45 @@ def reference_largest_remainder(p):
     return units.astype(int)
 
 
-@given(logits(), st.sampled_from([1.0, 2.0, 3.0, 4.0]))
-@settings(max_examples=60, deadline=None)
-def test_simplex_sums_to_255_and_keeps_its_bound(logits, temperature):
-    codec = SimplexU8(len(logits))
+LEVELS = st.sampled_from([255, 63, 31])
+
+
+@given(logits(), st.sampled_from([1.0, 2.0, 3.0, 4.0]), LEVELS)
+@settings(max_examples=100, deadline=None)
+def test_simplex_sums_to_its_levels_and_keeps_its_bound(logits, temperature, levels):
+    codec = SimplexU8(len(logits), levels)
     p = codec.target(logits, temperature)
     stored = codec.encode(p)
     total = stored.sum(axis=0, dtype=int)
     assert stored.dtype == np.uint8
     assert stored.shape == (len(logits) - 1, 40)
-    assert total.max() <= 255
+    assert total.max() <= levels
     decoded = codec.decode(stored)
     np.testing.assert_allclose(decoded.sum(axis=0), 1, atol=2e-6)
     error = np.abs(decoded - p).max()
-    assert error < codec.eps
-    assert error <= (1 - 1 / len(logits)) / 255 + 2e-7  # the sharper bound derived in the module
+    assert error < codec.eps == 1 / levels
+    assert error <= (1 - 1 / len(logits)) / levels + 2e-7  # the sharper bound derived in the module
     assert codec.problem(stored) is None
 
 
-@given(st.integers(2, 105), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
-def test_one_hot_is_exact(classes, seed):
+@given(st.integers(2, 12), st.integers(0, 2**32 - 1), LEVELS)
+@settings(max_examples=60, deadline=None)
+def test_round_trip_of_stored_values(classes, seed, levels):
+    """Whatever can be stored is decoded to probabilities that are stored as the same values."""
+    units = np.random.default_rng(seed).multinomial(levels, np.full(classes, 1 / classes), 50).T
+    codec = SimplexU8(classes, levels)
+    stored = units[1:].astype(np.uint8)
+    decoded = codec.decode(stored)
+    np.testing.assert_allclose(decoded, units / levels, atol=1e-7)
+    np.testing.assert_array_equal(codec.encode(decoded), stored)
+
+
+@given(st.integers(2, 105), st.integers(0, 2**32 - 1), LEVELS)
+@settings(max_examples=60, deadline=None)
+def test_one_hot_is_exact(classes, seed, levels):
     label = np.random.default_rng(seed).integers(0, classes, 50)
     p = np.eye(classes, dtype=np.float32)[label].T
-    codec = SimplexU8(classes)
+    codec = SimplexU8(classes, levels)
     stored = codec.encode(p)
     np.testing.assert_array_equal(codec.decode(stored), p)
     assert not stored[:, label == 0].any()  # background is all zero: zero padding is background
@@ -112,8 +127,11 @@ def test_what_is_not_a_distribution_is_refused():
         with pytest.raises(ValueError, match="sum to one"):
             SimplexU8(3).encode(bad.astype(np.float32))
     assert "sum to 300" in SimplexU8(3).problem(np.full((2, 1), 150, np.uint8))
+    assert "expected at most 31" in SimplexU8(3, 31).problem(np.full((2, 1), 16, np.uint8))
     with pytest.raises(SpecError, match="at least 2"):
         SimplexU8(1)
+    with pytest.raises(SpecError, match="256 levels, expected 1 to 255"):
+        SimplexU8(3, 256)
 
 
 @given(logits(scale=200))

@@ -2,14 +2,14 @@
 
 Shapes: (C, ...) arrays are channel first with any trailing axes; C = number of network heads, S = stored channels.
 
-`simplex_u8` rounds C probabilities to whole multiples of 1/255 that still sum to exactly 255 (largest-remainder
-rounding, Hamilton's apportionment). Channel 0, the background, is not stored: it is 255 minus the sum of the others,
-so an all-zero voxel *is* background and zero padding needs no special case.
+`simplex_u8` rounds C probabilities to whole multiples of 1/L that still sum to exactly L (largest-remainder rounding,
+Hamilton's apportionment), with L = 255 levels, or 63 or 31 for a smaller cache. Channel 0, the background, is not
+stored: it is L minus the others' sum, so an all-zero voxel *is* background and zero padding needs no special case.
 
-The bound. With r_c = 255 p_c - floor(255 p_c) and k = sum r_c whole units left to hand out, the k largest remainders
-go up. A channel left down has k remainders at least as large above it, so k >= (k + 1) r_c and r_c <= k / (k + 1)
+The bound. With r_c = L p_c - floor(L p_c) and k = sum r_c whole units left to hand out, the k largest remainders go up.
+A channel left down has k remainders at least as large above it, so k >= (k + 1) r_c and r_c <= k / (k + 1)
 <= (C - 1) / C. One that goes up satisfies k <= (k - 1) + r_c (C - k + 1), so 1 - r_c <= 1 - 1 / C. Either way the
-error is at most (1 - 1/C) / 255 < 1/255; the gap to 1/255 is wider than float32 rounding for every C up to 10^4.
+error is at most (1 - 1/C) / L < 1/L; the gap to 1/L is wider than float32 rounding for every C up to 10^4.
 """
 
 from dataclasses import dataclass
@@ -79,16 +79,22 @@ def sigmoid(logits: Float32Array, temperature: float) -> Float32Array:
 
 @dataclass(frozen=True, slots=True)
 class SimplexU8:
-    """Exclusive classes: C-1 stored channels in units of 1/255, background implied."""
+    """Exclusive classes: C-1 stored channels in units of 1/levels, background implied."""
 
     num_heads: int
+    levels: int = LEVELS
     name: ClassVar[str] = "simplex_u8"
     version: ClassVar[int] = 1
-    eps: ClassVar[float] = 1 / LEVELS
 
     def __post_init__(self) -> None:
         if self.num_heads < 2:
             raise SpecError(f"simplex_u8 needs at least 2 classes (background and one more), got {self.num_heads}")
+        if not 1 <= self.levels <= LEVELS:
+            raise SpecError(f"simplex_u8: got {self.levels} levels, expected 1 to {LEVELS}")
+
+    @property
+    def eps(self) -> float:
+        return 1 / self.levels
 
     @property
     def num_stored(self) -> int:
@@ -102,10 +108,10 @@ class SimplexU8:
 
         Raises ValueError when the input does not sum to one over axis 0 (or holds NaN).
         """
-        scaled = target.reshape(self.num_heads, -1) * np.float32(LEVELS)
+        scaled = target.reshape(self.num_heads, -1) * np.float32(self.levels)
         units = np.floor(scaled)
         scaled -= units  # now the remainders
-        left = LEVELS - units.sum(axis=0)
+        left = self.levels - units.sum(axis=0)
         # NaN fails both comparisons, so it is caught here too
         if not (np.all(left >= 0) and np.all(left <= self.num_heads)):
             raise ValueError("simplex_u8: the probabilities do not sum to one over the first axis")
@@ -114,14 +120,18 @@ class SimplexU8:
 
     def decode(self, stored: Uint8Array) -> Float32Array:
         out = np.empty((self.num_heads, *stored.shape[1:]), np.float32)
-        np.multiply(stored, np.float32(1 / LEVELS), out=out[1:])
-        background = LEVELS - stored.sum(axis=0, dtype=np.int32)
-        np.multiply(background, np.float32(1 / LEVELS), out=out[0], casting="unsafe")
+        np.multiply(stored, np.float32(1 / self.levels), out=out[1:])
+        background = self.levels - stored.sum(axis=0, dtype=np.int32)
+        np.multiply(background, np.float32(1 / self.levels), out=out[0], casting="unsafe")
         return out
 
     def problem(self, stored: Uint8Array) -> str | None:
         largest = int(stored.sum(axis=0, dtype=np.int32).max(initial=0))
-        return f"the channels of a voxel sum to {largest}, expected at most {LEVELS}" if largest > LEVELS else None
+        return (
+            f"the channels of a voxel sum to {largest}, expected at most {self.levels}"
+            if largest > self.levels
+            else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +163,19 @@ class SigmoidU8:
 CODECS: dict[str, type[SimplexU8] | type[SigmoidU8]] = {c.name: c for c in (SimplexU8, SigmoidU8)}
 
 
-def make_codec(name: str, num_heads: int) -> Codec:
-    """The codec called `name` for a network with `num_heads` heads. Raises SpecError for an unknown name."""
+def make_codec(name: str, num_heads: int, levels: int = LEVELS) -> Codec:
+    """The codec called `name` for a network with `num_heads` heads; `levels` concerns simplex_u8 alone.
+
+    Raises SpecError for an unknown name.
+    """
     if name not in CODECS:
         raise SpecError(f"encoding: got {name!r}, expected one of {', '.join(CODECS)}")
-    return CODECS[name](num_heads)
+    return SimplexU8(num_heads, levels) if name == SimplexU8.name else CODECS[name](num_heads)
 
 
-def codec_for_teacher(encoding: str, num_heads: int, *, has_regions: bool) -> Codec:
+def codec_for_teacher(encoding: str, num_heads: int, *, has_regions: bool, levels: int = LEVELS) -> Codec:
     """Like `make_codec`, but refuses an encoding that contradicts the teacher's output (softmax or sigmoid)."""
-    codec = make_codec(encoding, num_heads)
+    codec = make_codec(encoding, num_heads, levels)
     if has_regions != isinstance(codec, SigmoidU8):
         kind, fitting = ("overlapping regions", "sigmoid_u8") if has_regions else ("exclusive classes", "simplex_u8")
         raise SpecError(f"encoding: got {encoding!r}, but this teacher predicts {kind}; use encoding: {fitting}")

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.cache.codec import Codec, make_codec
+from fastnnunet.cache.codec import LEVELS, Codec, make_codec
 from fastnnunet.cache.durable import write_atomically, write_error
 from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -44,7 +44,7 @@ class CacheFolder:
     @property
     def codec(self) -> Codec:
         labels = self.identity["soft_labels"]
-        return make_codec(labels["encoding"], labels["heads"])
+        return make_codec(labels["encoding"], labels["heads"], labels.get("levels", LEVELS))
 
     @property
     def temperature(self) -> float:

@@ -174,11 +174,11 @@ def _list_row(folder: Path) -> tuple[str, ...]:
         return folder.name, "", "[red]damaged[/red]"
     stored = cache.stored_manifests()
     size, voxels = _totals(stored)
-    policy = cache.identity["policy"]
+    policy, labels = cache.identity["policy"], cache.identity["soft_labels"]
     return (
         folder.name,
         f"{cache.temperature:g}",
-        cache.codec.name,
+        labels["encoding"] + (f", {labels['levels']} levels" if "levels" in labels else ""),
         policy["name"],
         " ".join(map(str, policy["folds"])),
         f"{len(stored)}/{len(cache.cases)}",

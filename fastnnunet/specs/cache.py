@@ -12,6 +12,7 @@ class CacheSpec:
 
     temperature: float = 3.0
     encoding: Literal["simplex_u8", "sigmoid_u8"] = "simplex_u8"  # sigmoid_u8: region-based models
+    levels: Literal[255, 63, 31] = 255  # of simplex_u8: fewer levels, a smaller cache, a larger bound 1/levels
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
     step_size: float = 0.5
@@ -25,6 +26,8 @@ class CacheSpec:
         problems = []
         if not 0.1 <= self.temperature <= 100:
             problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
+        if self.levels not in (255, 63, 31) or (self.levels != 255 and self.encoding != "simplex_u8"):
+            problems.append(f"levels: got {self.levels}, expected 255, or 63 or 31 with encoding: simplex_u8")
         if not 0 < self.step_size <= 1:
             problems.append(f"step_size: got {self.step_size}, expected a number in (0, 1]")
         if any(c < 1 for c in self.chunk_zyx):
