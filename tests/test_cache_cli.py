@@ -191,4 +191,5 @@ def test_recipes(recipe):
     named = {"default": CacheSpec(), "out_of_fold": CacheSpec(policy="out_of_fold")}
     named |= {"no_mirroring": CacheSpec(mirroring=False), "regions": CacheSpec(encoding="sigmoid_u8")}
     named |= {"levels_63": CacheSpec(levels=63), "levels_31": CacheSpec(levels=31)}
+    named |= {"float16": CacheSpec(encoding="float16")}
     assert spec == named[recipe.stem]  # the default recipe is what the commands use without --spec

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from scipy.special import softmax as scipy_softmax
 
-from fastnnunet.cache.codec import SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
+from fastnnunet.cache.codec import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
 from fastnnunet.errors import BuildError, SpecError
 
 CLASSES = st.integers(2, 20) | st.just(105)
@@ -134,6 +134,71 @@ def test_what_is_not_a_distribution_is_refused():
         SimplexU8(3, 256)
 
 
+@given(logits(scale=60), st.sampled_from([1.0, 3.0]))
+@settings(max_examples=150, deadline=None)
+def test_float16_sums_to_one_exactly_and_keeps_its_bound(logits, temperature):
+    codec = Float16(len(logits))
+    p = codec.target(logits, temperature)
+    stored = codec.encode(p)
+    assert stored.dtype == np.float16
+    assert stored.shape == (len(logits) - 1, 40)
+    assert codec.problem(stored) is None
+    decoded = codec.decode(stored)
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded.astype(np.float64).sum(axis=0), 1)
+    assert decoded.min() >= 0
+    np.testing.assert_array_equal(decoded[1:], stored)
+    error = np.abs(decoded.astype(np.float64) - p)
+    assert error[0].max() <= codec.eps
+    assert error[1:].max() <= 2**-11 + 2**-20
+    np.testing.assert_array_equal(codec.encode(decoded), stored)  # round trip
+
+
+@pytest.mark.parametrize(
+    "foreground",
+    [
+        [1 / 3] * 3,  # nearest is 0.33325: below
+        [1 / 6] * 6,  # 0.16663
+        [0.2] * 5,  # 0.19995
+        [0.3] * 3 + [0.1],  # 0.30005 and 0.09998: above one in sum
+        [0.7, 0.3],
+        [0.50024, 0.49976],
+        [0.0999] * 10 + [0.001],
+        [1 - 2**-24, 2**-24],
+        [1.0, 5e-8],  # float32 softmax may sum to a little more than one
+        [0.5, 0.5, 1e-7],
+        [1 / 104] * 104,
+    ],
+)
+def test_float16_without_background(foreground):
+    """No background at all is where rounding up would make it negative."""
+    p = np.array([[0.0], *([v] for v in foreground)], np.float32)
+    codec = Float16(len(p))
+    decoded = codec.decode(codec.encode(p))
+    assert decoded.min() >= 0
+    assert decoded.astype(np.float64).sum() == 1
+    assert np.abs(decoded - p).max() <= codec.eps
+
+
+def test_float16_certain_voxels_are_exact():
+    """Traces of other classes do not move a certain voxel off 1."""
+    codec = Float16(4)
+    stored = codec.encode(softmax(np.array([[0], [17], [0.5], [0]], np.float32), 1.0))
+    assert stored[0, 0] == 1
+    assert not stored[1:].any()
+
+
+def test_float16_refuses_what_cannot_be():
+    for bad in (np.full((3, 4), 0.5), np.full((3, 4), np.nan)):
+        with pytest.raises(ValueError, match="sum to one"):
+            Float16(3).encode(bad.astype(np.float32))
+    assert "expected at most 1" in Float16(3).problem(np.full((2, 1), 0.51, np.float16))
+    for bad in (np.nan, -0.1):
+        assert "negative or NaN" in Float16(2).problem(np.full((1, 1), bad, np.float16))
+    with pytest.raises(SpecError, match="at least 2"):
+        Float16(1)
+
+
 @given(logits(scale=200))
 @settings(max_examples=30, deadline=None)
 def test_sigmoid_bound(logits):
@@ -175,5 +240,5 @@ def test_encoding_must_fit_the_teacher():
         codec_for_teacher("simplex_u8", 3, has_regions=True)
     with pytest.raises(SpecError, match="use encoding: simplex_u8"):
         codec_for_teacher("sigmoid_u8", 3, has_regions=False)
-    with pytest.raises(SpecError, match="expected one of simplex_u8, sigmoid_u8"):
+    with pytest.raises(SpecError, match="expected one of simplex_u8, sigmoid_u8, float16"):
         codec_for_teacher("float8", 3, has_regions=False)

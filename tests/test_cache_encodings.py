@@ -10,7 +10,7 @@ from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.errors import SpecError
+from fastnnunet.errors import CorruptError, SpecError
 from fastnnunet.specs.cache import CacheSpec
 from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, make_job
 
@@ -18,6 +18,8 @@ CLASS_SPECS = {
     "simplex_u8": CacheSpec(level=3),
     "levels_63": CacheSpec(level=3, levels=63),
     "levels_31": CacheSpec(level=3, levels=31),
+    "float16": CacheSpec(level=3, encoding="float16"),
+    "float16_lz4": CacheSpec(level=3, encoding="float16", compressor="lz4", chunk_zyx=(9, 8, 11)),
 }
 
 
@@ -64,7 +66,9 @@ def test_keys(tmp_path):
     """255 levels were all there was at first: caches of that time keep their key."""
     identities = {name: make_job(tmp_path, spec=spec).identity for name, spec in CLASS_SPECS.items()}
     assert cache_key(identities["simplex_u8"]) == "045d8f786094cb82877ce42a729c3dddf225f40e217e2ce37d07b4f0d9ab12b6"
-    assert len({cache_key(identity) for identity in identities.values()}) == len(CLASS_SPECS)
+    assert (
+        len({cache_key(identity) for identity in identities.values()}) == len(CLASS_SPECS) - 1
+    )  # compression is not part of it
     assert identities["levels_31"]["soft_labels"]["levels"] == 31
     assert identities["levels_31"]["soft_labels"].keys() - identities["simplex_u8"]["soft_labels"].keys() == {"levels"}
 
@@ -73,6 +77,42 @@ def test_keys(tmp_path):
 def test_contradictions(bad):
     with pytest.raises(SpecError, match="levels: got"):
         CacheSpec(**bad)
+
+
+def test_what_a_float16_cache_is_for(tmp_path):
+    """It refuses regions, any Zarr reader sees little-endian half floats, and it is the most exact."""
+    with pytest.raises(SpecError, match="use encoding: sigmoid_u8"):
+        make_job(tmp_path, factory=FakeFactory(has_regions=True), spec=CLASS_SPECS["float16"])
+    cache = build_cache(make_job(tmp_path, spec=CLASS_SPECS["float16"]))
+    array = zarr.open_array(str(cache.case_dir("large")), mode="r")
+    assert array.dtype == np.dtype("<f2")
+    assert array.shape == (2, *SHAPES["large"])
+    default = build_cache(make_job(tmp_path, spec=CLASS_SPECS["simplex_u8"]))
+    for case in SHAPES:
+        assert cache.manifest(case).max_error < default.manifest(case).max_error / 4
+    reader = SoftLabelReader(cache.path)
+    with pytest.raises(ValueError, match="expected float16"):
+        reader.read_patch("large", (0, 0, 0), (4, 4, 4), out=np.zeros((2, 4, 4, 4), np.uint8))
+    outside = reader.to_probabilities(reader.read_patch("small", (99, 99, 99), (101, 101, 101)))
+    np.testing.assert_array_equal(outside[:, 0, 0, 0], [1, 0, 0])
+
+
+def test_a_flipped_bit_in_a_float16_cache_is_found(tmp_path):
+    cache = build_cache(make_job(tmp_path, spec=CLASS_SPECS["float16"]), only=["small"])
+    shard = cache.case_dir("small") / "c/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(CorruptError, match="--case small"):
+        SoftLabelReader(cache.path).read_case("small")
+
+
+def test_tensorstore_reads_float16(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    cache = build_cache(make_job(tmp_path, spec=CLASS_SPECS["float16"]), only=["small"])
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache.case_dir("small"))}}
+    values = tensorstore.open(spec, open=True).result().read().result()
+    np.testing.assert_array_equal(values.astype(np.float32), SoftLabelReader(cache.path).read_case("small"))
 
 
 def test_fewer_levels_take_less_room(tmp_path):

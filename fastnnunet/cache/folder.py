@@ -1,7 +1,7 @@
 """The folder of one cache: `<root>/<first 16 digits of the key>/`, a Zarr v3 group with one array per case.
 
 zarr.json                  group; attributes: key, identity, spec, cases, provenance, a digest of all that
-<case>/zarr.json           array (stored channels, Z, Y, X) uint8
+<case>/zarr.json           array (stored channels, Z, Y, X), uint8 or float16
 <case>/c/0/0/0/0           its only shard
 <case>/manifest.json       written last: proof that the case is whole
 """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Fold = int | str
 Float32Array = npt.NDArray[np.float32]
-Uint8Array = npt.NDArray[np.uint8]
+StoredArray = npt.NDArray[np.uint8 | np.float16]  # what an encoding stores; its dtype is the codec's
 
 
 class CaseSource(Protocol):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fastnnunet.cache.codec import Codec
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder, open_cache
-from fastnnunet.cache.interfaces import Float32Array, Uint8Array
+from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.shard import (
     ABSENT,
@@ -68,9 +68,9 @@ class SoftLabelReader:
         return z, y, x
 
     def read_patch(
-        self, case_id: str, lower_zyx: Sequence[int], upper_zyx: Sequence[int], out: Uint8Array | None = None
-    ) -> Uint8Array:
-        """Stored values (S, z, y, x) uint8 of the box [lower, upper); voxels outside the volume are 0 (background).
+        self, case_id: str, lower_zyx: Sequence[int], upper_zyx: Sequence[int], out: StoredArray | None = None
+    ) -> StoredArray:
+        """Stored values (S, z, y, x) of the box [lower, upper), in the codec's dtype; 0 (background) outside.
 
         The box may lie partly or wholly outside. `out`, when given, is filled and returned. Raises NotFoundError when
         the case is not stored, CorruptError when anything read for this patch was damaged, ValueError for a box with a
@@ -83,9 +83,9 @@ class SoftLabelReader:
         case = self._open(case_id)
         shape = (case.layout.shape[0], *size)
         if out is None:
-            out = np.zeros(shape, np.uint8)
-        elif out.shape != shape or out.dtype != np.uint8:
-            raise ValueError(f"out: got {out.dtype} {out.shape}, expected uint8 {shape}")
+            out = np.zeros(shape, self.codec.dtype)
+        elif out.shape != shape or out.dtype != self.codec.dtype:
+            raise ValueError(f"out: got {out.dtype} {out.shape}, expected {self.codec.dtype} {shape}")
         else:
             out[...] = 0
         try:
@@ -94,16 +94,16 @@ class SoftLabelReader:
             raise self._corrupt(case_id, str(e)) from e
         return out
 
-    def read_case(self, case_id: str) -> Uint8Array:
+    def read_case(self, case_id: str) -> StoredArray:
         """All stored values (S, Z, Y, X) of a case."""
         return self.read_patch(case_id, (0, 0, 0), self.shape_zyx(case_id))
 
-    def to_probabilities(self, stored: Uint8Array) -> Float32Array:
+    def to_probabilities(self, stored: StoredArray) -> Float32Array:
         """Stored values (S, ...) -> soft labels (C, ...) float32; C counts the background for exclusive classes."""
         return self.codec.decode(stored)
 
     @staticmethod
-    def _fill(case: _OpenCase, lower: Sequence[int], out: Uint8Array) -> None:
+    def _fill(case: _OpenCase, lower: Sequence[int], out: StoredArray) -> None:
         layout = case.layout
         # per axis: the overlap of each chunk with the box, as (chunk number, slice in the chunk, slice in the patch)
         overlaps: list[list[tuple[int, slice, slice]]] = []
@@ -154,6 +154,8 @@ class SoftLabelReader:
             raise CorruptError(f"the shard has {len(shard)} bytes, expected {manifest.stored_bytes}")
         if layout.shape != manifest.shape:
             raise CorruptError(f"the array has shape {layout.shape}, expected {manifest.shape} as in the manifest")
+        if layout.dtype != self.codec.dtype:
+            raise CorruptError(f"the array holds {layout.dtype}, expected {self.codec.dtype}")
         tail = shard[-layout.index_bytes :]
         index = parse_index(tail, layout, len(shard) - layout.index_bytes)
         if index_crc32c(tail) != manifest.index_crc32c:

@@ -1,4 +1,4 @@
-"""The bytes of one case: a Zarr v3 array (S, Z, Y, X) uint8 whose single chunk is one shard file.
+"""The bytes of one case: a Zarr v3 array (S, Z, Y, X), uint8 or float16, whose single chunk is one shard file.
 
 Layout of the shard (Zarr v3 `sharding_indexed`): compressed inner chunks one after another, then the index: for each
 inner chunk in C order its offset and length as little-endian uint64, then a CRC-32C of the index. Each inner chunk ends
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc, zstd
 
-from fastnnunet.cache.interfaces import Uint8Array
+from fastnnunet.cache.interfaces import StoredArray
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.cache import CacheSpec
 
@@ -42,6 +42,12 @@ class ShardLayout:
     chunk: Shape
     compressor: str
     level: int
+    dtype: str = "uint8"  # Zarr's name, which is NumPy's
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The type in the file: little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def grid(self) -> Shape:
@@ -61,8 +67,8 @@ class ShardLayout:
         return math.prod(self.chunk)
 
 
-def layout_for(spec: CacheSpec, num_stored: int, shape_zyx: tuple[int, int, int]) -> ShardLayout:
-    """The layout of a case of this size under `spec`."""
+def layout_for(spec: CacheSpec, num_stored: int, shape_zyx: tuple[int, int, int], dtype: str = "uint8") -> ShardLayout:
+    """The layout of a case of this size under `spec`, for values of this type."""
     chunk_zyx = (
         math.ceil(n / max(1, round(n / edge))) if n else 1 for n, edge in zip(shape_zyx, spec.chunk_zyx, strict=True)
     )
@@ -71,10 +77,11 @@ def layout_for(spec: CacheSpec, num_stored: int, shape_zyx: tuple[int, int, int]
         chunk=(num_stored, *chunk_zyx),
         compressor=spec.compressor,
         level=spec.level,
+        dtype=dtype,
     )
 
 
-def encode_shard(stored_SZYX: Uint8Array, layout: ShardLayout) -> Iterator[bytes]:
+def encode_shard(stored_SZYX: StoredArray, layout: ShardLayout) -> Iterator[bytes]:
     """Yield the parts of the shard file, chunks first, index last."""
     index: npt.NDArray[np.uint64] = np.full((layout.num_chunks, 2), ABSENT, np.uint64)
     offset = 0
@@ -88,7 +95,7 @@ def encode_shard(stored_SZYX: Uint8Array, layout: ShardLayout) -> Iterator[bytes
         ]
         if not part.any():
             continue
-        chunk = np.zeros(layout.chunk, np.uint8)
+        chunk = np.zeros(layout.chunk, layout.stored_dtype)
         chunk[:, : part.shape[1], : part.shape[2], : part.shape[3]] = part
         packed = _compress(chunk, layout)
         packed += _crc(packed)
@@ -117,7 +124,7 @@ def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDA
     return index
 
 
-def decode_chunk(packed: bytes, layout: ShardLayout) -> Uint8Array:
+def decode_chunk(packed: bytes, layout: ShardLayout) -> StoredArray:
     """One inner chunk (S, z, y, x). Raises CorruptError when its checksum or size is wrong."""
     payload, crc = packed[:-CRC_BYTES], packed[-CRC_BYTES:]
     if _crc(payload) != crc:
@@ -126,13 +133,17 @@ def decode_chunk(packed: bytes, layout: ShardLayout) -> Uint8Array:
         raw = zstd.decompress(payload) if layout.compressor == "zstd" else _blosc().decompress(payload)
     except (RuntimeError, ValueError) as e:
         raise CorruptError(f"a chunk cannot be decompressed ({e})") from e
-    if len(raw) != layout.chunk_values:
-        raise CorruptError(f"a chunk holds {len(raw)} values, expected {layout.chunk_values}")
-    return np.frombuffer(raw, np.uint8).reshape(layout.chunk)
+    if len(raw) != (expected := layout.chunk_values * layout.stored_dtype.itemsize):
+        raise CorruptError(f"a chunk holds {len(raw)} bytes, expected {expected}")
+    return np.frombuffer(raw, layout.stored_dtype).reshape(layout.chunk)
 
 
 def array_document(layout: ShardLayout, attributes: dict[str, Any]) -> dict[str, Any]:
     """The `zarr.json` of the array."""
+    itemsize = layout.stored_dtype.itemsize
+    to_bytes: dict[str, Any] = {"name": "bytes"}
+    if itemsize > 1:
+        to_bytes["configuration"] = {"endian": "little"}
     if layout.compressor == "zstd":
         codec = {"name": "zstd", "configuration": {"level": layout.level, "checksum": False}}
     else:  # lz4 inside Blosc: unlike a bare lz4 codec every Zarr v3 reader knows it
@@ -142,14 +153,14 @@ def array_document(layout: ShardLayout, attributes: dict[str, Any]) -> dict[str,
                 "cname": "lz4hc",
                 "clevel": min(layout.level, 9),
                 "shuffle": "noshuffle",
-                "typesize": 1,
+                "typesize": itemsize,
                 "blocksize": 0,
             },
         }
     shard_shape = [g * c for g, c in zip(layout.grid, layout.chunk, strict=True)]
     sharding = {
         "chunk_shape": list(layout.chunk),
-        "codecs": [{"name": "bytes"}, codec, {"name": "crc32c"}],
+        "codecs": [to_bytes, codec, {"name": "crc32c"}],
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -157,10 +168,10 @@ def array_document(layout: ShardLayout, attributes: dict[str, Any]) -> dict[str,
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(layout.shape),
-        "data_type": "uint8",
+        "data_type": layout.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0,
+        "fill_value": 0 if layout.dtype == "uint8" else 0.0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "dimension_names": ["channel", "z", "y", "x"],
         "attributes": attributes,
@@ -178,6 +189,7 @@ def layout_of_document(document: dict[str, Any]) -> ShardLayout:
             chunk=tuple(sharding["chunk_shape"]),
             compressor={"zstd": "zstd", "blosc": "lz4"}[codec["name"]],
             level=settings["level"] if codec["name"] == "zstd" else settings["clevel"],
+            dtype={"uint8": "uint8", "float16": "float16"}[document["data_type"]],
         )
         known = array_document(layout, document["attributes"]) == document
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
@@ -192,7 +204,7 @@ def index_crc32c(tail: bytes) -> str:
     return tail[-CRC_BYTES:].hex()
 
 
-def _compress(chunk: Uint8Array, layout: ShardLayout) -> bytes:
+def _compress(chunk: StoredArray, layout: ShardLayout) -> bytes:
     if layout.compressor == "zstd":
         return bytes(zstd.compress(chunk, layout.level))
     return bytes(_blosc().compress(chunk, b"lz4hc", min(layout.level, 9), blosc.NOSHUFFLE, 0))

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastnnunet.cache.durable import fsync_file, write_error, write_synced
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder
-from fastnnunet.cache.interfaces import Uint8Array
+from fastnnunet.cache.interfaces import StoredArray
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, manifest_text
 from fastnnunet.cache.shard import (
     ABSENT,
@@ -36,7 +36,7 @@ PARTIAL = ".partial"
 
 
 def commit_case(
-    cache: CacheFolder, case_id: str, stored_SZYX: Uint8Array, *, max_error: float, seconds: float
+    cache: CacheFolder, case_id: str, stored_SZYX: StoredArray, *, max_error: float, seconds: float
 ) -> Manifest:
     """Write one encoded case into the cache and return its manifest.
 
@@ -68,7 +68,7 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
 
 
 def _write(
-    cache: CacheFolder, case_id: str, folder: Path, stored_SZYX: Uint8Array, max_error: float, seconds: float
+    cache: CacheFolder, case_id: str, folder: Path, stored_SZYX: StoredArray, max_error: float, seconds: float
 ) -> Manifest:
     codec = cache.codec
     if problem := codec.problem(stored_SZYX):
@@ -76,7 +76,7 @@ def _write(
     if not max_error <= codec.eps:
         raise BuildError(f"case {case_id}: measured error {max_error:.6g} exceeds the bound {codec.eps:.6g}")
     num_stored, z, y, x = stored_SZYX.shape
-    layout = layout_for(cache.spec, num_stored, (z, y, x))
+    layout = layout_for(cache.spec, num_stored, (z, y, x), codec.dtype)
     attributes = {"fastnnunet": {"key": cache.key, "case_id": case_id, "image_sha256": cache.cases[case_id]}}
     array_file, shard_file = folder / ARRAY_NAME, folder / SHARD_NAME
     write_synced(array_file, canonical_json(array_document(layout, attributes)).encode())
@@ -111,7 +111,7 @@ def _write(
     return manifest
 
 
-def _read_back(folder: Path, case_id: str, stored_SZYX: Uint8Array) -> None:
+def _read_back(folder: Path, case_id: str, stored_SZYX: StoredArray) -> None:
     """Every voxel, through a reader that shares no code with the writer."""
     import zarr  # heavy, and only builds need it
 

@@ -11,7 +11,8 @@ class CacheSpec:
     """Recipe of one soft-label cache (YAML in `cache_specs/`)."""
 
     temperature: float = 3.0
-    encoding: Literal["simplex_u8", "sigmoid_u8"] = "simplex_u8"  # sigmoid_u8: region-based models
+    # sigmoid_u8: region-based models; float16: the reference the others are judged by
+    encoding: Literal["simplex_u8", "sigmoid_u8", "float16"] = "simplex_u8"
     levels: Literal[255, 63, 31] = 255  # of simplex_u8: fewer levels, a smaller cache, a larger bound 1/levels
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
