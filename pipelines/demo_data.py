@@ -8,6 +8,7 @@ a reconstruction kernel leaves it. Lengths are in mm, axes (z, y, x) = (head, ba
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from fastnnunet.errors import MismatchError
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3, "tumour": 4}
-SPACINGS_MM = ((3.0, 2.5, 2.5), (4.0, 3.0, 3.0))  # two scanners: of every three cases, the third comes from the second
+SPACINGS_MM = ((3.5, 2.75, 2.75), (4.5, 3.25, 3.25))  # of every three cases the third is from the second
 SUPERSAMPLING = 2
 RECIPE_VERSION = 1  # raise it whenever a voxel changes
 
@@ -43,10 +44,12 @@ def make_dataset(
     n_train: int = 24,
     n_test: int = 6,
     seed: int = 20240901,
+    progress: Callable[[float], None] | None = None,
 ) -> Path:
     """Write `root/DatasetXXX_NAME` (imagesTr, labelsTr, imagesTs, labelsTs, dataset.json) and return its path.
 
-    A folder that already holds this very data set is left as it is. Raises MismatchError when it holds another one.
+    A folder that already holds this very data set is left as it is. `progress` gets the share that is done.
+    Raises MismatchError when the folder holds another data set.
     """
     folder = root / f"Dataset{dataset_id:03d}_{name}"
     recipe = {"version": RECIPE_VERSION, "seed": seed, "n_train": n_train, "n_test": n_test}
@@ -64,6 +67,8 @@ def make_dataset(
     for index in range(n_train + n_test):
         part = "Tr" if index < n_train else "Ts"
         _write_case(unfinished, part, f"ct_{index:03d}", make_case(seed, index))
+        if progress is not None:
+            progress((index + 1) / (n_train + n_test))
     description = {
         "channel_names": {"0": "CT"},
         "labels": LABELS,
@@ -94,7 +99,7 @@ def make_case(seed: int, index: int) -> Case:
     """Case number `index`: the same voxels for the same two numbers, whatever was made before."""
     rng = np.random.default_rng([seed, index])
     spacing_mm = SPACINGS_MM[1 if index % 3 == 2 else 0]
-    extent_mm = np.array([116.0, 118.0, 126.0]) * rng.uniform(0.96, 1.06, 3)
+    extent_mm = rng.uniform([76, 104, 118], [84, 110, 132])  # one window of the network that nnU-Net plans for it
     shape = tuple(int(n) for n in np.rint(extent_mm / spacing_mm))
     scene = _Scene(rng, _fine_grid(shape, spacing_mm))
     hu, labels = scene.paint()
@@ -172,9 +177,9 @@ class _Scene:
 
     def _kidney(self, side: float) -> None:
         u = self.rng.uniform
-        centre = (u(-24, -12), u(10, 16), side * u(25, 30))
-        body = self._ellipsoid(centre, (u(17, 22), u(9, 11.5), u(8, 10.5)))
-        hilum = self._ellipsoid((centre[0], centre[1], centre[2] - side * 9), (7, 6, 5.5))
+        centre = (u(-24, -12), u(10, 16), side * u(26, 31))
+        body = self._ellipsoid(centre, (u(20, 25), u(11, 13.5), u(10, 12.5)))
+        hilum = self._ellipsoid((centre[0], centre[1], centre[2] - side * 11), (8, 7, 6.5))
         bean = (body < 1) & (hilum > 1)
         self._put(bean, u(150, 185), "kidneys")
         self._put(bean & (body < 0.3), u(110, 140))  # medulla

@@ -71,7 +71,7 @@ def test_every_case_looks_like_a_ct_with_every_organ() -> None:
     for index in range(30):
         case = make_case(SEED, index)
         image, labels = case.image_zyx.astype(float), case.labels_zyx
-        assert all(28 <= n <= 64 for n in labels.shape)
+        assert all(16 <= n <= 64 for n in labels.shape)
         voxels = {name: int((labels == value).sum()) for name, value in LABELS.items()}
         assert min(voxels.values()) >= 40, (index, voxels)
         assert voxels["liver"] > 5 * voxels["tumour"]

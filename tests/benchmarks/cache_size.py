@@ -1,5 +1,7 @@
 """Bytes per voxel and the largest stored error of a soft-label cache, read off its manifests.
 
+Example:
+
     python -m tests.benchmarks.cache_size CACHE_FOLDER -o record.json
 """
 

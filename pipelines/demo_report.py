@@ -1,0 +1,114 @@
+"""What the demo leaves: one table on the screen, the same as JSON, and one picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fastnnunet.bench.benchmark import ENSEMBLE, SINGLE, prediction_folder
+from fastnnunet.bench.plot import save_png, seconds_text
+from fastnnunet.bench.record import write_json
+from fastnnunet.bench.segmentations import read_segmentation
+from fastnnunet.nnunet.plans import read_json
+from pipelines.demo_stages import Demo, cache_statistics
+
+
+def report(demo: Demo, elapsed_s: dict[str, float]) -> None:
+    """Write demo.json and demo.png into the demo's folder and print the table."""
+    benchmark = read_json(demo.benchmark_file)
+    labels = [name for name in next(iter(benchmark["arms"].values()))["metrics"] if name != "foreground_mean"]
+    record = {
+        "created": benchmark["created"],
+        "hardware": benchmark["hardware"],
+        "versions": benchmark["versions"],
+        "threads": benchmark["threads"],
+        "spec": demo.spec,
+        "held_out_cases": benchmark["cases"],
+        "rows": [_row(name, arm, labels) for name, arm in benchmark["arms"].items()],
+        "cache": cache_statistics(demo),
+        "elapsed_s": elapsed_s,
+        "total_elapsed_s": sum(elapsed_s.values()),
+        "benchmark": str(demo.benchmark_file.relative_to(demo.out)),
+    }
+    write_json(demo.out / "demo.json", record)
+    _picture(demo, benchmark, demo.out / "demo.png")
+    console = Console()
+    console.print(_table(record, labels))
+    console.print(f"table: {demo.out / 'demo.json'}\npicture: {demo.out / 'demo.png'}", highlight=False, soft_wrap=True)
+
+
+def _row(name: str, arm: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+    return {
+        "name": {ENSEMBLE: "ensemble", SINGLE: "one fold"}.get(name, arm.get("bundle")),
+        "arm": name,
+        "dice": {label: arm["metrics"][label]["dice"] for label in labels},
+        "mean_dice": arm["metrics"]["foreground_mean"]["dice"],
+        "seconds_per_case": arm["median_s"],
+        "times_faster_than_ensemble": arm["times_faster_than_ensemble"],
+        "times_faster_than_single_fold": arm["times_faster_than_single_fold"],
+        "parameters": arm["parameters"],
+        "size_bytes": arm["size_bytes"],
+        "parity": arm.get("parity"),
+    }
+
+
+def _table(record: dict[str, Any], labels: list[str]) -> Table:
+    cache = record["cache"]
+    table = Table(
+        title=f"{len(record['held_out_cases'])} held-out volumes, {record['threads']} threads",
+        caption=f"cache: {cache['bytes_per_voxel']:.3f} bytes per voxel (float16 would be "
+        f"{cache['float16_bytes_per_voxel']}); everything took {record['total_elapsed_s'] / 60:.1f} min",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in (*labels, "mean", "s/case", "x ens.", "x fold", "params", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in record["rows"]:
+        dice = [*(row["dice"][label] for label in labels), row["mean_dice"]]
+        table.add_row(
+            row["name"],
+            *(f"{d:.3f}" for d in dice),
+            f"{row['seconds_per_case']:.3g}",
+            f"{row['times_faster_than_ensemble']:.3g}",
+            f"{row['times_faster_than_single_fold']:.3g}",
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['size_bytes'] / 1e6:.1f}",
+        )
+    return table
+
+
+def _picture(demo: Demo, benchmark: dict[str, Any], path: Path) -> None:
+    """Image, truth, ensemble and students side by side: two held-out cases, the slice with most of the last label."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    arms = [name for name in benchmark["arms"] if name != SINGLE]
+    columns = ["image", "truth", *arms]
+    figure = Figure(figsize=(2.6 * len(columns), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(columns))
+    colours = ListedColormap(["#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#f0e442"])
+    for row, case in enumerate(benchmark["cases"][:2]):
+        image = read_segmentation(demo.raw / "imagesTs" / f"{case}_0000.nii.gz").labels_zyx
+        truth = read_segmentation(demo.raw / "labelsTs" / f"{case}.nii.gz")
+        z = int(np.argmax((truth.labels_zyx == truth.labels_zyx.max()).sum(axis=(1, 2))))
+        aspect = truth.spacing_mm[1] / truth.spacing_mm[2]
+        for axis, column in zip(axes[row], columns, strict=True):
+            axis.imshow(image[z], cmap="gray", vmin=-160, vmax=240, aspect=aspect)
+            if column != "image":
+                predicted = prediction_folder(demo.benchmark_file.parent, column)
+                folder = demo.raw / "labelsTs" if column == "truth" else predicted
+                labels = read_segmentation(folder / f"{case}.nii.gz").labels_zyx[z]
+                axis.imshow(np.ma.masked_equal(labels, 0), cmap=colours, vmin=1, vmax=6, alpha=0.55, aspect=aspect)
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(_caption(benchmark, column), fontsize=9)
+    save_png(figure, path)
+
+
+def _caption(benchmark: dict[str, Any], column: str) -> str:
+    arm = benchmark["arms"].get(column)
+    if arm is None:
+        return column
+    name = "teacher ensemble" if column == ENSEMBLE else column
+    return f"{name}\nDice {arm['metrics']['foreground_mean']['dice']:.3f}, {seconds_text(arm['median_s'])}"
