@@ -55,26 +55,24 @@ def _row(name: str, arm: dict[str, Any], labels: list[str]) -> dict[str, Any]:
 
 
 def _table(record: dict[str, Any], labels: list[str]) -> Table:
-    cache = record["cache"]
+    """Models as columns, so that any number of labels fits a terminal."""
+    rows, cache = record["rows"], record["cache"]
     table = Table(
         title=f"{len(record['held_out_cases'])} held-out volumes, {record['threads']} threads",
-        caption=f"cache: {cache['bytes_per_voxel']:.3f} bytes per voxel (float16 would be "
-        f"{cache['float16_bytes_per_voxel']}); everything took {record['total_elapsed_s'] / 60:.1f} min",
+        caption=f"soft-label cache: {cache['bytes_per_voxel']:.3f} bytes per voxel, float16 would be "
+        f"{cache['float16_bytes_per_voxel']}\neverything took {record['total_elapsed_s'] / 60:.1f} min",
     )
-    table.add_column("", no_wrap=True)
-    for heading in (*labels, "mean", "s/case", "x ens.", "x fold", "params", "MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in record["rows"]:
-        dice = [*(row["dice"][label] for label in labels), row["mean_dice"]]
-        table.add_row(
-            row["name"],
-            *(f"{d:.3f}" for d in dice),
-            f"{row['seconds_per_case']:.3g}",
-            f"{row['times_faster_than_ensemble']:.3g}",
-            f"{row['times_faster_than_single_fold']:.3g}",
-            f"{row['parameters'] / 1e6:.2f}M",
-            f"{row['size_bytes'] / 1e6:.1f}",
-        )
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["name"].replace("_", " "), justify="right")
+    for label in labels:
+        table.add_row(f"Dice {label}", *(f"{row['dice'][label]:.3f}" for row in rows))
+    table.add_row("Dice mean", *(f"{row['mean_dice']:.3f}" for row in rows), style="bold", end_section=True)
+    table.add_row("time per case", *(seconds_text(row["seconds_per_case"]) for row in rows))
+    table.add_row("x faster than the ensemble", *(f"{row['times_faster_than_ensemble']:.3g}" for row in rows))
+    table.add_row("x faster than one fold", *(f"{row['times_faster_than_single_fold']:.3g}" for row in rows))
+    table.add_row("parameters", *(f"{row['parameters'] / 1e6:.2f} M" for row in rows))
+    table.add_row("size of the weights", *(f"{row['size_bytes'] / 1e6:.1f} MB" for row in rows))
     return table
 
 
