@@ -12,7 +12,7 @@ from rich.progress import Progress
 from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
 from fastnnunet.bench.plot import plot_benchmark
 from fastnnunet.bench.record import write_json
-from fastnnunet.bench.tables import benchmark_table
+from fastnnunet.bench.tables import benchmark_table, wide_console
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.common import bundle_folder, run
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     target = args.output / f"benchmark_{name}.json"
     write_json(target, record)
     plot_benchmark(record, target.with_suffix(".png"))
-    Console().print(benchmark_table(record))
+    wide_console().print(benchmark_table(record))
     print(f"record: {target}")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from fastnnunet.bench.evaluate import CaseResult
@@ -10,6 +11,12 @@ from fastnnunet.bench.metrics import METRICS, nanmean
 from fastnnunet.bench.segmentations import LabelSet
 
 MOST_COLUMNS = 8  # more labels than this do not fit a terminal: the table of cases then shows their mean only
+
+
+def wide_console() -> Console:
+    """A console for wide tables: a file or pipe has no width, so columns need not be cut to the usual 80 there."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def number(value: float | None, digits: int = 3) -> str:

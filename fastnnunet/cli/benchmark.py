@@ -44,7 +44,7 @@ def benchmark(
     from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
     from fastnnunet.bench.plot import plot_benchmark
     from fastnnunet.bench.record import write_json
-    from fastnnunet.bench.tables import benchmark_table
+    from fastnnunet.bench.tables import benchmark_table, wide_console
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.runtime.backends.base import Precision
     from fastnnunet.specs.teacher import TeacherSpec
@@ -88,6 +88,6 @@ def benchmark(
     target = output / f"benchmark_{stamp}.json"
     write_json(target, record)
     plot_benchmark(record, target.with_suffix(".png"))
-    console = Console()
+    console = wide_console()
     console.print(benchmark_table(record))
     console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False)

@@ -26,13 +26,12 @@ def evaluate(
 
       fastnnunet evaluate -p predictions -g labelsTs -o scores.json
     """
-    from rich.console import Console
     from rich.progress import track
 
     from fastnnunet.bench import segmentations as files
     from fastnnunet.bench.evaluate import evaluate_cases, report
     from fastnnunet.bench.record import write_json
-    from fastnnunet.bench.tables import case_table, mean_table
+    from fastnnunet.bench.tables import case_table, mean_table, wide_console
 
     if output is not None and output.suffix != ".json":
         raise SpecError(f"-o: got {output}, expected a file name ending in .json")
@@ -43,7 +42,7 @@ def evaluate(
     pairing = files.pair_cases(predictions, labels, label_set.file_ending)
     if not chill:
         files.require_complete(pairing)
-    console = Console()
+    console = wide_console()
     found = evaluate_cases(predictions, labels, pairing.cases, label_set, tolerance_mm, processes)
     results = list(track(found, "evaluating", total=len(pairing.cases), console=console, transient=True))
     record = report(results, label_set, pairing, tolerance_mm, (predictions, labels))
