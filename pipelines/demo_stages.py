@@ -37,7 +37,7 @@ class DemoSpec:
     seed: int = 20240901
     iterations: int = 25  # per epoch
     teacher_epochs: int = 6
-    student_epochs: int = 20  # at r=4 the tumour appears only after some 250 iterations
+    student_epochs: int = 24  # at r=4 the tumour appears only after some 300 iterations
     sizes: tuple[int, ...] = (2, 4)
     repeat: int = 3  # timings per case and student
 
@@ -60,7 +60,6 @@ class Demo:
             iterations_per_epoch=self.spec.iterations,
             val_iterations_per_epoch=1,
             optimizer="adamw",
-            initial_lr=5e-3,  # a short schedule
             seed=self.spec.seed,
         )
 
