@@ -194,6 +194,7 @@ def measure(demo: Demo, report: Report, fresh: bool) -> None:
         backends=("openvino" if is_installed("openvino") else "onnxruntime",),
         baseline_cases=demo.spec.n_test,
         repeat=demo.spec.repeat,
+        threads=available_cores(),
         memory=False,
     )
     write_json(demo.benchmark_file, run_benchmark(job, advance))

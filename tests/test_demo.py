@@ -69,7 +69,7 @@ def test_runs_resumes_and_leaves_table_and_picture(
     assert set(record["elapsed_s"]) >= {"data", "prepare", "teacher_4", "cache", "student_2", "bundle_4", "measure"}
     assert (narrow / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for text in ("ensemble", "one fold", "student_r2", "student_r4", "tumour", "bytes per voxel"):
+    for text in ("ensemble", "one fold", "student r2", "student r4", "tumour", "bytes per voxel"):
         assert text in printed
 
     # a third run only prints again
