@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from fastnnunet.cache import build as build_module
+from fastnnunet.cache import crew as crew_module
 from fastnnunet.cache import plan as plan_module
 from fastnnunet.cache.build import CasesFailedError, build_cache
 from fastnnunet.cache.plan import count_tiles, plan_cache
@@ -63,10 +63,10 @@ def test_a_failing_case_is_named_and_the_others_are_stored(tmp_path):
 
 
 def test_an_error_below_us_names_the_case_too(tmp_path, monkeypatch):
-    def out_of_memory(self, image, folds):
+    def out_of_memory(self, image, folds, chunk, per_fold):
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(FakeTeacher, "logits", out_of_memory)
+    monkeypatch.setattr(FakeTeacher, "blocks", out_of_memory)
     with pytest.raises(CasesFailedError, match="flat: RuntimeError: not enough memory"):
         build_cache(make_job(tmp_path), only=["flat"])
 
@@ -283,6 +283,6 @@ def test_a_damaged_case_is_built_again(tmp_path, reference):
 
 
 def test_no_cluster_at_the_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(crew_module, "SCHEDULER_TIMEOUT_S", 1)
     with pytest.raises(BuildError, match="no dask scheduler answers"):
         build_cache(make_job(tmp_path), scheduler="tcp://127.0.0.1:1")

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from scipy.special import softmax as scipy_softmax
 
-from fastnnunet.cache.codec import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
+from fastnnunet.cache.codec import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_block, sigmoid, softmax
 from fastnnunet.errors import BuildError, SpecError
 
 CLASSES = st.integers(2, 20) | st.just(105)
@@ -217,9 +217,9 @@ def test_soft_labels_match_scipy(logits, temperature):
 
 def test_a_case_is_encoded_in_blocks_like_at_once(monkeypatch):
     logits = np.random.default_rng(0).normal(size=(4, 6, 7, 9)).astype(np.float32) * 5
-    whole, error = encode_logits(SimplexU8(4), logits, 3.0)
+    whole, error = encode_block(SimplexU8(4), logits, 3.0)
     monkeypatch.setattr("fastnnunet.cache.codec.BLOCK_VALUES", 100)
-    blocks, block_error = encode_logits(SimplexU8(4), logits, 3.0)
+    blocks, block_error = encode_block(SimplexU8(4), logits, 3.0)
     np.testing.assert_array_equal(whole, blocks)
     assert error == block_error
     np.testing.assert_array_equal(whole, SimplexU8(4).encode(softmax(logits, 3.0)))
@@ -230,7 +230,7 @@ def test_logits_that_are_not_finite_are_refused(bad):
     logits = np.zeros((3, 4, 4, 4), np.float32)
     logits[1, 2, 3, 0] = bad
     with pytest.raises(BuildError, match="NaN or infinity"):
-        encode_logits(SimplexU8(3), logits, 3.0)
+        encode_block(SimplexU8(3), logits, 3.0)
 
 
 def test_encoding_must_fit_the_teacher():

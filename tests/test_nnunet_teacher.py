@@ -7,10 +7,15 @@ import io
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from scipy.special import softmax
 
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.geometry.grid import tile_slices
+from fastnnunet.geometry.padding import centre_padding, inner_slices
 from fastnnunet.nnunet.checkpoint import load_checkpoint, weights_digest
 from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.engines import cpu_has_bf16, resolve_engine
 from fastnnunet.nnunet.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -29,22 +34,102 @@ def nnunet_logits(folder, image_CZYX, folds, mirroring=True):
         return predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image_CZYX)).float().numpy()
 
 
+def teacher_logits(teacher, image_CZYX, folds, chunk_zyx=None, per_fold=None):
+    """All blocks put together."""
+    chunk_zyx = chunk_zyx or image_CZYX.shape[1:]
+    out = np.full((teacher.num_heads, *image_CZYX.shape[1:]), np.nan, np.float32)
+    for number, block in teacher.load(threads=1).blocks(image_CZYX, folds, chunk_zyx, per_fold):
+        inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk_zyx, strict=True))
+        assert np.isnan(out[(slice(None), *inside)]).all(), f"chunk {number} came twice"
+        out[(slice(None), *inside)] = block
+    assert np.isfinite(out).all()
+    return out
+
+
+def well_weighted(shape_zyx, patch_size):
+    """Voxels where nnU-Net's half-precision sums of weighted logits keep their digits: not the corners of tiles."""
+    weight = np.zeros([max(n, p) for n, p in zip(shape_zyx, patch_size, strict=True)])
+    for inside in tile_slices(weight.shape, patch_size, 0.5):
+        weight[inside] += compute_gaussian(patch_size, value_scaling_factor=10, device=torch.device("cpu")).numpy()
+    out = weight[inner_slices(shape_zyx, centre_padding(shape_zyx, patch_size))] > 1e-4
+    assert out.mean() > 0.75
+    return out
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize(("folds", "mirroring"), [((0, 1, 2, 3, 4), True), ((2,), False)])
-def test_logits_equal_nnunets(world, folds, mirroring):
-    cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, mirroring=mirroring))
+def test_logits_equal_nnunets(world, folds, mirroring, engine):
+    cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, mirroring=mirroring, engine=engine))
     image_CZYX = cases.image_CZYX(cases.case_ids[0])
-    got = teacher.load(threads=1).logits(image_CZYX, folds)
-    np.testing.assert_array_equal(got, nnunet_logits(teacher.folder, image_CZYX, folds, mirroring))
+    expected = nnunet_logits(teacher.folder, image_CZYX, folds, mirroring)
+    got = teacher_logits(teacher, image_CZYX, folds)
+    inner = well_weighted(image_CZYX.shape[1:], teacher.patch_size)
+    np.testing.assert_allclose(got[:, inner], expected[:, inner], rtol=4e-3, atol=4e-3)
 
 
-def test_bf16_keeps_labels(world):
-    cases, teacher, _ = open_teacher(SPEC, CacheSpec(precision="bf16"))
+@pytest.mark.parametrize("chunk_zyx", [(32, 32, 32), (7, 11, 64), (1, 100, 100)])
+def test_chunks_change_nothing(world, chunk_zyx):
+    cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, engine="torch", mirroring=False))
+    image_CZYX = np.tile(cases.image_CZYX(cases.case_ids[0]), (1, 2, 1, 1))  # several tiles along z
+    got = teacher_logits(teacher, image_CZYX, (0, 1), chunk_zyx)
+    np.testing.assert_array_equal(got, teacher_logits(teacher, image_CZYX, (0, 1)))
+
+
+def test_pooled_probabilities_are_the_mean_of_the_folds(world):
+    cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, engine="torch", mirroring=False))
+    one_tile = tuple(slice(0, p) for p in teacher.patch_size)
+    image_CZYX = cases.image_CZYX(cases.case_ids[0])[(slice(None), *one_tile)]
+    got = teacher_logits(teacher, image_CZYX, (0, 1, 2), per_fold=lambda logits: softmax(logits / 2, axis=0))
+    folds = [softmax(nnunet_logits(teacher.folder, image_CZYX, (f,), False) / 2, axis=0) for f in (0, 1, 2)]
+    inner = well_weighted(image_CZYX.shape[1:], teacher.patch_size)
+    np.testing.assert_allclose(got[:, inner], np.mean(folds, axis=0)[:, inner], atol=2e-3)
+    logits = [nnunet_logits(teacher.folder, image_CZYX, (f,), False) for f in (0, 1, 2)]
+    assert not np.allclose(got[:, inner], softmax(np.mean(logits, axis=0) / 2, axis=0)[:, inner], atol=2e-3)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_bf16_keeps_labels(world, engine):
+    cases, teacher, _ = open_teacher(SPEC, CacheSpec(precision="bf16", engine=engine))
     image_CZYX = cases.image_CZYX(cases.case_ids[0])
-    got = teacher.load(threads=1).logits(image_CZYX, teacher.folds)
+    got = teacher_logits(teacher, image_CZYX, teacher.folds)
     expected = nnunet_logits(teacher.folder, image_CZYX, teacher.folds)
-    assert got.dtype == np.float32
-    assert not np.array_equal(got, expected), "bf16 was asked for and fp32 was run"
     assert (got.argmax(0) == expected.argmax(0)).mean() > 0.98
+    if engine == "torch" or cpu_has_bf16():  # OpenVINO computes in fp32 where the CPU has no bf16
+        fp32 = teacher_logits(dataclasses.replace(teacher, precision="fp32"), image_CZYX, teacher.folds)
+        assert not np.array_equal(got, fp32), "bf16 was asked for and fp32 was run"
+
+
+def test_threads_change_nothing(world):
+    cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, engine="openvino"))
+    image_CZYX = cases.image_CZYX(cases.case_ids[0])
+    shape = image_CZYX.shape[1:]
+    one, two = (next(teacher.load(n).blocks(image_CZYX, (0,), shape))[1] for n in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_deviation_is_that_of_nnunets_predictor(world):
+    cases, teacher, _ = open_teacher(SPEC, CacheSpec(precision="bf16", engine="torch"))
+    image_CZYX = cases.image_CZYX(cases.case_ids[0])
+    patch_CZYX = image_CZYX
+    for axis, size in enumerate(teacher.patch_size, start=1):
+        start = max(0, (image_CZYX.shape[axis] - size) // 2)
+        patch_CZYX = patch_CZYX.take(range(start, min(start + size, image_CZYX.shape[axis])), axis)
+    record = teacher.load(1).deviation([image_CZYX], 2.0)
+    got = teacher_logits(teacher, patch_CZYX, teacher.folds)
+    expected = nnunet_logits(teacher.folder, patch_CZYX, teacher.folds)
+    difference = np.abs(softmax(got / 2, axis=0) - softmax(expected / 2, axis=0))
+    assert record["patches"] == 1
+    assert record["argmax_equal"] == pytest.approx((got.argmax(0) == expected.argmax(0)).mean())
+    assert record["mean_abs_difference"] == pytest.approx(difference.mean(), rel=1e-3)
+    assert record["max_abs_difference"] == pytest.approx(difference.max(), rel=1e-3)
+
+
+def test_memory_follows_shape_and_heads(world):
+    _, teacher, _ = open_teacher(SPEC, FP32)
+    small, large = (teacher.memory_bytes((n, n, n), (32, 32, 32)) for n in (64, 256))
+    assert 4 * teacher.num_heads * 16 * 32 * 32 < small < large
+    # what waits is a part of the volume: less than the sums of all of it would take
+    assert large < 4 * teacher.num_heads * 256**3
 
 
 def test_identity_follows_the_weights_and_nothing_else(world):
@@ -135,6 +220,14 @@ class TestRefusals:
     def test_out_of_fold_needs_a_fold_for_every_case(self, world):
         with pytest.raises(MismatchError, match="out_of_fold"):
             open_teacher(TeacherSpec(dataset="998", folds=(0,)), CacheSpec(policy="out_of_fold"))
+
+    def test_an_engine_that_is_not_installed(self, monkeypatch):
+        import importlib.util
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert resolve_engine("auto", "x.PlainConvUNet") == "torch"
+        with pytest.raises(SpecError, match="not installed"):
+            resolve_engine("openvino", "x.PlainConvUNet")
 
     def test_no_folds(self):
         with pytest.raises(SpecError, match="folds"):

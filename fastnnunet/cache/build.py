@@ -5,26 +5,25 @@ process, in a worker of a local dask cluster, or on a cluster elsewhere; where i
 """
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from fastnnunet.cache.codec import encode_logits
+from fastnnunet.cache.crew import Crew, Outcome, open_crew
 from fastnnunet.cache.folder import CacheFolder
-from fastnnunet.cache.identity import folds_for_case
-from fastnnunet.cache.interfaces import CaseSource, Teacher, TeacherFactory
+from fastnnunet.cache.identity import cache_key, folds_for_case
+from fastnnunet.cache.interfaces import Float32Array, Teacher
 from fastnnunet.cache.job import CacheJob
+from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.manifest import Manifest
-from fastnnunet.cache.plan import require_space
-from fastnnunet.cache.store import commit_case, remove_leftovers
-from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, MismatchError
+from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_space
+from fastnnunet.cache.store import remove_leftovers
+from fastnnunet.errors import BuildError, FastnnUNetError
 
 log = logging.getLogger(__name__)
 
-SCHEDULER_TIMEOUT_S = 30
+DEVIATION_CASES = 3
 
 
 class CasesFailedError(BuildError):
@@ -50,18 +49,6 @@ class CaseDone:
 Progress = Callable[[CaseDone], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CaseTask:
-    """One case's work, small enough to be sent to a worker."""
-
-    case_id: str
-    cache: CacheFolder  # knows this one case only
-    source: CaseSource
-    factory: TeacherFactory
-    folds: tuple[Any, ...]
-    threads: int
-
-
 def build_cache(
     job: CacheJob,
     *,
@@ -69,13 +56,15 @@ def build_cache(
     threads: int = 1,
     scheduler: str | None = None,
     only: Sequence[str] | None = None,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     progress: Progress | None = None,
 ) -> CacheFolder:
     """Label every case that is not stored yet and return the cache.
 
     `workers` = 0 runs in this process, otherwise a local dask cluster of that many processes is used, or the cluster at
     `scheduler` (tcp://host:port). Each teacher computes with `threads` threads. `only` restricts the build to these
-    cases and replaces those among them that are damaged.
+    cases and replaces those among them that are damaged. A case that needs more than `memory_limit_bytes` beyond the
+    teacher's weights and activations is refused before anything runs (SpecError).
 
     A case that fails does not stop the others; at the end CasesFailedError names each with its reason. Full disks and
     lost clusters stop the build at once (DiskSpaceError, BuildError). In every event what was committed stays and the
@@ -84,40 +73,26 @@ def build_cache(
     todo = job.todo(only)
     if todo:
         require_space(job, todo)
-    cache = job.create()
-    if leftovers := remove_leftovers(cache):
-        log.info("removed %d unfinished case(s) of an interrupted build: %s", len(leftovers), ", ".join(leftovers))
-    if not todo:
+        require_memory(job, todo, memory_limit_bytes)
+    else:
+        cache = job.create({})
+        _tidy(cache)
         return cache
-    tasks = [
-        CaseTask(
-            case_id=case,
-            cache=replace(cache, cases={case: cache.cases[case]}),
-            source=job.source,
-            factory=job.factory,
-            folds=folds_for_case(job.factory, job.spec, case),
-            threads=threads,
-        )
-        for case in todo
-    ]
-    outcomes = _in_process(tasks) if workers == 0 and scheduler is None else _with_dask(tasks, workers, scheduler)
-    failed: dict[str, str] = {}
-    for done, (case, outcome) in enumerate(outcomes, start=1):
-        manifest = outcome if isinstance(outcome, Manifest) else None
-        error = None if isinstance(outcome, Manifest) else str(outcome)
-        if error is not None:
-            failed[case] = error
-        if progress is not None:
-            progress(
-                CaseDone(
-                    case_id=case,
-                    manifest=manifest,
-                    error=error,
-                    voxels=job.voxels(case),
-                    done=done,
-                    total=len(todo),
-                )
+    with open_crew(cache_key(job.identity), job.factory, threads, min(workers, len(todo)), scheduler) as crew:
+        cache = job.open() or job.create(_deviation(job, crew, todo))
+        _tidy(cache)
+        tasks = [
+            CaseTask(
+                case_id=case,
+                cache=replace(cache, cases={case: cache.cases[case]}),
+                source=job.source,
+                factory=job.factory,
+                folds=folds_for_case(job.factory, job.spec, case),
+                threads=threads,
             )
+            for case in todo
+        ]
+        failed = _run(job, crew.label(tasks), len(todo), progress)
     if failed:
         raise CasesFailedError(
             f"{len(failed)} of {len(todo)} cases failed\n"
@@ -128,122 +103,39 @@ def build_cache(
     return cache
 
 
-def run_task(task: CaseTask, teacher: Teacher) -> Manifest:
-    """Label, encode and commit one case.
+def _run(job: CacheJob, outcomes: Iterator[Outcome], total: int, progress: Progress | None) -> dict[str, str]:
+    """Wait for all cases; returns those that failed, with the reason."""
+    failed: dict[str, str] = {}
+    for done, (case, outcome) in enumerate(outcomes, start=1):
+        manifest = outcome if isinstance(outcome, Manifest) else None
+        error = None if isinstance(outcome, Manifest) else str(outcome)
+        if error is not None:
+            failed[case] = error
+        if progress is not None:
+            progress(
+                CaseDone(case_id=case, manifest=manifest, error=error, voxels=job.voxels(case), done=done, total=total)
+            )
+    return failed
 
-    Raises MismatchError when its image is not the one the cache is for, DiskSpaceError when the disk is full,
-    BuildError for anything else that goes wrong with it.
-    """
+
+def _tidy(cache: CacheFolder) -> None:
+    if leftovers := remove_leftovers(cache):
+        log.info("removed %d unfinished case(s) of an interrupted build: %s", len(leftovers), ", ".join(leftovers))
+
+
+def _deviation(job: CacheJob, crew: Crew, todo: Sequence[str]) -> dict[str, Any]:
+    """What goes into the provenance: how far the teacher is from the reference on patches of a few cases."""
+    step = max(1, len(todo) // DEVIATION_CASES)
+    images = [job.source.image_CZYX(case) for case in todo[::step][:DEVIATION_CASES]]
+    question = partial(_ask_deviation, images_CZYX=images, temperature=job.spec.temperature)
     try:
-        return _label_and_commit(task, teacher)
+        return {"deviation": crew.ask(question)}
     except FastnnUNetError:
         raise
-    except Exception as e:  # from the framework underneath, such as running out of memory: the case must be named
-        log.exception("case %s failed", task.case_id)
-        raise BuildError(f"{type(e).__name__}: {e}") from e
+    except Exception as e:  # from the framework underneath, such as running out of memory
+        log.exception("the deviation could not be measured")
+        raise BuildError(f"the teacher failed on a patch of {todo[0]}: {type(e).__name__}: {e}") from e
 
 
-def _label_and_commit(task: CaseTask, teacher: Teacher) -> Manifest:
-    start = time.perf_counter()
-    case = task.case_id
-    if (got := task.source.digest(case)) != task.cache.cases[case]:
-        raise MismatchError(
-            f"the preprocessed image of case {case} changed during the build\n"
-            f"  got      {got}\n  expected {task.cache.cases[case]}\nrun the same command again"
-        )
-    logits_CZYX = teacher.logits(task.source.image_CZYX(case), task.folds)
-    expected = (task.cache.codec.num_heads, *task.source.shape_zyx(case))
-    if logits_CZYX.shape != expected:
-        raise BuildError(f"the teacher's logits have shape {logits_CZYX.shape}, expected {expected}")
-    stored, max_error = encode_logits(task.cache.codec, logits_CZYX, task.cache.temperature)
-    del logits_CZYX
-    return commit_case(task.cache, case, stored, max_error=max_error, seconds=time.perf_counter() - start)
-
-
-Outcome = tuple[str, Manifest | FastnnUNetError]
-
-
-def _in_process(tasks: Sequence[CaseTask]) -> Iterator[Outcome]:
-    teacher = tasks[0].factory.load(tasks[0].threads)
-    for task in tasks:
-        yield task.case_id, _case_outcome(lambda task=task: run_task(task, teacher))  # type: ignore[misc]
-
-
-def _case_outcome(run: Callable[[], Manifest]) -> Manifest | FastnnUNetError:
-    """The manifest, or the error when it concerns this case alone; an error that would hit every case is raised."""
-    try:
-        return run()
-    except DiskSpaceError:
-        raise
-    except FastnnUNetError as e:
-        return e
-
-
-_loaded: dict[tuple[str, int], Teacher] = {}
-_loading = threading.Lock()
-
-
-def _run_in_worker(task: CaseTask) -> Manifest:
-    """Runs in a dask worker; the teacher is loaded once per worker process and kept for the next case."""
-    name = (task.cache.key, task.threads)
-    with _loading:
-        if name not in _loaded:
-            _loaded.clear()  # a long-lived worker serves one cache after another: never two teachers in memory
-            _loaded[name] = task.factory.load(task.threads)
-        teacher = _loaded[name]
-    return run_task(task, teacher)
-
-
-def _with_dask(tasks: Sequence[CaseTask], workers: int, scheduler: str | None) -> Iterator[Outcome]:
-    from distributed import KilledWorker, as_completed
-
-    with _client(min(workers, len(tasks)), scheduler) as client:
-        # earlier tasks are the larger cases: started first, so that no long one is left for the end
-        futures = {
-            client.submit(
-                _run_in_worker, task, key=f"soft-labels-{task.case_id}-{task.cache.key}", priority=-rank
-            ): task
-            for rank, task in enumerate(tasks)
-        }
-        try:
-            for future in as_completed(futures):
-                case = futures[future].case_id
-                try:
-                    outcome = _case_outcome(future.result)
-                except KilledWorker as e:
-                    raise BuildError(
-                        f"workers died again and again while labelling case {case}, usually for lack of memory\n"
-                        "use fewer --workers, and run the same command again; finished cases are kept"
-                    ) from e
-                future.release()
-                yield case, outcome
-        finally:
-            client.cancel(list(futures))
-
-
-@contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=SCHEDULER_TIMEOUT_S)
-        except (OSError, ValueError) as e:
-            raise BuildError(
-                f"no dask scheduler answers at {scheduler} ({e})\n"
-                "expected an address such as tcp://host:8786; start one with: dask scheduler"
-            ) from e
-        with client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+def _ask_deviation(teacher: Teacher, images_CZYX: list[Float32Array], temperature: float) -> dict[str, Any]:
+    return teacher.deviation(images_CZYX, temperature)

@@ -60,6 +60,9 @@ class Codec(Protocol):
     def num_stored(self) -> int: ...
 
     @property
+    def chunk_channels(self) -> int: ...
+
+    @property
     def dtype(self) -> str:
         """Of the stored values; zero must stand for background."""
         ...
@@ -120,6 +123,10 @@ class SimplexU8:
     def num_stored(self) -> int:
         return self.num_heads - 1
 
+    @property
+    def chunk_channels(self) -> int:
+        return self.num_stored
+
     def target(self, logits: Float32Array, temperature: float) -> Float32Array:
         return softmax(logits, temperature)
 
@@ -168,6 +175,10 @@ class SigmoidU8:
     def num_stored(self) -> int:
         return self.num_heads
 
+    @property
+    def chunk_channels(self) -> int:
+        return self.num_stored
+
     def target(self, logits: Float32Array, temperature: float) -> Float32Array:
         return sigmoid(logits, temperature)
 
@@ -201,6 +212,10 @@ class Float16:
     @property
     def num_stored(self) -> int:
         return self.num_heads - 1
+
+    @property
+    def chunk_channels(self) -> int:
+        return self.num_stored
 
     def target(self, logits: Float32Array, temperature: float) -> Float32Array:
         return softmax(logits, temperature)
@@ -275,14 +290,16 @@ def codec_for_teacher(encoding: str, num_heads: int, *, has_regions: bool, level
     return codec
 
 
-def encode_logits(codec: Codec, logits: Float32Array, temperature: float) -> tuple[StoredArray, float]:
-    """Encode a whole case block by block.
+def encode_block(
+    codec: Codec, values: Float32Array, temperature: float, *, from_probabilities: bool = False
+) -> tuple[StoredArray, float]:
+    """Encode a block of logits (C, ...), or of soft labels where `from_probabilities`.
 
-    Returns the stored (S, Z, Y, X) array of the codec's dtype and the measured maximum of |decoded - soft label|.
-    Raises BuildError when the logits are not finite or the codec's bound does not hold.
+    Returns the stored (S, ...) array of the codec's dtype and the measured maximum of |decoded - soft label|.
+    Raises BuildError when the values are not finite or the codec's bound does not hold.
     """
-    flat = logits.reshape(codec.num_heads, -1)
-    stored: StoredArray = np.empty((codec.num_stored, flat.shape[1]), codec.dtype)
+    flat = values.reshape(codec.num_heads, -1)
+    stored: StoredArray = np.empty((codec.chunk_channels, flat.shape[1]), codec.dtype)
     step = max(1, BLOCK_VALUES // codec.num_heads)
     max_error = 0.0
     for start in range(0, flat.shape[1], step):
@@ -290,10 +307,10 @@ def encode_logits(codec: Codec, logits: Float32Array, temperature: float) -> tup
         if not np.isfinite(block).all():
             bad = int(np.count_nonzero(~np.isfinite(block)))
             raise BuildError(f"the teacher's logits hold NaN or infinity (at least {bad} values)")
-        target = codec.target(block, temperature)
+        target = block if from_probabilities else codec.target(block, temperature)
         encoded = codec.encode(target)
         max_error = max(max_error, float(np.abs(codec.decode(encoded) - target).max(initial=0)))
         stored[:, start : start + step] = encoded
     if max_error > codec.eps:
         raise BuildError(f"{codec.name} broke its bound: measured error {max_error:.6g}, expected <= {codec.eps:.6g}")
-    return stored.reshape(codec.num_stored, *logits.shape[1:]), max_error
+    return stored.reshape(codec.chunk_channels, *values.shape[1:]), max_error

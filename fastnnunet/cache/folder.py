@@ -113,10 +113,11 @@ class CacheFolder:
 
 
 def create_cache(
-    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], command: str
+    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> CacheFolder:
     """Open the cache with this identity under `root`, creating it when it is not there.
 
+    `provenance` holds at least the `command` that builds it; versions and time are added here.
     A second builder of the same cache finds and uses the first one's folder. Raises SpecError when `root` lies inside
     another cache or a case id cannot be a folder name, CorruptError when the existing cache is damaged.
     """
@@ -135,7 +136,7 @@ def create_cache(
             "spec": to_plain(spec),
             "cases": dict(cases),
             "provenance": {
-                "command": command,
+                **provenance,
                 **_versions(),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             },

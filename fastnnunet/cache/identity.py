@@ -15,7 +15,6 @@ from fastnnunet.specs.canonical import sha256_of, to_plain
 
 FORMAT_VERSION = 1
 KEY_CHARS_IN_NAME = 16
-POOLING = "logits"  # logits are averaged over mirrors, tiles and folds, as nnU-Net does; probabilities are not
 
 Identity = dict[str, Any]
 
@@ -46,7 +45,8 @@ def folds_for_case(factory: TeacherFactory, spec: CacheSpec, case_id: str) -> tu
 def build_identity(case_digests: Mapping[str, str], factory: TeacherFactory, spec: CacheSpec) -> Identity:
     """The identity of the cache of these cases, this teacher and this recipe (plain JSON values).
 
-    `precision` is the one the teacher really computes in when its identity states it, else the recipe's word.
+    `precision` and `engine` are those the teacher really computes with when its identity states them, else the recipe's
+    words.
     Raises SpecError when recipe and teacher contradict each other.
     """
     codec = codec_for_teacher(spec.encoding, factory.num_heads, has_regions=factory.has_regions, levels=spec.levels)
@@ -63,8 +63,9 @@ def build_identity(case_digests: Mapping[str, str], factory: TeacherFactory, spe
         "inference": {
             "mirroring": spec.mirroring,
             "step_size": float(spec.step_size),
-            "pooling": POOLING,
+            "pooling": spec.pooling,
             "precision": teacher.get("precision", spec.precision),
+            "engine": teacher.get("engine", spec.engine),
         },
         "soft_labels": {
             "temperature": float(spec.temperature),

@@ -5,7 +5,7 @@ Shape suffixes: C = channels (of an image: modalities; of logits: network heads)
 preprocessed arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,15 +31,31 @@ class CaseSource(Protocol):
         ...
 
 
+Block = tuple[tuple[int, int, int], Float32Array]  # number of a chunk (z, y, x) and its values (heads, z, y, x)
+
+
 class Teacher(Protocol):
     """A loaded ensemble."""
 
-    def logits(self, image_CZYX: Float32Array, folds: Sequence[Any]) -> Float32Array:
-        """Mean logits (heads, Z, Y, X) over mirrors, tiles and `folds`."""
+    def blocks(
+        self,
+        image_CZYX: Float32Array,
+        folds: Sequence[Any],
+        chunk_zyx: Sequence[int],
+        per_fold: Callable[[Float32Array], Float32Array] | None = None,
+    ) -> Iterator[Block]:
+        """Mean logits over mirrors, tiles and `folds`, every chunk of the grid once, in any but always the same order.
+
+        `per_fold`, when given, turns each fold's logits (heads, z, y, x) of a tile into what is averaged instead.
+        """
         ...
 
     def seconds_per_patch(self) -> float:
         """Measured seconds for one patch with all folds and mirrors, warm."""
+        ...
+
+    def deviation(self, images_CZYX: Sequence[Float32Array], temperature: float) -> dict[str, Any]:
+        """How far the middle patches of these images are from the reference implementation, as plain JSON values."""
         ...
 
 
@@ -66,6 +82,10 @@ class TeacherFactory(Protocol):
 
     def unseen_folds(self, case_id: str) -> tuple[Any, ...]:
         """The folds that did not train on this case."""
+        ...
+
+    def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:
+        """Peak bytes a loaded teacher needs for an image of this shape, beyond its weights and activations."""
         ...
 
     def load(self, threads: int) -> Teacher: ...

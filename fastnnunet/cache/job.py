@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastnnunet.cache.folder import CacheFolder, create_cache, open_cache
 from fastnnunet.cache.identity import Identity, build_identity, cache_name, digest_cases
@@ -35,8 +36,9 @@ class CacheJob:
         except NotFoundError:
             return None
 
-    def create(self) -> CacheFolder:
-        return create_cache(self.root, self.identity, self.spec, self.cases, self.command)
+    def create(self, provenance: dict[str, Any]) -> CacheFolder:
+        """The cache, created when it is not there; `provenance` is what to record beside command and versions."""
+        return create_cache(self.root, self.identity, self.spec, self.cases, {"command": self.command, **provenance})
 
     def todo(self, only: Sequence[str] | None = None) -> list[str]:
         """Cases still to be labelled, largest first.

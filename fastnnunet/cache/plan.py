@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fastnnunet.cache.codec import BLOCK_VALUES, Codec, codec_for_teacher
 from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
-from fastnnunet.errors import DiskSpaceError
+from fastnnunet.cache.label import MAX_PENDING_BLOCKS
+from fastnnunet.cache.shard import chunk_for
+from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 
 # Rule used until one case is measured. uint8: 0.33 on hippocampus at T = 3, less when T is lower; the mantissas of
@@ -20,6 +20,7 @@ from fastnnunet.geometry.grid import tile_starts
 BYTES_PER_STORED_VALUE = {"uint8": 0.4, "float16": 1.6}
 FILES_PER_CASE_BYTES = 3 * 4096  # manifest, zarr.json and the rounding of three files to disk blocks
 SPACE_MARGIN = 1.1
+MEMORY_LIMIT_BYTES = 4 << 30  # of one worker, beyond the teacher's weights and activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ def plan_cache(
         bytes_per_voxel=per_voxel,
         bytes_measured=measured,
         bytes_free=free_bytes(job.root),
-        memory_per_worker=_case_memory(job, max(map(job.voxels, todo), default=0)),
+        memory_per_worker=max((_case_memory(job, case) for case in todo), default=0),
         tiles_todo=tiles,
         seconds_per_patch=per_patch,
         seconds_estimated=None if per_patch is None else per_patch * tiles / max(1, min(workers, len(todo))),
@@ -78,6 +79,19 @@ def require_space(job: CacheJob, todo: Sequence[str]) -> None:
             f"not enough disk space under {job.root} for {len(todo)} cases\n"
             f"  got      {free / 1e9:.3f} GB free\n  expected {needed / 1e9:.3f} GB\n"
             "free some space, choose another place with --root, or build fewer cases with --case"
+        )
+
+
+def require_memory(job: CacheJob, todo: Sequence[str], limit_bytes: int) -> None:
+    """Raise SpecError when labelling one of these cases would take more memory than allowed."""
+    needed, case = max((_case_memory(job, case), case) for case in todo)
+    if needed > limit_bytes:
+        raise SpecError(
+            f"case {case} ({' x '.join(map(str, job.source.shape_zyx(case)))} voxels, {job.factory.num_heads} heads) "
+            "needs too much memory\n"
+            f"  got      {needed / 2**30:.1f} GiB beyond the teacher's weights and activations\n"
+            f"  expected at most {limit_bytes / 2**30:.1f} GiB\n"
+            "allow more with --memory-limit, or leave the case out with --case"
         )
 
 
@@ -112,8 +126,10 @@ def _estimated_bytes(job: CacheJob, todo: Sequence[str]) -> int:
     return int(per_voxel * sum(map(job.voxels, todo))) + FILES_PER_CASE_BYTES * len(todo)
 
 
-def _case_memory(job: CacheJob, voxels: int) -> int:
-    """Peak bytes of labelling a case: logits, the sum they are averaged in, stored values twice, work blocks."""
-    heads = job.factory.num_heads
-    stored_bytes = heads * voxels * np.dtype(_codec(job).dtype).itemsize
-    return 2 * 4 * heads * voxels + 2 * stored_bytes + 16 * BLOCK_VALUES
+def _case_memory(job: CacheJob, case_id: str) -> int:
+    """Peak bytes of labelling a case: the teacher's sums and tiles, blocks that wait to be encoded, work blocks."""
+    shape_zyx = job.source.shape_zyx(case_id)
+    chunk_zyx = chunk_for(job.spec, shape_zyx)
+    block_bytes = 4 * job.factory.num_heads * math.prod(chunk_zyx)
+    waiting = (MAX_PENDING_BLOCKS + 2) * block_bytes
+    return job.factory.memory_bytes(shape_zyx, chunk_zyx) + waiting + 16 * BLOCK_VALUES

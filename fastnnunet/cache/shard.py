@@ -13,8 +13,8 @@ zarr-python reads every case back before it is committed.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
@@ -67,43 +67,69 @@ class ShardLayout:
         return math.prod(self.chunk)
 
 
-def layout_for(spec: CacheSpec, num_stored: int, shape_zyx: tuple[int, int, int], dtype: str = "uint8") -> ShardLayout:
-    """The layout of a case of this size under `spec`, for values of this type."""
-    chunk_zyx = (
+def chunk_for(spec: CacheSpec, shape_zyx: Sequence[int]) -> tuple[int, int, int]:
+    """Chunks of a case of this size under `spec`: each axis in equal parts of about the size asked for."""
+    z, y, x = (
         math.ceil(n / max(1, round(n / edge))) if n else 1 for n, edge in zip(shape_zyx, spec.chunk_zyx, strict=True)
     )
+    return z, y, x
+
+
+def layout_for(
+    spec: CacheSpec, num_stored: int, shape_zyx: Sequence[int], dtype: str = "uint8", chunk_channels: int | None = None
+) -> ShardLayout:
+    """The layout of a case of this size under `spec`; `chunk_channels` None = all channels in one chunk."""
     return ShardLayout(
         shape=(num_stored, *shape_zyx),
-        chunk=(num_stored, *chunk_zyx),
+        chunk=(num_stored if chunk_channels is None else chunk_channels, *chunk_for(spec, shape_zyx)),
         compressor=spec.compressor,
         level=spec.level,
         dtype=dtype,
     )
 
 
-def encode_shard(stored_SZYX: StoredArray, layout: ShardLayout) -> Iterator[bytes]:
-    """Yield the parts of the shard file, chunks first, index last."""
-    index: npt.NDArray[np.uint64] = np.full((layout.num_chunks, 2), ABSENT, np.uint64)
-    offset = 0
-    for number, (_, z, y, x) in enumerate(np.ndindex(*layout.grid)):
-        _, edge_z, edge_y, edge_x = layout.chunk
-        part = stored_SZYX[
-            :,
-            z * edge_z : (z + 1) * edge_z,
-            y * edge_y : (y + 1) * edge_y,
-            x * edge_x : (x + 1) * edge_x,
-        ]
-        if not part.any():
-            continue
-        chunk = np.zeros(layout.chunk, layout.stored_dtype)
-        chunk[:, : part.shape[1], : part.shape[2], : part.shape[3]] = part
-        packed = _compress(chunk, layout)
-        packed += _crc(packed)
-        index[number] = offset, len(packed)
-        offset += len(packed)
-        yield packed
-    packed_index = index.astype("<u8").tobytes()
-    yield packed_index + _crc(packed_index)
+class ShardWriter:
+    """Packs the chunks of a case as they come and ends with the index.
+
+    Chunks may come in any order, every one once; a chunk of zeros is not stored. How many channel groups there are may
+    show only at the end.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], layout: ShardLayout) -> None:
+        """`write` takes the file's parts; of `layout` the number of stored channels counts at the end only."""
+        self._write = write
+        self._layout = layout
+        self._offset = 0
+        self._entries: dict[Shape, tuple[int, int]] = {}
+
+    def add(self, number_zyx: Sequence[int], stored_SZYX: StoredArray) -> None:
+        """Pack the stored values of one chunk; at the upper border of the volume they may be fewer than a chunk's."""
+        layout = self._layout
+        channels = layout.chunk[0]
+        for group in range(-(-len(stored_SZYX) // channels)):
+            part = stored_SZYX[group * channels : (group + 1) * channels]
+            if not part.any():
+                continue
+            chunk = np.zeros(layout.chunk, layout.stored_dtype)
+            chunk[tuple(slice(n) for n in part.shape)] = part
+            packed = _compress(chunk, layout)
+            packed += _crc(packed)
+            self._entries[(group, *number_zyx)] = self._offset, len(packed)
+            self._offset += len(packed)
+            self._write(packed)
+
+    def finish(self, num_stored: int | None) -> tuple[ShardLayout, bytes]:
+        """Write the index; returns it and the final layout. `num_stored` None = as many channels as were needed."""
+        if num_stored is None:
+            num_stored = self._layout.chunk[0] * (1 + max((entry[0] for entry in self._entries), default=0))
+        layout = replace(self._layout, shape=(num_stored, *self._layout.shape[1:]))
+        index: npt.NDArray[np.uint64] = np.full((*layout.grid, 2), ABSENT, np.uint64)
+        for number, entry in self._entries.items():
+            index[number] = entry
+        tail = index.astype("<u8").tobytes()
+        tail += _crc(tail)
+        self._write(tail)
+        return layout, tail
 
 
 def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDArray[np.uint64]:

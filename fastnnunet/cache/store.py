@@ -7,24 +7,27 @@ builders of the same cache do no harm: the second to finish a case finds it ther
 
 import fcntl
 import hashlib
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from fastnnunet.cache.codec import encode_block
 from fastnnunet.cache.durable import fsync_file, write_error, write_synced
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder
-from fastnnunet.cache.interfaces import StoredArray
+from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, manifest_text
 from fastnnunet.cache.shard import (
     ABSENT,
     SHARD_NAME,
+    ShardWriter,
     array_document,
-    encode_shard,
     index_crc32c,
     layout_for,
     parse_index,
@@ -35,20 +38,115 @@ from fastnnunet.specs.canonical import canonical_json, sha256_of_file
 PARTIAL = ".partial"
 
 
-def commit_case(
-    cache: CacheFolder, case_id: str, stored_SZYX: StoredArray, *, max_error: float, seconds: float
-) -> Manifest:
-    """Write one encoded case into the cache and return its manifest.
+class CaseWriter:
+    """Encodes the blocks of one case into an unfinished folder. Make one with `case_writer`, end it with `commit`.
 
-    Raises BuildError when what was read back differs from what was written, DiskSpaceError when the disk is full.
+    Of the case nothing stays in memory but a digest per chunk.
+    """
+
+    def __init__(self, cache: CacheFolder, case_id: str, shape_zyx: Sequence[int], folder: Path) -> None:
+        self._cache, self._case_id, self._folder = cache, case_id, folder
+        codec = cache.codec
+        channels = codec.chunk_channels
+        layout = layout_for(cache.spec, channels, shape_zyx, codec.dtype, channels)
+        self._shard_file = folder / SHARD_NAME
+        self._shard_file.parent.mkdir(parents=True)
+        self._file = self._shard_file.open("wb")
+        self._sha256 = hashlib.sha256()
+        self._shard = ShardWriter(self._append, layout)
+        self._chunk = layout.chunk[1:]
+        self._crcs: dict[tuple[int, ...], int] = {}
+        self._max_error = 0.0
+
+    def add(self, number_zyx: tuple[int, ...], values_CZYX: Float32Array, *, probabilities: bool = False) -> None:
+        """Encode one chunk of mean logits, or of soft labels where `probabilities`.
+
+        Raises BuildError when the values are not finite, the codec's bound does not hold or a chunk comes twice.
+        """
+        cache = self._cache
+        if number_zyx in self._crcs:
+            raise BuildError(f"the teacher gave chunk {number_zyx} twice")
+        stored, error = encode_block(cache.codec, values_CZYX, cache.temperature, from_probabilities=probabilities)
+        if problem := cache.codec.problem(stored):
+            raise BuildError(problem)
+        self._max_error = max(self._max_error, error)
+        self._shard.add(number_zyx, stored)
+        self._crcs[number_zyx] = _crc_without_empty_channels(stored)
+
+    def commit(self, seconds: float) -> Manifest:
+        """Finish, read back, flush and rename into the cache; returns the manifest.
+
+        Raises BuildError when chunks are missing or what was read back differs from what was written.
+        """
+        cache, case_id, folder = self._cache, self._case_id, self._folder
+        codec = cache.codec
+        layout, tail = self._shard.finish(codec.num_stored)
+        if len(self._crcs) != (expected := math.prod(layout.grid[1:])):
+            raise BuildError(f"the teacher gave {len(self._crcs)} chunks, expected {expected}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        array_file = folder / ARRAY_NAME
+        attributes = {"fastnnunet": {"key": cache.key, "case_id": case_id, "image_sha256": cache.cases[case_id]}}
+        write_synced(array_file, canonical_json(array_document(layout, attributes)).encode())
+        self._read_back()
+        stored_bytes = self._shard_file.stat().st_size
+        manifest = Manifest(
+            case_id=case_id,
+            key=cache.key,
+            image_sha256=cache.cases[case_id],
+            shape=layout.shape,
+            eps=codec.eps,
+            max_error=self._max_error,
+            stored_bytes=stored_bytes,
+            absent_chunks=int((parse_index(tail, layout, stored_bytes - len(tail))[:, 0] == ABSENT).sum()),
+            shard_sha256=self._sha256.hexdigest(),
+            index_crc32c=index_crc32c(tail),
+            array_sha256=sha256_of_file(array_file),
+            seconds=round(seconds, 3),
+        )
+        write_synced(folder / MANIFEST_NAME, manifest_text(manifest).encode())
+        for directory in (*self._shard_file.parents[: len(Path(SHARD_NAME).parts) - 1], folder):
+            fsync_file(directory)
+        _move_into_place(cache, case_id, folder)
+        return manifest
+
+    def close(self) -> None:
+        """Close the file; what was not committed is removed with its folder."""
+        self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+
+    def _read_back(self) -> None:
+        """Every voxel, through a reader that shares no code with the writer."""
+        import zarr  # heavy, and only builds need it
+
+        array = zarr.open_array(str(self._folder), mode="r", zarr_format=3)
+        for number, expected in self._crcs.items():
+            inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, self._chunk, strict=True))
+            if _crc_without_empty_channels(np.asarray(array[(slice(None), *inside)])) != expected:
+                raise BuildError(
+                    "reading the written store back gave other values; the disk or memory of this machine may be faulty"
+                )
+
+
+@contextmanager
+def case_writer(cache: CacheFolder, case_id: str, shape_zyx: Sequence[int]) -> Iterator[CaseWriter]:
+    """A writer for one case; whatever was not committed on leaving is removed.
+
+    Raises DiskSpaceError when the disk is full, BuildError when the folder cannot be written.
     """
     try:
         with _partial_folder(cache, case_id) as folder:
-            manifest = _write(cache, case_id, folder, stored_SZYX, max_error, seconds)
-            _move_into_place(cache, case_id, folder)
+            writer = CaseWriter(cache, case_id, shape_zyx, folder)
+            try:
+                yield writer
+            finally:
+                writer.close()
     except OSError as e:
         raise write_error(e, cache.case_dir(case_id)) from e
-    return manifest
 
 
 def remove_leftovers(cache: CacheFolder) -> list[str]:
@@ -67,60 +165,12 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
     return removed
 
 
-def _write(
-    cache: CacheFolder, case_id: str, folder: Path, stored_SZYX: StoredArray, max_error: float, seconds: float
-) -> Manifest:
-    codec = cache.codec
-    if problem := codec.problem(stored_SZYX):
-        raise BuildError(f"case {case_id}: {problem}")
-    if not max_error <= codec.eps:
-        raise BuildError(f"case {case_id}: measured error {max_error:.6g} exceeds the bound {codec.eps:.6g}")
-    num_stored, z, y, x = stored_SZYX.shape
-    layout = layout_for(cache.spec, num_stored, (z, y, x), codec.dtype)
-    attributes = {"fastnnunet": {"key": cache.key, "case_id": case_id, "image_sha256": cache.cases[case_id]}}
-    array_file, shard_file = folder / ARRAY_NAME, folder / SHARD_NAME
-    write_synced(array_file, canonical_json(array_document(layout, attributes)).encode())
-    shard_file.parent.mkdir(parents=True)
-    digest = hashlib.sha256()
-    tail = b""
-    with shard_file.open("wb") as f:
-        for tail in encode_shard(stored_SZYX, layout):
-            f.write(tail)
-            digest.update(tail)
-        f.flush()
-        os.fsync(f.fileno())
-    stored_bytes = shard_file.stat().st_size
-    _read_back(folder, case_id, stored_SZYX)
-    manifest = Manifest(
-        case_id=case_id,
-        key=cache.key,
-        image_sha256=cache.cases[case_id],
-        shape=layout.shape,
-        eps=codec.eps,
-        max_error=max_error,
-        stored_bytes=stored_bytes,
-        absent_chunks=int((parse_index(tail, layout, stored_bytes - len(tail))[:, 0] == ABSENT).sum()),
-        shard_sha256=digest.hexdigest(),
-        index_crc32c=index_crc32c(tail),
-        array_sha256=sha256_of_file(array_file),
-        seconds=round(seconds, 3),
-    )
-    write_synced(folder / MANIFEST_NAME, manifest_text(manifest).encode())
-    for directory in (*shard_file.parents[: len(Path(SHARD_NAME).parts) - 1], folder):
-        fsync_file(directory)
-    return manifest
-
-
-def _read_back(folder: Path, case_id: str, stored_SZYX: StoredArray) -> None:
-    """Every voxel, through a reader that shares no code with the writer."""
-    import zarr  # heavy, and only builds need it
-
-    array = zarr.open_array(str(folder), mode="r", zarr_format=3)
-    if not np.array_equal(np.asarray(array[...]), stored_SZYX):
-        raise BuildError(
-            f"case {case_id}: reading the written store back gave other values; the disk or memory of this machine "
-            "may be faulty"
-        )
+def _crc_without_empty_channels(stored_SZYX: StoredArray) -> int:
+    """A checksum that padding a chunk with empty channels does not change."""
+    used = len(stored_SZYX)
+    while used and not stored_SZYX[used - 1].any():
+        used -= 1
+    return zlib.crc32(np.ascontiguousarray(stored_SZYX[:used]).data)
 
 
 def _move_into_place(cache: CacheFolder, case_id: str, folder: Path) -> None:

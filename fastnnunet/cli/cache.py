@@ -30,6 +30,9 @@ Root = Annotated[Path | None, typer.Option("--root", help="Folder of the caches 
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
+MemoryLimit = Annotated[
+    float, typer.Option("--memory-limit", min=0.1, help="GiB a worker may use beyond the teacher's weights.")
+]
 LeftCache = Annotated[str, typer.Argument(metavar="A", help="Folder of a cache, or the first digits of its key.")]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder of the cache, or the first digits of its key.")]
@@ -52,6 +55,7 @@ def build(
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
     ] = None,
+    memory_limit: MemoryLimit = 4.0,
 ) -> None:
     """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.
 
@@ -68,7 +72,13 @@ def build(
     with BuildProgress(job, job.todo(case)) as progress:
         try:
             cache = build_cache(
-                job, workers=workers, threads=threads, scheduler=scheduler, only=case, progress=progress.advance
+                job,
+                workers=workers,
+                threads=threads,
+                scheduler=scheduler,
+                only=case,
+                memory_limit_bytes=int(memory_limit * 2**30),
+                progress=progress.advance,
             )
         except CasesFailedError as e:
             failure: CasesFailedError | None = e
@@ -94,15 +104,16 @@ def plan(
     case: Cases = None,
     workers: Workers = None,
     threads: Threads = None,
+    memory_limit: MemoryLimit = 4.0,
     timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
 ) -> None:
-    """Say what a build would write, need and take. Writes nothing; exit code 2 when the disk is too small.
+    """Say what a build would write, need and take. Writes nothing; exit code 2 when disk or memory is too small.
 
     Example:
 
       fastnnunet cache plan -d 4 -c 3d_fullres --workers 2
     """
-    from fastnnunet.cache.plan import plan_cache, require_space
+    from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cli.cache_view import print_plan
 
     job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
@@ -110,7 +121,9 @@ def plan(
     todo = job.todo(case)
     teacher = job.factory.load(threads) if timing and todo else None
     print_plan(plan_cache(job, teacher=teacher, workers=max(1, workers), only=case))
-    require_space(job, todo)
+    if todo:
+        require_space(job, todo)
+        require_memory(job, todo, int(memory_limit * 2**30))
 
 
 @app.command("list")

@@ -1,10 +1,11 @@
 """The cache as a trainer sees it."""
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.teacher import NnUNetTeacher, Precision
+from fastnnunet.nnunet.engines import EngineName, Precision
+from fastnnunet.nnunet.teacher import NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
@@ -74,16 +76,18 @@ def cache_for_training(
 ) -> Path:
     """The complete cache that fits data, plans, folds, checkpoints and recipe.
 
-    With `precision: auto` a cache built in either precision fits, since it may come from another machine.
+    Where precision or engine are `auto` a cache built with any fits, since it may come from another machine.
     Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one).
     """
     job = cache_job(teacher, spec, root=root, spec_file=spec_file)
     identity = job.identity
-    if spec.precision == "auto" and not job.path.is_dir():
-        precisions: tuple[Precision, Precision] = ("fp32", "bf16")
-        for precision in precisions:
-            factory = dataclasses.replace(cast(NnUNetTeacher, job.factory), precision=precision)
-            alternative = build_identity(job.cases, factory, spec)
+    if not job.path.is_dir():
+        factory = cast(NnUNetTeacher, job.factory)
+        precisions = get_args(Precision) if spec.precision == "auto" else (factory.precision,)
+        engines = get_args(EngineName) if spec.engine == "auto" else (factory.engine,)
+        for precision, engine in itertools.product(precisions, engines):
+            other = dataclasses.replace(factory, precision=precision, engine=engine)
+            alternative = build_identity(job.cases, other, spec)
             if (job.root / cache_name(alternative)).is_dir():
                 identity = alternative
     return find_cache(job.root, identity, build_command=job.command, case_digests=job.cases)

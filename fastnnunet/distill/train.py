@@ -13,10 +13,10 @@ import numpy as np
 from fastnnunet import __version__
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.student import student_folder, student_plans
-from fastnnunet.nnunet.teacher import resolve_precision
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import to_plain
 from fastnnunet.specs.distill import DistillSpec, StudentSpec

@@ -30,7 +30,15 @@ def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[Preprocessed
     cases = open_cases(plans, spec.configuration)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
     splits = load_splits(base, cases.case_ids)
-    teacher = make_teacher(spec, folder, cache_spec.mirroring, cache_spec.step_size, cache_spec.precision, splits)
+    teacher = make_teacher(
+        spec,
+        folder,
+        cache_spec.mirroring,
+        cache_spec.step_size,
+        cache_spec.precision,
+        cache_spec.engine,
+        splits,
+    )
     if cache_spec.policy == "out_of_fold":
         orphans = [c for c in cases.case_ids if not teacher.unseen_folds(c)]
         if orphans:

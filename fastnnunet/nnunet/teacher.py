@@ -1,39 +1,38 @@
-"""The teacher ensemble: trained folds run over preprocessed cases with nnU-Net's own sliding window."""
+"""The teacher ensemble: trained folds run over preprocessed cases as nnU-Net's sliding window runs them."""
 
+import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastnnunet.errors import MismatchError
+from fastnnunet.geometry.chunked_mean import Block, ChunkedMean, ChunkedWindow, chunked_window
+from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from fastnnunet.nnunet.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
+from fastnnunet.nnunet.deviation import measure_deviation
+from fastnnunet.nnunet.engines import (
+    Engine,
+    EngineName,
+    Fold,
+    OpenVINOEngine,
+    Precision,
+    TorchEngine,
+    resolve_engine,
+    resolve_precision,
+)
 from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-Precision = Literal["fp32", "bf16"]
-Fold = int | str
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); emulated bf16 would be slower than fp32."""
     import torch
 
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def resolve_precision(requested: str) -> Precision:
-    """`auto` -> bf16 where the CPU has it or a CUDA device is there, else fp32."""
-    import torch
-
-    if requested in ("fp32", "bf16"):
-        return cast(Precision, requested)
-    return "bf16" if torch.cuda.is_available() or cpu_has_bf16() else "fp32"
+MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
+PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through the networks one mirror at a time
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class NnUNetTeacher:
     mirroring: bool
     step_size: float
     precision: Precision
+    engine: EngineName
     unseen: dict[str, tuple[Fold, ...]]  # case -> folds whose training set did not contain it
 
     @property
@@ -87,7 +87,6 @@ class NnUNetTeacher:
     def identity(self) -> dict[str, Any]:
         """What of the teacher changes a logit: architecture, patch, labels, weights, mirrors, step, precision."""
         plans, config = configuration_of(self.plans, self.configuration)
-        checkpoints = {str(f): self._read_fold(f) for f in self.folds}
         return {
             "dataset": plans.dataset_name,
             "plans": plans.plans_name,
@@ -99,87 +98,133 @@ class NnUNetTeacher:
             },
             "labels": self.dataset_json["labels"],
             "folds": [str(f) for f in self.folds],
-            "checkpoints": {f: weights_digest(w) for f, (w, _) in checkpoints.items()},
-            "mirror_axes": next(list(axes) if self.mirroring and axes else [] for _, axes in checkpoints.values()),
+            "checkpoints": {str(f): weights_digest(self._read_fold(f)[0]) for f in self.folds},
+            "mirror_axes": list(self.mirror_axes()),
             "step_size": self.step_size,
             "precision": self.precision,
+            "engine": self.engine,
         }
 
-    def _read_fold(self, fold: Fold) -> tuple[Weights, tuple[int, ...] | None]:
+    def _read_fold(self, fold: Fold) -> tuple[Weights, tuple[int, ...]]:
+        """Weights of a fold and the axes it may be mirrored along."""
         path = self.folder / f"fold_{fold}" / self.checkpoint
         checkpoint = load_checkpoint(path)
         trained_for = checkpoint["init_args"].get("configuration")
         if trained_for != self.configuration:
             raise MismatchError(f"{path} was trained for {trained_for!r}, expected {self.configuration!r}")
-        return strip_prefix(checkpoint["network_weights"]), checkpoint.get("inference_allowed_mirroring_axes")
+        return strip_prefix(checkpoint["network_weights"]), tuple(
+            checkpoint.get("inference_allowed_mirroring_axes") or ()
+        )
+
+    def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:
+        """Peak memory of labelling an image of this shape, beyond weights and activations."""
+        window = chunked_window(shape_zyx, self.patch_size, self.step_size, chunk_zyx)
+        tile_bytes = 4 * self.num_heads * math.prod(self.patch_size)
+        mirrors = 2 ** len(self.mirror_axes()) if tile_bytes <= PARALLEL_BYTES else 1
+        means = window.peak_voxels * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
+        image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
+        return means + (mirrors + 3) * tile_bytes + 2 * image
+
+    def mirror_axes(self) -> tuple[int, ...]:
+        """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
+        return self._read_fold(self.folds[0])[1] if self.mirroring else ()
+
+    @property
+    def num_channels(self) -> int:
+        """Number of input channels of the networks."""
+        return num_input_channels(*configuration_of(self.plans, self.configuration), self.dataset_json)
 
     def load(self, threads: int) -> "LoadedTeacher":
-        """Read all folds and build the network. Raises CorruptError, MismatchError."""
-        import torch
-
-        torch.set_num_threads(threads)
-        plans, dataset_json = self.plans, self.dataset_json
-        network = build_network(plans, self.configuration, dataset_json)
-        weights: dict[Fold, Weights] = {}
-        mirror_axes: tuple[int, ...] | None = None
+        """Read all folds into the engine. Raises CorruptError, MismatchError."""
+        networks: dict[Fold, torch.nn.Module] = {}
         for fold in self.folds:
-            weights[fold], mirror_axes = self._read_fold(fold)
-            load_weights(network, weights[fold], self.folder / f"fold_{fold}" / self.checkpoint)
-        predictor = _make_predictor(self.step_size, self.mirroring, self.precision)
-        # statistics stay fp32 and so do the sums over mirrors: bf16 only lives inside the network
-        network.register_forward_hook(lambda _module, _inputs, output: output.float())
-        plans_manager, config = configuration_of(plans, self.configuration)
-        axes = tuple(mirror_axes) if mirror_axes else None
-        predictor.manual_initialization(network, plans_manager, config, None, dataset_json, "nnUNetTrainer", axes)
-        channels = num_input_channels(plans_manager, config, dataset_json)
-        return LoadedTeacher(predictor, weights, self.patch_size, channels)
+            network = build_network(self.plans, self.configuration, self.dataset_json)
+            load_weights(network, self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint)
+            networks[fold] = network
+        engine: Engine
+        if self.engine == "openvino":
+            tile_C = (self.num_channels, *self.patch_size)
+            engine = OpenVINOEngine(networks, self.precision, threads, tile_C, self.num_heads)
+        else:
+            engine = TorchEngine(networks, self.precision, threads)
+        return LoadedTeacher(self, engine, self.num_heads, self.mirror_axes())
 
 
 @dataclass
 class LoadedTeacher:
     """The ensemble in memory."""
 
-    predictor: "nnUNetPredictor"
-    weights: dict[Fold, Weights]
-    patch_size: tuple[int, ...]
-    channels: int
+    recipe: NnUNetTeacher
+    engine: Engine
+    num_heads: int
+    mirror_axes: tuple[int, ...]
 
-    def logits(self, image_CZYX: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
-        """Mean logits over mirrors, tiles and folds as nnU-Net computes them: float32 (heads, Z, Y, X)."""
-        import torch
+    def blocks(
+        self,
+        image_CZYX: np.ndarray,
+        folds: Sequence[Fold],
+        chunk_zyx: Sequence[int],
+        per_fold: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Iterator[Block]:
+        """Mean logits over mirrors, tiles and folds, chunk by chunk: (chunk number, float32 (heads, z, y, x)).
 
-        self.predictor.list_of_parameters = [self.weights[f] for f in folds]
-        logits = self.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image_CZYX))
-        return logits.float().numpy()
+        `per_fold`, when given, turns the logits (heads, z, y, x) of each fold's tile into what is averaged instead.
+        """
+        recipe = self.recipe
+        window = chunked_window(image_CZYX.shape[1:], recipe.patch_size, recipe.step_size, chunk_zyx)
+        padded = pad_spatial(image_CZYX, centre_padding(image_CZYX.shape[1:], window.tile))
+        below = [-axis[0] for axis in window.starts]
+        means = ChunkedMean(window, _mean_dtype(window, self.num_heads))
+        for number, start in enumerate(window.tiles):
+            inside = tuple(slice(s + b, s + b + t) for s, b, t in zip(start, below, window.tile, strict=True))
+            yield from means.add(number, self._tile(padded[(slice(None), *inside)], folds, per_fold))
+
+    def _tile(
+        self, tile_CZYX: np.ndarray, folds: Sequence[Fold], per_fold: Callable[[np.ndarray], np.ndarray] | None
+    ) -> np.ndarray:
+        tile_C = tile_CZYX.reshape(len(tile_CZYX), *self.recipe.patch_size)
+        flips = [
+            tuple(axis + 1 for axis in axes)
+            for count in range(len(self.mirror_axes) + 1)
+            for axes in itertools.combinations(self.mirror_axes, count)
+        ]
+        small = 4 * self.num_heads * tile_C[0].size <= PARALLEL_BYTES
+        groups = [flips] if small else [[axes] for axes in flips]
+        total: np.ndarray | None = None
+        for fold in folds:
+            mean = np.zeros((self.num_heads, *tile_C.shape[1:]), np.float32)
+            for group in groups:
+                batch = np.stack([np.flip(tile_C, axes) for axes in group])
+                for logits, axes in zip(self.engine.logits(fold, batch), group, strict=True):
+                    mean += np.flip(logits, axes)
+            mean /= len(flips)
+            values = mean if per_fold is None else per_fold(mean)
+            if total is None:
+                total = values
+            else:
+                total += values
+        if total is None:
+            raise ValueError("no folds")
+        total /= len(folds)
+        return total.reshape(self.num_heads, *tile_CZYX.shape[1:])
 
     def seconds_per_patch(self) -> float:
         """Seconds for one patch through all folds and mirrors (one timed fold after a warm-up, times the folds)."""
-        shape = self.patch_size if len(self.patch_size) == 3 else (1, *self.patch_size)
-        image_CZYX = np.zeros((self.channels, *shape), np.float32)
-        first = tuple(self.weights)[:1]
-        self.logits(image_CZYX, first)
+        shape = (1, *self.recipe.patch_size)[-3:]
+        image_CZYX = np.zeros((self.recipe.num_channels, *shape), np.float32)
+        first = self.recipe.folds[:1]
+        self._tile(image_CZYX, first, None)
         start = time.perf_counter()
-        self.logits(image_CZYX, first)
-        return (time.perf_counter() - start) * len(self.weights)
+        self._tile(image_CZYX, first, None)
+        return (time.perf_counter() - start) * len(self.recipe.folds)
+
+    def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
+        """How far this ensemble is from nnU-Net's own predictor; see `measure_deviation`."""
+        return measure_deviation(self, images_CZYX, temperature)
 
 
-def _make_predictor(step_size: float, mirroring: bool, precision: Precision) -> "nnUNetPredictor":
-    import contextlib
-    import io
-
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    class Predictor(nnUNetPredictor):  # type: ignore[misc]
-        def _internal_maybe_mirror_and_predict(self, x: "torch.Tensor") -> "torch.Tensor":
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                return super()._internal_maybe_mirror_and_predict(x)
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints a note about the device on every construction
-        return Predictor(
-            tile_step_size=step_size, use_mirroring=mirroring, device=device, verbose=False, allow_tqdm=False
-        )
+def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
+    return np.dtype(np.float32 if 4 * heads * window.peak_voxels <= MEANS_BYTES else np.float16)
 
 
 def make_teacher(
@@ -188,6 +233,7 @@ def make_teacher(
     mirroring: bool,
     step_size: float,
     precision: str,
+    engine: str,
     splits: list[dict[str, list[str]]],
 ) -> NnUNetTeacher:
     """A teacher for `spec` whose model folder was found. `splits` decide which folds saw which case."""
@@ -196,6 +242,8 @@ def make_teacher(
         unseen[case] = tuple(
             f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
         )
+    _, config = configuration_of(read_json(folder / "plans.json"), spec.configuration)
+    architecture = config.network_arch_class_name
     return NnUNetTeacher(
         folder,
         spec.configuration,
@@ -204,5 +252,6 @@ def make_teacher(
         mirroring,
         step_size,
         resolve_precision(precision),
+        resolve_engine(engine, architecture),
         unseen,
     )

@@ -34,7 +34,7 @@ def train_teacher(
     import numpy as np
     import torch
 
-    from fastnnunet.nnunet.teacher import resolve_precision
+    from fastnnunet.nnunet.engines import resolve_precision
     from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
 
     dataset_name = resolve_dataset(dataset)

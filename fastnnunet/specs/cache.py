@@ -17,6 +17,9 @@ class CacheSpec:
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
     step_size: float = 0.5
+    # logits: averaged over mirrors, tiles and folds, as nnU-Net does; probabilities: every fold's soft labels averaged
+    pooling: Literal["logits", "probabilities"] = "logits"
+    engine: Literal["auto", "torch", "openvino"] = "auto"  # runs the teacher; auto = OpenVINO on a CPU if installed
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it
     # layout: does not change a decoded value, so it is not part of the key
     chunk_zyx: tuple[int, int, int] = (32, 32, 32)  # aimed at: each axis is cut into about equal parts of this size
