@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
-from fastnnunet.cache.codec import softmax
+from fastnnunet.cache.codecs import softmax
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.specs.cache import CacheSpec

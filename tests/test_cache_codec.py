@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from scipy.special import softmax as scipy_softmax
 
-from fastnnunet.cache.codec import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
+from fastnnunet.cache.codecs import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_logits, sigmoid, softmax
 from fastnnunet.errors import BuildError, SpecError
 
 CLASSES = st.integers(2, 20) | st.just(105)
@@ -218,7 +218,7 @@ def test_soft_labels_match_scipy(logits, temperature):
 def test_a_case_is_encoded_in_blocks_like_at_once(monkeypatch):
     logits = np.random.default_rng(0).normal(size=(4, 6, 7, 9)).astype(np.float32) * 5
     whole, error = encode_logits(SimplexU8(4), logits, 3.0)
-    monkeypatch.setattr("fastnnunet.cache.codec.BLOCK_VALUES", 100)
+    monkeypatch.setattr("fastnnunet.cache.codecs.block.BLOCK_VALUES", 100)
     blocks, block_error = encode_logits(SimplexU8(4), logits, 3.0)
     np.testing.assert_array_equal(whole, blocks)
     assert error == block_error
@@ -240,5 +240,5 @@ def test_encoding_must_fit_the_teacher():
         codec_for_teacher("simplex_u8", 3, has_regions=True)
     with pytest.raises(SpecError, match="use encoding: simplex_u8"):
         codec_for_teacher("sigmoid_u8", 3, has_regions=False)
-    with pytest.raises(SpecError, match="expected one of simplex_u8, sigmoid_u8, float16"):
+    with pytest.raises(SpecError, match="expected one of simplex_u8, sparse_u8, logit_gap_u8, sigmoid_u8"):
         codec_for_teacher("float8", 3, has_regions=False)

@@ -4,6 +4,8 @@ import numpy as np
 
 from fastnnunet.cache.interfaces import Float32Array
 
+SORTED_AT_ONCE = 1 << 12  # columns: a sort works on what fits in a core's cache
+
 
 def largest_mask(remainders: Float32Array, count: np.ndarray) -> np.ndarray:
     """(C, N) mask of the `count[n]` largest values of each column; equal values are taken in channel order."""
@@ -18,12 +20,18 @@ def largest_mask(remainders: Float32Array, count: np.ndarray) -> np.ndarray:
                     ahead += compare(remainders[other], remainders[c])
             np.less(ahead, count, out=mask[c])
         return mask
-    ascending = np.sort(remainders.T, axis=1)
-    rows = np.arange(len(ascending))
     # the value of the last channel served; with count 0 nothing is served and any value above 1 will do
-    threshold = np.where(count > 0, ascending[rows, channels - np.maximum(count, 1)], np.float32(2))
-    mask = remainders > threshold
-    ties = remainders == threshold
-    wanted = count - mask.sum(axis=0, dtype=np.int32)
-    mask |= ties & (np.cumsum(ties, axis=0, dtype=np.int32) <= wanted)
+    threshold = np.where(count > 0, remainders.max(axis=0), np.float32(2))
+    several = np.flatnonzero(count > 1)  # where one class has nearly everything a single unit is left: no sorting
+    for start in range(0, len(several), SORTED_AT_ONCE):
+        columns = several[start : start + SORTED_AT_ONCE]
+        ascending = np.sort(remainders[:, columns].T, axis=1)
+        threshold[columns] = ascending[np.arange(len(columns)), channels - count[columns]]
+    mask = remainders >= threshold
+    tied = np.flatnonzero(np.count_nonzero(mask, axis=0) != count)
+    if len(tied):  # more values equal to the threshold than units left
+        above = remainders[:, tied] > threshold[tied]
+        ties = remainders[:, tied] == threshold[tied]
+        wanted = count[tied] - above.sum(axis=0, dtype=np.int32)
+        mask[:, tied] = above | (ties & (np.cumsum(ties, axis=0, dtype=np.int32) <= wanted))
     return mask

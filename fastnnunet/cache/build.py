@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastnnunet.cache.codec import encode_logits
+from fastnnunet.cache.codecs import encode_logits
 from fastnnunet.cache.folder import CacheFolder
 from fastnnunet.cache.identity import folds_for_case
 from fastnnunet.cache.interfaces import CaseSource, Teacher, TeacherFactory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnnunet.cache.codec import BLOCK_VALUES, Codec, codec_for_teacher
+from fastnnunet.cache.codecs import BLOCK_VALUES, Codec, codec_for_spec
 from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
@@ -100,11 +100,11 @@ def _bytes_per_voxel(job: CacheJob) -> tuple[float, bool]:
     if cache is not None and (manifests := cache.stored_manifests()):
         return sum(m.stored_bytes for m in manifests) / sum(m.voxels for m in manifests), True
     codec = _codec(job)
-    return codec.num_stored * BYTES_PER_STORED_VALUE[codec.dtype], False
+    return (codec.num_stored or codec.chunk_channels) * BYTES_PER_STORED_VALUE[codec.dtype], False
 
 
 def _codec(job: CacheJob) -> Codec:
-    return codec_for_teacher(job.spec.encoding, job.factory.num_heads, has_regions=job.factory.has_regions)
+    return codec_for_spec(job.spec, job.factory.num_heads, has_regions=job.factory.has_regions)
 
 
 def _estimated_bytes(job: CacheJob, todo: Sequence[str]) -> int:

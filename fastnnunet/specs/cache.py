@@ -10,10 +10,12 @@ from fastnnunet.errors import SpecError
 class CacheSpec:
     """Recipe of one soft-label cache (YAML in `cache_specs/`)."""
 
-    temperature: float = 3.0
-    # sigmoid_u8: region-based models; float16: the reference the others are judged by
-    encoding: Literal["simplex_u8", "sigmoid_u8", "float16"] = "simplex_u8"
-    levels: Literal[255, 63, 31] = 255  # of simplex_u8: fewer levels, a smaller cache, a larger bound 1/levels
+    temperature: float = 3.0  # not used with a temperature_range
+    # sparse_u8: many classes; logit_gap_u8: many temperatures; sigmoid_u8: region-based models; float16: the reference
+    encoding: Literal["simplex_u8", "sparse_u8", "logit_gap_u8", "sigmoid_u8", "float16"] = "simplex_u8"
+    levels: Literal[255, 63, 31, 15] = 255  # of simplex_u8: fewer levels, a smaller cache, a larger bound 1/levels
+    tolerance: float = 0.0  # of sparse_u8: classes up to this probability are stored as one sum; 0: none
+    temperature_range: tuple[float, float] | None = None  # of logit_gap_u8: lowest and highest T to train at
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
     step_size: float = 0.5
@@ -27,8 +29,11 @@ class CacheSpec:
         problems = []
         if not 0.1 <= self.temperature <= 100:
             problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
-        if self.levels not in (255, 63, 31) or (self.levels != 255 and self.encoding != "simplex_u8"):
-            problems.append(f"levels: got {self.levels}, expected 255, or 63 or 31 with encoding: simplex_u8")
+        if self.levels not in (255, 63, 31, 15) or (self.levels != 255 and self.encoding != "simplex_u8"):
+            problems.append(f"levels: got {self.levels}, expected 255, or 63, 31 or 15 with encoding: simplex_u8")
+        if self.tolerance != 0 and not (self.encoding == "sparse_u8" and 0.004 <= self.tolerance <= 0.1):
+            problems.append(f"tolerance: got {self.tolerance}, expected 0, or 0.004 to 0.1 with encoding: sparse_u8")
+        problems += self._range_problems()
         if not 0 < self.step_size <= 1:
             problems.append(f"step_size: got {self.step_size}, expected a number in (0, 1]")
         if any(c < 1 for c in self.chunk_zyx):
@@ -37,6 +42,22 @@ class CacheSpec:
             problems.append(f"level: got {self.level}, expected 1 to 22")
         if problems:
             raise SpecError("; ".join(problems))
+
+    def _range_problems(self) -> list[str]:
+        if (self.encoding == "logit_gap_u8") != (self.temperature_range is not None):
+            return [
+                f"temperature_range: got {self.temperature_range} with encoding: {self.encoding}, expected two numbers "
+                "such as [1.0, 4.0] with encoding: logit_gap_u8, and none otherwise"
+            ]
+        if self.temperature_range is None:
+            return []
+        low, high = self.temperature_range
+        if not 0.1 <= low <= high <= min(100, 16 * low):
+            return [
+                f"temperature_range: got {low} to {high}, expected numbers from 0.1 to 100, in order, the second at "
+                "most 16 times the first"
+            ]
+        return []
 
 
 LAYOUT_FIELDS = ("chunk_zyx", "compressor", "level")
