@@ -1,10 +1,26 @@
-"""Who gets the units left over in largest-remainder rounding. C = channels, N = voxels."""
+"""Largest-remainder rounding: shares of one become whole units that sum to a given number. C = channels, N = voxels."""
 
 import numpy as np
 
 from fastnnunet.cache.interfaces import Float32Array
 
 SORTED_AT_ONCE = 1 << 12  # columns: a sort works on what fits in a core's cache
+
+
+def apportioned(p: Float32Array, levels: int) -> Float32Array:
+    """(C, N) probabilities -> (C, N) whole units that sum to `levels` in each column, each within 1 of p * levels.
+
+    Equal remainders are served in channel order. Raises ValueError when a column does not sum to one (or holds NaN).
+    """
+    scaled = p * np.float32(levels)
+    units = np.floor(scaled)
+    scaled -= units  # now the remainders
+    left = levels - units.sum(axis=0)
+    # NaN fails both comparisons, so it is caught here too
+    if not (np.all(left >= 0) and np.all(left <= len(p))):
+        raise ValueError("the probabilities do not sum to one over the first axis")
+    units += largest_mask(scaled, left.astype(np.int32))
+    return units
 
 
 def largest_mask(remainders: Float32Array, count: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def _bytes_per_voxel(job: CacheJob) -> tuple[float, bool]:
     if cache is not None and (manifests := cache.stored_manifests()):
         return sum(m.stored_bytes for m in manifests) / sum(m.voxels for m in manifests), True
     codec = _codec(job)
-    return (codec.num_stored or codec.chunk_channels) * BYTES_PER_STORED_VALUE[codec.dtype], False
+    return codec.num_stored * BYTES_PER_STORED_VALUE[codec.dtype], False
 
 
 def _codec(job: CacheJob) -> Codec:

@@ -46,7 +46,7 @@ def _verify_case(cache: CacheFolder, reader: SoftLabelReader, case_id: str) -> C
             manifest = cache.manifest(case_id)
             stored_bytes = manifest.stored_bytes if manifest is not None else 0
             problem = cache.codec.problem(stored)
-            if problem is None and cache.codec.num_stored not in (None, len(stored)):
+            if problem is None and len(stored) != cache.codec.num_stored:
                 problem = f"{len(stored)} stored channels, expected {cache.codec.num_stored}"
         except FastnnUNetError as e:
             problem = str(e)

@@ -32,13 +32,13 @@ class Codec(Protocol):
         ...
 
     @property
-    def num_stored(self) -> int | None:
-        """S; None where it differs from block to block."""
+    def num_stored(self) -> int:
+        """S."""
         ...
 
     @property
     def chunk_channels(self) -> int:
-        """Stored channels that are read together: all of them, except where later ones are mostly empty."""
+        """Stored channels that are read together: all of them, except where most are empty in most places."""
         ...
 
     @property

@@ -16,9 +16,8 @@ def encode_block(
     """Encode a block of a case: (C, ...) logits, or with `from_probabilities` (C, ...) soft labels.
 
     `temperature` is not used for soft labels, nor by an encoding that serves a range of temperatures (None will do).
-    Returns the stored (S, ...) array of the codec's dtype and the measured maximum of |decoded - soft label|. Where S is
-    not fixed (`codec.num_stored` is None) it is what this block needs. Work space: a few arrays of BLOCK_VALUES values.
-    Raises BuildError when a value is not finite or not a probability, or when the codec's bound does not hold; SpecError
+    Returns the stored (S, ...) array of the codec's dtype and the measured maximum of |decoded - soft label|. Work space:
+    a few arrays of BLOCK_VALUES values. Raises BuildError when a value is not finite or not a probability, or when the codec's bound does not hold; SpecError
     when the encoding cannot store soft labels that were made elsewhere.
     """
     if len(block) != codec.num_heads:
@@ -31,7 +30,7 @@ def encode_block(
     flat = block.reshape(codec.num_heads, -1)
     step = max(1, BLOCK_VALUES // codec.num_heads)
     voxels = flat.shape[1]
-    stored: StoredArray = np.zeros((codec.num_stored or codec.chunk_channels, voxels), codec.dtype)
+    stored: StoredArray = np.empty((codec.num_stored, voxels), codec.dtype)
     max_error = 0.0
     for start in range(0, voxels, step):
         part = np.ascontiguousarray(flat[:, start : start + step], dtype=np.float32)
@@ -42,9 +41,7 @@ def encode_block(
         except ValueError as e:
             raise BuildError(f"the teacher's soft labels cannot be stored: {e}") from e
         max_error = max(max_error, codec.measured_error(encoded, target))
-        if len(encoded) > len(stored):
-            stored = np.concatenate((stored, np.zeros((len(encoded) - len(stored), voxels), codec.dtype)))
-        stored[: len(encoded), start : start + step] = encoded
+        stored[:, start : start + step] = encoded
     return stored.reshape(len(stored), *block.shape[1:]), max_error
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fastnnunet.cache.apportion import largest_mask
+from fastnnunet.cache.apportion import apportioned
 from fastnnunet.cache.codecs.base import LEVELS, bounded_error, softmax
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.errors import SpecError
@@ -62,14 +62,7 @@ class SimplexU8:
 
         Raises ValueError when the input does not sum to one over axis 0 (or holds NaN).
         """
-        scaled = target.reshape(self.num_heads, -1) * np.float32(self.levels)
-        units = np.floor(scaled)
-        scaled -= units  # now the remainders
-        left = self.levels - units.sum(axis=0)
-        # NaN fails both comparisons, so it is caught here too
-        if not (np.all(left >= 0) and np.all(left <= self.num_heads)):
-            raise ValueError("simplex_u8: the probabilities do not sum to one over the first axis")
-        units += largest_mask(scaled, left.astype(np.int32))
+        units = apportioned(target.reshape(self.num_heads, -1), self.levels)
         return units[1:].astype(np.uint8).reshape(self.num_stored, *target.shape[1:])
 
     def decode(self, stored: StoredArray) -> Float32Array:
