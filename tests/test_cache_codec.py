@@ -33,7 +33,7 @@ def reference_largest_remainder(p):
     return units.astype(int)
 
 
-LEVELS = st.sampled_from([255, 63, 31])
+LEVELS = st.sampled_from([255, 63, 31, 15])
 
 
 @given(logits(), st.sampled_from([1.0, 2.0, 3.0, 4.0]), LEVELS)

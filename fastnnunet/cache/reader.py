@@ -57,7 +57,10 @@ class SoftLabelReader:
         self._open = lru_cache(maxsize=MAX_OPEN_CASES)(self._open_case)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SoftLabelReader, (self.cache.path, self.temperature)  # maps and indices are opened again in the other process
+        return SoftLabelReader, (
+            self.cache.path,
+            self.temperature,
+        )  # maps and indices are opened again in the other process
 
     @property
     def key(self) -> str:

@@ -16,9 +16,9 @@ def encode_block(
     """Encode a block of a case: (C, ...) logits, or with `from_probabilities` (C, ...) soft labels.
 
     `temperature` is not used for soft labels, nor by an encoding that serves a range of temperatures (None will do).
-    Returns the stored (S, ...) array of the codec's dtype and the measured maximum of |decoded - soft label|. Work space:
-    a few arrays of BLOCK_VALUES values. Raises BuildError when a value is not finite or not a probability, or when the codec's bound does not hold; SpecError
-    when the encoding cannot store soft labels that were made elsewhere.
+    Returns the stored (S, ...) array of the codec's dtype and the measured maximum of |decoded - soft label|. Work
+    space: a few arrays of BLOCK_VALUES values. Raises BuildError when a value is not finite or not a probability, or
+    when the codec's bound does not hold; SpecError when the encoding cannot store soft labels that were made elsewhere.
     """
     if len(block) != codec.num_heads:
         raise BuildError(f"the teacher gave {len(block)} channels, expected {codec.num_heads}")

@@ -25,13 +25,13 @@ def make_codec(
 ) -> Codec:
     """The codec called `name` for a network with `num_heads` heads.
 
-    `levels` concerns simplex_u8 alone, `temperature_range` logit_gap_u8, `tolerance` sparse_u8. Raises SpecError for an
-    unknown name or what the codec cannot do.
+    `levels` concerns simplex_u8 and sparse_u8, `tolerance` sparse_u8, `temperature_range` logit_gap_u8. Raises SpecError
+    for an unknown name or what the codec cannot do.
     """
     if name == SimplexU8.name:
         return SimplexU8(num_heads, levels)
     if name == SparseU8.name:
-        return SparseU8(num_heads, tolerance)
+        return SparseU8(num_heads, tolerance, levels)
     if name == LogitGapU8.name:
         if temperature_range is None:
             raise SpecError("logit_gap_u8 needs the temperatures it must serve, such as temperature_range: [1.0, 4.0]")
@@ -88,10 +88,10 @@ def identity_of_codec(codec: Codec, temperature: float) -> dict[str, Any]:
     """The `soft_labels` part of an identity: everything that decides how logits become stored values."""
     identity: dict[str, Any] = {"encoding": codec.name, "encoding_version": codec.version, "heads": codec.num_heads}
     if isinstance(codec, LogitGapU8):
-        return {"temperature_range": [codec.low, codec.high], **identity}
+        return {"temperature_range": [float(codec.low), float(codec.high)], **identity}
     identity["temperature"] = float(temperature)
-    if isinstance(codec, SimplexU8) and codec.levels != LEVELS:
+    if isinstance(codec, SimplexU8 | SparseU8) and codec.levels != LEVELS:
         identity["levels"] = codec.levels  # 255 levels were all there was at first: caches of that time keep their key
     if isinstance(codec, SparseU8):
-        identity["tolerance"] = codec.tolerance
+        identity["tolerance"] = float(codec.tolerance)
     return identity

@@ -1,7 +1,7 @@
 """`sigmoid_u8`: overlapping regions, each its own byte.
 
-The bound: rounding to the nearest multiple of 1/255 errs by at most 0.5/255. Zero is "not in the region", so zero padding
-is outside every region.
+The bound: rounding to the nearest multiple of 1/255 errs by at most 0.5/255. Zero is "not in the region", so zero
+padding is outside every region.
 """
 
 from dataclasses import dataclass
