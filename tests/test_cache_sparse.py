@@ -97,7 +97,7 @@ def test_what_cannot_be():
     for bad in (0.003, 0.2, -1):
         with pytest.raises(SpecError, match="tolerance"):
             SparseU8(5, bad)
-    with pytest.raises(SpecError, match="more than 1/levels \\(0.01587\\)"):
+    with pytest.raises(SpecError, match=r"more than 1/levels \(0.01587\)"):
         SparseU8(5, 0.008, 63)
     with pytest.raises(SpecError, match="256 levels"):
         SparseU8(5, levels=256)

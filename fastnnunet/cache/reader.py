@@ -48,8 +48,8 @@ class SoftLabelReader:
     def __init__(self, cache_dir: Path, temperature: float | None = None) -> None:
         """Open the cache's metadata. Raises NotFoundError or CorruptError (see `open_cache`).
 
-        `temperature` is what `to_probabilities` decodes at: None for the cache's own, one of its range for logit_gap_u8.
-        Raises MismatchError when the cache cannot serve it.
+        `temperature` is what `to_probabilities` decodes at: None for the cache's own, one of its range for
+        logit_gap_u8. Raises MismatchError when the cache cannot serve it.
         """
         self.cache: CacheFolder = open_cache(Path(cache_dir))
         self.temperature = temperature

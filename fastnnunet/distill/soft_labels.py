@@ -75,7 +75,8 @@ def cache_for_training(
 ) -> Path:
     """The complete cache that fits data, plans, folds, checkpoints and recipe.
 
-    A recipe with a range of temperatures names the same cache at any of them. With `precision: auto` a cache built in either precision fits, since it may come from another machine.
+    With `precision: auto` a cache built in either precision fits, since it may come from another machine. A recipe with
+    a range of temperatures names the same cache at any of them.
     Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one).
     """
     job = cache_job(teacher, spec, root=root, spec_file=spec_file)

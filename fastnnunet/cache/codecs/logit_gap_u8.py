@@ -6,10 +6,10 @@ foreground class clipped: it *is* certain background. A clipped gap, k = 255, de
 
 The bound at temperature T. *Clipping*: n <= C - 1 channels have gaps of at least D = 254.5 s, so together they have a
 probability delta <= n exp(-D / T). Leaving them out and renormalising changes any channel by at most delta: a dropped
-one had at most delta, and a kept one grows by p delta / (1 - delta) <= delta. *Rounding*: each kept gap moves by at most
-s / 2, a log weight by at most s / (2T). The log-odds of a channel are its log weight minus the log of the sum of the
-others' weights, so they move by at most s / T. The sigmoid maps an interval of that length to at most tanh(s / (4T)),
-reached when it is centred at zero. Altogether
+one had at most delta, and a kept one grows by p delta / (1 - delta) <= delta. *Rounding*: each kept gap moves by at
+most s / 2, a log weight by at most s / (2T). The log-odds of a channel are its log weight minus the log of the sum of
+the others' weights, so they move by at most s / T. The sigmoid maps an interval of that length to at most
+tanh(s / (4T)), reached when it is centred at zero. Altogether
 
     eps(T) = tanh(s / (4T)) + (C - 1) exp(-D / T) + float32 rounding.
 

@@ -25,8 +25,8 @@ def make_codec(
 ) -> Codec:
     """The codec called `name` for a network with `num_heads` heads.
 
-    `levels` concerns simplex_u8 and sparse_u8, `tolerance` sparse_u8, `temperature_range` logit_gap_u8. Raises SpecError
-    for an unknown name or what the codec cannot do.
+    `levels` concerns simplex_u8 and sparse_u8, `tolerance` sparse_u8, `temperature_range` logit_gap_u8. Raises
+    SpecError for an unknown name or what the codec cannot do.
     """
     if name == SimplexU8.name:
         return SimplexU8(num_heads, levels)

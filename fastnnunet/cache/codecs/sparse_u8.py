@@ -7,8 +7,8 @@ where a class is not near, its chunk is empty and is neither written nor read.
 `tolerance` 0: there is no tail and the units are those of `simplex_u8`, to the bit, with its bound 1/L.
 
 But at a temperature of 3 or 4 a hundred classes that share 0.2 of the mass have half a unit each, everywhere, and the
-largest remainders turn that into noise in all channels. So with a `tolerance` t > 1/L the foreground classes of a voxel with
-p <= t are stored as one number, their sum, to be spread evenly over the classes that have no units of their own.
+largest remainders turn that into noise in all channels. So with a `tolerance` t > 1/L the foreground classes of a voxel
+with p <= t are stored as one number, their sum, to be spread evenly over the classes that have no units of their own.
 
 The bound is t. Background, the tail's sum and the classes above t are apportioned together as in `simplex_u8`, so each
 errs by less than 1/L < t. (A class above t has at least one unit, since L t > 1: no units of its own means tail.) A
