@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
@@ -77,9 +78,13 @@ def cache_for_training(
 
     With `precision: auto` a cache built in either precision fits, since it may come from another machine. A recipe with
     a range of temperatures names the same cache at any of them.
-    Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one).
+    Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one), SpecError
+    when the recipe does not serve its own temperature.
     """
     job = cache_job(teacher, spec, root=root, spec_file=spec_file)
+    codec = codec_for_spec(spec, job.factory.num_heads, has_regions=job.factory.has_regions)
+    if isinstance(codec, LogitGapU8):
+        codec.at(spec.temperature)  # before anybody builds a cache that this training could not use
     identity = job.identity
     if spec.precision == "auto" and not job.path.is_dir():
         precisions: tuple[Precision, Precision] = ("fp32", "bf16")
