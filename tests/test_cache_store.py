@@ -9,7 +9,7 @@ import zarr
 
 from fastnnunet.cache import store
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.codec import SimplexU8, encode_block
+from fastnnunet.cache.codecs import SimplexU8, encode_block
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.folder import create_cache, open_cache
 from fastnnunet.cache.reader import SoftLabelReader

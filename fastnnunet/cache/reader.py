@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.cache.codec import Codec
+from fastnnunet.cache.codecs import Codec
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder, open_cache
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.cache.manifest import Manifest
@@ -45,14 +45,22 @@ class _OpenCase:
 class SoftLabelReader:
     """Reads stored soft labels of one cache; see `read_patch`."""
 
-    def __init__(self, cache_dir: Path) -> None:
-        """Open the cache's metadata. Raises NotFoundError or CorruptError (see `open_cache`)."""
+    def __init__(self, cache_dir: Path, temperature: float | None = None) -> None:
+        """Open the cache's metadata. Raises NotFoundError or CorruptError (see `open_cache`).
+
+        `temperature` is what `to_probabilities` decodes at: None for the cache's own, one of its range for
+        logit_gap_u8. Raises MismatchError when the cache cannot serve it.
+        """
         self.cache: CacheFolder = open_cache(Path(cache_dir))
-        self.codec: Codec = self.cache.codec
+        self.temperature = temperature
+        self.codec: Codec = self.cache.codec_at(temperature)
         self._open = lru_cache(maxsize=MAX_OPEN_CASES)(self._open_case)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SoftLabelReader, (self.cache.path,)  # maps and indices are opened again in the other process
+        return SoftLabelReader, (
+            self.cache.path,
+            self.temperature,
+        )  # maps and indices are opened again in the other process
 
     @property
     def key(self) -> str:
@@ -99,7 +107,10 @@ class SoftLabelReader:
         return self.read_patch(case_id, (0, 0, 0), self.shape_zyx(case_id))
 
     def to_probabilities(self, stored: StoredArray) -> Float32Array:
-        """Stored values (S, ...) -> soft labels (C, ...) float32; C counts the background for exclusive classes."""
+        """Stored values (S, ...) -> soft labels (C, ...) float32; C counts the background for exclusive classes.
+
+        Raises SpecError for a cache of a range of temperatures when the reader was not given one.
+        """
         return self.codec.decode(stored)
 
     @staticmethod

@@ -14,7 +14,7 @@ zarr-python reads every case back before it is committed.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
@@ -91,16 +91,15 @@ def layout_for(
 class ShardWriter:
     """Packs the chunks of a case as they come and ends with the index.
 
-    Chunks may come in any order, every one once; a chunk of zeros is not stored. How many channel groups there are may
-    show only at the end.
+    Chunks may come in any order, every one once; a chunk of zeros is not stored.
     """
 
     def __init__(self, write: Callable[[bytes], object], layout: ShardLayout) -> None:
-        """`write` takes the file's parts; of `layout` the number of stored channels counts at the end only."""
+        """`write` takes the file's parts, one after another."""
         self._write = write
         self._layout = layout
         self._offset = 0
-        self._entries: dict[Shape, tuple[int, int]] = {}
+        self._index: npt.NDArray[np.uint64] = np.full((*layout.grid, 2), ABSENT, np.uint64)
 
     def add(self, number_zyx: Sequence[int], stored_SZYX: StoredArray) -> None:
         """Pack the stored values of one chunk; at the upper border of the volume they may be fewer than a chunk's."""
@@ -114,22 +113,16 @@ class ShardWriter:
             chunk[tuple(slice(n) for n in part.shape)] = part
             packed = _compress(chunk, layout)
             packed += _crc(packed)
-            self._entries[(group, *number_zyx)] = self._offset, len(packed)
+            self._index[(group, *number_zyx)] = self._offset, len(packed)
             self._offset += len(packed)
             self._write(packed)
 
-    def finish(self, num_stored: int | None) -> tuple[ShardLayout, bytes]:
-        """Write the index; returns it and the final layout. `num_stored` None = as many channels as were needed."""
-        if num_stored is None:
-            num_stored = self._layout.chunk[0] * (1 + max((entry[0] for entry in self._entries), default=0))
-        layout = replace(self._layout, shape=(num_stored, *self._layout.shape[1:]))
-        index: npt.NDArray[np.uint64] = np.full((*layout.grid, 2), ABSENT, np.uint64)
-        for number, entry in self._entries.items():
-            index[number] = entry
-        tail = index.astype("<u8").tobytes()
+    def finish(self) -> bytes:
+        """Write the index and return it."""
+        tail = self._index.astype("<u8").tobytes()
         tail += _crc(tail)
         self._write(tail)
-        return layout, tail
+        return tail
 
 
 def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDArray[np.uint64]:

@@ -177,7 +177,7 @@ def _list_row(folder: Path) -> tuple[str, ...]:
     policy, labels = cache.identity["policy"], cache.identity["soft_labels"]
     return (
         folder.name,
-        f"{cache.temperature:g}",
+        f"{cache.temperature:g}" if cache.temperature is not None else "{:g}-{:g}".format(*labels["temperature_range"]),
         labels["encoding"] + (f", {labels['levels']} levels" if "levels" in labels else ""),
         policy["name"],
         " ".join(map(str, policy["folds"])),

@@ -5,15 +5,19 @@ from typing import Literal
 
 from fastnnunet.errors import SpecError
 
+LARGEST_TOLERANCE = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSpec:
     """Recipe of one soft-label cache (YAML in `cache_specs/`)."""
 
-    temperature: float = 3.0
-    # sigmoid_u8: region-based models; float16: the reference the others are judged by
-    encoding: Literal["simplex_u8", "sigmoid_u8", "float16"] = "simplex_u8"
-    levels: Literal[255, 63, 31] = 255  # of simplex_u8: fewer levels, a smaller cache, a larger bound 1/levels
+    temperature: float = 3.0  # not used with a temperature_range
+    # sparse_u8: many classes; logit_gap_u8: many temperatures; sigmoid_u8: region-based models; float16: the reference
+    encoding: Literal["simplex_u8", "sparse_u8", "logit_gap_u8", "sigmoid_u8", "float16"] = "simplex_u8"
+    levels: Literal[255, 63, 31, 15] = 255  # of simplex_u8 and sparse_u8: fewer levels, a smaller cache, bound 1/levels
+    tolerance: float = 0.0  # of sparse_u8: classes up to this probability are stored as one sum; 0: none
+    temperature_range: tuple[float, float] | None = None  # of logit_gap_u8: lowest and highest T to train at
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
     mirroring: bool = True
     step_size: float = 0.5
@@ -30,8 +34,24 @@ class CacheSpec:
         problems = []
         if not 0.1 <= self.temperature <= 100:
             problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
-        if self.levels not in (255, 63, 31) or (self.levels != 255 and self.encoding != "simplex_u8"):
-            problems.append(f"levels: got {self.levels}, expected 255, or 63 or 31 with encoding: simplex_u8")
+        if self.levels not in (255, 63, 31, 15) or (
+            self.levels != 255 and self.encoding not in ("simplex_u8", "sparse_u8")
+        ):
+            problems.append(
+                f"levels: got {self.levels}, expected 255, or 63, 31 or 15 with encoding: simplex_u8 or sparse_u8"
+            )
+        if self.tolerance != 0 and not (
+            self.encoding == "sparse_u8" and 1.001 / self.levels <= self.tolerance <= LARGEST_TOLERANCE
+        ):
+            problems.append(
+                f"tolerance: got {self.tolerance}, expected 0, or with encoding: sparse_u8 a number above 1/levels "
+                f"({1 / self.levels:.5f}) and up to {LARGEST_TOLERANCE}"
+            )
+        problems += self._range_problems()
+        if self.pooling == "probabilities" and self.encoding == "logit_gap_u8":
+            problems.append(
+                "pooling: got probabilities, expected logits with encoding: logit_gap_u8, which stores them"
+            )
         if not 0 < self.step_size <= 1:
             problems.append(f"step_size: got {self.step_size}, expected a number in (0, 1]")
         if any(c < 1 for c in self.chunk_zyx):
@@ -40,6 +60,22 @@ class CacheSpec:
             problems.append(f"level: got {self.level}, expected 1 to 22")
         if problems:
             raise SpecError("; ".join(problems))
+
+    def _range_problems(self) -> list[str]:
+        if (self.encoding == "logit_gap_u8") != (self.temperature_range is not None):
+            return [
+                f"temperature_range: got {self.temperature_range} with encoding: {self.encoding}, expected two numbers "
+                "such as [1.0, 4.0] with encoding: logit_gap_u8, and none otherwise"
+            ]
+        if self.temperature_range is None:
+            return []
+        low, high = self.temperature_range
+        if not 0.1 <= low <= high <= min(100, 16 * low):
+            return [
+                f"temperature_range: got {low} to {high}, expected numbers from 0.1 to 100, in order, the second at "
+                "most 16 times the first"
+            ]
+        return []
 
 
 LAYOUT_FIELDS = ("chunk_zyx", "compressor", "level")
