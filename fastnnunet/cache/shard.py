@@ -29,7 +29,9 @@ from fastnnunet.specs.cache import CacheSpec
 SHARD_NAME = "c/0/0/0/0"  # Zarr's default chunk key of the one shard
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
+CRC_RESIDUE = 0x48674BC7  # CRC-32C of any message followed by its own CRC-32C, little-endian
 ENTRY_BYTES = 16
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 Shape = tuple[int, ...]
 
@@ -124,18 +126,28 @@ def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDA
     return index
 
 
-def decode_chunk(packed: bytes, layout: ShardLayout) -> StoredArray:
-    """One inner chunk (S, z, y, x). Raises CorruptError when its checksum or size is wrong."""
-    payload, crc = packed[:-CRC_BYTES], packed[-CRC_BYTES:]
-    if _crc(payload) != crc:
+def decode_chunk(packed: bytes, layout: ShardLayout, out: StoredArray | None = None) -> StoredArray:
+    """One inner chunk (channels, z, y, x), decoded into `out` when given (C-contiguous, the layout's chunk and type).
+
+    Raises CorruptError when its checksum or size is wrong; `out` then holds anything.
+    """
+    # a message followed by its own CRC has a constant CRC, so the payload need not be cut out to be checked
+    if google_crc32c.value(packed) != CRC_RESIDUE:
         raise CorruptError("a chunk is damaged (checksum mismatch)")
+    payload = memoryview(packed)[:-CRC_BYTES]
+    expected = layout.chunk_values * layout.stored_dtype.itemsize
+    if (held := _content_bytes(payload, layout.compressor)) != expected:
+        raise CorruptError(f"a chunk holds {held} bytes, expected {expected}")
+    if out is None:
+        out = np.empty(layout.chunk, layout.stored_dtype)
     try:
-        raw = zstd.decompress(payload) if layout.compressor == "zstd" else _blosc().decompress(payload)
+        if layout.compressor == "zstd":
+            zstd.decompress(payload, out)
+        else:
+            _blosc().decompress(payload, out)
     except (RuntimeError, ValueError) as e:
         raise CorruptError(f"a chunk cannot be decompressed ({e})") from e
-    if len(raw) != (expected := layout.chunk_values * layout.stored_dtype.itemsize):
-        raise CorruptError(f"a chunk holds {len(raw)} bytes, expected {expected}")
-    return np.frombuffer(raw, layout.stored_dtype).reshape(layout.chunk)
+    return out
 
 
 def array_document(layout: ShardLayout, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +220,24 @@ def _compress(chunk: StoredArray, layout: ShardLayout) -> bytes:
     if layout.compressor == "zstd":
         return bytes(zstd.compress(chunk, layout.level))
     return bytes(_blosc().compress(chunk, b"lz4hc", min(layout.level, 9), blosc.NOSHUFFLE, 0))
+
+
+def _content_bytes(payload: memoryview, compressor: str) -> int:
+    """Decompressed size that the frame's header states (RFC 8878 3.1.1.1; Blosc 1 header), -1 when it states none.
+
+    Checked before decoding, because the decompressors accept a result shorter than the buffer they write to.
+    """
+    if compressor != "zstd":
+        return int.from_bytes(payload[4:8], "little") if len(payload) >= 16 else -1
+    if len(payload) < 6 or payload[:4] != ZSTD_MAGIC:
+        return -1
+    flags = payload[4]
+    single_segment = flags >> 5 & 1
+    width = (single_segment, 2, 4, 8)[flags >> 6]
+    start = 5 + (not single_segment) + (0, 1, 2, 4)[flags & 3]  # past window descriptor and dictionary id
+    if not width:
+        return -1
+    return int.from_bytes(payload[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 def _blosc() -> Any:
