@@ -40,7 +40,7 @@ class OpenCase:
 
     layout: ShardLayout
     index: npt.NDArray[np.uint64]  # (*grid, 2): offset and length of every inner chunk
-    shard: mmap.mmap
+    shard: npt.NDArray[np.uint8]  # the mapped file: slices of it are not copies
 
 
 class SoftLabelReader:
@@ -120,7 +120,7 @@ class SoftLabelReader:
         try:
             document = (folder / ARRAY_NAME).read_bytes()
             with (folder / SHARD_NAME).open("rb") as f:
-                shard = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                shard = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
             raise CorruptError(f"{folder} cannot be read ({e})") from e
         if hashlib.sha256(document).hexdigest() != manifest.array_sha256:
@@ -132,7 +132,7 @@ class SoftLabelReader:
             raise CorruptError(f"the array has shape {layout.shape}, expected {manifest.shape} as in the manifest")
         if layout.dtype != self.codec.dtype:
             raise CorruptError(f"the array holds {layout.dtype}, expected {self.codec.dtype}")
-        tail = shard[-layout.index_bytes :]
+        tail = shard[-layout.index_bytes :].tobytes()
         index = parse_index(tail, layout, len(shard) - layout.index_bytes)
         if index_crc32c(tail) != manifest.index_crc32c:
             raise CorruptError("the shard belongs to another case (its index is not the one in the manifest)")
@@ -168,11 +168,20 @@ def fill_patch(case: OpenCase, lower_zyx: Sequence[int], out: StoredArray) -> No
         for edge, low, a, b, i, j in zip(layout.chunk, lower, start, stop, first, last, strict=True)
     ]
     axis_s, axis_z, axis_y, axis_x = overlaps
+    shard = case.shard
     places = entries[tuple(present.T)].tolist()
     for (s, z, y, x), (offset, length) in zip(present.tolist(), places, strict=True):
         (from_s, to_s), (from_z, to_z), (from_y, to_y), (from_x, to_x) = axis_s[s], axis_z[z], axis_y[y], axis_x[x]
-        decode_chunk(case.shard[offset : offset + length], layout, scratch)
-        out[to_s, to_z, to_y, to_x] = scratch[from_s, from_z, from_y, from_x]
+        decode_chunk(shard[offset : offset + length], layout, scratch)
+        _copy_rows(scratch[from_s, from_z, from_y, from_x], out[to_s, to_z, to_y, to_x])
+
+
+def _copy_rows(source: StoredArray, target: StoredArray) -> None:
+    """target[...] = source, with each row along x as one item: NumPy copies those twice as fast as single bytes."""
+    if target.strides[-1] == target.itemsize and source.dtype == target.dtype:
+        row = np.dtype((np.void, source.shape[-1] * source.itemsize))
+        source, target = source.view(row), target.view(row)
+    target[...] = source
 
 
 def _overlap(number: int, edge: int, lower: int, start: int, stop: int) -> tuple[slice, slice]:
