@@ -16,10 +16,12 @@ from fastnnunet.cache.job import prepare_job
 from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
+from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.student import reduce_features
 from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec, StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -131,6 +133,8 @@ class TestTraining:
         assert (folder / "progress.png").stat().st_size > 1000
         checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
         assert checkpoint["fastnnunet"]["cache_key"] == cache.key
+        export_bundle(folder.parent, 0, tmp_path / "bundle")
+        assert load_bundle_spec(tmp_path / "bundle").provenance["training"]["cache_key"] == cache.key
         assert checkpoint["inference_allowed_mirroring_axes"] is None
         assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"].shape[0] == 8
         code = (
