@@ -21,7 +21,7 @@ class CacheSpec:
     # layout: does not change a decoded value, so it is not part of the key
     # 48: a random 128^3 patch decodes about twice its own voxels; smaller chunks decode less in more and shorter rows,
     # which is slower, and compress worse (24: 5 % larger than 48), larger ones gain nothing in size
-    chunk_zyx: tuple[int, int, int] = (48, 48, 48)  # aimed at: each axis is cut into about equal parts of this size
+    chunk_zyx: tuple[int, int, int] = (32, 32, 32)  # aimed at: each axis is cut into about equal parts of this size
     # auto: zstd for small volumes, lz4 for large ones. zstd is a quarter smaller but decodes at 1 GB/s, so that a 128^3
     # patch would wait for it; lz4 decodes at 4 GB/s, faster than Blosc2 in nnU-Net's layout.
     compressor: Literal["auto", "zstd", "lz4"] = "auto"

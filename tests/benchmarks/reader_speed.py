@@ -94,7 +94,9 @@ def measure(
             "stored_bytes": manifest.stored_bytes,
             "nnunet_layout": nnunet_layout,
             "median_ms": {name: 1e3 * t for name, t in median.items()},
-            "quartiles_ms": {name: [1e3 * float(q) for q in np.quantile(t, (0.25, 0.75))] for name, t in seconds.items()},
+            "quartiles_ms": {
+                name: [1e3 * float(q) for q in np.quantile(t, (0.25, 0.75))] for name, t in seconds.items()
+            },
             "times_ours": {name: t / ours for name, t in median.items()},
             "patches_that_differ": different,
         }
@@ -106,9 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("--patches", type=int, default=60)
     parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    record = {
-        f"T={t:g}": measure(args.logits, patches=args.patches, temperature=t) for t in (3.0, 1.0)
-    }
+    record = {f"T={t:g}": measure(args.logits, patches=args.patches, temperature=t) for t in (3.0, 1.0)}
     write_json(args.o, record)
     for temperature, run in record.items():
         for arm, value in run["median_ms"].items():

@@ -35,9 +35,7 @@ def mosaic(maps, num_classes: int, edge: int):
     crops around an organ, there is no far background: values everywhere, the hardest case for a compressor.
     """
     first = _tiled(maps, edge)
-    further = (
-        _tiled(maps[k:] + maps[:k], edge)[1 + k % 2] - np.float32(2) for k in range(1, max(1, num_classes - 2))
-    )
+    further = (_tiled(maps[k:] + maps[:k], edge)[1 + k % 2] - np.float32(2) for k in range(1, max(1, num_classes - 2)))
     return np.stack([*first, *further])[:num_classes]
 
 
