@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 
 from fastnnunet.cache import store
@@ -50,7 +51,6 @@ def test_zarr_python_reads_the_same_values(tmp_path, compressor, chunk):
 
 
 def test_tensorstore_reads_the_same_values(cache):
-    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
     for case in SHAPES:
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache.case_dir(case))}}
         array = tensorstore.open(spec, open=True).result()

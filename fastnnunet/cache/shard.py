@@ -131,9 +131,10 @@ def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDA
 
 
 def decode_chunk(packed: npt.NDArray[np.uint8], layout: ShardLayout, out: StoredArray | None = None) -> StoredArray:
-    """One inner chunk (channels, z, y, x) from its bytes in the shard, decoded into `out` when given (C-contiguous, the layout's chunk and type).
+    """One inner chunk (channels, z, y, x) from its bytes in the shard.
 
-    Raises CorruptError when its checksum or size is wrong; `out` then holds anything.
+    Decoded into `out` when given (C-contiguous, of the layout's chunk shape and stored type). Raises CorruptError when
+    the checksum or the size is wrong; `out` then holds anything.
     """
     # a message followed by its own CRC has a constant CRC, so the payload need not be cut out to be checked
     if google_crc32c.value(packed) != CRC_RESIDUE:
