@@ -60,8 +60,9 @@ def is_noticed(cache: CacheFolder, case: str, *, group: bool = False) -> bool:
     try:
         SoftLabelReader(cache.path).read_case(case)
     except (CorruptError, NotFoundError) as e:
-        command = "fastnnunet cache build" if group else cache.rebuild_command(case)
-        by_reader = command in str(e) and (str(cache.path) if group else case) in str(e)
+        # of the group: a flipped digit of the format version reads as a newer version, which another command mends
+        commands = ("fastnnunet cache build", "update fastnnunet") if group else (cache.rebuild_command(case),)
+        by_reader = any(c in str(e) for c in commands) and (str(cache.path) if group else case) in str(e)
     else:
         by_reader = False
     try:
