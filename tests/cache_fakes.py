@@ -40,6 +40,14 @@ class FakeCases:
         return hashlib.sha256(f"{image.dtype}{image.shape}".encode() + image.tobytes()).hexdigest()
 
 
+def in_chunks(values_CZYX, chunk_zyx):
+    """(chunk number, its values) of a whole array."""
+    grid = [-(-n // c) for n, c in zip(values_CZYX.shape[1:], chunk_zyx, strict=True)]
+    for number in np.ndindex(*grid):
+        inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk_zyx, strict=True))
+        yield number, values_CZYX[(slice(None), *inside)]
+
+
 @dataclass(frozen=True)
 class FakeTeacher:
     num_heads: int
@@ -61,10 +69,7 @@ class FakeTeacher:
             values = self.logits(image_CZYX, folds)
         else:
             values = np.mean([per_fold(self.logits(image_CZYX, (fold,))) for fold in folds], axis=0)
-        grid = [-(-n // c) for n, c in zip(image_CZYX.shape[1:], chunk_zyx, strict=True)]
-        for number in np.ndindex(*grid):
-            inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk_zyx, strict=True))
-            yield number, values[(slice(None), *inside)]
+        yield from in_chunks(values, chunk_zyx)
 
     def seconds_per_patch(self):
         return 0.5

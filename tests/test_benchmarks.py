@@ -1,9 +1,11 @@
 """The benchmark scripts at toy size: that they run, and that their figures are right where the answer is known."""
 
+import numpy as np
+
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from tests.benchmarks import stage1_speed, stock_agreement
+from tests.benchmarks import bit_flips, cache_layout, kills, reader_speed, soft_maps, stage1_speed, stock_agreement
 from tests.tiny import CONFIGURATION, DATASET
 
 
@@ -38,3 +40,73 @@ def test_stage1_speed(world):
         "precision": "fp32",
         "engine": "torch",
     }
+
+
+def test_reader_speed():
+    record = reader_speed.measure(None, edge=40, patch=16, patches=3, chunk_zyx=(8, 8, 8), level=1)
+    assert record["stored_shape"] == [3, 40, 40, 40]
+    assert set(record["median_ms"]) == set(record["patches_that_differ"])
+    assert len(record["median_ms"]) == 5
+    assert not any(record["patches_that_differ"].values())
+    assert all(ms > 0 for ms in record["median_ms"].values())
+
+
+def test_cache_layout():
+    volumes = [
+        cache_layout.Volume(
+            classes=classes,
+            edge=24,
+            patch=16,
+            chunk_edges=(8, 24),
+            codecs=(("zstd", 3), ("lz4", 9)),
+            channels=(None, 2),
+        )
+        for classes in (3, 7)
+    ]
+    record = cache_layout.measure(None, tuple(volumes), temperatures=(1.0, 3.0), patches=2)
+    assert [(t["classes"], t["temperature"]) for t in record["tables"]] == [(3, 1.0), (3, 3.0), (7, 1.0), (7, 3.0)]
+    for table in record["tables"]:
+        *rows, nnunet = table["rows"]
+        assert len(rows) == 8
+        assert nnunet["compressor"].startswith("blosc2")
+        smallest = min(rows, key=lambda row: row["bytes_per_voxel"])
+        fastest = min(rows, key=lambda row: row["patch_ms"])
+        assert smallest["pareto"] or smallest["patch_ms"] > fastest["patch_ms"]
+        assert any(row["pareto"] for row in rows)
+        assert all(0 < row["bytes_per_voxel"] < table["classes"] for row in rows)
+    assert "T = 3" in cache_layout.table_text(record["tables"][1])
+
+
+def test_maps_for_benchmarks():
+    maps, origin = soft_maps.load_maps(None)
+    assert origin.startswith("generated")
+    tiled = soft_maps.mosaic(maps, 4, 64)
+    assert tiled.shape == (4, 64, 64, 64)
+    np.testing.assert_array_equal(tiled[:3, :32, :32, :32], maps[0])
+    np.testing.assert_array_equal(tiled[:3, :32, :32, 32:], maps[0][..., ::-1])
+    many = soft_maps.lattice(maps, 8, 64)  # four cells of 32^3, two structures each
+    np.testing.assert_array_equal(many[:3, :32, :32, :32], maps[0])
+    np.testing.assert_array_equal(many[[0, 3, 4], :32, :32, 32:], maps[1])
+    np.testing.assert_array_equal(many[[0, 7], :32, 32:, 32:], maps[3][:2])
+    assert many[7, 63, 63, 63] == maps[3][1, 31, 31, 31] - 32 * soft_maps.DECAY
+
+
+def test_bit_flips():
+    record = bit_flips.measure(40)
+    assert record["detected"] == record["flips"] == 40
+    for row in record["compressors"].values():
+        assert row["same_digests_after_rebuilding_the_case"]
+        assert len(row["other_damage_detected"]) == 6
+        assert all(row["other_damage_detected"].values())
+
+
+def test_an_intact_cache_is_not_called_damaged(tmp_path):
+    cache = bit_flips.make_cache(tmp_path / "root", "zstd")
+    assert not bit_flips.is_noticed(cache, "first")
+    assert not bit_flips.is_noticed(cache, "first", group=True)
+
+
+def test_kills():
+    record = kills.measure(2)
+    assert record["kills"] == 2
+    assert record["identical"] == record["without_leftovers"] == record["rounds"]

@@ -1,21 +1,27 @@
 """Random patches against zarr-python and zero padding, in this process and in others."""
 
+import json
+import mmap
 import multiprocessing
 import pickle
 import subprocess
 import sys
 
+import google_crc32c
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import SimplexU8
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.errors import NotFoundError
+from fastnnunet.cache.reader import SoftLabelReader, fill_patch
+from fastnnunet.cache.shard import ABSENT, SHARD_NAME, ShardLayout, array_document, decode_chunk, layout_for
+from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.specs.cache import CacheSpec
+from tests.benchmarks.cache_layout import pack, write_shard
 from tests.cache_fakes import SHAPES, make_job
 
 
@@ -29,6 +35,10 @@ def cache_dir(tmp_path_factory):
 def oracle(cache_dir):
     """Whole cases by zarr-python."""
     return {case: zarr.open_array(str(cache_dir / case), mode="r")[...] for case in SHAPES}
+
+
+def open_with_tensorstore(folder):
+    return tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}, open=True).result()
 
 
 def padded_patch(values, lower, upper):
@@ -96,6 +106,125 @@ def test_only_the_chunks_of_the_patch_are_decoded(cache_dir, monkeypatch):
     assert len(decoded) == 1
     reader.read_patch("large", (-9, -9, -9), (0, 0, 0))
     assert len(decoded) == 1
+    # (40, 37, 41) in chunks of about (9, 8, 11): 10, 8 and 11 voxels; the box touches 2 x 3 x 1 of them
+    reader.read_patch("large", (9, 7, 11), (11, 17, 22))
+    assert len(decoded) == 1 + 2 * 3 * 1
+
+
+def test_the_shard_is_mapped_and_not_read(cache_dir):
+    reader = SoftLabelReader(cache_dir)
+    reader.read_patch("large", (0, 0, 0), (1, 1, 1))
+    shard = reader._open("large").shard
+    assert isinstance(shard.base.obj if isinstance(shard.base, memoryview) else shard.base, mmap.mmap)
+    assert not shard.flags.owndata
+    assert not shard.flags.writeable
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_output_of_any_memory_layout(cache_dir, oracle, order):
+    out = np.full((2, 30, 30, 30), 9, np.uint8, order=order)
+    SoftLabelReader(cache_dir).read_patch("large", (5, 15, 20), (35, 45, 50), out=out)
+    np.testing.assert_array_equal(out, padded_patch(oracle["large"], (5, 15, 20), (35, 45, 50)))
+
+
+class TestOtherReaders:
+    """The same store through zarr-python and tensorstore: bit for bit what this reader gives."""
+
+    @pytest.mark.parametrize("compressor", ["zstd", "lz4"])
+    @pytest.mark.parametrize("encoding", ["simplex_u8", "float16"])
+    def test_whole_cases_and_patches(self, tmp_path, compressor, encoding):
+        spec = CacheSpec(chunk_zyx=(9, 8, 11), level=5, compressor=compressor, encoding=encoding)
+        cache = build_cache(make_job(tmp_path / "root", spec=spec))
+        reader = SoftLabelReader(cache.path)
+        for case in SHAPES:
+            by_zarr = zarr.open_array(str(cache.case_dir(case)), mode="r")
+            by_tensorstore = open_with_tensorstore(cache.case_dir(case))
+            ours = reader.read_case(case)
+            assert ours.any()
+            assert ours.dtype == by_zarr.dtype == by_tensorstore.dtype.numpy_dtype
+            for other in (by_zarr[...], by_tensorstore.read().result()):
+                assert ours.tobytes() == np.ascontiguousarray(other).tobytes()
+            z, y, x = (n // 2 for n in ours.shape[1:])
+            patch = reader.read_patch(case, (z, y, x), ours.shape[1:])
+            np.testing.assert_array_equal(patch, by_zarr[:, z:, y:, x:])
+            np.testing.assert_array_equal(patch, by_tensorstore[:, z:, y:, x:].read().result())
+
+
+CHANNEL_SHAPE = (5, 13, 20, 17)
+
+
+@pytest.fixture(scope="module", params=["zstd", "lz4"])
+def opened(request, tmp_path_factory):
+    """A case with two channels per chunk, and its values by zarr-python and by tensorstore."""
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 9, CHANNEL_SHAPE, dtype=np.uint8)
+    values[2:4, :7] = 0
+    values[4, :, 8:] = 0
+    layout = ShardLayout(shape=CHANNEL_SHAPE, chunk=(2, 7, 8, 6), compressor=request.param, level=3)
+    assert layout.grid == (3, 2, 3, 3)
+    folder = tmp_path_factory.mktemp("channels")
+    (folder / "zarr.json").write_text(json.dumps(array_document(layout, {})))
+    (folder / SHARD_NAME).parent.mkdir(parents=True)
+    case = write_shard(values, layout, folder / SHARD_NAME)
+    assert (case.index[..., 0] == ABSENT).sum() > 0
+    for other in (zarr.open_array(str(folder), mode="r")[...], open_with_tensorstore(folder).read().result()):
+        np.testing.assert_array_equal(other, values)
+    return case, values
+
+
+class TestChannelChunks:
+    """Arrays whose channels are split into several chunks, some of them absent."""
+
+    @given(st.tuples(*[st.integers(-8, 24)] * 3), st.tuples(*[st.integers(0, 30)] * 3))
+    @settings(max_examples=100, deadline=None)
+    def test_any_box(self, opened, lower, size):
+        case, values = opened
+        out = np.full((5, *size), 77, np.uint8)
+        fill_patch(case, lower, out)
+        upper = tuple(lo + n for lo, n in zip(lower, size, strict=True))
+        np.testing.assert_array_equal(out, padded_patch(values, lower, upper))
+
+    def test_absent_chunks_are_not_decoded(self, opened, monkeypatch):
+        from fastnnunet.cache import reader as module
+
+        case, _ = opened
+        decoded = []
+        original = module.decode_chunk
+        monkeypatch.setattr(module, "decode_chunk", lambda *args: decoded.append(1) or original(*args))
+        fill_patch(case, (0, 8, 0), np.empty((5, 7, 8, 6), np.uint8))
+        assert len(decoded) == 1  # channels 0-1; 2-3 are zero in z < 7, 4 in y >= 8
+
+
+class TestChunks:
+    @pytest.mark.parametrize("compressor", ["zstd", "lz4"])
+    def test_a_chunk_of_another_size_is_refused(self, compressor):
+        layout = ShardLayout(shape=(1, 8, 8, 8), chunk=(1, 8, 8, 8), compressor=compressor, level=3)
+        values = np.arange(512, dtype=np.uint8).reshape(1, 8, 8, 8)
+        as_bytes = {cut: np.frombuffer(pack(values[:, :cut], layout), np.uint8) for cut in (7, 8)}
+        np.testing.assert_array_equal(decode_chunk(as_bytes[8], layout), values)
+        with pytest.raises(CorruptError, match="holds 448 bytes, expected 512"):
+            decode_chunk(as_bytes[7], layout)
+
+    @pytest.mark.parametrize("size", [1, 255, 256, 257, 65535, 65791, 65792, 300_000])
+    @pytest.mark.parametrize("compressor", ["zstd", "lz4"])
+    def test_every_width_of_the_size_field(self, compressor, size):
+        layout = ShardLayout(shape=(1, 1, 1, size), chunk=(1, 1, 1, size), compressor=compressor, level=1)
+        values = np.random.default_rng(0).integers(0, 4, layout.chunk, dtype=np.uint8)
+        np.testing.assert_array_equal(decode_chunk(np.frombuffer(pack(values, layout), np.uint8), layout), values)
+
+    def test_not_a_frame(self):
+        for compressor in ("zstd", "lz4"):
+            layout = ShardLayout(shape=(1, 1, 1, 8), chunk=(1, 1, 1, 8), compressor=compressor, level=1)
+            for junk in (b"", b"\x28\xb5\x2f\xfd", bytes(40)):
+                packed = junk + google_crc32c.value(junk).to_bytes(4, "little")
+                with pytest.raises(CorruptError, match="a chunk"):
+                    decode_chunk(np.frombuffer(packed, np.uint8), layout)
+
+    def test_large_volumes_get_the_faster_compressor(self):
+        assert layout_for(CacheSpec(), 2, (35, 51, 35)).compressor == "zstd"
+        assert layout_for(CacheSpec(), 2, (256, 256, 256)).compressor == "lz4"
+        assert layout_for(CacheSpec(compressor="zstd"), 2, (256, 256, 256)).compressor == "zstd"
+        assert layout_for(CacheSpec(compressor="lz4"), 2, (35, 51, 35)).compressor == "lz4"
 
 
 def _read(reader, case, queue):

@@ -26,13 +26,14 @@ class CacheSpec:
     engine: Literal["auto", "torch", "openvino"] = "auto"  # runs the teacher; auto = OpenVINO on a CPU if installed
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it
     # layout: does not change a decoded value, so it is not part of the key
-    # 48: a random 128^3 patch decodes about twice its own voxels; smaller chunks decode less in more and shorter rows,
-    # which is slower, and compress worse (24: 5 % larger than 48), larger ones gain nothing in size
-    chunk_zyx: tuple[int, int, int] = (48, 48, 48)  # aimed at: each axis is cut into about equal parts of this size
-    # auto: zstd for small volumes, lz4 for large ones. zstd is a quarter smaller but decodes at 1 GB/s, so that a 128^3
-    # patch would wait for it; lz4 decodes at 4 GB/s, faster than Blosc2 in nnU-Net's layout.
+    # measured (tests/benchmarks/cache_layout.py; lz4, 2 channels, T = 3, random 128^3 patch): 32 takes 0.74 bytes per
+    # voxel and 3.7 ms, 24 0.93 and 4.4, 16 1.07 and 6.7; 48 0.77 and 3.5, 64 0.69 and 4.3
+    chunk_zyx: tuple[int, int, int] = (32, 32, 32)  # aimed at: each axis is cut into about equal parts of this size
+    # auto: zstd for small volumes, lz4 for large ones. zstd is a quarter smaller, but patches take 2 to 3 times as long
+    # to decode; with lz4 it is as fast as from Blosc2 in nnU-Net's layout, or faster (tests/benchmarks/reader_speed.py)
     compressor: Literal["auto", "zstd", "lz4"] = "auto"
-    level: int = 19  # written once, read thousands of times: 14 % smaller than zstd 3, decoded as fast; lz4 uses <= 9
+    # written once, read thousands of times: 14 % smaller than zstd 3 and decoded as fast; lz4 uses at most 9
+    level: int = 19
 
     def __post_init__(self) -> None:
         problems = []

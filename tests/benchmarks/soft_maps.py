@@ -13,6 +13,7 @@ import numpy as np
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.specs.cache import CacheSpec
+from tests.cache_fakes import in_chunks
 
 MAX_MAPS = 16
 DECAY = 0.5  # logits per voxel by which a class fades outside the cell it was placed in
@@ -91,11 +92,15 @@ class RecordedCases:
 class RecordedTeacher:
     """Answers with the "image" it is given."""
 
-    def logits(self, image_CZYX, folds):
-        return image_CZYX
+    def blocks(self, image_CZYX, folds, chunk_zyx, per_fold=None):
+        assert per_fold is None, "recorded are mean logits"
+        return in_chunks(image_CZYX, chunk_zyx)
 
     def seconds_per_patch(self):
         return 0.0
+
+    def deviation(self, images_CZYX, temperature):
+        return {}
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,9 @@ class RecordedFactory:
 
     def unseen_folds(self, case_id):
         return self.folds
+
+    def memory_bytes(self, shape_zyx, chunk_zyx):
+        return 0
 
     def load(self, threads):
         return RecordedTeacher()
