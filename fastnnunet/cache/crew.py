@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from fastnnunet.cache.interfaces import Teacher, TeacherFactory
 from fastnnunet.cache.label import CaseTask, label_case
 from fastnnunet.cache.manifest import Manifest
-from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError
+from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, StorageError
 
 SCHEDULER_TIMEOUT_S = 30
 
@@ -143,7 +143,7 @@ def _case_outcome(run: Callable[[], T]) -> T | FastnnUNetError:
     """The result, or the error when it concerns this case alone; an error that would hit every case is raised."""
     try:
         return run()
-    except DiskSpaceError:
+    except (DiskSpaceError, StorageError):
         raise
     except FastnnUNetError as e:
         return e

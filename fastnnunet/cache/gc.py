@@ -4,35 +4,25 @@ A builder holds a lock on the folder it writes, so what can be locked in `.parti
 have no lock: there a thing counts as left behind when it has not changed for `STALE_S`.
 """
 
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from fastnnunet.cache.folder import GROUP_NAME, CacheFolder, cache_folders, open_cache
-from fastnnunet.cache.identity import KEY_CHARS_IN_NAME
+from fastnnunet.cache.folder import CACHE_NAME, GROUP_NAME, CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.gc_objects import collect_objects
+from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.manifest import MANIFEST_NAME
-from fastnnunet.cache.store import PARTIAL, locked
+from fastnnunet.cache.storage import ObjectPath, Place
+from fastnnunet.cache.store import locked, partial_folder
 from fastnnunet.errors import BuildError, CorruptError
 
 STALE_S = 3600
-_CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leftover:
-    """One thing that was removed, or would be."""
-
-    path: Path
-    reason: str
-    size_bytes: int
 
 
 def collect_garbage(
-    root: Path, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
+    root: Place, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
 ) -> list[Leftover]:
     """Remove the leftovers under `root`, the folder that holds caches, and return them.
 
@@ -40,12 +30,16 @@ def collect_garbage(
     With `damaged` every shard is read, and committed cases that no longer match their manifest go too; `cache build`
     makes them again. Valid cases, caches whose own metadata is damaged, and files this project does not write are never
     touched. `dry_run` removes nothing. `progress` gets the name of each case looked at.
-    Raises BuildError when something cannot be removed.
+    In an object store, where nothing can be locked, only what is older than a day goes
+    (`gc_objects.py`). Raises BuildError when something cannot be removed, StorageError when a store does not answer.
     """
     try:
-        found = [_partial(folder, dry_run) for folder in sorted((root / PARTIAL).glob("*"))]
+        found = [_partial(folder, dry_run) for folder in sorted(partial_folder(root).glob("*"))]
+        if isinstance(root, ObjectPath):
+            found += collect_objects(root, damaged=damaged, dry_run=dry_run, progress=progress)
+            return [leftover for leftover in found if leftover is not None]
         for folder in sorted(root.glob("*")):
-            if _CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
+            if CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
                 found += _unfinished_metadata(folder, dry_run)
         for folder in cache_folders(root):
             try:
@@ -64,7 +58,7 @@ def collect_garbage(
 
 
 def _partial(folder: Path, dry_run: bool) -> Leftover | None:
-    if not _CACHE_NAME.match(folder.name) or not folder.is_dir():
+    if not CACHE_NAME.match(folder.name) or not folder.is_dir():
         return None  # not ours
     try:
         with locked(folder):
@@ -92,7 +86,7 @@ def _unfinished_metadata(folder: Path, dry_run: bool) -> list[Leftover]:
 
 
 def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Leftover | None:
-    folder = cache.case_dir(case_id)
+    folder = Path(cache.path) / case_id
     if not folder.is_dir() or folder.is_symlink():
         return None
     committed = (folder / MANIFEST_NAME).exists()
@@ -113,9 +107,9 @@ def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Lef
 
 def _remove_case(cache: CacheFolder, case_id: str) -> bool:
     """Remove a bad case at one stroke; False when a builder works on it or has just replaced it."""
-    folder = cache.case_dir(case_id)
-    (cache.path.parent / PARTIAL).mkdir(exist_ok=True)
-    doomed = cache.path.parent / PARTIAL / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
+    folder = Path(cache.path) / case_id
+    partial_folder(folder.parent.parent).mkdir(exist_ok=True)
+    doomed = partial_folder(folder.parent.parent) / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
     try:
         with locked(folder):
             judged = folder.stat().st_ino

@@ -18,18 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.cache.codec import Codec
+from fastnnunet.cache.fetch import drop_damaged_copy, shard_file
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder, open_cache
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.shard import (
     ABSENT,
-    SHARD_NAME,
     ShardLayout,
     decode_chunk,
     index_crc32c,
     layout_of_document,
     parse_index,
 )
+from fastnnunet.cache.storage import Place, place_at
 from fastnnunet.errors import CorruptError, NotFoundError
 
 MAX_OPEN_CASES = 256  # mapped shards kept per process
@@ -45,14 +46,21 @@ class _OpenCase:
 class SoftLabelReader:
     """Reads stored soft labels of one cache; see `read_patch`."""
 
-    def __init__(self, cache_dir: Path) -> None:
-        """Open the cache's metadata. Raises NotFoundError or CorruptError (see `open_cache`)."""
-        self.cache: CacheFolder = open_cache(Path(cache_dir))
+    def __init__(self, cache_dir: str | Place, fetched: Path | None = None) -> None:
+        """Open the cache's metadata; shards of a remote cache are kept in `fetched` (None: see `fetch.py`).
+
+        Raises NotFoundError, CorruptError (see `open_cache`) or StorageError.
+        """
+        self.cache: CacheFolder = open_cache(place_at(cache_dir))
+        self._fetched = fetched
         self.codec: Codec = self.cache.codec
         self._open = lru_cache(maxsize=MAX_OPEN_CASES)(self._open_case)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SoftLabelReader, (self.cache.path,)  # maps and indices are opened again in the other process
+        return SoftLabelReader, (
+            self.cache.path,
+            self._fetched,
+        )  # the other process opens and maps anew
 
     @property
     def key(self) -> str:
@@ -143,8 +151,10 @@ class SoftLabelReader:
         folder = self.cache.case_dir(case_id)
         try:
             document = (folder / ARRAY_NAME).read_bytes()
-            with (folder / SHARD_NAME).open("rb") as f:
+            with shard_file(folder, manifest, self._fetched).open("rb") as f:
                 shard = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except CorruptError:
+            raise
         except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
             raise CorruptError(f"{folder} cannot be read ({e})") from e
         if hashlib.sha256(document).hexdigest() != manifest.array_sha256:
@@ -163,6 +173,9 @@ class SoftLabelReader:
         return _OpenCase(layout, index, shard)
 
     def _corrupt(self, case_id: str, reason: str) -> CorruptError:
+        if copy_problem := drop_damaged_copy(self.cache, case_id, self._fetched):
+            self._open.cache_clear()  # it maps the removed copy
+            return CorruptError(f"soft labels of case {case_id} in {self.cache.path}: {copy_problem}")
         return CorruptError(
             f"soft labels of case {case_id} in {self.cache.path} are damaged: {reason}\n"
             f"rebuild this case with: {self.cache.rebuild_command(case_id)}"
