@@ -41,13 +41,13 @@ def collect_garbage(
         for folder in sorted(root.glob("*")):
             if CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
                 found += _unfinished_metadata(folder, dry_run)
-        for folder in cache_folders(root):
+        for place in cache_folders(root):
             try:
-                cache = open_cache(folder)
+                cache = open_cache(place)
             except CorruptError:
                 continue  # nothing in it can be judged; `cache list` shows it as damaged
             for case_id in cache.cases:
-                found.append(_case(cache, case_id, damaged, dry_run))
+                found.append(_case(cache, root / place.name / case_id, damaged, dry_run))
                 if progress is not None:
                     progress(case_id)
     except OSError as e:
@@ -85,8 +85,8 @@ def _unfinished_metadata(folder: Path, dry_run: bool) -> list[Leftover]:
     return found
 
 
-def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Leftover | None:
-    folder = Path(cache.path) / case_id
+def _case(cache: CacheFolder, folder: Path, damaged: bool, dry_run: bool) -> Leftover | None:
+    case_id = folder.name
     if not folder.is_dir() or folder.is_symlink():
         return None
     committed = (folder / MANIFEST_NAME).exists()
@@ -102,14 +102,15 @@ def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Lef
     )
     if dry_run:
         return leftover
-    return leftover if _remove_case(cache, case_id) else None
+    return leftover if _remove_case(cache, folder) else None
 
 
-def _remove_case(cache: CacheFolder, case_id: str) -> bool:
+def _remove_case(cache: CacheFolder, folder: Path) -> bool:
     """Remove a bad case at one stroke; False when a builder works on it or has just replaced it."""
-    folder = Path(cache.path) / case_id
-    partial_folder(folder.parent.parent).mkdir(exist_ok=True)
-    doomed = partial_folder(folder.parent.parent) / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
+    case_id = folder.name
+    partial = partial_folder(folder.parent.parent)
+    partial.mkdir(exist_ok=True)
+    doomed = partial / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
     try:
         with locked(folder):
             judged = folder.stat().st_ino

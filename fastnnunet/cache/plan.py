@@ -12,7 +12,7 @@ from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import MAX_PENDING_BLOCKS
 from fastnnunet.cache.shard import chunk_for
-from fastnnunet.cache.storage import HOME_VARIABLE, local_home
+from fastnnunet.cache.storage import HOME_VARIABLE, Place, local_home
 from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 
@@ -28,7 +28,7 @@ MEMORY_LIMIT_BYTES = 4 << 30  # of one worker, beyond the teacher's weights and 
 class CachePlan:
     """What `cache plan` prints."""
 
-    path: Path
+    path: Place
     key: str
     cases: int
     cases_todo: int

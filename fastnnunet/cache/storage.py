@@ -2,8 +2,8 @@
 
 A folder is a plain `pathlib.Path`, so that nothing about local caches goes through another layer: they keep rename,
 fsync, locks and memory maps. An object store is an `ObjectPath`, which has the few operations of `Path` that reading a
-cache takes, over fsspec, and `put`. What a place can do beyond that (locks, renames) differs; `store.py` and `gc.py` ask
-which of the two they have.
+cache takes, over fsspec, and `put`. What only one of the two can do (locks, renames) is
+asked for by type, in `store.py` and `gc.py`.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ class ObjectPath:
             store = _file_system(protocol, os.getpid())
             yield store, store._strip_protocol(self.url)
         except FileNotFoundError as e:
-            if what in ("write", "delete"):  # unlike a folder, a bucket is not made on the way
+            if what == "write":  # unlike a folder, a bucket is not made on the way
                 raise StorageError(_failed(self.url, what, e)) from e
             raise
         except FastnnUNetError:

@@ -286,7 +286,7 @@ def _roots(dataset: str | None, root: str | None) -> "list[Place]":
         return [place]
     base = nnunet_folder("nnUNet_preprocessed")
     name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return sorted(base.glob(f"{name}/fastnnunet_*"))
+    return [*sorted(base.glob(f"{name}/fastnnunet_*"))]
 
 
 def _no_place(place: "Place") -> str:
