@@ -28,16 +28,14 @@ def shard_file(case_dir: Place, manifest: Manifest, folder: Path | None = None) 
     if isinstance(case_dir, Path):
         return case_dir / SHARD_NAME
     target = (folder or shards_folder()) / manifest.shard_sha256
-    if _is_whole(target, manifest):
-        return target
     try:
+        if _is_whole(target, manifest):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.parent, manifest):
             if not _is_whole(target, manifest):
                 _fetch(case_dir / SHARD_NAME, manifest, target)
-    except FastnnUNetError:
-        raise
-    except FileNotFoundError:
+    except (FastnnUNetError, FileNotFoundError):
         raise
     except OSError as e:
         error = write_error(e, target)
@@ -71,7 +69,7 @@ def _is_whole(file: Path, manifest: Manifest) -> bool:
     """It was checked before it got its name, so the size tells."""
     try:
         return file.stat().st_size == manifest.stored_bytes
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

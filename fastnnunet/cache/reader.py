@@ -31,7 +31,7 @@ from fastnnunet.cache.shard import (
     parse_index,
 )
 from fastnnunet.cache.storage import Place, place_at
-from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.errors import CorruptError, FastnnUNetError, NotFoundError
 
 MAX_OPEN_CASES = 256  # mapped shards kept per process
 
@@ -153,7 +153,7 @@ class SoftLabelReader:
             document = (folder / ARRAY_NAME).read_bytes()
             with shard_file(folder, manifest, self._fetched).open("rb") as f:
                 shard = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except CorruptError:
+        except FastnnUNetError:
             raise
         except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
             raise CorruptError(f"{folder} cannot be read ({e})") from e
