@@ -1,4 +1,4 @@
-"""Caches on object stores: the same bytes as on disk, the manifest as commit point, one clear message when one fails."""
+"""Caches on object stores: the bytes of a local build, the manifest as commit point, one message for what fails."""
 
 import hashlib
 import multiprocessing
@@ -258,7 +258,7 @@ class TestReader:
         data[100] ^= 1
         copy.write_bytes(data)
         reader = SoftLabelReader(cache.path)
-        with pytest.raises(CorruptError, match="(?s)large.*local copy .* was damaged; it was removed"):
+        with pytest.raises(CorruptError, match=r"(?s)large.*local copy .* was damaged; it was removed"):
             reader.read_case("large")
         np.testing.assert_array_equal(reader.read_case("large"), expected)
         copy.write_bytes(data[:-1])  # cut short: noticed before it is used
@@ -273,7 +273,7 @@ class TestReader:
 
     def test_missing_cases(self, root):
         cache = build_cache(make_job(root), only=["flat"])
-        with pytest.raises(NotFoundError, match="(?s)case small is not built.*--case small"):
+        with pytest.raises(NotFoundError, match=r"(?s)case small is not built.*--case small"):
             SoftLabelReader(cache.path).read_case("small")
         with pytest.raises(NotFoundError, match=r"zarr\.json is missing"):
             SoftLabelReader(root / "nothing")

@@ -11,12 +11,12 @@ zarr.json                  group; attributes: key, identity, spec, cases, proven
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from fastnnunet.cache.codec import LEVELS, Codec, make_codec
 from fastnnunet.cache.durable import write_atomically, write_error
@@ -33,6 +33,8 @@ GROUP_NAME = "zarr.json"
 ARRAY_NAME = "zarr.json"
 CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
 REQUESTS_AT_ONCE = 16
+
+T = TypeVar("T")
 RECORDED_PACKAGES = ("fastnnunet", "numpy", "torch", "nnunetv2", "zarr", "numcodecs", "openvino")
 
 
@@ -90,16 +92,22 @@ class CacheFolder:
 
     def stored_manifests(self) -> list[Manifest]:
         """The manifests of all cases that count as stored."""
-        stored = (self.manifest(case) for case, problem in self.problems(self.cases).items() if problem is None)
+        stored = self._of_each(
+            self.manifest, [c for c, problem in self.problems(self.cases).items() if problem is None]
+        )
         return [manifest for manifest in stored if manifest is not None]
 
     def problems(self, case_ids: Iterable[str]) -> dict[str, str | None]:
-        """`problem` of several cases; an object store, which answers slowly, is asked about many at once."""
+        """`problem` of several cases."""
         cases = list(case_ids)
+        return dict(zip(cases, self._of_each(self.problem, cases), strict=True))
+
+    def _of_each(self, question: Callable[[str], T], case_ids: list[str]) -> list[T]:
+        """The answers in order; an object store, which answers slowly, is asked about many cases at once."""
         if not isinstance(self.path, ObjectPath):
-            return {case: self.problem(case) for case in cases}
+            return [question(case) for case in case_ids]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            return dict(zip(cases, pool.map(self.problem, cases), strict=True))
+            return list(pool.map(question, case_ids))
 
     def problem(self, case_id: str, *, deep: bool = False) -> str | None:
         """Why a case does not count as stored, None when it does.

@@ -118,12 +118,14 @@ def plan(
 
       fastnnunet cache plan -d 4 -c 3d_fullres --workers 2
     """
+    from fastnnunet.cache.folder import require_root
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cli.cache_view import print_plan
 
     job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
     workers, threads = _parallelism(workers, threads)
     todo = job.todo(case)
+    require_root(job.root)
     teacher = job.factory.load(threads) if timing and todo else None
     print_plan(plan_cache(job, teacher=teacher, workers=max(1, workers), only=case))
     if todo:

@@ -174,7 +174,7 @@ def _list_row(folder: Place) -> tuple[str, ...]:
     try:
         cache = open_cache(folder)
     except NewerFormatError:
-        return folder.name, "", "[red]newer format: update fastnnunet[/red]"
+        return folder.name, "", "[red]newer format[/red]"
     except CorruptError:
         return folder.name, "", "[red]damaged[/red]"
     stored = cache.stored_manifests()
