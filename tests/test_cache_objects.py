@@ -212,6 +212,12 @@ class TestBuild:
             build_cache(make_job(memory_root))
         assert not memory_root.is_dir()
 
+    def test_memory_is_not_shared_with_workers(self, memory_root):
+        for where in ({"workers": 1}, {"scheduler": "tcp://127.0.0.1:1"}):
+            with pytest.raises(SpecError, match=r"(?s)memory of this process.*--workers 0"):
+                build_cache(make_job(memory_root), **where)
+        assert not memory_root.is_dir()
+
     @pytest.mark.timeout(300)
     def test_two_dask_workers(self, s3_root, local):
         cache = build_cache(make_job(s3_root), workers=2)
@@ -308,6 +314,13 @@ class TestGarbage:
         assert contents(root) == {name: digest for name, digest in before.items() if "/flat/" not in name}
         assert collect_garbage(root) == []
         assert digests(build_cache(make_job(root))) == digests(local)
+
+    def test_a_probe_whose_builder_died(self, memory_root, later):
+        (memory_root / ".partial/probe").put(b"")
+        assert collect_garbage(memory_root) == []
+        later()
+        assert [str(x.path) for x in collect_garbage(memory_root)] == [f"{memory_root}/.partial/probe"]
+        assert not memory_root.is_dir()
 
     def test_damaged_cases_go_only_when_asked_for(self, memory_root, later):
         cache = build_cache(make_job(memory_root))
@@ -418,6 +431,7 @@ class TestCommands:
         build_cache(make_job(s3_root))
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         forget_clients()
         code, text = cli("verify", "--root", s3_root)
         assert code == 2

@@ -19,7 +19,7 @@ from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_space
-from fastnnunet.cache.storage import require_writable
+from fastnnunet.cache.storage import require_shared, require_writable
 from fastnnunet.cache.store import remove_leftovers
 from fastnnunet.errors import BuildError, FastnnUNetError
 
@@ -75,6 +75,8 @@ def build_cache(
     """
     todo = job.todo(only)
     if todo:
+        if workers > 0 or scheduler is not None:
+            require_shared(job.root)
         require_root(job.root)
         try:
             require_writable(job.root)

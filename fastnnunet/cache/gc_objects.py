@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from fastnnunet.cache.folder import CACHE_NAME, CacheFolder, open_cache
 from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.manifest import MANIFEST_NAME
-from fastnnunet.cache.storage import ObjectPath
+from fastnnunet.cache.storage import PROBE_NAME, ObjectPath
 from fastnnunet.errors import CorruptError, NotFoundError
 
 STALE_OBJECTS_S = 24 * 3600
@@ -21,7 +21,7 @@ def collect_objects(
     root: ObjectPath, *, damaged: bool, dry_run: bool, progress: Callable[[str], None] | None
 ) -> list[Leftover]:
     """See `gc.collect_garbage`."""
-    found = []
+    found = [_probe(root / PROBE_NAME, dry_run)]
     for folder in (root / name for name in root.names() if CACHE_NAME.fullmatch(name)):
         try:
             cache = open_cache(folder)
@@ -32,6 +32,15 @@ def collect_objects(
             if progress is not None:
                 progress(case_id)
     return [leftover for leftover in found if leftover is not None]
+
+
+def _probe(place: ObjectPath, dry_run: bool) -> Leftover | None:
+    if not place.exists() or not _are_stale([place]):
+        return None
+    leftover = Leftover(path=place, reason="probe of a dead builder", size_bytes=place.size_bytes())
+    if not dry_run:
+        place.delete()
+    return leftover
 
 
 def _case(cache: CacheFolder, place: ObjectPath, damaged: bool, dry_run: bool) -> Leftover | None:

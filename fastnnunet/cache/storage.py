@@ -23,6 +23,7 @@ from fastnnunet.specs.canonical import sha256_of_file
 
 READ_BYTES = 8 << 20
 HOME_VARIABLE = "FASTNNUNET_CACHE_HOME"
+PROBE_NAME = ".partial/probe"  # written and deleted to find out whether that is possible
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +212,22 @@ def sha256_at(place: Place) -> str:
     return place.sha256() if isinstance(place, ObjectPath) else sha256_of_file(place)
 
 
+def require_shared(root: Place) -> None:
+    """Raise SpecError for a place that other processes do not see."""
+    if isinstance(root, ObjectPath) and root.url.startswith("memory://"):
+        raise SpecError(
+            f"{root} is memory of this process, which workers would not see\n"
+            "use --workers 0 without --scheduler, or a folder or object store as --root"
+        )
+
+
 def require_writable(root: Place) -> None:
     """Find out before any work that nothing can be written under `root`, which need not exist.
 
     On an object store a small object is written and deleted. Raises StorageError, PermissionError or another OSError.
     """
     if isinstance(root, ObjectPath):
-        probe = root / ".partial" / "probe"
+        probe = root / PROBE_NAME
         probe.put(b"")
         probe.delete()
         return
