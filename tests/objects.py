@@ -1,7 +1,9 @@
 """Object stores for the tests: fsspec's memory:// and an S3 server (moto) on this machine."""
 
+import os
 import secrets
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -28,6 +30,18 @@ def s3_server():
     finally:
         forget_clients()
         server.stop()
+
+
+@contextmanager
+def access_refused():
+    """The server accepts no key."""
+    allow = f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth"  # how many more requests are let in
+    headers = {"Content-Type": "text/plain"}
+    urlopen(Request(allow, b"0", headers)).close()
+    try:
+        yield
+    finally:
+        urlopen(Request(allow, b"inf", headers)).close()
 
 
 def forget_clients():

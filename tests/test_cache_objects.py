@@ -26,7 +26,8 @@ from fastnnunet.cli.main import main
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
 from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, digests, make_job
-from tests.objects import forget_clients, new_bucket, s3_server
+from tests.objects import access_refused, forget_clients, new_bucket, s3_server
+from tests.test_cache_build import start_build
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,22 @@ class TestBuild:
         cache = build_cache(make_job(s3_root), workers=2)
         assert digests(cache) == digests(local)
         assert {r.status for r in verify_cache(cache)} == {"ok"}
+
+    @pytest.mark.timeout(300)
+    def test_sigkill_at_any_moment(self, tmp_path, s3_root, home, local):
+        job = make_job(s3_root, factory=FakeFactory(delay_s=0.05))
+        for attempt in range(6):
+            process = start_build(tmp_path, job)
+            time.sleep(0.1 + 0.25 * attempt)
+            process.kill()
+            process.communicate()
+            if (cache := job.open()) is not None:
+                stored = [case for case in cache.cases if (cache.case_dir(case) / "manifest.json").exists()]
+                assert not {case: problem for case in stored if (problem := cache.problem(case, deep=True))}
+        cache = build_cache(job)
+        assert digests(cache) == digests(local)
+        assert {r.status for r in verify_cache(cache)} == {"ok"}
+        assert list((home / ".partial").iterdir()) == []
 
 
 def read_in_another_process(reader):
@@ -438,24 +455,19 @@ class TestCommands:
         assert "error: cannot list s3://" in text
         assert "Could not connect to the endpoint" in text
 
-    def test_no_permission(self, s3_root, cli, monkeypatch):
+    @pytest.mark.parametrize("command", ["list", "verify", "gc"])
+    def test_no_permission(self, s3_root, cli, command):
         build_cache(make_job(s3_root))
-
-        async def denied(self, *args, **kwargs):
-            raise PermissionError("Access Denied")
-
-        monkeypatch.setattr("s3fs.S3FileSystem._cat_file", denied)
-        forget_clients()
-        code, text = cli("info", "--root", s3_root)
-        assert code == 2
-        assert "error: cannot read s3://" in text
-        assert "PermissionError: Access Denied" in text
-        assert "permission to list, read, write and delete" in text
-        monkeypatch.undo()
-        monkeypatch.setattr("s3fs.S3FileSystem._pipe_file", denied)
-        forget_clients()
-        with pytest.raises(StorageError, match="cannot write"):
-            build_cache(make_job(s3_root, FakeCases(seed=1)))
+        with access_refused():
+            code, text = cli(command, "--root", s3_root)
+            assert code == 2
+            assert f"error: cannot list {s3_root} (PermissionError: " in text
+            assert "permission to list, read, write and delete" in text
+            with pytest.raises(StorageError, match=r"cannot read .*PermissionError"):
+                SoftLabelReader(s3_root / make_job(s3_root).path.name)
+            with pytest.raises(StorageError, match="PermissionError"):
+                build_cache(make_job(s3_root, FakeCases(seed=1)))
+        assert {r.status for r in verify_cache(make_job(s3_root).open())} == {"ok"}
 
     def test_train_and_build(self, s3, world, cli, s3_root, capsys):
         """From nnU-Net's cases to a student with nothing of the cache on this machine but fetched shards."""
