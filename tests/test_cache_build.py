@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from fastnnunet.cache import crew as crew_module
 from fastnnunet.cache import plan as plan_module
@@ -110,6 +110,40 @@ def test_out_of_fold_uses_only_unseen_folds(tmp_path):
         make_job(tmp_path, factory=FakeFactory(folds=(0, 2)), spec=CacheSpec(policy="out_of_fold"))
 
 
+def test_probabilities_are_pooled_over_the_folds(tmp_path):
+    """FakeTeacher adds 0.1 * fold to the foreground, so the mean of probabilities is not that of mean logits."""
+    factory = FakeFactory(folds=(0, 1, 60))
+    job = make_job(tmp_path, factory=factory, spec=CacheSpec(pooling="probabilities", level=3))
+    assert job.identity["inference"]["pooling"] == "probabilities"
+    reader = SoftLabelReader(build_cache(job, only=["flat"]).path)
+    image, teacher = FakeCases().image_CZYX("flat"), factory.load(1)
+    folds = [softmax(teacher.logits(image, (fold,)) / 3, axis=0) for fold in factory.folds]
+    got = reader.to_probabilities(reader.read_case("flat"))
+    np.testing.assert_allclose(got, np.mean(folds, axis=0), atol=1 / 255)
+    pooled_logits = softmax(np.mean([teacher.logits(image, (f,)) for f in factory.folds], axis=0) / 3, axis=0)
+    assert np.abs(got - pooled_logits).max() > 0.02
+    with pytest.raises(SpecError, match="pooling: got probabilities"):
+        CacheSpec(pooling="probabilities", encoding="logit_gap_u8", temperature_range=(1.0, 4.0))
+
+
+def test_the_deviation_of_the_teacher_is_recorded(tmp_path, monkeypatch):
+    cache = build_cache(make_job(tmp_path))
+    assert cache.provenance["deviation"] == {
+        "against": "itself",
+        "patches": 3,
+        "argmax_equal": 1.0,
+        "mean_abs_difference": 0.0,
+    }
+
+    def fails(self, images, temperature):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(FakeTeacher, "deviation", fails)
+    with pytest.raises(BuildError, match="RuntimeError: not enough memory"):
+        build_cache(make_job(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_key_ignores_place_and_layout(tmp_path):
     job = make_job(tmp_path / "a")
     assert make_job(tmp_path / "b", spec=CacheSpec(level=1, compressor="lz4")).path.name == job.path.name
@@ -156,6 +190,13 @@ class TestPlan:
         assert plan.bytes_per_voxel == pytest.approx(manifest.stored_bytes / manifest.voxels)
         assert plan.cases_todo == 2
         assert plan.seconds_estimated is None
+
+    def test_too_little_memory(self, tmp_path):
+        job = make_job(tmp_path / "root")
+        with pytest.raises(SpecError, match=r"(?s)case large \(40 x 37 x 41 voxels, 3 heads\).*--memory-limit"):
+            build_cache(job, memory_limit_bytes=1 << 20)
+        assert not (tmp_path / "root").exists()
+        build_cache(job, only=["flat"], memory_limit_bytes=40 << 20)
 
     def test_tiles_of_a_2d_patch(self):
         assert count_tiles((10, 20, 33), (16, 16), 0.5) == 10 * 2 * 4

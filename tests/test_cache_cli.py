@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.codec import softmax
+from fastnnunet.cache.codecs import softmax
 from fastnnunet.cache.identity import FORMAT_VERSION
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cli.main import main
@@ -283,5 +283,25 @@ def test_recipes(recipe):
     named = {"default": CacheSpec(), "out_of_fold": CacheSpec(policy="out_of_fold")}
     named |= {"no_mirroring": CacheSpec(mirroring=False), "regions": CacheSpec(encoding="sigmoid_u8")}
     named |= {"levels_63": CacheSpec(levels=63), "levels_31": CacheSpec(levels=31)}
+    named |= {"levels_15": CacheSpec(levels=15)}
+    named |= {"logit_gap": CacheSpec(encoding="logit_gap_u8", temperature_range=(1.0, 4.0))}
+    named |= {"many_classes": CacheSpec(encoding="sparse_u8", tolerance=0.016, levels=63)}
     named |= {"float16": CacheSpec(encoding="float16")}
     assert spec == named[recipe.stem]  # the default recipe is what the commands use without --spec
+
+
+def test_a_cache_of_a_range_of_temperatures(world, cli, tmp_path):
+    spec = tmp_path / "gap.yaml"
+    spec.write_text(
+        "encoding: logit_gap_u8\ntemperature_range: [1.0, 4.0]\nprecision: fp32\nmirroring: false\nlevel: 3\n"
+    )
+    code, text = cli("build", *BASE, "--spec", spec, "--case", "tiny_00", "--workers", "0", "--threads", "1")
+    assert code == 0, text
+    code, text = cli("list", "-d", "998")
+    assert re.search(r"\b1-4 +logit_gap_u8\b", text)
+    code, text = cli("info", "-d", "998")
+    assert "temperature_range: [1.0, 4.0]" in text
+    assert f"--spec {spec}" in text
+    code, text = cli("build", *BASE, "--spec", spec, "--temp", "2")
+    assert code == 2
+    assert "leave --temp out" in text

@@ -8,7 +8,17 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from scipy.special import softmax as scipy_softmax
 
-from fastnnunet.cache.codec import Float16, SigmoidU8, SimplexU8, codec_for_teacher, encode_block, sigmoid, softmax
+from fastnnunet.cache.apportion import largest_mask
+from fastnnunet.cache.codecs import (
+    Float16,
+    SigmoidU8,
+    SimplexU8,
+    codec_for_teacher,
+    encode_block,
+    make_codec,
+    sigmoid,
+    softmax,
+)
 from fastnnunet.errors import BuildError, SpecError
 
 CLASSES = st.integers(2, 20) | st.just(105)
@@ -33,7 +43,7 @@ def reference_largest_remainder(p):
     return units.astype(int)
 
 
-LEVELS = st.sampled_from([255, 63, 31])
+LEVELS = st.sampled_from([255, 63, 31, 15])
 
 
 @given(logits(), st.sampled_from([1.0, 2.0, 3.0, 4.0]), LEVELS)
@@ -218,7 +228,7 @@ def test_soft_labels_match_scipy(logits, temperature):
 def test_a_case_is_encoded_in_blocks_like_at_once(monkeypatch):
     logits = np.random.default_rng(0).normal(size=(4, 6, 7, 9)).astype(np.float32) * 5
     whole, error = encode_block(SimplexU8(4), logits, 3.0)
-    monkeypatch.setattr("fastnnunet.cache.codec.BLOCK_VALUES", 100)
+    monkeypatch.setattr("fastnnunet.cache.codecs.block.BLOCK_VALUES", 100)
     blocks, block_error = encode_block(SimplexU8(4), logits, 3.0)
     np.testing.assert_array_equal(whole, blocks)
     assert error == block_error
@@ -240,5 +250,52 @@ def test_encoding_must_fit_the_teacher():
         codec_for_teacher("simplex_u8", 3, has_regions=True)
     with pytest.raises(SpecError, match="use encoding: simplex_u8"):
         codec_for_teacher("sigmoid_u8", 3, has_regions=False)
-    with pytest.raises(SpecError, match="expected one of simplex_u8, sigmoid_u8, float16"):
+    with pytest.raises(SpecError, match="expected one of simplex_u8, sparse_u8, logit_gap_u8, sigmoid_u8"):
         codec_for_teacher("float8", 3, has_regions=False)
+
+
+@pytest.mark.parametrize("name", ["simplex_u8", "sparse_u8", "sigmoid_u8", "float16"])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (30,), (0, 4, 4)])
+def test_blocks_of_soft_labels(name, shape):
+    """Probabilities that were pooled elsewhere, in any trailing shape."""
+    codec = make_codec(name, 4)
+    p = np.random.default_rng(0).dirichlet(np.full(4, 0.3), shape).astype(np.float32)
+    p = np.moveaxis(p, -1, 0)
+    stored, error = encode_block(codec, p, None, from_probabilities=True)
+    assert stored.shape == (codec.num_stored, *shape)
+    assert stored.dtype == codec.dtype
+    assert np.abs(codec.decode(stored) - p).max(initial=0) == pytest.approx(error, abs=1e-9)
+    assert error <= codec.eps
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.full((3, 8), 0.25), "do not sum to one"),
+        (np.array([[1.5], [-0.25], [-0.25]]), "from -0.25 to 1.5, expected 0 to 1"),
+        (np.array([[np.nan], [0], [1]]), "soft labels hold NaN or infinity"),
+        (np.full((4, 8), 0.25), "4 channels, expected 3"),
+    ],
+)
+@pytest.mark.parametrize("name", ["simplex_u8", "sparse_u8", "float16"])
+def test_soft_labels_that_are_none_are_refused(name, bad, message):
+    with pytest.raises(BuildError, match=message):
+        encode_block(make_codec(name, 3), bad.astype(np.float32), None, from_probabilities=True)
+
+
+@pytest.mark.parametrize("name", ["simplex_u8", "sparse_u8", "sigmoid_u8", "float16"])
+def test_logits_need_a_temperature(name):
+    with pytest.raises(ValueError, match="need a temperature"):
+        encode_block(make_codec(name, 3), np.zeros((3, 8), np.float32), None)
+
+
+@pytest.mark.parametrize("classes", [9, 40, 105])
+def test_the_largest_remainders_with_ties(classes):
+    """Against a stable sort, on remainders that repeat, for every number of units left."""
+    rng = np.random.default_rng(classes)
+    remainders = (rng.integers(0, 6, (classes, 3000)) / 6).astype(np.float32)
+    count = rng.integers(0, classes, 3000).astype(np.int32)
+    order = np.argsort(-remainders, axis=0, kind="stable")
+    expected = np.zeros(remainders.shape, bool)
+    np.put_along_axis(expected, order, np.arange(classes)[:, None] < count, axis=0)
+    np.testing.assert_array_equal(largest_mask(remainders, count), expected)

@@ -1,5 +1,8 @@
 """Caches in every encoding: key, error, what zarr-python and a training read."""
 
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import zarr
@@ -10,7 +13,7 @@ from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.errors import CorruptError, SpecError
+from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.specs.cache import CacheSpec
 from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, make_job
 
@@ -18,16 +21,21 @@ CLASS_SPECS = {
     "simplex_u8": CacheSpec(level=3),
     "levels_63": CacheSpec(level=3, levels=63),
     "levels_31": CacheSpec(level=3, levels=31),
+    "levels_15": CacheSpec(level=3, levels=15),
+    "sparse": CacheSpec(level=3, encoding="sparse_u8"),
+    "sparse_tail": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.008),
+    "sparse_63": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.016, levels=63),
+    "logit_gap": CacheSpec(level=3, encoding="logit_gap_u8", temperature_range=(1.0, 4.0)),
     "float16": CacheSpec(level=3, encoding="float16"),
     "float16_lz4": CacheSpec(level=3, encoding="float16", compressor="lz4", chunk_zyx=(9, 8, 11)),
 }
 
 
-def exact(case):
+def exact(case, temperature=3.0):
     """Soft labels (C, Z, Y, X) in float64."""
     factory = FakeFactory()
     logits = factory.load(1).logits(FakeCases().image_CZYX(case), factory.folds)
-    return scipy_softmax(logits.astype(np.float64) / 3.0, axis=0)
+    return scipy_softmax(logits.astype(np.float64) / temperature, axis=0)
 
 
 @pytest.fixture(scope="module", params=CLASS_SPECS)
@@ -36,7 +44,7 @@ def cache(request, tmp_path_factory):
 
 
 def test_every_case_keeps_the_bound(cache):
-    reader = SoftLabelReader(cache.path)
+    reader = SoftLabelReader(cache.path, temperature=3.0)
     for case in SHAPES:
         values = zarr.open_array(str(cache.case_dir(case)), mode="r")[...]
         stored = reader.read_case(case)
@@ -53,7 +61,7 @@ def test_every_case_keeps_the_bound(cache):
 
 
 def test_a_training_reads_the_foreground_and_zero_outside(cache):
-    got = CachedSoftLabels(cache.path).read("large", (-3, 4, 30), (20, 25, 44))
+    got = CachedSoftLabels(cache.path, temperature=3.0).read("large", (-3, 4, 30), (20, 25, 44))
     assert got.dtype == np.float32
     expected = np.zeros((2, 23, 21, 14))
     expected[:, 3:, :, :11] = exact("large")[1:, :20, 4:25, 30:]
@@ -71,6 +79,52 @@ def test_keys(tmp_path):
     )  # compression is not part of it
     assert identities["levels_31"]["soft_labels"]["levels"] == 31
     assert identities["levels_31"]["soft_labels"].keys() - identities["simplex_u8"]["soft_labels"].keys() == {"levels"}
+
+
+def test_a_logit_gap_cache_serves_every_temperature_of_its_range(tmp_path):
+    spec = CLASS_SPECS["logit_gap"]
+    cache = build_cache(make_job(tmp_path, spec=spec), only=["large"])
+    for temperature in (1.0, 1.7, 4.0):
+        # a recipe at any temperature names the same cache
+        assert make_job(tmp_path, spec=dataclasses.replace(spec, temperature=temperature)).path == cache.path
+        reader = pickle.loads(pickle.dumps(SoftLabelReader(cache.path, temperature)))
+        got = reader.to_probabilities(reader.read_case("large"))
+        error = np.abs(got - exact("large", temperature)).max()
+        assert 1e-4 < error <= cache.codec.eps_at(temperature)
+    for temperature in (0.99, 4.01):
+        with pytest.raises(MismatchError, match="expected 1 to 4, the range of this cache"):
+            CachedSoftLabels(cache.path, temperature)
+    reader = SoftLabelReader(cache.path)
+    with pytest.raises(SpecError, match="say which"):
+        reader.to_probabilities(reader.read_case("large"))
+    assert "temperature" not in cache.identity["soft_labels"]
+    assert cache.identity["soft_labels"]["temperature_range"] == [1.0, 4.0]
+
+
+def test_probabilities_are_never_brought_to_another_temperature(tmp_path):
+    cache = build_cache(make_job(tmp_path), only=["small"])
+    SoftLabelReader(cache.path, 3.0)
+    with pytest.raises(MismatchError, match=r"got      3\n  expected 2\n.*logit_gap_u8"):
+        SoftLabelReader(cache.path, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"tolerance": 0.01}, "tolerance: got 0.01, expected 0, or with encoding: sparse_u8 a number"),
+        ({"tolerance": 0.003, "encoding": "sparse_u8"}, "tolerance: got 0.003"),
+        ({"tolerance": 0.008, "levels": 63, "encoding": "sparse_u8"}, "above 1/levels"),
+        ({"tolerance": 0.2, "encoding": "sparse_u8"}, "tolerance: got 0.2"),
+        ({"encoding": "logit_gap_u8"}, "temperature_range: got None with encoding: logit_gap_u8"),
+        ({"temperature_range": (1.0, 4.0)}, "none otherwise"),
+        ({"encoding": "logit_gap_u8", "temperature_range": (4.0, 1.0)}, "temperature_range: got 4.0 to 1.0"),
+        ({"encoding": "logit_gap_u8", "temperature_range": (0.5, 9.0)}, "at most 16 times"),
+        ({"levels": 63, "tolerance": 1.0, "temperature_range": (1, 2), "encoding": "float16"}, "levels.*toler.*range"),
+    ],
+)
+def test_contradictions_of_tolerance_and_range(bad, message):
+    with pytest.raises(SpecError, match=message):
+        CacheSpec(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"levels": 127}, {"levels": 63, "encoding": "sigmoid_u8"}])

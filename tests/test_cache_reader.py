@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.codec import SimplexU8
+from fastnnunet.cache.codecs import SimplexU8
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.errors import NotFoundError
 from fastnnunet.specs.cache import CacheSpec

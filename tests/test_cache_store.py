@@ -9,7 +9,7 @@ import zarr
 
 from fastnnunet.cache import store
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.codec import SimplexU8, encode_block
+from fastnnunet.cache.codecs import SimplexU8, encode_block
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.folder import create_cache, open_cache
 from fastnnunet.cache.reader import SoftLabelReader
@@ -68,9 +68,9 @@ def test_empty_chunks_are_absent_and_one_shard_a_case(tmp_path):
 
 def test_axes_are_cut_into_equal_parts():
     layout = layout_for(CacheSpec(), 2, (35, 51, 300))
-    assert layout.chunk == (2, 35, 26, 34)
-    assert layout.grid == (1, 1, 2, 9)
-    assert layout_for(CacheSpec(), 2, (1, 128, 5)).chunk == (2, 1, 32, 5)
+    assert layout.chunk == (2, 35, 51, 50)
+    assert layout.grid == (1, 1, 1, 6)
+    assert layout_for(CacheSpec(), 2, (1, 128, 5)).chunk == (2, 1, 43, 5)
 
 
 def test_equal_builds_give_equal_bytes(tmp_path, cache):

@@ -13,18 +13,22 @@ import torch
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
+from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
+from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.student import reduce_features
 from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec, StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.tiny import CONFIGURATION, DATASET
 
 CACHE = CacheSpec(precision="fp32", mirroring=False)
+LOGIT_GAP = CacheSpec(precision="fp32", mirroring=False, encoding="logit_gap_u8", temperature_range=(1.0, 4.0), level=3)
 SHORT = DistillSpec(epochs=2, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
 
 
@@ -129,6 +133,8 @@ class TestTraining:
         assert (folder / "progress.png").stat().st_size > 1000
         checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
         assert checkpoint["fastnnunet"]["cache_key"] == cache.key
+        export_bundle(folder.parent, 0, tmp_path / "bundle")
+        assert load_bundle_spec(tmp_path / "bundle").provenance["training"]["cache_key"] == cache.key
         assert checkpoint["inference_allowed_mirroring_axes"] is None
         assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"].shape[0] == 8
         code = (
@@ -144,6 +150,17 @@ class TestTraining:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert sorted(p.name for p in out.glob("*.nii.gz")) == ["tiny_10.nii.gz", "tiny_11.nii.gz"]
+
+    def test_one_cache_of_a_range_serves_several_temperatures(self, world):
+        built = build(LOGIT_GAP)
+        for temperature in (1.5, 4.0):
+            recipe = dataclasses.replace(LOGIT_GAP, temperature=temperature)
+            assert cache_for_training(TeacherSpec(dataset="998", folds=(0, 1)), recipe) == built.path
+            distill = dataclasses.replace(SHORT, temperature=temperature, epochs=1)
+            folder = train_student(make_job(cache=recipe, distill=distill), validate=False)
+            provenance = load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]
+            assert provenance["cache_key"] == built.key
+            assert provenance["distill"]["temperature"] == temperature
 
     def test_control_needs_no_cache(self, world):
         folder = train_student(make_job(distill=dataclasses.replace(SHORT, alpha=0.0)), validate=False)
@@ -205,6 +222,17 @@ class TestCacheThatDoesNotFit:
         build(dataclasses.replace(CACHE, temperature=2.0))
         message = self.refused(make_job())
         assert "temperature: 2.0 -> 3.0" in message
+
+    def test_temperature_outside_the_range_of_the_recipe(self, world):
+        """Said before a cache is asked for: there is no use in building one."""
+        cache = dataclasses.replace(LOGIT_GAP, temperature=5.0)
+        message = self.refused(make_job(cache=cache, distill=dataclasses.replace(SHORT, temperature=5.0)), SpecError)
+        assert "got 5, expected 1 to 4" in message
+
+    def test_objective_at_another_temperature_than_the_cache(self, world):
+        build()
+        message = self.refused(make_job(distill=dataclasses.replace(SHORT, temperature=2.0)))
+        assert "got      3\n  expected 2" in message
 
     def test_other_folds(self, world):
         build(folds=(0, 1, 2))

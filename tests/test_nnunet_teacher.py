@@ -177,6 +177,12 @@ class TestRefusals:
         with pytest.raises(NotFoundError, match=r"(?s)fold\(s\) 2 have no.*0, 1, 3, 4"):
             open_teacher(SPEC, FP32)
 
+    def test_a_fold_that_is_still_training(self, world):
+        fold = world / "results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres/fold_2"
+        (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+        with pytest.raises(NotFoundError, match=r"(?s)fold\(s\) 2 have no.*still training, or stopped early: 2"):
+            open_teacher(SPEC, FP32)
+
     def test_unset_variable(self, world, monkeypatch):
         monkeypatch.delenv("nnUNet_results")
         with pytest.raises(NotFoundError, match="nnUNet_results is not set"):

@@ -18,13 +18,13 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any, TypeVar
 
-from fastnnunet.cache.codec import LEVELS, Codec, make_codec
+from fastnnunet.cache.codecs import Codec, LogitGapU8, codec_of_identity
 from fastnnunet.cache.durable import write_atomically, write_error
 from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fastnnunet.cache.shard import SHARD_NAME
 from fastnnunet.cache.storage import ObjectPath, Place, sha256_at, size_bytes
-from fastnnunet.errors import CorruptError, NewerFormatError, NotFoundError, SpecError, StorageError
+from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
 from fastnnunet.specs.load import build_spec
@@ -51,12 +51,35 @@ class CacheFolder:
 
     @property
     def codec(self) -> Codec:
-        labels = self.identity["soft_labels"]
-        return make_codec(labels["encoding"], labels["heads"], labels.get("levels", LEVELS))
+        return codec_of_identity(self.identity["soft_labels"])
 
     @property
-    def temperature(self) -> float:
-        return float(self.identity["soft_labels"]["temperature"])
+    def temperature(self) -> float | None:
+        """None when the cache serves a range of temperatures."""
+        own = self.identity["soft_labels"].get("temperature")
+        return None if own is None else float(own)
+
+    def codec_at(self, temperature: float | None) -> Codec:
+        """The codec that decodes at `temperature`; None leaves a cache of one temperature at its own.
+
+        Raises MismatchError when the cache cannot serve that temperature.
+        """
+        codec = self.codec
+        if temperature is None:
+            return codec
+        if isinstance(codec, LogitGapU8):
+            try:
+                return codec.at(temperature)
+            except SpecError as e:
+                raise MismatchError(f"cache {self.path}: {e}") from e
+        if temperature != self.temperature:
+            raise MismatchError(
+                f"cache {self.path} holds soft labels at another temperature\n"
+                f"  got      {self.temperature:g}\n  expected {temperature:g}\n"
+                "rounded probabilities cannot be brought to another temperature: build a cache at the one you need, or "
+                "one with encoding: logit_gap_u8, which serves a range"
+            )
+        return codec
 
     def case_dir(self, case_id: str) -> Place:
         return self.path / case_id

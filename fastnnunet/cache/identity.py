@@ -7,7 +7,7 @@ shapes or compression.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastnnunet.cache.codec import LEVELS, codec_for_teacher
+from fastnnunet.cache.codecs import codec_for_spec, identity_of_codec
 from fastnnunet.cache.interfaces import CaseSource, TeacherFactory
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.cache import CacheSpec
@@ -49,7 +49,7 @@ def build_identity(case_digests: Mapping[str, str], factory: TeacherFactory, spe
     words.
     Raises SpecError when recipe and teacher contradict each other.
     """
-    codec = codec_for_teacher(spec.encoding, factory.num_heads, has_regions=factory.has_regions, levels=spec.levels)
+    codec = codec_for_spec(spec, factory.num_heads, has_regions=factory.has_regions)
     teacher = to_plain(factory.identity())
     policy: dict[str, Any] = {"name": spec.policy, "folds": list(factory.folds)}
     if spec.policy == "out_of_fold":
@@ -67,14 +67,7 @@ def build_identity(case_digests: Mapping[str, str], factory: TeacherFactory, spe
             "precision": teacher.get("precision", spec.precision),
             "engine": teacher.get("engine", spec.engine),
         },
-        "soft_labels": {
-            "temperature": float(spec.temperature),
-            "encoding": codec.name,
-            "encoding_version": codec.version,
-            "heads": factory.num_heads,
-            # stated only where it is not the first version's, whose keys stay valid
-            **({} if spec.levels == LEVELS else {"levels": int(spec.levels)}),
-        },
+        "soft_labels": identity_of_codec(codec, spec.temperature),
     }
 
 

@@ -31,6 +31,10 @@ class CaseSource(Protocol):
         ...
 
 
+# How close a fast teacher should be to the reference implementation: labels equal, mean difference of probabilities.
+MIN_ARGMAX_EQUAL = 0.999
+MAX_MEAN_DIFFERENCE = 1e-3
+
 Block = tuple[tuple[int, int, int], Float32Array]  # number of a chunk (z, y, x) and its values (heads, z, y, x)
 
 
@@ -55,7 +59,10 @@ class Teacher(Protocol):
         ...
 
     def deviation(self, images_CZYX: Sequence[Float32Array], temperature: float) -> dict[str, Any]:
-        """How far the middle patches of these images are from the reference implementation, as plain JSON values."""
+        """How far the middle patches of these images are from the reference implementation.
+
+        Plain JSON values: `against`, `patches`, `argmax_equal`, `mean_abs_difference` and whatever else is of interest.
+        """
         ...
 
 

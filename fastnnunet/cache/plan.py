@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastnnunet.cache.codec import BLOCK_VALUES, Codec, codec_for_teacher
+from fastnnunet.cache.codecs import BLOCK_VALUES, Codec, codec_for_spec
 from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
@@ -126,7 +126,7 @@ def _bytes_per_voxel(job: CacheJob) -> tuple[float, bool]:
 
 
 def _codec(job: CacheJob) -> Codec:
-    return codec_for_teacher(job.spec.encoding, job.factory.num_heads, has_regions=job.factory.has_regions)
+    return codec_for_spec(job.spec, job.factory.num_heads, has_regions=job.factory.has_regions)
 
 
 def _estimated_bytes(job: CacheJob, todo: Sequence[str]) -> int:

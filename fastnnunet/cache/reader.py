@@ -5,7 +5,6 @@ loader workers and inherited by forked ones.
 """
 
 import hashlib
-import itertools
 import json
 import mmap
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.cache.codec import Codec
+from fastnnunet.cache.codecs import Codec
 from fastnnunet.cache.fetch import drop_damaged_copy, shard_file
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder, open_cache
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
@@ -37,28 +36,34 @@ MAX_OPEN_CASES = 256  # mapped shards kept per process
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenCase:
+class OpenCase:
+    """One shard, mapped and its index checked."""
+
     layout: ShardLayout
-    index: npt.NDArray[np.uint64]
-    shard: mmap.mmap
+    index: npt.NDArray[np.uint64]  # (*grid, 2): offset and length of every inner chunk
+    shard: npt.NDArray[np.uint8]  # the mapped file: slices of it are not copies
 
 
 class SoftLabelReader:
     """Reads stored soft labels of one cache; see `read_patch`."""
 
-    def __init__(self, cache_dir: str | Place, fetched: Path | None = None) -> None:
-        """Open the cache's metadata; shards of a remote cache are kept in `fetched` (None: see `fetch.py`).
+    def __init__(self, cache_dir: str | Place, temperature: float | None = None, fetched: Path | None = None) -> None:
+        """Open the cache's metadata. Raises NotFoundError, CorruptError (see `open_cache`) or StorageError.
 
-        Raises NotFoundError, CorruptError (see `open_cache`) or StorageError.
+        `temperature` is what `to_probabilities` decodes at: None for the cache's own, one of its range for
+        logit_gap_u8. Raises MismatchError when the cache cannot serve it. Shards of a remote cache are kept in
+        `fetched` (None: see `fetch.py`).
         """
         self.cache: CacheFolder = open_cache(place_at(cache_dir))
+        self.temperature = temperature
         self._fetched = fetched
-        self.codec: Codec = self.cache.codec
+        self.codec: Codec = self.cache.codec_at(temperature)
         self._open = lru_cache(maxsize=MAX_OPEN_CASES)(self._open_case)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SoftLabelReader, (
             self.cache.path,
+            self.temperature,
             self._fetched,
         )  # the other process opens and maps anew
 
@@ -91,13 +96,11 @@ class SoftLabelReader:
         case = self._open(case_id)
         shape = (case.layout.shape[0], *size)
         if out is None:
-            out = np.zeros(shape, self.codec.dtype)
+            out = np.empty(shape, self.codec.dtype)
         elif out.shape != shape or out.dtype != self.codec.dtype:
             raise ValueError(f"out: got {out.dtype} {out.shape}, expected {self.codec.dtype} {shape}")
-        else:
-            out[...] = 0
         try:
-            self._fill(case, lower, out)
+            fill_patch(case, lower, out)
         except CorruptError as e:
             raise self._corrupt(case_id, str(e)) from e
         return out
@@ -107,33 +110,13 @@ class SoftLabelReader:
         return self.read_patch(case_id, (0, 0, 0), self.shape_zyx(case_id))
 
     def to_probabilities(self, stored: StoredArray) -> Float32Array:
-        """Stored values (S, ...) -> soft labels (C, ...) float32; C counts the background for exclusive classes."""
+        """Stored values (S, ...) -> soft labels (C, ...) float32; C counts the background for exclusive classes.
+
+        Raises SpecError for a cache of a range of temperatures when the reader was not given one.
+        """
         return self.codec.decode(stored)
 
-    @staticmethod
-    def _fill(case: _OpenCase, lower: Sequence[int], out: StoredArray) -> None:
-        layout = case.layout
-        # per axis: the overlap of each chunk with the box, as (chunk number, slice in the chunk, slice in the patch)
-        overlaps: list[list[tuple[int, slice, slice]]] = []
-        for n, edge, low, extent in zip(layout.shape[1:], layout.chunk[1:], lower, out.shape[1:], strict=True):
-            first, last = max(low, 0), min(low + extent, n)
-            axis = []
-            for number in range(first // edge, -(-last // edge)):
-                start, stop = max(first, number * edge), min(last, (number + 1) * edge)
-                if start < stop:
-                    axis.append(
-                        (number, slice(start - number * edge, stop - number * edge), slice(start - low, stop - low))
-                    )
-            overlaps.append(axis)
-        _, _, grid_y, grid_x = layout.grid
-        for (z, from_z, to_z), (y, from_y, to_y), (x, from_x, to_x) in itertools.product(*overlaps):
-            offset, length = case.index[(z * grid_y + y) * grid_x + x]
-            if offset == ABSENT:
-                continue  # certified by the manifest, which repeats the checksum of the index
-            chunk = decode_chunk(case.shard[int(offset) : int(offset + length)], layout)
-            out[:, to_z, to_y, to_x] = chunk[:, from_z, from_y, from_x]
-
-    def _open_case(self, case_id: str) -> _OpenCase:
+    def _open_case(self, case_id: str) -> OpenCase:
         if case_id not in self.cache.cases:
             raise NotFoundError(f"case {case_id} is not part of cache {self.cache.path}")
         try:
@@ -147,12 +130,12 @@ class SoftLabelReader:
         except CorruptError as e:
             raise self._corrupt(case_id, str(e)) from e
 
-    def _map(self, case_id: str, manifest: Manifest) -> _OpenCase:
+    def _map(self, case_id: str, manifest: Manifest) -> OpenCase:
         folder = self.cache.case_dir(case_id)
         try:
             document = (folder / ARRAY_NAME).read_bytes()
             with shard_file(folder, manifest, self._fetched).open("rb") as f:
-                shard = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                shard = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except FastnnUNetError:
             raise
         except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
@@ -166,11 +149,11 @@ class SoftLabelReader:
             raise CorruptError(f"the array has shape {layout.shape}, expected {manifest.shape} as in the manifest")
         if layout.dtype != self.codec.dtype:
             raise CorruptError(f"the array holds {layout.dtype}, expected {self.codec.dtype}")
-        tail = shard[-layout.index_bytes :]
+        tail = shard[-layout.index_bytes :].tobytes()
         index = parse_index(tail, layout, len(shard) - layout.index_bytes)
         if index_crc32c(tail) != manifest.index_crc32c:
             raise CorruptError("the shard belongs to another case (its index is not the one in the manifest)")
-        return _OpenCase(layout, index, shard)
+        return OpenCase(layout, index.reshape(*layout.grid, 2), shard)
 
     def _corrupt(self, case_id: str, reason: str) -> CorruptError:
         if copy_problem := drop_damaged_copy(self.cache, case_id, self._fetched):
@@ -180,3 +163,48 @@ class SoftLabelReader:
             f"soft labels of case {case_id} in {self.cache.path} are damaged: {reason}\n"
             f"rebuild this case with: {self.cache.rebuild_command(case_id)}"
         )
+
+
+def fill_patch(case: OpenCase, lower_zyx: Sequence[int], out: StoredArray) -> None:
+    """Copy the box that starts at `lower_zyx` into `out` (S, z, y, x); zero where the volume or a chunk is absent."""
+    layout = case.layout
+    lower = (0, *lower_zyx)
+    # the box in the volume, and the chunks it meets
+    start = [max(low, 0) for low in lower]
+    stop = [min(low + extent, n) for low, extent, n in zip(lower, out.shape, layout.shape, strict=True)]
+    if any(a >= b for a, b in zip(start, stop, strict=True)):
+        out[...] = 0
+        return
+    first = [a // edge for a, edge in zip(start, layout.chunk, strict=True)]
+    last = [-(-b // edge) for b, edge in zip(stop, layout.chunk, strict=True)]
+    entries = case.index[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
+    present = np.argwhere(entries[..., 0] != ABSENT)  # absence is certified by the manifest: it repeats the index's CRC
+    covered = all(low >= 0 and low + n <= size for low, n, size in zip(lower, out.shape, layout.shape, strict=True))
+    if not covered or len(present) < entries[..., 0].size:
+        out[...] = 0
+    scratch = np.empty(layout.chunk, layout.stored_dtype)
+    overlaps = [
+        [_overlap(number, edge, low, a, b) for number in range(i, j)]
+        for edge, low, a, b, i, j in zip(layout.chunk, lower, start, stop, first, last, strict=True)
+    ]
+    axis_s, axis_z, axis_y, axis_x = overlaps
+    shard = case.shard
+    places = entries[tuple(present.T)].tolist()
+    for (s, z, y, x), (offset, length) in zip(present.tolist(), places, strict=True):
+        (from_s, to_s), (from_z, to_z), (from_y, to_y), (from_x, to_x) = axis_s[s], axis_z[z], axis_y[y], axis_x[x]
+        decode_chunk(shard[offset : offset + length], layout, scratch)
+        _copy_rows(scratch[from_s, from_z, from_y, from_x], out[to_s, to_z, to_y, to_x])
+
+
+def _copy_rows(source: StoredArray, target: StoredArray) -> None:
+    """target[...] = source, with each row along x as one item: NumPy copies those twice as fast as single bytes."""
+    if target.strides[-1] == target.itemsize and source.dtype == target.dtype:
+        row = np.dtype((np.void, source.shape[-1] * source.itemsize))
+        source, target = source.view(row), target.view(row)
+    target[...] = source
+
+
+def _overlap(number: int, edge: int, lower: int, start: int, stop: int) -> tuple[slice, slice]:
+    """Where chunk `number` of an axis meets [start, stop): as a slice of the chunk and one of the patch at `lower`."""
+    begin, end = max(start, number * edge), min(stop, (number + 1) * edge)
+    return slice(begin - number * edge, end - number * edge), slice(begin - lower, end - lower)

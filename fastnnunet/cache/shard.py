@@ -5,8 +5,8 @@ inner chunk in C order its offset and length as little-endian uint64, then a CRC
 in a CRC-32C of its compressed bytes. A chunk that is all zero is absent: offset and length are 2^64 - 1.
 
 The inner chunks hold all channels and are about `chunk_zyx` in space: an axis is cut into round(n / edge) equal parts,
-so a 51-voxel axis becomes 2 x 26 and not 32 + 19 padded to 64. Small volumes then carry almost no padding, which made
-the hippocampus cache 6 % smaller than fixed chunks at the same level, and quicker to decode.
+so with edges of 32 a 51-voxel axis becomes 2 x 26 and not 32 + 19 padded to 64. Small volumes then carry almost no
+padding, which made the hippocampus cache 6 % smaller than fixed chunks at the same level, and quicker to decode.
 
 Writing is done here and not by zarr-python so that equal voxels give equal bytes whatever its version and threads do;
 zarr-python reads every case back before it is committed.
@@ -14,7 +14,7 @@ zarr-python reads every case back before it is committed.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
@@ -29,7 +29,12 @@ from fastnnunet.specs.cache import CacheSpec
 SHARD_NAME = "c/0/0/0/0"  # Zarr's default chunk key of the one shard
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
+CRC_RESIDUE = 0x48674BC7  # CRC-32C of any message followed by its own CRC-32C, little-endian
 ENTRY_BYTES = 16
+# `compressor: auto` takes zstd up to this volume (about 100^3): whatever the patch, zstd then costs at most about a
+# millisecond per stored channel, less than nnU-Net needs to augment the patch by far
+AUTO_ZSTD_VOXELS = 1 << 20
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 Shape = tuple[int, ...]
 
@@ -79,10 +84,11 @@ def layout_for(
     spec: CacheSpec, num_stored: int, shape_zyx: Sequence[int], dtype: str = "uint8", chunk_channels: int | None = None
 ) -> ShardLayout:
     """The layout of a case of this size under `spec`; `chunk_channels` None = all channels in one chunk."""
+    small = math.prod(shape_zyx) <= AUTO_ZSTD_VOXELS
     return ShardLayout(
         shape=(num_stored, *shape_zyx),
         chunk=(num_stored if chunk_channels is None else chunk_channels, *chunk_for(spec, shape_zyx)),
-        compressor=spec.compressor,
+        compressor=("zstd" if small else "lz4") if spec.compressor == "auto" else spec.compressor,
         level=spec.level,
         dtype=dtype,
     )
@@ -91,16 +97,15 @@ def layout_for(
 class ShardWriter:
     """Packs the chunks of a case as they come and ends with the index.
 
-    Chunks may come in any order, every one once; a chunk of zeros is not stored. How many channel groups there are may
-    show only at the end.
+    Chunks may come in any order, every one once; a chunk of zeros is not stored.
     """
 
     def __init__(self, write: Callable[[bytes], object], layout: ShardLayout) -> None:
-        """`write` takes the file's parts; of `layout` the number of stored channels counts at the end only."""
+        """`write` takes the file's parts, one after another."""
         self._write = write
         self._layout = layout
         self._offset = 0
-        self._entries: dict[Shape, tuple[int, int]] = {}
+        self._index: npt.NDArray[np.uint64] = np.full((*layout.grid, 2), ABSENT, np.uint64)
 
     def add(self, number_zyx: Sequence[int], stored_SZYX: StoredArray) -> None:
         """Pack the stored values of one chunk; at the upper border of the volume they may be fewer than a chunk's."""
@@ -114,22 +119,16 @@ class ShardWriter:
             chunk[tuple(slice(n) for n in part.shape)] = part
             packed = _compress(chunk, layout)
             packed += _crc(packed)
-            self._entries[(group, *number_zyx)] = self._offset, len(packed)
+            self._index[(group, *number_zyx)] = self._offset, len(packed)
             self._offset += len(packed)
             self._write(packed)
 
-    def finish(self, num_stored: int | None) -> tuple[ShardLayout, bytes]:
-        """Write the index; returns it and the final layout. `num_stored` None = as many channels as were needed."""
-        if num_stored is None:
-            num_stored = self._layout.chunk[0] * (1 + max((entry[0] for entry in self._entries), default=0))
-        layout = replace(self._layout, shape=(num_stored, *self._layout.shape[1:]))
-        index: npt.NDArray[np.uint64] = np.full((*layout.grid, 2), ABSENT, np.uint64)
-        for number, entry in self._entries.items():
-            index[number] = entry
-        tail = index.astype("<u8").tobytes()
+    def finish(self) -> bytes:
+        """Write the index and return it."""
+        tail = self._index.astype("<u8").tobytes()
         tail += _crc(tail)
         self._write(tail)
-        return layout, tail
+        return tail
 
 
 def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDArray[np.uint64]:
@@ -150,18 +149,28 @@ def parse_index(tail: bytes, layout: ShardLayout, payload_bytes: int) -> npt.NDA
     return index
 
 
-def decode_chunk(packed: bytes, layout: ShardLayout) -> StoredArray:
-    """One inner chunk (S, z, y, x). Raises CorruptError when its checksum or size is wrong."""
-    payload, crc = packed[:-CRC_BYTES], packed[-CRC_BYTES:]
-    if _crc(payload) != crc:
+def decode_chunk(packed: npt.NDArray[np.uint8], layout: ShardLayout, out: StoredArray | None = None) -> StoredArray:
+    """One inner chunk (channels, z, y, x) from its bytes in the shard.
+
+    Decoded into `out` when given, which is C-contiguous and of the layout's chunk and type. Raises CorruptError when
+    checksum or size are wrong; `out` then holds anything.
+    """
+    # a message followed by its own CRC has a constant CRC, so the payload need not be cut out to be checked
+    if google_crc32c.value(packed) != CRC_RESIDUE:
         raise CorruptError("a chunk is damaged (checksum mismatch)")
+    payload = packed[:-CRC_BYTES]
+    if out is None:
+        out = np.empty(layout.chunk, layout.stored_dtype)
+    if (held := _content_bytes(payload, layout.compressor)) != out.nbytes:
+        raise CorruptError(f"a chunk holds {held} bytes, expected {out.nbytes}")
     try:
-        raw = zstd.decompress(payload) if layout.compressor == "zstd" else _blosc().decompress(payload)
+        if layout.compressor == "zstd":
+            zstd.decompress(payload, out)
+        else:
+            _blosc().decompress(payload, out)
     except (RuntimeError, ValueError) as e:
         raise CorruptError(f"a chunk cannot be decompressed ({e})") from e
-    if len(raw) != (expected := layout.chunk_values * layout.stored_dtype.itemsize):
-        raise CorruptError(f"a chunk holds {len(raw)} bytes, expected {expected}")
-    return np.frombuffer(raw, layout.stored_dtype).reshape(layout.chunk)
+    return out
 
 
 def array_document(layout: ShardLayout, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +243,25 @@ def _compress(chunk: StoredArray, layout: ShardLayout) -> bytes:
     if layout.compressor == "zstd":
         return bytes(zstd.compress(chunk, layout.level))
     return bytes(_blosc().compress(chunk, b"lz4hc", min(layout.level, 9), blosc.NOSHUFFLE, 0))
+
+
+def _content_bytes(payload: npt.NDArray[np.uint8], compressor: str) -> int:
+    """Decompressed size that the frame's header states (RFC 8878 3.1.1.1; Blosc 1 header), -1 when it states none.
+
+    Checked before decoding, because the decompressors accept a result shorter than the buffer they write to.
+    """
+    header = payload[:18].tobytes()
+    if compressor != "zstd":
+        return int.from_bytes(header[4:8], "little") if len(header) >= 16 else -1
+    if len(header) < 6 or header[:4] != ZSTD_MAGIC:
+        return -1
+    flags = header[4]
+    single_segment = flags >> 5 & 1
+    width = (single_segment, 2, 4, 8)[flags >> 6]
+    start = 5 + (not single_segment) + (0, 1, 2, 4)[flags & 3]  # past window descriptor and dictionary id
+    if not width:
+        return -1
+    return int.from_bytes(header[start : start + width], "little") + (256 if width == 2 else 0)
 
 
 def _blosc() -> Any:

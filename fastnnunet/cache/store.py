@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnnunet.cache.codec import encode_block
+from fastnnunet.cache.codecs import encode_block
 from fastnnunet.cache.durable import fsync_file, write_error, write_synced
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder
-from fastnnunet.cache.interfaces import Float32Array, StoredArray
+from fastnnunet.cache.interfaces import Float32Array
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, manifest_text
 from fastnnunet.cache.shard import (
     ABSENT,
@@ -51,14 +51,13 @@ class CaseWriter:
     def __init__(self, cache: CacheFolder, case_id: str, shape_zyx: Sequence[int], folder: Path) -> None:
         self._cache, self._case_id, self._folder = cache, case_id, folder
         codec = cache.codec
-        channels = codec.chunk_channels
-        layout = layout_for(cache.spec, channels, shape_zyx, codec.dtype, channels)
+        layout = layout_for(cache.spec, codec.num_stored, shape_zyx, codec.dtype, codec.chunk_channels)
         self._shard_file = folder / SHARD_NAME
         self._shard_file.parent.mkdir(parents=True)
         self._file = self._shard_file.open("wb")
         self._sha256 = hashlib.sha256()
         self._shard = ShardWriter(self._append, layout)
-        self._chunk = layout.chunk[1:]
+        self._layout = layout
         self._crcs: dict[tuple[int, ...], int] = {}
         self._max_error = 0.0
 
@@ -75,7 +74,7 @@ class CaseWriter:
             raise BuildError(problem)
         self._max_error = max(self._max_error, error)
         self._shard.add(number_zyx, stored)
-        self._crcs[number_zyx] = _crc_without_empty_channels(stored)
+        self._crcs[number_zyx] = zlib.crc32(np.ascontiguousarray(stored).data)
 
     def commit(self, seconds: float) -> Manifest:
         """Finish, read back, flush and rename into the cache, or upload; returns the manifest.
@@ -84,8 +83,8 @@ class CaseWriter:
         it cannot be uploaded.
         """
         cache, case_id, folder = self._cache, self._case_id, self._folder
-        codec = cache.codec
-        layout, tail = self._shard.finish(codec.num_stored)
+        codec, layout = cache.codec, self._layout
+        tail = self._shard.finish()
         if len(self._crcs) != (expected := math.prod(layout.grid[1:])):
             raise BuildError(f"the teacher gave {len(self._crcs)} chunks, expected {expected}")
         self._file.flush()
@@ -133,8 +132,8 @@ class CaseWriter:
 
         array = zarr.open_array(str(self._folder), mode="r", zarr_format=3)
         for number, expected in self._crcs.items():
-            inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, self._chunk, strict=True))
-            if _crc_without_empty_channels(np.asarray(array[(slice(None), *inside)])) != expected:
+            inside = tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, self._layout.chunk[1:], strict=True))
+            if zlib.crc32(np.ascontiguousarray(array[(slice(None), *inside)]).data) != expected:
                 raise BuildError(
                     "reading the written store back gave other values; the disk or memory of this machine may be faulty"
                 )
@@ -171,14 +170,6 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
             continue  # another builder is writing it, or has just finished
         removed.append(folder.name)
     return removed
-
-
-def _crc_without_empty_channels(stored_SZYX: StoredArray) -> int:
-    """A checksum that padding a chunk with empty channels does not change."""
-    used = len(stored_SZYX)
-    while used and not stored_SZYX[used - 1].any():
-        used -= 1
-    return zlib.crc32(np.ascontiguousarray(stored_SZYX[:used]).data)
 
 
 def partial_folder(root: Place) -> Path:

@@ -31,7 +31,7 @@ def verify_cache(cache: CacheFolder, progress: Callable[[CaseReport], None] | No
     """
     reports = []
     with TemporaryDirectory(prefix="fastnnunet-verify-") as fetched:
-        reader = SoftLabelReader(cache.path, Path(fetched))
+        reader = SoftLabelReader(cache.path, fetched=Path(fetched))
         for case_id in cache.cases:
             reports.append(_verify_case(cache, reader, case_id))
             if progress is not None:

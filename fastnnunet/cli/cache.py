@@ -256,6 +256,8 @@ def _job(
     )
     recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
     if temperature is not None:
+        if recipe.temperature_range is not None:
+            raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
         recipe = dataclasses.replace(recipe, temperature=temperature)
     command = build_command(teacher, recipe, spec_file) + ("" if root is None else f" --root {shlex.quote(root)}")
     source, factory, default_root = open_teacher(teacher, recipe)

@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 import numpy as np
 
+from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
@@ -24,13 +25,14 @@ from fastnnunet.specs.teacher import TeacherSpec
 class CachedSoftLabels:
     """Random access to the float32 soft labels of a cache. Fork and spawn safe: the reader opens files on first use."""
 
-    def __init__(self, cache: Place) -> None:
-        self._reader = SoftLabelReader(cache)
-        self.num_channels = self._reader.codec.num_stored
+    def __init__(self, cache: Place, temperature: float | None = None) -> None:
+        """`temperature` None = the cache's own. Raises MismatchError when the cache does not serve it."""
+        self._reader = SoftLabelReader(cache, temperature)
+        self.num_channels = self._reader.codec.num_targets
         self.key = self._reader.key
 
     def read(self, case_id: str, lower_zyx: tuple[int, ...], upper_zyx: tuple[int, ...]) -> np.ndarray:
-        """Probabilities of the stored channels: float32 (S, z, y, x); background, channel 0 of classes, is left out."""
+        """Probabilities float32 (num_channels, z, y, x); background, channel 0 of classes, is left out."""
         probabilities = self._reader.to_probabilities(self._reader.read_patch(case_id, lower_zyx, upper_zyx))
         return probabilities[probabilities.shape[0] - self.num_channels :]
 
@@ -48,7 +50,7 @@ def build_command(
         words += ["-f", *map(str, teacher.folds)]
     if spec_file is not None:
         words += ["--spec", str(spec_file)]
-    if spec.temperature != CacheSpec().temperature:
+    if spec.temperature_range is None and spec.temperature != CacheSpec().temperature:
         words += ["--temp", f"{spec.temperature:g}"]
     if root is not None:
         words += ["--root", str(root)]
@@ -77,10 +79,15 @@ def cache_for_training(
 ) -> Place:
     """The complete cache that fits data, plans, folds, checkpoints and recipe.
 
-    Where precision or engine are `auto` a cache built with any fits, since it may come from another machine.
-    Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one).
+    Where precision or engine are `auto` a cache built with any fits, since it may come from another machine. A recipe
+    with a range of temperatures names the same cache at any of them.
+    Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one), SpecError
+    when the recipe does not serve its own temperature.
     """
     job = cache_job(teacher, spec, root=root, spec_file=spec_file)
+    codec = codec_for_spec(spec, job.factory.num_heads, has_regions=job.factory.has_regions)
+    if isinstance(codec, LogitGapU8):
+        codec.at(spec.temperature)  # before anybody builds a cache that this training could not use
     identity = job.identity
     if not job.path.is_dir():
         factory = cast(NnUNetTeacher, job.factory)

@@ -81,7 +81,7 @@ def train_student(
     soft_labels = None
     if job.distill.alpha > 0:
         cache = cache_for_training(job.teacher, job.cache, job.cache_root, job.cache_spec_file)
-        soft_labels = CachedSoftLabels(cache)
+        soft_labels = CachedSoftLabels(cache, job.distill.temperature)
 
     _seed_everything(job.distill.seed)
     if job.threads:

@@ -11,9 +11,6 @@ import numpy as np
 if TYPE_CHECKING:
     from fastnnunet.nnunet.teacher import LoadedTeacher
 
-MIN_ARGMAX_EQUAL = 0.999
-MAX_MEAN_DIFFERENCE = 1e-3
-
 
 def measure_deviation(
     teacher: "LoadedTeacher", images_CZYX: Sequence[np.ndarray], temperature: float

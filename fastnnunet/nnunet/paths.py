@@ -68,8 +68,10 @@ def teacher_folder(spec: TeacherSpec) -> Path:
     missing = [f for f in spec.folds if not (folder / f"fold_{f}" / spec.checkpoint).is_file()]
     if missing:
         there = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{spec.checkpoint}"))
+        unfinished = [f for f in missing if (folder / f"fold_{f}" / "checkpoint_latest.pth").is_file()]
+        training = f"still training, or stopped early: {', '.join(map(str, unfinished))}\n" if unfinished else ""
         raise NotFoundError(
-            f"fold(s) {', '.join(map(str, missing))} have no {spec.checkpoint} in {folder}\n"
+            f"fold(s) {', '.join(map(str, missing))} have no {spec.checkpoint} in {folder}\n{training}"
             f"folds that have one: {', '.join(there) or '(none)'}\n"
             f"finish their training, or name the folds to use with -f"
         )
