@@ -23,6 +23,10 @@ class CorruptError(FastnnUNetError, ValueError):
     """Something stored was changed, truncated or damaged."""
 
 
+class NewerFormatError(CorruptError):
+    """Something stored is whole, but of a later version of this package."""
+
+
 class MismatchError(FastnnUNetError, ValueError):
     """Two things that must belong together do not (cache and data, plans and checkpoint, bundle and image)."""
 
@@ -41,6 +45,13 @@ class BackendError(FastnnUNetError, RuntimeError):
 
 class DiskSpaceError(FastnnUNetError, OSError):
     """Not enough room for what is about to be written."""
+
+
+class StorageError(FastnnUNetError, RuntimeError):
+    """An object store cannot be used: no connection, no permission, no such bucket, no package for it.
+
+    Not an OSError: a lost connection must never be taken for a missing or damaged file.
+    """
 
 
 class BuildError(FastnnUNetError, RuntimeError):

@@ -52,6 +52,7 @@ def in_chunks(values_CZYX, chunk_zyx):
 class FakeTeacher:
     num_heads: int
     delay_s: float
+    labels: str | None = None
 
     def logits(self, image_CZYX, folds):
         time.sleep(self.delay_s)
@@ -65,6 +66,9 @@ class FakeTeacher:
         return logits
 
     def blocks(self, image_CZYX, folds, chunk_zyx, per_fold=None):
+        if self.labels is not None:
+            shape = "x".join(map(str, image_CZYX.shape[1:]))
+            (Path(self.labels) / f"{shape}-{os.getpid()}-{time.perf_counter_ns()}").touch()
         if per_fold is None:
             values = self.logits(image_CZYX, folds)
         else:
@@ -88,6 +92,7 @@ class FakeFactory:
     weights: str = "abc"
     delay_s: float = 0.0
     loads: str | None = None  # folder where every load leaves a file
+    labels: str | None = None  # folder where every case that a teacher begins leaves a file: shape-process-time
     die_once: str | None = None  # the first process that loads the teacher while this file exists dies
 
     def identity(self):
@@ -109,7 +114,7 @@ class FakeFactory:
                 pass
             else:
                 os._exit(9)
-        return FakeTeacher(self.num_heads, self.delay_s)
+        return FakeTeacher(self.num_heads, self.delay_s, self.labels)
 
 
 def make_job(root: Path, cases=None, factory=None, spec=None) -> CacheJob:

@@ -1,5 +1,7 @@
 """Builds: in process and on dask, resumed after kills, with failing cases, never half-written."""
 
+import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -7,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from scipy.special import expit, softmax
 from fastnnunet.cache import crew as crew_module
 from fastnnunet.cache import plan as plan_module
 from fastnnunet.cache.build import CasesFailedError, build_cache
+from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.plan import count_tiles, plan_cache
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cache.store import PARTIAL, remove_leftovers
@@ -230,6 +235,88 @@ class TestDask:
         with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
             cache = build_cache(make_job(tmp_path), scheduler=cluster.scheduler_address)
         assert digests(cache) == reference
+
+    @pytest.mark.parametrize("existing", [False, True])
+    def test_a_worker_killed_in_mid_case_costs_only_that_case(self, tmp_path, existing):
+        from distributed import LocalCluster
+
+        shapes = {f"case{n}": (6, 8, 9 + n) for n in range(5)}
+        expected = digests(build_cache(make_job(tmp_path / "serial", FakeCases(shapes=shapes))))
+        labels = tmp_path / "labels"
+        labels.mkdir()
+        job = make_job(tmp_path / "root", FakeCases(shapes=shapes), FakeFactory(labels=str(labels), delay_s=1.0))
+        events = []
+        with contextlib.ExitStack() as stack:
+            where = {"workers": 2}
+            if existing:
+                cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+                where = {"scheduler": stack.enter_context(cluster).scheduler_address}
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            build = pool.submit(build_cache, job, progress=events.append, **where)
+            while len(begun := sorted(labels.iterdir(), key=lambda file: int(file.name.split("-")[2]))) < 3:
+                assert not build.done()
+                time.sleep(0.02)
+            shape, process, _ = begun[-1].name.split("-")  # begun a moment ago, a second from its end
+            assert len({file.name.split("-")[1] for file in begun}) == 2
+            os.kill(int(process), signal.SIGKILL)
+            cache = build.result(300)
+        assert digests(cache) == expected
+        assert sorted(event.case_id for event in events) == sorted(shapes)
+        times = Counter(file.name.split("-")[0] for file in labels.iterdir())
+        assert times == {"x".join(map(str, s)): 1 for s in shapes.values()} | {shape: 2}
+        assert {r.status for r in verify_cache(cache)} == {"ok"}
+
+    def test_a_lost_scheduler(self, tmp_path, monkeypatch, capfd):
+        shapes = {f"case{n}": (6, 8, 9 + n) for n in range(4)}
+        expected = digests(build_cache(make_job(tmp_path / "serial", FakeCases(shapes=shapes))))
+        job = make_job(tmp_path / "root", FakeCases(shapes=shapes), FakeFactory(delay_s=1.0))
+        message = r"(?s)connection to the dask scheduler at tcp://127.* is lost.*run the same command again"
+        with dask_processes(tmp_path) as (address, scheduler), pytest.raises(BuildError, match=message):
+            build_cache(job, scheduler=address, progress=lambda event: scheduler.kill())
+        assert "Traceback" not in "".join(capfd.readouterr())
+        assert 0 < len(job.open().missing_cases()) < 4
+        assert {r.status for r in verify_cache(job.open())} == {"ok", "missing"}
+        assert digests(build_cache(make_job(tmp_path / "root", FakeCases(shapes=shapes)))) == expected
+
+    def test_no_workers(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(crew_module, "WORKERS_TIMEOUT_S", 1)
+        with dask_processes(tmp_path, workers=0) as (address, _), pytest.raises(BuildError, match="no worker for 1 s"):
+            build_cache(make_job(tmp_path / "root"), scheduler=address)
+
+    def test_a_case_stored_by_a_worker_that_died_since_is_not_labelled_again(self, tmp_path, monkeypatch):
+        job = make_job(tmp_path)
+        cache = build_cache(job)
+        task = CaseTask(
+            case_id="flat", cache=cache, source=job.source, factory=job.factory, folds=job.factory.folds, threads=1
+        )
+        monkeypatch.setattr(FakeFactory, "load", lambda *_: pytest.fail("a teacher was loaded"))
+        assert crew_module._label_in_worker(task) == cache.manifest("flat")
+
+
+@contextlib.contextmanager
+def dask_processes(folder, workers=2):
+    """A scheduler and workers of their own, as on a cluster; yields its address and process."""
+    file = folder / "scheduler.json"
+    commands = [["scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)]]
+    commands += [["worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny"]] * workers
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.dask_{command}", *options, "--no-dashboard"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        for command, *options in commands
+    ]
+    try:
+        while not file.exists():
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        yield json.loads(file.read_text())["address"], processes[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def digests_of(job, case):

@@ -1,5 +1,6 @@
 """`fastnnunet cache` on a tiny nnU-Net world, with nnU-Net's predictor as oracle; every recipe in cache_specs/."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import zarr
 
+from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import softmax
+from fastnnunet.cache.identity import FORMAT_VERSION
 from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from tests.cache_fakes import FakeCases, make_job
+from tests.readonly import read_only
 from tests.tiny import CONFIGURATION, DATASET
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -155,6 +159,89 @@ def test_help_ends_with_an_example(cli, command):
     code, text = cli(command, "--help")
     assert code == 0
     assert f"fastnnunet cache {command}" in text.split("Example")[1]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestPlaces:
+    """Roots that cannot be built in, and caches that cannot be read: one message, nothing written."""
+
+    @pytest.fixture(autouse=True)
+    def no_teacher(self, monkeypatch):
+        from fastnnunet.nnunet.teacher import NnUNetTeacher
+
+        monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was loaded"))
+
+    @pytest.mark.parametrize("inside", ["", "small", "small/c/0", "new/folder"])
+    @pytest.mark.parametrize("command", ["build", "plan"])
+    def test_a_root_inside_another_cache(self, world, cli, tmp_path, command, inside):
+        cache = build_cache(make_job(tmp_path / "root"))
+        before = files(tmp_path)
+        code, text = cli(command, *BASE, "--root", cache.path / inside)
+        assert code == 2
+        assert text.count("error: ") == 1
+        # a case is an array of its own: the innermost is named
+        inner = cache.path / "small" if inside.startswith("small") else cache.path
+        assert f"error: root {cache.path / inside} is inside a Zarr store\n  got      {inner / 'zarr.json'}" in text
+        assert "choose a folder outside any cache with --root" in text
+        assert files(tmp_path) == before
+
+    def test_a_cache_that_was_put_inside_another_still_verifies(self, cli, tmp_path):
+        outer, inner = build_cache(make_job(tmp_path)), build_cache(make_job(tmp_path / "elsewhere"))
+        inner.path.parent.rename(outer.path / "small/inner")
+        for place in (outer.path, outer.path / "small/inner" / inner.path.name):
+            assert cli("verify", place) == (0, "3 cases ok, 0 damaged, 0 missing\n")
+
+    def test_a_read_only_folder(self, world, cli, tmp_path):
+        cache = build_cache(make_job(tmp_path / "root"))
+        (cache.case_dir("flat") / "manifest.json").unlink()
+        (tmp_path / "root/.partial" / f"{cache.path.name}.flat.1.abc").mkdir()
+        before = files(tmp_path / "root")
+        with read_only(tmp_path / "root"):
+            code, text = cli("build", *BASE, "--root", tmp_path / "root")
+            assert code == 2
+            assert f"error: cannot write {tmp_path / 'root'}: Permission denied\nmake the folder writable" in text
+            code, text = cli("gc", "--root", tmp_path / "root")
+            assert code == 2
+            assert text.startswith(f"error: cannot remove leftovers under {tmp_path / 'root'}: ")
+            assert "make the folder writable" in text
+            code, text = cli("verify", cache.path)  # reading needs no more
+            assert code == 1
+            assert "2 cases ok, 1 damaged, 0 missing" in text
+            assert cli("list", "--root", tmp_path / "root")[0] == 0
+        assert files(tmp_path / "root") == before
+
+    def test_a_newer_format(self, world, cli, tmp_path):
+        cache, old = build_cache(make_job(tmp_path)), make_job(tmp_path, FakeCases(seed=1)).create({})
+        group = cache.path / "zarr.json"
+        document = json.loads(group.read_text())
+        document["attributes"]["fastnnunet"]["format_version"] = FORMAT_VERSION + 1
+        group.write_text(json.dumps(document))
+        before = files(tmp_path)
+        for command in (["verify", cache.path], ["info", cache.path], ["diff", old.path, cache.path]):
+            assert cli(*command) == (
+                2,
+                f"error: cache {cache.path} was written by a newer fastnnunet\n  got      format version "
+                f"{FORMAT_VERSION + 1}\n  expected at most {FORMAT_VERSION}\nupdate fastnnunet\n",
+            )
+        code, text = cli("list", "--root", tmp_path)
+        assert code == 0
+        assert re.search(rf"{cache.path.name} +newer format", text)
+        assert cli("gc", "--damaged", "--root", tmp_path)[0] == 0
+        assert files(tmp_path) == before
+
+    def test_no_folder_at_all(self, cli, tmp_path):
+        (tmp_path / "file").touch()
+        for command in ("verify", "info"):
+            code, text = cli(command, "--root", tmp_path / "file")
+            assert (code, text) == (2, f"error: --root {tmp_path / 'file'} is not a folder\n")
+
+
+def test_off_a_terminal_verify_prints_one_line(cli, tmp_path):
+    cache = build_cache(make_job(tmp_path))
+    assert cli("verify", cache.path) == (0, "3 cases ok, 0 damaged, 0 missing\n")
 
 
 class TestDiff:

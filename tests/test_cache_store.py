@@ -160,6 +160,42 @@ def test_the_same_cache_is_opened_not_created_twice(cache):
     assert again == cache  # layout and command are those of the first builder
 
 
+def test_verify_never_holds_more_than_a_layer_of_chunks(tmp_path, monkeypatch):
+    cache = build_cache(make_job(tmp_path, spec=CacheSpec(level=3, chunk_zyx=(8, 16, 16))))
+    asked, read_patch = [], SoftLabelReader.read_patch
+
+    def recording(self, case_id, lower_zyx, upper_zyx, out=None):
+        asked.append((case_id, lower_zyx, upper_zyx))
+        return read_patch(self, case_id, lower_zyx, upper_zyx, out)
+
+    monkeypatch.setattr(SoftLabelReader, "read_patch", recording)
+    assert {r.status for r in verify_cache(cache)} == {"ok"}
+    for case, (z, y, x) in SHAPES.items():
+        chunk_z = zarr.open_array(str(cache.path / case), mode="r").chunks[1]
+        layers = [(lower, upper) for name, lower, upper in asked if name == case]
+        expected = [((low, 0, 0), (min(low + chunk_z, z), y, x)) for low in range(0, z, chunk_z)]
+        assert layers == expected
+    assert max(upper[0] - lower[0] for _, lower, upper in asked) == 8 < SHAPES["large"][0]
+
+
+def test_verify_finds_impossible_values_in_the_last_layer(tmp_path, monkeypatch):
+    """Values that no checksum can show to be wrong: the channels of one voxel sum to more than one."""
+    cache = build_cache(make_job(tmp_path, spec=CacheSpec(level=3, chunk_zyx=(8, 16, 16))))
+    read_patch = SoftLabelReader.read_patch
+
+    def impossible(self, case_id, lower_zyx, upper_zyx, out=None):
+        stored = read_patch(self, case_id, lower_zyx, upper_zyx, out)
+        if case_id == "large" and upper_zyx[0] == SHAPES["large"][0]:
+            stored[:, -1, -1, -1] = 200
+        return stored
+
+    monkeypatch.setattr(SoftLabelReader, "read_patch", impossible)
+    bad = [r for r in verify_cache(cache) if r.status != "ok"]
+    assert [(r.case_id, r.problem) for r in bad] == [
+        ("large", "the channels of a voxel sum to 400, expected at most 255")
+    ]
+
+
 class TestFindCache:
     def find(self, job):
         return find_cache(job.root, job.identity, build_command="BUILD IT", case_digests=job.cases)

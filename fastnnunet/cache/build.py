@@ -11,19 +11,22 @@ from functools import partial
 from typing import Any
 
 from fastnnunet.cache.crew import Crew, Outcome, open_crew
-from fastnnunet.cache.folder import CacheFolder
+from fastnnunet.cache.durable import write_error
+from fastnnunet.cache.folder import CacheFolder, require_root
 from fastnnunet.cache.identity import cache_key, folds_for_case
 from fastnnunet.cache.interfaces import Float32Array, Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_space
+from fastnnunet.cache.storage import require_shared, require_writable
 from fastnnunet.cache.store import remove_leftovers
 from fastnnunet.errors import BuildError, FastnnUNetError
 
 log = logging.getLogger(__name__)
 
 DEVIATION_CASES = 3
+IN_PROCESS_CASES = 3  # one being labelled, one waiting, one being committed
 
 
 class CasesFailedError(BuildError):
@@ -66,13 +69,20 @@ def build_cache(
     cases and replaces those among them that are damaged. A case that needs more than `memory_limit_bytes` beyond the
     teacher's weights and activations is refused before anything runs (SpecError).
 
-    A case that fails does not stop the others; at the end CasesFailedError names each with its reason. Full disks and
-    lost clusters stop the build at once (DiskSpaceError, BuildError). In every event what was committed stays and the
-    same call resumes.
+    A case that fails does not stop the others; at the end CasesFailedError names each with its reason. Full disks, lost
+    clusters and object stores that do not answer stop the build at once (DiskSpaceError, BuildError, StorageError). In
+    every event what was committed stays and the same call resumes.
     """
     todo = job.todo(only)
     if todo:
-        require_space(job, todo)
+        if workers > 0 or scheduler is not None:
+            require_shared(job.root)
+        require_root(job.root)
+        try:
+            require_writable(job.root)
+        except OSError as e:
+            raise write_error(e, job.root) from e
+        require_space(job, todo, at_once=max(workers, IN_PROCESS_CASES))
         require_memory(job, todo, memory_limit_bytes)
     else:
         cache = job.create({})

@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeVar
 from fastnnunet.cache.interfaces import Teacher, TeacherFactory
 from fastnnunet.cache.label import CaseTask, label_case
 from fastnnunet.cache.manifest import Manifest
-from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError
+from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, StorageError
 
 SCHEDULER_TIMEOUT_S = 30
+WORKERS_TIMEOUT_S = 300  # clusters that grow on demand take their time
 
 T = TypeVar("T")
 Outcome = tuple[str, Manifest | FastnnUNetError]
@@ -85,9 +86,10 @@ class Cluster:
         self._client, self._key, self._factory, self._threads = client, key, factory, threads
 
     def ask(self, question: Callable[[Teacher], T]) -> T:
-        answer: T = self._client.submit(
-            _ask_in_worker, self._key, self._factory, self._threads, question, pure=False
-        ).result()
+        with _connection(self._client):
+            answer: T = self._client.submit(
+                _ask_in_worker, self._key, self._factory, self._threads, question, pure=False
+            ).result()
         return answer
 
     def label(self, tasks: Sequence[CaseTask]) -> Iterator[Outcome]:
@@ -104,7 +106,8 @@ class Cluster:
             for future in as_completed(futures):
                 case = futures[future].case_id
                 try:
-                    outcome = _case_outcome(future.result)
+                    with _connection(self._client):
+                        outcome = _case_outcome(future.result)
                 except KilledWorker as e:
                     raise BuildError(
                         f"workers died again and again while labelling case {case}, usually for lack of memory\n"
@@ -135,6 +138,9 @@ def _ask_in_worker(key: str, factory: TeacherFactory, threads: int, question: Ca
 
 
 def _label_in_worker(task: CaseTask) -> Manifest:
+    """Label one case, unless a worker that died before it could say so has stored it."""
+    if task.cache.problem(task.case_id, deep=True) is None and (stored := task.cache.manifest(task.case_id)):
+        return stored
     with ThreadPoolExecutor(1, "encode") as encoder:
         return label_case(task, _worker_teacher(task.cache.key, task.factory, task.threads), encoder)()
 
@@ -143,10 +149,39 @@ def _case_outcome(run: Callable[[], T]) -> T | FastnnUNetError:
     """The result, or the error when it concerns this case alone; an error that would hit every case is raised."""
     try:
         return run()
-    except DiskSpaceError:
+    except (DiskSpaceError, StorageError):
         raise
     except FastnnUNetError as e:
         return e
+
+
+@contextmanager
+def _connection(client: Any) -> Iterator[None]:
+    """A lost scheduler becomes a BuildError."""
+    from distributed import CancelledError
+    from distributed.comm import CommClosedError
+
+    try:
+        yield
+    except (CancelledError, CommClosedError) as e:
+        raise BuildError(
+            f"the connection to the dask scheduler at {client.scheduler.address} is lost\n"
+            "see why it ended, start it again, and run the same command again; finished cases are kept"
+        ) from e
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """dask logs every attempt to reconnect; what matters is raised here."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -161,7 +196,14 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
                 f"no dask scheduler answers at {scheduler} ({e})\n"
                 "expected an address such as tcp://host:8786; start one with: dask scheduler"
             ) from e
-        with client:
+        with _without_tracebacks(), client:
+            try:
+                client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
+            except TimeoutError as e:
+                raise BuildError(
+                    f"the dask scheduler at {scheduler} has had no worker for {WORKERS_TIMEOUT_S} s\n"
+                    f"start some: dask worker {scheduler} --nthreads 1"
+                ) from e
             yield client
         return
     with (

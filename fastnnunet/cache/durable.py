@@ -39,7 +39,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     fsync_file(path.parent)
 
 
-def write_error(error: OSError, path: Path) -> FastnnUNetError:
+def write_error(error: OSError, path: object) -> FastnnUNetError:
     """The error a user should see for a failed write."""
     if error.errno in NO_ROOM:
         return DiskSpaceError(

@@ -1,10 +1,10 @@
 """Finding the cache a training needs, or saying exactly why there is none."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from fastnnunet.cache.folder import CacheFolder, cache_folders, open_cache
 from fastnnunet.cache.identity import Identity, cache_name
+from fastnnunet.cache.storage import Place
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.specs.canonical import differences
 
@@ -12,8 +12,8 @@ NAMED_AT_MOST = 10
 
 
 def find_cache(
-    root: Path, identity: Identity, *, build_command: str, case_digests: Mapping[str, str] | None = None
-) -> Path:
+    root: Place, identity: Identity, *, build_command: str, case_digests: Mapping[str, str] | None = None
+) -> Place:
     """The folder of the complete cache with exactly this identity under `root`.
 
     `build_command` is what would build it, quoted in the errors; `case_digests`, when given, lets them name the cases
@@ -47,7 +47,7 @@ def find_cache(
     )
 
 
-def _readable(folder: Path) -> CacheFolder | None:
+def _readable(folder: Place) -> CacheFolder | None:
     try:
         return open_cache(folder)
     except (CorruptError, NotFoundError):

@@ -1,5 +1,7 @@
 """The folder of one cache: `<root>/<first 16 digits of the key>/`, a Zarr v3 group with one array per case.
 
+The root is a folder of this machine or a prefix of an object store (`storage.py`).
+
 zarr.json                  group; attributes: key, identity, spec, cases, provenance, a digest of all that
 <case>/zarr.json           array (stored channels, Z, Y, X), uint8 or float16
 <case>/c/0/0/0/0           its only shard
@@ -8,25 +10,31 @@ zarr.json                  group; attributes: key, identity, spec, cases, proven
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastnnunet.cache.codecs import Codec, LogitGapU8, codec_of_identity
 from fastnnunet.cache.durable import write_atomically, write_error
 from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fastnnunet.cache.shard import SHARD_NAME
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.cache.storage import ObjectPath, Place, sha256_at, size_bytes
+from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
+from fastnnunet.specs.canonical import sha256_of, to_plain
 from fastnnunet.specs.load import build_spec
 
 GROUP_NAME = "zarr.json"
 ARRAY_NAME = "zarr.json"
+CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
+REQUESTS_AT_ONCE = 16
+
+T = TypeVar("T")
 RECORDED_PACKAGES = ("fastnnunet", "numpy", "torch", "nnunetv2", "zarr", "numcodecs", "openvino")
 
 
@@ -34,7 +42,7 @@ RECORDED_PACKAGES = ("fastnnunet", "numpy", "torch", "nnunetv2", "zarr", "numcod
 class CacheFolder:
     """An opened cache. Holds no file handle; safe to pickle and to share."""
 
-    path: Path
+    path: Place
     key: str
     identity: Identity
     spec: CacheSpec
@@ -73,7 +81,7 @@ class CacheFolder:
             )
         return codec
 
-    def case_dir(self, case_id: str) -> Path:
+    def case_dir(self, case_id: str) -> Place:
         return self.path / case_id
 
     def manifest(self, case_id: str) -> Manifest | None:
@@ -103,12 +111,26 @@ class CacheFolder:
 
     def missing_cases(self) -> list[str]:
         """Cases that are not stored, or visibly damaged (a rebuild replaces those)."""
-        return [case for case in self.cases if self.problem(case) is not None]
+        return [case for case, problem in self.problems(self.cases).items() if problem is not None]
 
     def stored_manifests(self) -> list[Manifest]:
         """The manifests of all cases that count as stored."""
-        stored = (self.manifest(case) for case in self.cases if self.problem(case) is None)
+        stored = self._of_each(
+            self.manifest, [c for c, problem in self.problems(self.cases).items() if problem is None]
+        )
         return [manifest for manifest in stored if manifest is not None]
+
+    def problems(self, case_ids: Iterable[str]) -> dict[str, str | None]:
+        """`problem` of several cases."""
+        cases = list(case_ids)
+        return dict(zip(cases, self._of_each(self.problem, cases), strict=True))
+
+    def _of_each(self, question: Callable[[str], T], case_ids: list[str]) -> list[T]:
+        """The answers in order; an object store, which answers slowly, is asked about many cases at once."""
+        if not isinstance(self.path, ObjectPath):
+            return [question(case) for case in case_ids]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(question, case_ids))
 
     def problem(self, case_id: str, *, deep: bool = False) -> str | None:
         """Why a case does not count as stored, None when it does.
@@ -124,19 +146,19 @@ class CacheFolder:
         folder = self.case_dir(case_id)
         shard = folder / SHARD_NAME
         try:
-            if sha256_of_file(folder / ARRAY_NAME) != manifest.array_sha256:
+            if sha256_at(folder / ARRAY_NAME) != manifest.array_sha256:
                 return f"{folder / ARRAY_NAME} was changed (its digest does not match the manifest)"
-            if (size := shard.stat().st_size) != manifest.stored_bytes:
+            if (size := size_bytes(shard)) != manifest.stored_bytes:
                 return f"{shard} was truncated or changed: got {size} bytes, expected {manifest.stored_bytes}"
-            if deep and (got := sha256_of_file(shard)) != manifest.shard_sha256:
+            if deep and (got := sha256_at(shard)) != manifest.shard_sha256:
                 return f"{shard} was changed: got sha256 {got}, expected {manifest.shard_sha256}"
         except OSError as e:
-            return f"{e.filename} cannot be read ({e.strerror})"
+            return f"{e.filename or shard} cannot be read ({e.strerror or e})"
         return None
 
 
 def create_cache(
-    root: Path, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], provenance: Mapping[str, Any]
+    root: Place, identity: Identity, spec: CacheSpec, cases: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> CacheFolder:
     """Open the cache with this identity under `root`, creating it when it is not there.
 
@@ -144,9 +166,7 @@ def create_cache(
     A second builder of the same cache finds and uses the first one's folder. Raises SpecError when `root` lies inside
     another cache or a case id cannot be a folder name, CorruptError when the existing cache is damaged.
     """
-    for folder in (root, *root.parents):
-        if (folder / GROUP_NAME).exists():
-            raise SpecError(f"root {root} is inside a Zarr store ({folder}); choose a folder outside any cache")
+    require_root(root)
     for case in cases:
         if not case or case.startswith(".") or "/" in case or "\\" in case or case == GROUP_NAME:
             raise SpecError(f"case id {case!r} cannot be used as a folder name")
@@ -169,15 +189,35 @@ def create_cache(
             "node_type": "group",
             "attributes": {"fastnnunet": {**body, "self_sha256": sha256_of(body)}},
         }
+        document = json.dumps(group, indent=1, sort_keys=True).encode()
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / GROUP_NAME, json.dumps(group, indent=1, sort_keys=True).encode())
+            if isinstance(path, ObjectPath):
+                (path / GROUP_NAME).put(document)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                write_atomically(path / GROUP_NAME, document)
         except OSError as e:
             raise write_error(e, path) from e
     return open_cache(path)
 
 
-def open_cache(path: Path) -> CacheFolder:
+def require_root(root: Place) -> None:
+    """Raise SpecError when `root` lies inside a cache or another Zarr store."""
+    for folder in (root, *root.parents):
+        try:
+            inside = (folder / GROUP_NAME).exists()
+        except StorageError:
+            if folder == root:
+                raise
+            continue  # keys of an object store often reach no further up than one prefix
+        if inside:
+            raise SpecError(
+                f"root {root} is inside a Zarr store\n  got      {folder / GROUP_NAME}\n"
+                "  expected no such file in the root or above it\nchoose a folder outside any cache with --root"
+            )
+
+
+def open_cache(path: Place) -> CacheFolder:
     """Open a cache folder for reading.
 
     Raises NotFoundError when there is none, CorruptError when its metadata was changed or is of a newer format.
@@ -193,8 +233,9 @@ def open_cache(path: Path) -> CacheFolder:
         body = raw["attributes"]["fastnnunet"]
         version = body["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise CorruptError(
-                f"cache {path} has format version {version}, this fastnnunet reads up to {FORMAT_VERSION}; "
+            raise NewerFormatError(
+                f"cache {path} was written by a newer fastnnunet\n"
+                f"  got      format version {version}\n  expected at most {FORMAT_VERSION}\n"
                 "update fastnnunet"
             )
         declared = body.pop("self_sha256")
@@ -221,12 +262,15 @@ def open_cache(path: Path) -> CacheFolder:
     return folder
 
 
-def cache_folders(root: Path) -> Iterable[Path]:
+def cache_folders(root: Place) -> Iterable[Place]:
     """Folders under `root` that look like caches, by name; empty when `root` does not exist."""
+    if isinstance(root, ObjectPath):
+        named = [root / name for name in root.names() if CACHE_NAME.fullmatch(name)]
+        return [folder for folder in named if (folder / GROUP_NAME).exists()]
     return sorted(file.parent for file in root.glob(f"*/{GROUP_NAME}"))
 
 
-def _damaged(path: Path, reason: str) -> str:
+def _damaged(path: Place, reason: str) -> str:
     return f"cache {path} is damaged: {reason}\nremove the folder and build the cache again (fastnnunet cache build)"
 
 

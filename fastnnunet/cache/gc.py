@@ -4,35 +4,25 @@ A builder holds a lock on the folder it writes, so what can be locked in `.parti
 have no lock: there a thing counts as left behind when it has not changed for `STALE_S`.
 """
 
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from fastnnunet.cache.folder import GROUP_NAME, CacheFolder, cache_folders, open_cache
-from fastnnunet.cache.identity import KEY_CHARS_IN_NAME
+from fastnnunet.cache.folder import CACHE_NAME, GROUP_NAME, CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.gc_objects import collect_objects
+from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.manifest import MANIFEST_NAME
-from fastnnunet.cache.store import PARTIAL, locked
+from fastnnunet.cache.storage import ObjectPath, Place
+from fastnnunet.cache.store import locked, partial_folder
 from fastnnunet.errors import BuildError, CorruptError
 
 STALE_S = 3600
-_CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leftover:
-    """One thing that was removed, or would be."""
-
-    path: Path
-    reason: str
-    size_bytes: int
 
 
 def collect_garbage(
-    root: Path, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
+    root: Place, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
 ) -> list[Leftover]:
     """Remove the leftovers under `root`, the folder that holds caches, and return them.
 
@@ -40,20 +30,24 @@ def collect_garbage(
     With `damaged` every shard is read, and committed cases that no longer match their manifest go too; `cache build`
     makes them again. Valid cases, caches whose own metadata is damaged, and files this project does not write are never
     touched. `dry_run` removes nothing. `progress` gets the name of each case looked at.
-    Raises BuildError when something cannot be removed.
+    In an object store, where nothing can be locked, only what is older than a day goes
+    (`gc_objects.py`). Raises BuildError when something cannot be removed, StorageError when a store does not answer.
     """
     try:
-        found = [_partial(folder, dry_run) for folder in sorted((root / PARTIAL).glob("*"))]
+        found = [_partial(folder, dry_run) for folder in sorted(partial_folder(root).glob("*"))]
+        if isinstance(root, ObjectPath):
+            found += collect_objects(root, damaged=damaged, dry_run=dry_run, progress=progress)
+            return [leftover for leftover in found if leftover is not None]
         for folder in sorted(root.glob("*")):
-            if _CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
+            if CACHE_NAME.fullmatch(folder.name) and folder.is_dir():
                 found += _unfinished_metadata(folder, dry_run)
-        for folder in cache_folders(root):
+        for place in cache_folders(root):
             try:
-                cache = open_cache(folder)
+                cache = open_cache(place)
             except CorruptError:
                 continue  # nothing in it can be judged; `cache list` shows it as damaged
             for case_id in cache.cases:
-                found.append(_case(cache, case_id, damaged, dry_run))
+                found.append(_case(cache, root / place.name / case_id, damaged, dry_run))
                 if progress is not None:
                     progress(case_id)
     except OSError as e:
@@ -64,7 +58,7 @@ def collect_garbage(
 
 
 def _partial(folder: Path, dry_run: bool) -> Leftover | None:
-    if not _CACHE_NAME.match(folder.name) or not folder.is_dir():
+    if not CACHE_NAME.match(folder.name) or not folder.is_dir():
         return None  # not ours
     try:
         with locked(folder):
@@ -91,8 +85,8 @@ def _unfinished_metadata(folder: Path, dry_run: bool) -> list[Leftover]:
     return found
 
 
-def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Leftover | None:
-    folder = cache.case_dir(case_id)
+def _case(cache: CacheFolder, folder: Path, damaged: bool, dry_run: bool) -> Leftover | None:
+    case_id = folder.name
     if not folder.is_dir() or folder.is_symlink():
         return None
     committed = (folder / MANIFEST_NAME).exists()
@@ -108,14 +102,15 @@ def _case(cache: CacheFolder, case_id: str, damaged: bool, dry_run: bool) -> Lef
     )
     if dry_run:
         return leftover
-    return leftover if _remove_case(cache, case_id) else None
+    return leftover if _remove_case(cache, folder) else None
 
 
-def _remove_case(cache: CacheFolder, case_id: str) -> bool:
+def _remove_case(cache: CacheFolder, folder: Path) -> bool:
     """Remove a bad case at one stroke; False when a builder works on it or has just replaced it."""
-    folder = cache.case_dir(case_id)
-    (cache.path.parent / PARTIAL).mkdir(exist_ok=True)
-    doomed = cache.path.parent / PARTIAL / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
+    case_id = folder.name
+    partial = partial_folder(folder.parent.parent)
+    partial.mkdir(exist_ok=True)
+    doomed = partial / f"{cache.path.name}.{case_id}.gc.{secrets.token_hex(6)}"
     try:
         with locked(folder):
             judged = folder.stat().st_ino

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastnnunet.cache.folder import CacheFolder, create_cache, open_cache
 from fastnnunet.cache.identity import Identity, build_identity, cache_name, digest_cases
 from fastnnunet.cache.interfaces import CaseSource, TeacherFactory
+from fastnnunet.cache.storage import Place
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec
 
@@ -19,13 +19,13 @@ class CacheJob:
     source: CaseSource
     factory: TeacherFactory
     spec: CacheSpec
-    root: Path
+    root: Place
     cases: dict[str, str]  # case id -> digest of the preprocessed image
     identity: Identity
     command: str  # what a person types to run this build
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Where the cache is or will be."""
         return self.root / cache_name(self.identity)
 
@@ -52,7 +52,11 @@ class CacheJob:
         names = list(dict.fromkeys(only)) if only is not None else list(self.cases)
         cache = self.open()
         if cache is not None:
-            names = [case for case in names if cache.problem(case, deep=only is not None) is not None]
+            if only is None:
+                problems = cache.problems(names)
+            else:
+                problems = {case: cache.problem(case, deep=True) for case in names}
+            names = [case for case in names if problems[case] is not None]
         return sorted(names, key=lambda case: (-self.voxels(case), case))
 
     def voxels(self, case_id: str) -> int:
@@ -64,7 +68,7 @@ def prepare_job(
     source: CaseSource,
     factory: TeacherFactory,
     spec: CacheSpec,
-    root: Path,
+    root: Place,
     *,
     command: str,
     progress: Callable[[int, int], None] | None = None,

@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from fastnnunet.cache.storage import Place
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.canonical import canonical_json, sha256_of, to_plain
 from fastnnunet.specs.load import build_spec
@@ -47,7 +47,7 @@ def manifest_text(manifest: Manifest) -> str:
     return canonical_json({**plain, "self_sha256": sha256_of(plain)})
 
 
-def read_manifest(case_dir: Path) -> Manifest | None:
+def read_manifest(case_dir: Place) -> Manifest | None:
     """The manifest of a case, None when there is none. Raises CorruptError when it was damaged or changed."""
     path = case_dir / MANIFEST_NAME
     try:

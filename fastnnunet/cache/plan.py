@@ -12,6 +12,7 @@ from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import MAX_PENDING_BLOCKS
 from fastnnunet.cache.shard import chunk_for
+from fastnnunet.cache.storage import HOME_VARIABLE, Place, local_home
 from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 
@@ -27,7 +28,7 @@ MEMORY_LIMIT_BYTES = 4 << 30  # of one worker, beyond the teacher's weights and 
 class CachePlan:
     """What `cache plan` prints."""
 
-    path: Path
+    path: Place
     key: str
     cases: int
     cases_todo: int
@@ -35,7 +36,7 @@ class CachePlan:
     bytes_estimated: int
     bytes_per_voxel: float
     bytes_measured: bool  # estimated from cases that are already stored, not from the rule
-    bytes_free: int
+    bytes_free: int | None  # None: an object store, which has no end
     memory_per_worker: int  # beyond the teacher's weights and activations
     tiles_todo: int
     seconds_per_patch: float | None
@@ -61,7 +62,7 @@ def plan_cache(
         bytes_estimated=_estimated_bytes(job, todo),
         bytes_per_voxel=per_voxel,
         bytes_measured=measured,
-        bytes_free=free_bytes(job.root),
+        bytes_free=free_bytes(job.root) if isinstance(job.root, Path) else None,
         memory_per_worker=max((_case_memory(job, case) for case in todo), default=0),
         tiles_todo=tiles,
         seconds_per_patch=per_patch,
@@ -70,15 +71,22 @@ def plan_cache(
     )
 
 
-def require_space(job: CacheJob, todo: Sequence[str]) -> None:
-    """Raise DiskSpaceError when the file system of the root has too little room for these cases."""
-    needed = int(_estimated_bytes(job, todo) * SPACE_MARGIN)
-    free = free_bytes(job.root)
+def require_space(job: CacheJob, todo: Sequence[str], *, at_once: int = 1) -> None:
+    """Raise DiskSpaceError when there is too little room for these cases.
+
+    A local root must hold them all. For an object store this machine holds only those being written, `at_once` of them.
+    """
+    if isinstance(job.root, Path):
+        folder, written, mend = job.root, list(todo), "choose another place with --root"
+    else:
+        folder, written, mend = local_home(), list(todo)[:at_once], f"choose another folder with {HOME_VARIABLE}"
+    needed = int(_estimated_bytes(job, written) * SPACE_MARGIN)
+    free = free_bytes(folder)
     if free < needed:
         raise DiskSpaceError(
-            f"not enough disk space under {job.root} for {len(todo)} cases\n"
+            f"not enough disk space under {folder} for {len(written)} cases\n"
             f"  got      {free / 1e9:.3f} GB free\n  expected {needed / 1e9:.3f} GB\n"
-            "free some space, choose another place with --root, or build fewer cases with --case"
+            f"free some space, {mend}, or build fewer cases with --case"
         )
 
 

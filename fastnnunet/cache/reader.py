@@ -17,19 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.cache.codecs import Codec
+from fastnnunet.cache.fetch import drop_damaged_copy, shard_file
 from fastnnunet.cache.folder import ARRAY_NAME, CacheFolder, open_cache
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.shard import (
     ABSENT,
-    SHARD_NAME,
     ShardLayout,
     decode_chunk,
     index_crc32c,
     layout_of_document,
     parse_index,
 )
-from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.cache.storage import Place, place_at
+from fastnnunet.errors import CorruptError, FastnnUNetError, NotFoundError
 
 MAX_OPEN_CASES = 256  # mapped shards kept per process
 
@@ -46,14 +47,16 @@ class OpenCase:
 class SoftLabelReader:
     """Reads stored soft labels of one cache; see `read_patch`."""
 
-    def __init__(self, cache_dir: Path, temperature: float | None = None) -> None:
-        """Open the cache's metadata. Raises NotFoundError or CorruptError (see `open_cache`).
+    def __init__(self, cache_dir: str | Place, temperature: float | None = None, fetched: Path | None = None) -> None:
+        """Open the cache's metadata. Raises NotFoundError, CorruptError (see `open_cache`) or StorageError.
 
         `temperature` is what `to_probabilities` decodes at: None for the cache's own, one of its range for
-        logit_gap_u8. Raises MismatchError when the cache cannot serve it.
+        logit_gap_u8. Raises MismatchError when the cache cannot serve it. Shards of a remote cache are kept in
+        `fetched` (None: see `fetch.py`).
         """
-        self.cache: CacheFolder = open_cache(Path(cache_dir))
+        self.cache: CacheFolder = open_cache(place_at(cache_dir))
         self.temperature = temperature
+        self._fetched = fetched
         self.codec: Codec = self.cache.codec_at(temperature)
         self._open = lru_cache(maxsize=MAX_OPEN_CASES)(self._open_case)
 
@@ -61,7 +64,8 @@ class SoftLabelReader:
         return SoftLabelReader, (
             self.cache.path,
             self.temperature,
-        )  # maps and indices are opened again in the other process
+            self._fetched,
+        )  # the other process opens and maps anew
 
     @property
     def key(self) -> str:
@@ -130,8 +134,10 @@ class SoftLabelReader:
         folder = self.cache.case_dir(case_id)
         try:
             document = (folder / ARRAY_NAME).read_bytes()
-            with (folder / SHARD_NAME).open("rb") as f:
+            with shard_file(folder, manifest, self._fetched).open("rb") as f:
                 shard = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except FastnnUNetError:
+            raise
         except (OSError, ValueError) as e:  # ValueError: an empty file cannot be mapped
             raise CorruptError(f"{folder} cannot be read ({e})") from e
         if hashlib.sha256(document).hexdigest() != manifest.array_sha256:
@@ -150,6 +156,9 @@ class SoftLabelReader:
         return OpenCase(layout, index.reshape(*layout.grid, 2), shard)
 
     def _corrupt(self, case_id: str, reason: str) -> CorruptError:
+        if copy_problem := drop_damaged_copy(self.cache, case_id, self._fetched):
+            self._open.cache_clear()  # it maps the removed copy
+            return CorruptError(f"soft labels of case {case_id} in {self.cache.path}: {copy_problem}")
         return CorruptError(
             f"soft labels of case {case_id} in {self.cache.path} are damaged: {reason}\n"
             f"rebuild this case with: {self.cache.rebuild_command(case_id)}"

@@ -3,6 +3,9 @@
 The case is written into a folder of its own under `<root>/.partial/`, read back in full with zarr-python and compared,
 given its manifest, flushed to disk, and renamed into the cache. A kill at any moment loses at most this one case. Two
 builders of the same cache do no harm: the second to finish a case finds it there and drops its own copy.
+
+An object store has neither renames nor locks. There a case is written and read back in a folder of this machine, then
+its files are uploaded and read back once more, the manifest last: until then the case does not exist.
 """
 
 import fcntl
@@ -32,6 +35,7 @@ from fastnnunet.cache.shard import (
     layout_for,
     parse_index,
 )
+from fastnnunet.cache.storage import ObjectPath, Place, local_home
 from fastnnunet.errors import BuildError
 from fastnnunet.specs.canonical import canonical_json, sha256_of_file
 
@@ -73,9 +77,10 @@ class CaseWriter:
         self._crcs[number_zyx] = zlib.crc32(np.ascontiguousarray(stored).data)
 
     def commit(self, seconds: float) -> Manifest:
-        """Finish, read back, flush and rename into the cache; returns the manifest.
+        """Finish, read back, flush and rename into the cache, or upload; returns the manifest.
 
-        Raises BuildError when chunks are missing or what was read back differs from what was written.
+        Raises BuildError when chunks are missing or what was read back differs from what was written, StorageError when
+        it cannot be uploaded.
         """
         cache, case_id, folder = self._cache, self._case_id, self._folder
         codec, layout = cache.codec, self._layout
@@ -107,7 +112,10 @@ class CaseWriter:
         write_synced(folder / MANIFEST_NAME, manifest_text(manifest).encode())
         for directory in (*self._shard_file.parents[: len(Path(SHARD_NAME).parts) - 1], folder):
             fsync_file(directory)
-        _move_into_place(cache, case_id, folder)
+        if isinstance(cache.path, ObjectPath):
+            _upload(cache, case_id, folder, manifest)
+        else:
+            _move_into_place(cache.path, cache, case_id, folder)
         return manifest
 
     def close(self) -> None:
@@ -145,7 +153,7 @@ def case_writer(cache: CacheFolder, case_id: str, shape_zyx: Sequence[int]) -> I
             finally:
                 writer.close()
     except OSError as e:
-        raise write_error(e, cache.case_dir(case_id)) from e
+        raise write_error(e, partial_folder(cache.path.parent)) from e
 
 
 def remove_leftovers(cache: CacheFolder) -> list[str]:
@@ -154,7 +162,7 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
     A folder that a running builder holds is not touched.
     """
     removed = []
-    for folder in sorted((cache.path.parent / PARTIAL).glob(f"{cache.path.name}.*")):
+    for folder in sorted(partial_folder(cache.path.parent).glob(f"{cache.path.name}.*")):
         try:
             with locked(folder):
                 shutil.rmtree(folder)
@@ -164,8 +172,31 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
     return removed
 
 
-def _move_into_place(cache: CacheFolder, case_id: str, folder: Path) -> None:
+def partial_folder(root: Place) -> Path:
+    """Where the unfinished cases of the caches under `root` are: on its file system, or else on this machine."""
+    return root / PARTIAL if isinstance(root, Path) else local_home() / PARTIAL
+
+
+def _upload(cache: CacheFolder, case_id: str, folder: Path, manifest: Manifest) -> None:
+    """Put a finished case into an object store. Its manifest, put last, is what makes it exist."""
     target = cache.case_dir(case_id)
+    assert isinstance(target, ObjectPath)
+    if cache.problem(case_id, deep=True) is None:
+        return  # another builder was quicker; its bytes are the same
+    for name, expected in ((SHARD_NAME, manifest.shard_sha256), (ARRAY_NAME, manifest.array_sha256)):
+        (target / name).upload(folder / name)
+        if (got := (target / name).sha256()) != expected:
+            raise BuildError(
+                f"{target / name} reads back other bytes than were uploaded\n"
+                f"  got      sha256 {got}\n  expected sha256 {expected}\nrun the same command again"
+            )
+    (target / MANIFEST_NAME).put((folder / MANIFEST_NAME).read_bytes())
+    if problem := cache.problem(case_id):
+        raise BuildError(f"{problem}\nanother program writes there too? run the same command again")
+
+
+def _move_into_place(cache_path: Path, cache: CacheFolder, case_id: str, folder: Path) -> None:
+    target = cache_path / case_id
     if cache.problem(case_id, deep=True) is None:
         return  # another builder was quicker; its bytes are the same
     if target.exists():  # damaged: out of the way, into the folder that is deleted next
@@ -175,15 +206,15 @@ def _move_into_place(cache: CacheFolder, case_id: str, folder: Path) -> None:
     except OSError:
         if cache.problem(case_id, deep=True) is not None:
             raise
-    fsync_file(cache.path)
+    fsync_file(cache_path)
     shutil.rmtree(folder.with_name(folder.name + "-replaced"), ignore_errors=True)
 
 
 @contextmanager
 def _partial_folder(cache: CacheFolder, case_id: str) -> Iterator[Path]:
-    """A locked temporary folder on the cache's file system, gone afterwards unless it was renamed."""
-    parent = cache.path.parent / PARTIAL
-    parent.mkdir(exist_ok=True)
+    """A locked temporary folder in `partial_folder`, gone afterwards unless it was renamed."""
+    parent = partial_folder(cache.path.parent)
+    parent.mkdir(exist_ok=True, parents=True)
     with ExitStack() as stack:
         while True:
             folder = parent / f"{cache.path.name}.{case_id}.{os.getpid()}.{secrets.token_hex(6)}"

@@ -11,6 +11,7 @@ from fastnnunet.errors import NotFoundError, SpecError
 if TYPE_CHECKING:
     from fastnnunet.cache.folder import CacheFolder
     from fastnnunet.cache.job import CacheJob
+    from fastnnunet.cache.storage import Place
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,16 +27,20 @@ Folds = Annotated[list[str] | None, typer.Option("-f", "--fold", help="Teacher f
 Checkpoint = Annotated[str, typer.Option("-chk", "--checkpoint", help="Checkpoint file of every fold.")]
 SpecFile = Annotated[Path | None, typer.Option("--spec", help="Recipe (default: cache_specs/default.yaml's values).")]
 Temperature = Annotated[float | None, typer.Option("-temp", "--temp", help="Temperature; overrides the recipe's.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the caches (default: beside the cases).")]
+Root = Annotated[
+    str | None, typer.Option("--root", help="Folder of the caches, or s3://bucket/prefix (default: beside the cases).")
+]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
 MemoryLimit = Annotated[
     float, typer.Option("--memory-limit", min=0.1, help="GiB a worker may use beyond the teacher's weights.")
 ]
-LeftCache = Annotated[str, typer.Argument(metavar="A", help="Folder of a cache, or the first digits of its key.")]
+LeftCache = Annotated[
+    str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
+]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
-WhichCache = Annotated[str | None, typer.Argument(help="Folder of the cache, or the first digits of its key.")]
+WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
 @app.command("build")
@@ -113,12 +118,14 @@ def plan(
 
       fastnnunet cache plan -d 4 -c 3d_fullres --workers 2
     """
+    from fastnnunet.cache.folder import require_root
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cli.cache_view import print_plan
 
     job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
     workers, threads = _parallelism(workers, threads)
     todo = job.todo(case)
+    require_root(job.root)
     teacher = job.factory.load(threads) if timing and todo else None
     print_plan(plan_cache(job, teacher=teacher, workers=max(1, workers), only=case))
     if todo:
@@ -222,13 +229,14 @@ def _job(
     checkpoint: str,
     spec_file: Path | None,
     temperature: float | None,
-    root: Path | None,
+    root: str | None,
 ) -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     import dataclasses
     import shlex
 
     from fastnnunet.cache.job import prepare_job
+    from fastnnunet.cache.storage import place_at
     from fastnnunet.cli.cache_view import digest_progress
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.distill.soft_labels import build_command
@@ -237,6 +245,7 @@ def _job(
     from fastnnunet.specs.load import load_yaml_spec
     from fastnnunet.specs.teacher import TeacherSpec
 
+    place = None if root is None else place_at(root)
     teacher = TeacherSpec(
         dataset=dataset,
         configuration=configuration,
@@ -250,10 +259,10 @@ def _job(
         if recipe.temperature_range is not None:
             raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
         recipe = dataclasses.replace(recipe, temperature=temperature)
-    command = build_command(teacher, recipe, spec_file) + ("" if root is None else f" --root {shlex.quote(str(root))}")
+    command = build_command(teacher, recipe, spec_file) + ("" if root is None else f" --root {shlex.quote(root)}")
     source, factory, default_root = open_teacher(teacher, recipe)
     with digest_progress() as progress:
-        return prepare_job(source, factory, recipe, root or default_root, command=command, progress=progress)
+        return prepare_job(source, factory, recipe, place or default_root, command=command, progress=progress)
 
 
 def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
@@ -269,30 +278,44 @@ def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
     return workers, threads or max(1, cpus // max(1, workers))
 
 
-def _roots(dataset: str | None, root: Path | None) -> list[Path]:
+def _roots(dataset: str | None, root: str | None) -> "list[Place]":
     """`root`, or the folders of caches beside the preprocessed cases of one or all data sets."""
+    from fastnnunet.cache.storage import place_at
     from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
 
     if root is not None:
-        if not root.is_dir():
-            raise NotFoundError(f"--root {root} is not a folder")
-        return [root]
+        place = place_at(root)
+        if not place.is_dir():
+            raise NotFoundError(_no_place(place))
+        return [place]
     base = nnunet_folder("nnUNet_preprocessed")
     name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return sorted(base.glob(f"{name}/fastnnunet_*"))
+    return [*sorted(base.glob(f"{name}/fastnnunet_*"))]
 
 
-def _all_folders(dataset: str | None, root: Path | None) -> list[Path]:
+def _no_place(place: "Place") -> str:
+    if isinstance(place, Path):
+        return f"--root {place} is not a folder"
+    return (
+        f"--root {place}: nothing is stored there, or there is no such bucket\n"
+        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build --root"
+    )
+
+
+def _all_folders(dataset: str | None, root: str | None) -> "list[Place]":
     """Every cache folder under `root`, or beside the preprocessed cases of one or all data sets."""
     from fastnnunet.cache.folder import cache_folders
 
     return [folder for caches in _roots(dataset, root) for folder in cache_folders(caches)]
 
 
-def _select(which: str | None, dataset: str | None, root: Path | None) -> "CacheFolder":
+def _select(which: str | None, dataset: str | None, root: str | None) -> "CacheFolder":
     """The cache meant by a path, by the start of a key, or by being the only one."""
     from fastnnunet.cache.folder import open_cache
+    from fastnnunet.cache.storage import place_at
 
+    if which is not None and "://" in which:
+        return open_cache(place_at(which))
     if which is not None and Path(which).is_dir():
         return open_cache(Path(which).resolve())
     folders = _all_folders(dataset, root)

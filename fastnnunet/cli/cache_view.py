@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -14,13 +13,14 @@ from rich.table import Table
 from fastnnunet.cache.build import CaseDone
 from fastnnunet.cache.find import case_differences
 from fastnnunet.cache.folder import CacheFolder, open_cache
-from fastnnunet.cache.gc import Leftover
 from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL
 from fastnnunet.cache.job import CacheJob
+from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import CachePlan
+from fastnnunet.cache.storage import Place
 from fastnnunet.cache.verify import CaseReport
-from fastnnunet.errors import CorruptError
+from fastnnunet.errors import CorruptError, NewerFormatError
 from fastnnunet.specs.canonical import differences, to_plain
 
 console = Console(highlight=False, soft_wrap=True)
@@ -56,6 +56,7 @@ def digest_progress() -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -76,12 +77,13 @@ class BuildProgress:
             TimeRemainingColumn(),
             console=console,
             speed_estimate_period=3600,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("loading the teacher", total=sum(map(job.voxels, todo)) or None)
 
     def __enter__(self) -> "BuildProgress":
         console.print(f"{self._stored} of {self._total} cases stored, {len(self._todo)} to do")
-        if self._todo and console.is_terminal:
+        if self._todo:
             self._progress.start()
         return self
 
@@ -115,6 +117,7 @@ class VerifyProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # off a terminal it would leave a blank line
         )
         self._task = self._progress.add_task("", total=total)
 
@@ -140,7 +143,7 @@ def print_plan(plan: CachePlan) -> None:
         ("cases", f"{plan.cases}, of which {plan.cases_todo} to do"),
         ("voxels to do", f"{plan.voxels_todo:,}"),
         ("disk", f"{size_text(plan.bytes_estimated)} ({plan.bytes_per_voxel:.2f} B/voxel, {source}); "
-                 f"free: {size_text(plan.bytes_free)}"),
+                 + ("object store" if plan.bytes_free is None else f"free: {size_text(plan.bytes_free)}")),
         ("memory", f"{size_text(plan.memory_per_worker)} per process at most, beside the teacher; x {plan.workers}"),
     ]  # fmt: skip
     if plan.seconds_estimated is not None and plan.seconds_per_patch is not None:
@@ -154,7 +157,7 @@ def print_plan(plan: CachePlan) -> None:
     _print_rows(rows)
 
 
-def print_list(folders: Sequence[Path]) -> None:
+def print_list(folders: Sequence[Place]) -> None:
     """One table per place, one line per cache."""
     if not folders:
         console.print("no caches")
@@ -168,9 +171,11 @@ def print_list(folders: Sequence[Path]) -> None:
         console.print(table)
 
 
-def _list_row(folder: Path) -> tuple[str, ...]:
+def _list_row(folder: Place) -> tuple[str, ...]:
     try:
         cache = open_cache(folder)
+    except NewerFormatError:
+        return folder.name, "", "[red]newer format[/red]"
     except CorruptError:
         return folder.name, "", "[red]damaged[/red]"
     stored = cache.stored_manifests()

@@ -9,6 +9,8 @@ from fastnnunet.errors import FastnnUNetError
 EXTRA_OF = {
     **dict.fromkeys(("torch", "nnunetv2", "zarr", "numcodecs", "google_crc32c", "dask", "distributed"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "matplotlib", "batchgenerators", "dynamic_network_architectures"), "train"),
+    "fsspec": "train",
+    "s3fs": "s3",
     "openvino": "openvino",
 }
 

@@ -30,7 +30,7 @@ def train(
     teacher_folds: Annotated[list[str] | None, typer.Option("-tf", help="Teacher folds [default: 0 1 2 3 4].")] = None,
     checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
     spec: Annotated[Path | None, typer.Option("--spec", help="Cache recipe, if not the default one.")] = None,
-    cache_root: Annotated[Path | None, typer.Option("--root", help="Where the caches are.")] = None,
+    cache_root: Annotated[str | None, typer.Option("--root", help="Where the caches are: folder or URL.")] = None,
     epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
@@ -57,6 +57,7 @@ def train(
     """
     import dataclasses
 
+    from fastnnunet.cache.storage import place_at
     from fastnnunet.distill.train import TrainingJob
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec, StudentSpec
@@ -65,6 +66,7 @@ def train(
 
     if resume and overwrite:
         raise SpecError("--continue and --overwrite exclude each other; give one")
+    place = None if cache_root is None else place_at(cache_root)
     teacher = TeacherSpec(
         dataset=dataset,
         configuration=configuration,
@@ -100,7 +102,7 @@ def train(
             fold=f,
             device=device,
             threads=threads,
-            cache_root=cache_root,
+            cache_root=place,
             cache_spec_file=spec,
         )
         for f in parse_folds(fold)

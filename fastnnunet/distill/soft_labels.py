@@ -14,6 +14,7 @@ from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.storage import Place
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.engines import EngineName, Precision
 from fastnnunet.nnunet.teacher import NnUNetTeacher
@@ -24,7 +25,7 @@ from fastnnunet.specs.teacher import TeacherSpec
 class CachedSoftLabels:
     """Random access to the float32 soft labels of a cache. Fork and spawn safe: the reader opens files on first use."""
 
-    def __init__(self, cache: Path, temperature: float | None = None) -> None:
+    def __init__(self, cache: Place, temperature: float | None = None) -> None:
         """`temperature` None = the cache's own. Raises MismatchError when the cache does not serve it."""
         self._reader = SoftLabelReader(cache, temperature)
         self.num_channels = self._reader.codec.num_targets
@@ -37,7 +38,7 @@ class CachedSoftLabels:
 
 
 def build_command(
-    teacher: TeacherSpec, spec: CacheSpec, spec_file: Path | None = None, root: Path | None = None
+    teacher: TeacherSpec, spec: CacheSpec, spec_file: Path | None = None, root: Place | None = None
 ) -> str:
     """The `fastnnunet cache build` command that makes this cache."""
     words = ["fastnnunet", "cache", "build", "-d", teacher.dataset, "-c", teacher.configuration]
@@ -60,7 +61,7 @@ def cache_job(
     teacher: TeacherSpec,
     spec: CacheSpec,
     *,
-    root: Path | None = None,
+    root: Place | None = None,
     spec_file: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CacheJob:
@@ -74,8 +75,8 @@ def cache_job(
 
 
 def cache_for_training(
-    teacher: TeacherSpec, spec: CacheSpec, root: Path | None = None, spec_file: Path | None = None
-) -> Path:
+    teacher: TeacherSpec, spec: CacheSpec, root: Place | None = None, spec_file: Path | None = None
+) -> Place:
     """The complete cache that fits data, plans, folds, checkpoints and recipe.
 
     Where precision or engine are `auto` a cache built with any fits, since it may come from another machine. A recipe

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet import __version__
+from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.engines import resolve_precision
@@ -41,7 +42,7 @@ class TrainingJob:
     device: str = "auto"
     threads: int | None = None
     cache_spec_file: Path | None = None  # only to quote it in messages
-    cache_root: Path | None = None  # where to look for the cache; None = beside the preprocessed data
+    cache_root: Place | None = None  # where to look for the cache; None = beside the preprocessed data
 
 
 @dataclass(frozen=True, kw_only=True)
