@@ -29,6 +29,8 @@ def run(shape, patch, step, chunk, values_of, dtype=np.float32):
             out[(slice(None), *inside)] = block
     assert not np.isnan(out).any()
     assert most <= window.peak_voxels
+    if all(n % c == 0 for n, c in zip(shape, chunk, strict=True)):
+        assert most == window.peak_voxels
     return out
 
 

@@ -68,16 +68,20 @@ class ChunkedWindow:
     @cached_property
     def peak_voxels(self) -> int:
         """The most voxels that ever wait at once, counted in whole chunks."""
-        waiting = peak = 0
-        left = self.tiles_per_chunk.copy()
-        for number in range(len(self.tiles)):
-            chunks = list(self.chunks_of(number))
-            waiting += sum(left[c] == self.tiles_per_chunk[c] for c in chunks)
-            peak = max(peak, waiting)
-            for c in chunks:
-                left[c] -= 1
-            waiting -= sum(left[c] == 0 for c in chunks)
-        return int(peak * np.prod(self.chunk))
+        positions = [len(axis) for axis in self.starts]
+        first, last = [], []  # per axis and chunk: the first and the last tile position that touches it
+        for axis, count in zip(self._reach, self.grid, strict=True):
+            touching = [[i for i, reach in enumerate(axis) if chunk in reach] for chunk in range(count)]
+            first.append([t[0] for t in touching])
+            last.append([t[-1] for t in touching])
+        begun, done = (
+            np.bincount(
+                np.ravel_multi_index(np.ix_(*map(np.array, ends)), positions).ravel(), minlength=len(self.tiles)
+            )
+            for ends in (first, last)
+        )
+        waiting = np.cumsum(begun) - np.cumsum(done) + done  # while a tile is added, what it completes is still there
+        return int(waiting.max() * np.prod(self.chunk))
 
 
 def chunked_window(
