@@ -15,7 +15,7 @@ from fastnnunet.geometry.grid import tile_slices
 from fastnnunet.geometry.padding import centre_padding, inner_slices
 from fastnnunet.nnunet.checkpoint import load_checkpoint, weights_digest
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.engines import cpu_has_bf16, resolve_engine
+from fastnnunet.nnunet.engines import TorchEngine, cpu_has_bf16, resolve_engine
 from fastnnunet.nnunet.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -105,6 +105,25 @@ def test_threads_change_nothing(world):
     shape = image_CZYX.shape[1:]
     one, two = (next(teacher.load(n).blocks(image_CZYX, (0,), shape))[1] for n in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+def test_a_batch_too_large_for_the_device_is_halved():
+    seen = []
+
+    class Small(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("no room")
+            return 2 * x
+
+    engine = TorchEngine({0: Small()}, "fp32", 1)
+    engine._batch = 8
+    tiles = np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1, 1)
+    np.testing.assert_array_equal(engine.logits(0, tiles), 2 * tiles)
+    assert seen == [8, 4, 2, 2, 2, 2]
+    engine.logits(0, tiles[:2])
+    assert seen[6:] == [2]
 
 
 def test_deviation_is_that_of_nnunets_predictor(world):

@@ -21,6 +21,7 @@ EngineName = Literal["torch", "openvino"]
 Fold = int | str
 
 OPENVINO_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")  # those whose deviation was measured
+LARGEST_BATCH = 8  # mirrored copies a GPU sees at once; halved where its memory is too small
 STREAM_BYTES = 64 << 20  # every thread has a stream of its own while the logits of all stay below this
 
 
@@ -74,15 +75,22 @@ class TorchEngine:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._networks = {fold: network.eval().to(self._device) for fold, network in networks.items()}
         self._bf16 = precision == "bf16"
+        # a CPU gains nothing from a batch and would hold the activations of all of it
+        self._batch = LARGEST_BATCH if self._device.type == "cuda" else 1
 
     def logits(self, fold: Fold, tiles_BC: np.ndarray) -> np.ndarray:
         import torch
 
         x = torch.from_numpy(tiles_BC).to(self._device)
-        # a CPU gains nothing from a batch and would hold the activations of all of it
-        parts = (x,) if self._device.type == "cuda" else x.split(1)
         with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return torch.cat([self._networks[fold](part).float() for part in parts]).cpu().numpy()
+            while True:
+                try:
+                    return torch.cat([self._networks[fold](p).float() for p in x.split(self._batch)]).cpu().numpy()
+                except torch.OutOfMemoryError:  # of the device; for good, since the next tile will be as large
+                    if self._batch == 1:
+                        raise
+                    self._batch //= 2
+                    torch.cuda.empty_cache()
 
 
 class OpenVINOEngine:
