@@ -19,6 +19,16 @@ json_values = st.recursive(
 )
 
 
+def test_contradictions_are_told_with_the_unknown_fields(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("temperature: -1\nlevel: 40\nencodng: float16\nmirroring: 3\n")
+    with pytest.raises(SpecError) as error:
+        load_yaml_spec(CacheSpec, path)
+    text = str(error.value)
+    assert "4 problem(s)" in text
+    assert all(f"- {start}" in text for start in ("temperature: got -1", "level: got 40", "unknown field 'encodng'"))
+
+
 def test_all_problems_at_once(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("temprature: 3\nstep_size: big\nchunk_zyx: [32, 32]\n")

@@ -24,6 +24,7 @@ from fastnnunet.errors import CorruptError, NewerFormatError
 from fastnnunet.specs.canonical import differences, to_plain
 
 console = Console(highlight=False, soft_wrap=True)
+TABLE_WIDTH = 200  # where there is no terminal and hence no width to fit into
 
 
 def size_text(size_bytes: float) -> str:
@@ -168,7 +169,7 @@ def print_list(folders: Sequence[Place]) -> None:
         for folder in group:
             table.add_row(*_list_row(folder))
         console.print(escape(f"{place}:"))
-        console.print(table)
+        (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(table)
 
 
 def _list_row(folder: Place) -> tuple[str, ...]:

@@ -42,11 +42,15 @@ def build_spec(cls: type[T], raw: dict[str, Any], where: str = "spec") -> T:
                 problems.append(f"field {name!r}: {e}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             problems.append(f"field {name!r} is missing")
+    try:
+        made = cls(**values)  # also when something is wrong already: contradictions among the rest are told as well
+    except SpecError as e:
+        problems += str(e).split("; ")
+    except TypeError:
+        if not problems:  # else a missing field, told above
+            raise
     if not problems:
-        try:
-            return cls(**values)
-        except SpecError as e:
-            problems.append(str(e))
+        return made
     raise SpecError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
 
 
