@@ -326,9 +326,10 @@ def digests_of(job, case):
 
 
 SCRIPT = """
-import pickle, sys
+import pickle, signal, sys
 from fastnnunet.cache.build import build_cache
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it
     print("ready", flush=True)
     build_cache(pickle.load(open(sys.argv[1], "rb")), workers=int(sys.argv[2]))
 """
