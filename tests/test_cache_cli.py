@@ -283,7 +283,6 @@ def test_recipes(recipe):
     named = {"default": CacheSpec(), "out_of_fold": CacheSpec(policy="out_of_fold")}
     named |= {"no_mirroring": CacheSpec(mirroring=False), "regions": CacheSpec(encoding="sigmoid_u8")}
     named |= {"levels_63": CacheSpec(levels=63), "levels_31": CacheSpec(levels=31)}
-    named |= {"levels_15": CacheSpec(levels=15)}
     named |= {"logit_gap": CacheSpec(encoding="logit_gap_u8", temperature_range=(1.0, 4.0))}
     named |= {"many_classes": CacheSpec(encoding="sparse_u8", tolerance=0.016, levels=63)}
     named |= {"float16": CacheSpec(encoding="float16")}

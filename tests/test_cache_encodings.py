@@ -21,7 +21,6 @@ CLASS_SPECS = {
     "simplex_u8": CacheSpec(level=3),
     "levels_63": CacheSpec(level=3, levels=63),
     "levels_31": CacheSpec(level=3, levels=31),
-    "levels_15": CacheSpec(level=3, levels=15),
     "sparse": CacheSpec(level=3, encoding="sparse_u8"),
     "sparse_tail": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.008),
     "sparse_63": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.016, levels=63),

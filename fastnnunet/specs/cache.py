@@ -15,7 +15,7 @@ class CacheSpec:
     temperature: float = 3.0  # not used with a temperature_range
     # sparse_u8: many classes; logit_gap_u8: many temperatures; sigmoid_u8: region-based models; float16: the reference
     encoding: Literal["simplex_u8", "sparse_u8", "logit_gap_u8", "sigmoid_u8", "float16"] = "simplex_u8"
-    levels: Literal[255, 63, 31, 15] = 255  # of simplex_u8 and sparse_u8: fewer levels, a smaller cache, bound 1/levels
+    levels: Literal[255, 63, 31] = 255  # of simplex_u8 and sparse_u8: fewer levels, a smaller cache, bound 1/levels
     tolerance: float = 0.0  # of sparse_u8: classes up to this probability are stored as one sum; 0: none
     temperature_range: tuple[float, float] | None = None  # of logit_gap_u8: lowest and highest T to train at
     policy: Literal["ensemble", "out_of_fold"] = "ensemble"  # out_of_fold: only folds that did not train on the case
@@ -39,11 +39,11 @@ class CacheSpec:
         problems = []
         if not 0.1 <= self.temperature <= 100:
             problems.append(f"temperature: got {self.temperature}, expected a number from 0.1 to 100")
-        if self.levels not in (255, 63, 31, 15) or (
+        if self.levels not in (255, 63, 31) or (
             self.levels != 255 and self.encoding not in ("simplex_u8", "sparse_u8")
         ):
             problems.append(
-                f"levels: got {self.levels}, expected 255, or 63, 31 or 15 with encoding: simplex_u8 or sparse_u8"
+                f"levels: got {self.levels}, expected 255, or 63 or 31 with encoding: simplex_u8 or sparse_u8"
             )
         if self.tolerance != 0 and not (
             self.encoding == "sparse_u8" and 1.001 / self.levels <= self.tolerance <= LARGEST_TOLERANCE

@@ -1,8 +1,8 @@
-"""Bytes per voxel and the largest stored error of a soft-label cache, read off its manifests.
+"""Bytes per voxel and the largest stored error of soft-label caches, read off their manifests.
 
 Example:
 
-    python -m tests.benchmarks.cache_size CACHE_FOLDER -o record.json
+    python -m tests.benchmarks.cache_size CACHE_FOLDER ... -o record.json
 """
 
 import argparse
@@ -15,16 +15,12 @@ from fastnnunet.cache.folder import open_cache
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """The record of one complete cache. Raises NotFoundError, CorruptError."""
+    """One cache's row. Raises NotFoundError, CorruptError."""
     cache = open_cache(folder)
     manifests = [m for case in cache.cases if (m := cache.manifest(case)) is not None]
     voxels = sum(math.prod(m.shape[1:]) for m in manifests)
     stored = sum(m.stored_bytes for m in manifests)
     return {
-        "what": "size and accuracy of a soft-label cache",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
         "key": cache.key,
         "soft_labels": cache.identity["soft_labels"],
         "cases": len(manifests),
@@ -36,14 +32,25 @@ def measure(folder: Path) -> dict[str, Any]:
         "max_error": max(m.max_error for m in manifests),
         "eps": cache.codec.eps,
         "teacher_seconds": sum(m.seconds for m in manifests),
+        "deviation": cache.provenance.get("deviation"),
     }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", type=Path, nargs="+")
     parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    record = measure(args.cache)
+    rows = [measure(folder) for folder in args.cache]
+    record = {
+        "what": "size and accuracy of soft-label caches",
+        "created": now_utc(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "caches": rows,
+    }
     write_json(args.o, record)
-    print(f"{record['cases']} cases, {record['bytes_per_voxel']:.3f} bytes per voxel, error {record['max_error']:.4f}")
+    for row in rows:
+        print(
+            f"{row['soft_labels']} {row['cases']} cases, {row['bytes_per_voxel']:.3f} B/voxel, {row['max_error']:.4f}"
+        )
