@@ -40,6 +40,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, nargs="+")
     parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("--note", default="", help="how the caches were made, if not by a plain build")
     args = parser.parse_args()
     rows = [measure(folder) for folder in args.cache]
     record = {
@@ -47,6 +48,7 @@ if __name__ == "__main__":
         "created": now_utc(),
         "hardware": hardware(),
         "versions": versions(),
+        "note": args.note,
         "caches": rows,
     }
     write_json(args.o, record)
