@@ -41,7 +41,7 @@ def train(
     mirroring: Annotated[
         bool, typer.Option("--mirroring", help="Let the student mirror at prediction (8x slower).")
     ] = False,
-    resume: Annotated[bool, typer.Option("--continue", "--c", help="Continue from the latest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--continue", "--c", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
     device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastnnunet.nnunet.trainer import StudentTrainer
 
 log = logging.getLogger(__name__)
-FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,11 @@ def train_student(
     if resume and (fold_folder / FINAL).is_file():
         trainer.resume(fold_folder / FINAL)
     else:
-        if resume and (fold_folder / LATEST).is_file():
-            trainer.resume(fold_folder / LATEST)
-            log.info("continuing at epoch %d", trainer.current_epoch)
+        for name in (LATEST, BEST):
+            if resume and (fold_folder / name).is_file():
+                trainer.resume(fold_folder / name)
+                log.info("continuing from %s at epoch %d", name, trainer.current_epoch)
+                break
         _run_epochs(trainer, progress)
     if validate and not (fold_folder / "validation" / "summary.json").is_file():
         _validate(trainer)
@@ -119,7 +121,7 @@ def run_folder(job: TrainingJob) -> Path:
 
 
 def _check_run_folder(fold_folder: Path, resume: bool, overwrite: bool) -> None:
-    existing = [n for n in (FINAL, LATEST) if (fold_folder / n).is_file()]
+    existing = [n for n in (FINAL, LATEST, BEST) if (fold_folder / n).is_file()]
     if existing and not (resume or overwrite):
         state = "finished" if FINAL in existing else "unfinished"
         raise MismatchError(
@@ -151,6 +153,7 @@ def _configure(
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
     trainer.initial_lr = spec.lr
     trainer.optimizer_name = spec.optimizer
+    trainer.seed = spec.seed
     trainer.save_every = 1  # students are small; a kill costs one epoch at most
     trainer.store_mirroring = spec.mirroring
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
@@ -199,5 +202,5 @@ def _seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed)  # nnU-Net's loaders draw from the global generator
+    np.random.seed(seed)
     torch.manual_seed(seed)

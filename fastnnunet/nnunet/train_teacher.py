@@ -51,6 +51,7 @@ def train_teacher(
     trainer.num_epochs, trainer.num_iterations_per_epoch = epochs, iterations_per_epoch
     trainer.num_val_iterations_per_epoch = val_iterations_per_epoch
     trainer.optimizer_name = optimizer
+    trainer.seed = seed
     trainer.initial_lr = initial_lr if initial_lr is not None else DEFAULT_LR[optimizer]
     trainer.save_every = 1
     trainer.store_mirroring = True

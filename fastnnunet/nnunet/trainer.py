@@ -17,9 +17,18 @@ import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from fastnnunet.errors import BuildError, MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.loading import (
+    EPOCH,
+    TRAINING,
+    VALIDATION,
+    loading_in_this_process,
+    ordered_batches,
+    seed_generators,
+)
 from fastnnunet.specs.canonical import differences
 
 StepReport = Callable[[int, dict[str, float], list[float]], None]
@@ -95,6 +104,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     store_mirroring = False
     optimizer_name = "sgd"
     bf16 = False
+    seed = 0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -128,6 +138,32 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         training, validation = (_SoftLabelDataset(d, self.soft_labels) for d in datasets)
         return training, validation
 
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
+        num_processes = get_allowed_n_proc_DA()
+        with loading_in_this_process():
+            plain = super().get_dataloaders()
+        streams = (
+            (TRAINING, self.num_iterations_per_epoch, num_processes),
+            (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
+        )
+        training, validation = (
+            ordered_batches(
+                augmenter.data_loader,
+                seed=self.seed,
+                stream=stream,
+                start=self.current_epoch * batches_per_epoch,
+                num_processes=processes,
+                pin_memory=self.device.type == "cuda",
+            )
+            for augmenter, (stream, batches_per_epoch, processes) in zip(plain, streams, strict=True)
+        )
+        return training, validation
+
+    def on_train_epoch_start(self) -> None:
+        seed_generators(self.seed, EPOCH, self.current_epoch)  # so that a checkpoint needs no generator states
+        super().on_train_epoch_start()
+
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_soft_labels(super().get_training_transforms(*args, **kwargs))
 
@@ -146,7 +182,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return tensor.to(self.device, non_blocking=True)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimiser step. Returns the losses as floats: `loss`, `hard` and `soft`."""
+        """One optimiser step. Returns `loss`, `hard`, `soft` and `gradient` (norm before clipping) as floats.
+
+        A loss or a gradient that is not finite leaves the weights as they are. With a gradient scaler the scaler skips
+        such gradients and lowers its scale, so `gradient` is 0 there.
+        """
         targets = [self._to_device(t) for t in batch["target"]]
         soft_NSZYX = targets.pop() if self.soft_labels is not None else None
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,17 +202,19 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+            gradient = 0.0
         else:
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-            self.optimizer.step()
-        return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item()}
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12).item()
+            if np.isfinite(loss.item()) and np.isfinite(gradient):
+                self.optimizer.step()
+        return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item(), "gradient": gradient}
 
     def run_epochs(self, report: StepReport | None = None) -> None:
         """Train from `current_epoch` to `num_epochs` and write checkpoint_final.pth.
 
         `report` gets (iteration in this epoch, losses, pseudo Dice of the last epoch) after every step. Raises
-        BuildError when the loss is no longer finite; the checkpoints of earlier epochs stay.
+        BuildError when loss, gradient or weights are no longer finite; the checkpoints of earlier epochs stay.
         """
         pseudo_dice: list[float] = []
         with nnunet_quiet():
@@ -185,14 +227,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 for iteration in range(self.num_iterations_per_epoch):
                     batch = next(self.dataloader_train)
                     losses.append(step := self.train_step(batch))
-                    if not np.isfinite(step["loss"]):
-                        raise BuildError(
-                            f"the loss became {step['loss']} in epoch {self.current_epoch}, iteration {iteration} "
-                            f"(cases {', '.join(map(str, batch['keys']))})\n"
-                            "the checkpoints of earlier epochs are kept; start over with a lower learning rate"
-                        )
+                    for name in ("loss", "gradient"):
+                        if not np.isfinite(step[name]):
+                            cases = ", ".join(map(str, batch["keys"]))
+                            raise self._diverged(f"the {name} became {step[name]}", f"{iteration} (cases {cases})")
                     if report is not None:
                         report(iteration + 1, step, pseudo_dice)
+                if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
+                    raise self._diverged("weights became nan or inf", str(iteration))
                 self.on_train_epoch_end(losses)
                 with torch.no_grad():
                     self.on_validation_epoch_start()
@@ -206,6 +248,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             for loader in (self.dataloader_train, self.dataloader_val):
                 if hasattr(loader, "_finish"):  # stops the loader's processes; a single-threaded loader has none
                     loader._finish()
+
+    def _diverged(self, what: str, iteration: str) -> BuildError:
+        kept = [n for n in ("checkpoint_latest.pth", "checkpoint_best.pth") if (Path(self.output_folder) / n).is_file()]
+        state = f"the last good checkpoint is {Path(self.output_folder) / kept[0]}" if kept else "no checkpoint yet"
+        return BuildError(
+            f"{what} in epoch {self.current_epoch}, iteration {iteration}\n{state}; "
+            "start over with a lower learning rate (--lr) or --precision fp32"
+        )
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
         if self.soft_labels is not None:
@@ -255,7 +305,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
+        # nnU-Net writes the latest checkpoint before it compares that epoch with the best one: compare here
+        self._best_ema = None
+        for ema in self.logger.get_value("ema_fg_dice", step=None):
+            if self._best_ema is None or ema > self._best_ema:
+                self._best_ema = ema
         self.current_epoch = checkpoint["current_epoch"]
 
 

@@ -45,6 +45,8 @@ class DistillSpec:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            problems.append(f"seed: got {self.seed}, expected at least 0")
         if self.initial_lr is not None and self.initial_lr <= 0:
             problems.append(f"initial_lr: got {self.initial_lr}, expected a positive number")
         if problems:
