@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +127,23 @@ def test_a_batch_too_large_for_the_device_is_halved():
     assert seen == [8, 4, 2, 2, 2, 2]
     engine.logits(0, tiles[:2])
     assert seen[6:] == [2]
+
+
+THREADS = """
+import os, numpy as np, torch
+from fastnnunet.nnunet.engines import OpenVINOEngine
+engine = OpenVINOEngine({0: torch.nn.Conv3d(1, 2, 3)}, "fp32", 1, (1, 8, 8, 8), 2)
+engine.logits(0, np.zeros((4, 1, 8, 8, 8), np.float32))
+print(sorted({len(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")}), len(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="thread affinities are those of Linux")
+def test_threads_are_not_pinned():
+    """Two workers with a thread each would otherwise compute on the same core."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    cpus = len(os.sched_getaffinity(0))
+    assert done.stdout.splitlines()[-1] == f"[{cpus}] {cpus}"
 
 
 def test_deviation_is_that_of_nnunets_predictor(world):

@@ -115,6 +115,7 @@ class OpenVINOEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "NUM_STREAMS": str(self._streams),
             "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # every process would pin its threads to the same first cores
         }
         self._queues: dict[Fold, Any] = {}
         for fold, network in networks.items():
