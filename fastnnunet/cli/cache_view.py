@@ -70,6 +70,7 @@ class BuildProgress:
         self._todo = todo
         self._stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)
         self._total = len(job.cases)
+        self._exists = job.open() is not None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -85,6 +86,8 @@ class BuildProgress:
     def __enter__(self) -> "BuildProgress":
         console.print(f"{self._stored} of {self._total} cases stored, {len(self._todo)} to do")
         if self._todo:
+            if not self._exists:
+                console.print("first, the teacher is compared with nnU-Net's own predictor on a few patches")
             self._progress.start()
         return self
 
