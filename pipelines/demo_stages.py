@@ -19,7 +19,8 @@ from fastnnunet.nnunet.train_teacher import train_teacher
 from fastnnunet.runtime.backends.base import available_cores, is_installed
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.demo_data import make_dataset
 from pipelines.steps import Report
@@ -161,7 +162,9 @@ def distil(demo: Demo, r: int, report: Report, fresh: bool) -> None:
     def advance(state: TrainingState) -> None:
         report((state.epoch * state.iterations + state.iteration) / (state.epochs * state.iterations))
 
-    train_student(student_job(demo, r), resume=not fresh, overwrite=fresh, validate=False, progress=advance)
+    job = student_job(demo, r)
+    resume = run_folder(job).is_dir() and not fresh
+    train_student(job, resume=resume, overwrite=fresh, validate=False, progress=advance)
 
 
 def is_distilled(demo: Demo, r: int) -> bool:

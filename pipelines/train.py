@@ -6,10 +6,11 @@ make train DATASET=4 CONFIG=3d_fullres FOLD=0 R="2 4" EXTRA="--epochs 60 --itera
 import argparse
 
 from fastnnunet.cli.train import run_job
-from fastnnunet.distill.train import TrainingJob
+from fastnnunet.distill.train import TrainingJob, run_folder
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
+from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.common import run
 
@@ -24,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
             cache=CacheSpec(),
             fold=args.fold,
         )
-        run_job(job, resume=True, overwrite=False, validate=True)
+        run_job(job, resume=run_folder(job).is_dir(), overwrite=False, validate=True)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ class TestRefusals:
 
     def test_no_student(self, world):
         refused(
-            run("export", "onnx", "-d", "998", "-f", "0", "-r", "3", "-o", "b"), "no student at", "fastnnunet train"
+            run("export", "onnx", "-d", "998", "-f", "0", "-r", "3", "-o", "b"),
+            "no student nnUNetPlans_r3",
+            "fastnnunet train",
         )
 
     def test_wrong_spec_file(self, world, tmp_path):

@@ -18,7 +18,8 @@ from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.loading import NumberedBatches, ordered_batches
 from fastnnunet.nnunet.trainer import StudentTrainer
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 TEACHER = TeacherSpec(dataset="998", folds=(0,))

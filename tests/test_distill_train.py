@@ -19,11 +19,12 @@ from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecErro
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.student import reduce_features
+from fastnnunet.nnunet.student import find_student, reduce_features
 from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.tiny import CONFIGURATION, DATASET
 
@@ -144,7 +145,8 @@ class TestTraining:
         )
         script = tmp_path / "stock.py"
         script.write_text(code)
-        options = f"-d 998 -c {CONFIGURATION} -p nnUNetPlans_r2_a0.3_T3 -f 0 -device cpu -npp 1 -nps 1".split()
+        plans = student_plans_name("nnUNetPlans", StudentSpec(r=2), SHORT)
+        options = f"-d 998 -c {CONFIGURATION} -p {plans} -f 0 -device cpu -npp 1 -nps 1".split()
         images, out = world / "raw" / DATASET / "imagesTs", tmp_path / "out"
         command = [sys.executable, str(script), "-i", str(images), "-o", str(out), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -164,7 +166,7 @@ class TestTraining:
 
     def test_control_needs_no_cache(self, world):
         folder = train_student(make_job(distill=dataclasses.replace(SHORT, alpha=0.0)), validate=False)
-        assert folder.parent.name == f"nnUNetTrainer__nnUNetPlans_r2_a0__{CONFIGURATION}"
+        assert folder.parent.name.startswith("nnUNetTrainer__nnUNetPlans_r2_a0_e2_i2")
         assert load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]["cache_key"] is None
 
     def test_resumed_run_equals_uninterrupted(self, world):
@@ -194,10 +196,28 @@ class TestTraining:
 
     def test_continue_with_other_hyperparameters(self, world):
         job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0))
-        train_student(job, validate=False)
+        folder = train_student(job, validate=False)
         other = make_job(distill=dataclasses.replace(SHORT, alpha=0.0, epochs=3, initial_lr=0.5))
-        with pytest.raises(MismatchError, match=r"(?s)distill.epochs: 2 -> 3.*distill.initial_lr"):
+        with pytest.raises(MismatchError, match=r"(?s)there is no run .*distill.epochs: 2 -> 3.*distill.initial_lr"):
             train_student(other, resume=True, validate=False)
+        assert not run_folder(other).exists()
+        # what the name does not say is compared with the checkpoint
+        changed = dataclasses.replace(job.distill, val_iterations_per_epoch=7)
+        with pytest.raises(MismatchError, match=r"(?s)trained differently.*distill.val_iterations_per_epoch"):
+            train_student(make_job(distill=changed), resume=True, validate=False)
+        assert train_student(other, validate=False) != folder
+
+    def test_export_finds_the_only_run_or_asks(self, world):
+        spec = dataclasses.replace(SHORT, alpha=0.0, epochs=1)
+        for seed in (1, 2):
+            train_student(
+                make_job(student=StudentSpec(r=3), distill=dataclasses.replace(spec, seed=seed)), validate=False
+            )
+            if seed == 1:
+                found = find_student(DATASET, "nnUNetPlans", CONFIGURATION, StudentSpec(r=3), DistillSpec(alpha=0))
+                assert found.name.split("__")[1].endswith("_s1")
+        with pytest.raises(MismatchError, match=r"several students nnUNetPlans_r3_a0: .*_s1, .*_s2\nname one"):
+            find_student(DATASET, "nnUNetPlans", CONFIGURATION, StudentSpec(r=3), DistillSpec(alpha=0))
 
     def test_loss_that_is_not_finite(self, world):
         job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0, initial_lr=1e30))

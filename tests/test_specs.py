@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import canonical_json, differences, sha256_of
-from fastnnunet.specs.distill import DistillSpec, StudentSpec, student_plans_name
+from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec, load_yaml_spec
+from fastnnunet.specs.student import StudentSpec, student_plans_name
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

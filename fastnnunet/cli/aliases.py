@@ -74,8 +74,9 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.distill.soft_labels import cache_for_training
     from fastnnunet.distill.train import TrainingJob, check_job
     from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
+    from fastnnunet.specs.student import StudentSpec
     from fastnnunet.specs.teacher import TeacherSpec
 
     settings = {
@@ -122,7 +123,8 @@ def _build_cache(job: "TrainingJob", reason: str) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from fastnnunet.cli.export import export_student
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.student import StudentSpec
 
     export_student(
         dataset=args.d,

@@ -8,7 +8,8 @@ import typer
 from fastnnunet.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.student import StudentSpec
 
 app = typer.Typer(no_args_is_help=True, help="Export a student for deployment; always validated on real patches.")
 
@@ -28,6 +29,9 @@ def onnx(
     alpha: Annotated[float, typer.Option("-a", "--alpha", help="As in training; names the student.")] = 0.3,
     temperature: Annotated[float, typer.Option("-temp", "--temperature", help="As in training.")] = 3.0,
     plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
+    student_plans: Annotated[
+        str | None, typer.Option("-spl", help="Name of the student's plans, when several students fit.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option("-chk", help="Checkpoint of the student.")] = "checkpoint_final.pth",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
 ) -> None:
@@ -39,7 +43,8 @@ def onnx(
 
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 -r 4 -o hippocampus_r4
     """
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.student import StudentSpec
 
     export_student(
         dataset=dataset,
@@ -51,6 +56,7 @@ def onnx(
         output=output,
         checkpoint=checkpoint,
         overwrite=overwrite,
+        student_plans=student_plans,
     )
 
 
@@ -66,21 +72,31 @@ def export_student(
     checkpoint: str,
     overwrite: bool,
     verbose: bool = True,
+    student_plans: str | None = None,
 ) -> Path:
-    """Export a student found by what it was trained with; `output` None puts `bundle/` beside its checkpoint."""
+    """Export a student found by what it was trained with or by its `student_plans`.
+
+    `output` None puts `bundle/` beside its checkpoint.
+    """
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.export.bundle import export_bundle
-    from fastnnunet.nnunet.paths import resolve_dataset
-    from fastnnunet.nnunet.student import student_folder
+    from fastnnunet.nnunet.paths import model_folder, resolve_dataset
+    from fastnnunet.nnunet.student import STOCK_TRAINER, find_student
 
-    folder = student_folder(resolve_dataset(dataset), plans, configuration, student, distill)
-    if not folder.is_dir():
-        there = sorted(p.name.split("__")[1] for p in folder.parent.glob(f"*__{plans}_r*__{configuration}"))
-        raise NotFoundError(
-            f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}\n"
-            f"train it with: fastnnunet train -d {dataset} -c {configuration} -f {fold} -r {student.r} "
-            f"-a {distill.alpha:g} -temp {distill.temperature:g}"
-        )
+    name = resolve_dataset(dataset)
+    if student_plans is not None:
+        folder = model_folder(name, STOCK_TRAINER, student_plans, configuration)
+        if not folder.is_dir():
+            there = [p.name.split("__")[1] for p in sorted(folder.parent.glob(f"*__{plans}_*__{configuration}"))]
+            raise NotFoundError(f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}")
+    else:
+        try:
+            folder = find_student(name, plans, configuration, student, distill)
+        except NotFoundError as e:
+            raise NotFoundError(
+                f"{e}\ntrain it with: fastnnunet train -d {dataset} -c {configuration} -f {fold} -r {student.r} "
+                f"-a {distill.alpha:g} -temp {distill.temperature:g}"
+            ) from e
     output = output or folder / f"fold_{fold}" / "bundle"
     report = export_bundle(folder, parse_folds([fold])[0], output, checkpoint=checkpoint, overwrite=overwrite)
     print(f"bundle: {output}")

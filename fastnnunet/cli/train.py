@@ -60,8 +60,9 @@ def train(
     from fastnnunet.cache.storage import place_at
     from fastnnunet.distill.train import TrainingJob
     from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.distill import DistillSpec, StudentSpec
+    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec, load_yaml_spec
+    from fastnnunet.specs.student import StudentSpec
     from fastnnunet.specs.teacher import TeacherSpec
 
     if resume and overwrite:

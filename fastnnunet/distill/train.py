@@ -14,13 +14,15 @@ from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
-from fastnnunet.nnunet.student import student_folder, student_plans
+from fastnnunet.nnunet.student import STOCK_TRAINER, student_folder, student_plans
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.canonical import to_plain
-from fastnnunet.specs.distill import DistillSpec, StudentSpec
+from fastnnunet.specs.canonical import differences, to_plain
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     dataset_json = read_json(folder / "dataset.json")
     plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
     fold_folder = run_folder(job)
-    _check_run_folder(fold_folder, resume, overwrite)
+    _check_run_folder(job, fold_folder, resume, overwrite)
     return plans, dataset_json, fold_folder
 
 
@@ -120,7 +122,7 @@ def run_folder(job: TrainingJob) -> Path:
     return folder / f"fold_{job.fold}"
 
 
-def _check_run_folder(fold_folder: Path, resume: bool, overwrite: bool) -> None:
+def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwrite: bool) -> None:
     existing = [n for n in (FINAL, LATEST, BEST) if (fold_folder / n).is_file()]
     if existing and not (resume or overwrite):
         state = "finished" if FINAL in existing else "unfinished"
@@ -128,6 +130,40 @@ def _check_run_folder(fold_folder: Path, resume: bool, overwrite: bool) -> None:
             f"{fold_folder} holds a {state} run\n"
             "continue or validate it with --continue, or replace it with --overwrite"
         )
+    if resume and not existing and (others := _runs_beside(job, fold_folder)):
+        shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
+        raise MismatchError(
+            f"--continue: there is no run {fold_folder.parent.name.split('__')[1]}; with other hyper-parameters "
+            f"(there -> now) there is\n{shown}\ngive the options of the run to continue, or start this one without "
+            "--continue"
+        )
+
+
+def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
+    """Runs of the same student and fold: name of their plans -> what differs."""
+    stem = f"{STOCK_TRAINER}__{job.teacher.plans}_{job.student.tag}_"
+    pattern = f"{stem}*__{job.teacher.configuration}/{fold_folder.name}/{LATEST[:11]}*.pth"
+    runs = {path.parent: path for path in sorted(fold_folder.parent.parent.glob(pattern))}
+    now = _provenance(job, None)
+    return {
+        folder.parent.name.split("__")[1]: [
+            line
+            for line in differences(load_checkpoint(path).get("fastnnunet", {}), now)
+            if not line.startswith(("version", "cache_key"))
+        ]
+        for folder, path in runs.items()
+    }
+
+
+def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:
+    """What made a student; stored in its checkpoints."""
+    return {
+        "version": __version__,
+        "teacher": to_plain(job.teacher),
+        "student": to_plain(job.student),
+        "distill": to_plain(job.distill),
+        "cache_key": cache_key,
+    }
 
 
 def _configure(
@@ -161,13 +197,7 @@ def _configure(
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
         trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions)
-    trainer.provenance = {
-        "version": __version__,
-        "teacher": to_plain(job.teacher),
-        "student": to_plain(job.student),
-        "distill": to_plain(spec),
-        "cache_key": soft_labels.key if soft_labels is not None else None,
-    }
+    trainer.provenance = _provenance(job, soft_labels.key if soft_labels is not None else None)
     with nnunet_quiet():
         trainer.initialize()
     return trainer

@@ -17,10 +17,10 @@ def measure_deviation(
 ) -> dict[str, Any]:
     """Compare the teacher with a `nnUNetPredictor` that loads the same folds from disk, in its own arithmetic.
 
-    Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over folds
-    is no further off than they are, and nnU-Net needs minutes for all of them. Returns plain values for a record: the
-    fraction of voxels with the same label, mean and largest difference of probabilities at `temperature`, the number of
-    patches and what was compared.
+    Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over
+    folds is no further off than they are, and nnU-Net needs minutes for all of them. Returns plain values for a record:
+    the fraction of voxels with the same label, mean and largest difference of probabilities at `temperature`, the
+    number of patches and what was compared.
     """
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor

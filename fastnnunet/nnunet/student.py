@@ -4,9 +4,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.paths import model_folder
-from fastnnunet.specs.distill import DistillSpec, StudentSpec, student_plans_name
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec, student_plans_name
 
 STOCK_TRAINER = "nnUNetTrainer"
 
@@ -48,3 +49,25 @@ def student_folder(
 ) -> Path:
     """The student's model folder in nnUNet_results, where stock nnU-Net looks for it."""
     return model_folder(dataset_name, STOCK_TRAINER, student_plans_name(teacher_plans, student, distill), configuration)
+
+
+def find_student(
+    dataset_name: str, teacher_plans: str, configuration: str, student: StudentSpec, distill: DistillSpec
+) -> Path:
+    """The one student of this size, weight of the soft loss and temperature, however else it was trained.
+
+    Raises NotFoundError with the students that exist, MismatchError with the names when several fit.
+    """
+    exact = student_folder(dataset_name, teacher_plans, configuration, student, distill)
+    stem = f"{teacher_plans}_{student.tag}_{distill.soft_tag}"
+    named = {p.name.split("__")[1]: p for p in sorted(exact.parent.glob(f"{STOCK_TRAINER}__*__{configuration}"))}
+    fitting = [name for name in named if name == stem or name.startswith(f"{stem}_")]
+    if not fitting:
+        there = [name for name in named if name.startswith(f"{teacher_plans}_")]
+        raise NotFoundError(
+            f"no student {stem} in {exact.parent} for {configuration}\n"
+            f"students that exist: {', '.join(there) or '(none)'}"
+        )
+    if len(fitting) > 1 and not exact.is_dir():
+        raise MismatchError(f"several students {stem}: {', '.join(fitting)}\nname one of them with -spl")
+    return exact if exact.is_dir() else named[fitting[0]]

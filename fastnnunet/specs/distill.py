@@ -1,22 +1,9 @@
-"""How a student is made smaller and how it is trained."""
+"""How a student is trained."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from fastnnunet.errors import SpecError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudentSpec:
-    """A student is the teacher's architecture with every stage `r` times narrower (f // r, at least `min_features`)."""
-
-    r: int
-    min_features: int = 8
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise SpecError(f"r: got {self.r}, expected a whole number of at least 1")
-
 
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
 
@@ -57,8 +44,23 @@ class DistillSpec:
         """The initial learning rate in effect."""
         return self.initial_lr if self.initial_lr is not None else DEFAULT_LR[self.optimizer]
 
+    @property
+    def soft_tag(self) -> str:
+        """How much the soft labels count: `a0.3_T3`, or `a0` for the control."""
+        return f"a{self.alpha:g}_T{self.temperature:g}" if self.alpha > 0 else "a0"
 
-def student_plans_name(teacher_plans: str, student: StudentSpec, distill: DistillSpec) -> str:
-    """Name of the student's plans, e.g. `nnUNetPlans_r4_a0.3_T3`; what `nnUNetv2_predict -p` takes."""
-    soft = f"a{distill.alpha:g}_T{distill.temperature:g}" if distill.alpha > 0 else "a0"
-    return f"{teacher_plans}_r{student.r}_{soft}"
+    @property
+    def tag(self) -> str:
+        """The part of a run's name that says how it was trained: `a0.3_T3`, then whatever is not the default."""
+        default = DistillSpec()
+        words = [self.soft_tag]
+        if self.optimizer != default.optimizer:
+            words.append(self.optimizer)
+        if self.lr != DEFAULT_LR[self.optimizer]:
+            words.append(f"lr{self.lr:g}")
+        for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("s", "seed")):
+            if getattr(self, name) != getattr(default, name):
+                words.append(f"{letter}{getattr(self, name)}")
+        if self.mirroring:
+            words.append("mirrored")
+        return "_".join(words)
