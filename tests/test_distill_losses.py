@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, rel_entr, softmax
 
-from fastnnunet.distill.losses import DistillationObjective, full_simplex, kl_classes, kl_regions
+from fastnnunet.distill.losses import DistillationObjective, dice_semimetric, full_simplex, kl_classes, kl_regions
 
 
 def random_problem(seed, classes, shape=(2, 3, 4, 5)):
@@ -91,3 +91,46 @@ def test_objective_weighs_hard_and_soft():
         torch.tensor(0.0), torch.tensor([[0.0, np.log(27.0)]]).reshape(1, 2, 1, 1, 1), soft
     )
     assert zero.item() == pytest.approx(0, abs=1e-6)  # softmax((0, 3 log 3) / 3) = (1/4, 3/4): the teacher's opinion
+
+
+def test_dice_semimetric_by_hand():
+    # class of sample 1: p = (1/2, 1), q = (1/4, 1): sums 2.75, |p - q| sums to 1/4; sample 2: p = q, loss 0
+    p = torch.tensor([[[0.5, 1.0]], [[0.3, 0.0]]])
+    q = torch.tensor([[[0.25, 1.0]], [[0.3, 0.0]]])
+    expected = (1 - (2.75 - 0.25) / 2.75) / 2
+    assert dice_semimetric(q, p).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dice_semimetric_is_nnunets_dice_where_the_target_is_hard():
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    rng = np.random.default_rng(4)
+    label = torch.tensor(rng.integers(0, 4, (2, 1, 5, 6, 7)))
+    q = torch.tensor(softmax(rng.normal(0, 2, (2, 4, 5, 6, 7)), 1))
+    p = torch.stack([label[:, 0] == c for c in range(4)], 1).double()
+    nnunet = MemoryEfficientSoftDiceLoss(batch_dice=False, do_bg=False, smooth=1e-5)(q, label)
+    assert dice_semimetric(q[:, 1:], p[:, 1:]).item() == pytest.approx(1 + nnunet.item(), rel=1e-6)
+
+
+def test_dice_semimetric_is_least_at_the_target():
+    """Ordinary soft Dice is not: a harder answer than the soft target would please it more."""
+    p = torch.full((1, 1, 50), 0.7)
+    losses = [dice_semimetric(torch.full((1, 1, 50), q), p).item() for q in (0.5, 0.6, 0.7, 0.8, 1.0)]
+    assert np.argmin(losses) == 2
+    assert losses[2] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_kl_and_dice_are_added(regions):
+    temperature, (teacher, student) = 2.0, random_problem(3, 3)
+    p = expit(teacher / temperature) if regions else softmax(teacher / temperature, 1)
+    q = expit(student / temperature) if regions else softmax(student / temperature, 1)
+    binary = rel_entr(p, q) + (rel_entr(1 - p, 1 - q) if regions else 0)
+    first = 0 if regions else 1  # the background has no Dice
+    overlap = np.minimum(p, q)[:, first:].sum((2, 3, 4))  # (p + q - |p - q|) / 2
+    dice = (2 * overlap / (p + q)[:, first:].sum((2, 3, 4))).mean()
+    expected = temperature**2 * binary.sum(1).mean() + 1 - dice
+    objective = DistillationObjective(0.25, temperature, regions, dice=True)
+    total, soft = objective(torch.tensor(4.0), torch.tensor(student), torch.tensor(p[:, first:]))
+    assert soft.item() == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(0.75 * 4 + 0.25 * expected, rel=1e-5)

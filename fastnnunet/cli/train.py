@@ -36,6 +36,11 @@ def train(
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd (nnU-Net's), or adamw for short runs.")] = "sgd",
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
+    loss: Annotated[str, typer.Option("--loss", help="Soft loss: kl, or kl_dice (KL and Dice semimetric).")] = "kl",
+    augmentation: Annotated[str, typer.Option("--augmentation", help="nnU-Net's default, or its da5.")] = "default",
+    mirror_augmentation: Annotated[
+        bool, typer.Option("--mirror-augmentation/--no-mirror-augmentation", help="Train on mirrored patches too.")
+    ] = True,
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")] = "auto",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     mirroring: Annotated[
@@ -45,6 +50,9 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
     device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train all sizes on the same batches, which are then made only once.")
+    ] = False,
     validate: Annotated[bool, typer.Option(help="Predict and score the validation fold at the end.")] = True,
 ) -> None:
     """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
@@ -89,32 +97,42 @@ def train(
             "seed": seed,
             "precision": precision,
             "mirroring": mirroring,
+            "loss": loss,
+            "augmentation": augmentation,
+            "mirror_augmentation": mirror_augmentation,
         },
         where="options",
     )
     recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     recipe = dataclasses.replace(recipe, temperature=temperature)
-    jobs = [
-        TrainingJob(
-            teacher=teacher,
-            student=StudentSpec(r=r),
-            distill=distill,
-            cache=recipe,
-            fold=f,
-            device=device,
-            threads=threads,
-            cache_root=place,
-            cache_spec_file=spec,
-        )
+    groups = [
+        [
+            TrainingJob(
+                teacher=teacher,
+                student=StudentSpec(r=r),
+                distill=distill,
+                cache=recipe,
+                fold=f,
+                device=device,
+                threads=threads,
+                cache_root=place,
+                cache_spec_file=spec,
+            )
+            for r in reduction
+        ]
         for f in parse_folds(fold)
-        for r in reduction
     ]
-    for job in jobs:
-        run_job(job, resume=resume, overwrite=overwrite, validate=validate)
+    for group in groups if together else [[job] for jobs in groups for job in jobs]:
+        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
 
 
 def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
-    """Train one student with a progress line on standard error; print where it went."""
+    """Train one student as `run_jobs` does."""
+    return run_jobs([job], resume=resume, overwrite=overwrite, validate=validate)[0]
+
+
+def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) -> list[Path]:
+    """Train students on the same batches with a progress line on standard error; print where they went."""
     import json
     import sys
     import time
@@ -122,34 +140,42 @@ def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from fastnnunet.distill.train import TrainingState, train_student
+    from fastnnunet.distill.train import TrainingState, train_students
 
+    first = jobs[0]
+    name = f"{' '.join(job.student.tag for job in jobs)} fold {first.fold}"
     columns = (
-        TextColumn("[bold]r={task.fields[r]} fold {task.fields[fold]}"),
+        TextColumn(f"[bold]{name}"),
         BarColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    total = job.distill.epochs * job.distill.iterations_per_epoch
+    total = first.distill.epochs * first.distill.iterations_per_epoch
     console = Console(stderr=True)
     start = time.monotonic()
+    latest: dict[str, str] = {}
     with Progress(*columns, console=console, speed_estimate_period=120, disable=not console.is_terminal) as progress:
-        task = progress.add_task("train", total=total, r=job.student.r, fold=job.fold, text="starting")
+        task = progress.add_task("train", total=total, text="starting")
 
         def show(state: TrainingState) -> None:
             dice = f" pseudo Dice {' '.join(f'{d:.3f}' for d in state.pseudo_dice)}" if state.pseudo_dice else ""
-            text = f"epoch {state.epoch + 1}/{state.epochs} hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
+            own = f"{state.student} " if len(jobs) > 1 else ""
+            latest[state.student] = f"{own}hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
+            text = f"epoch {state.epoch + 1}/{state.epochs} {'; '.join(latest.values())}"
             done = state.epoch * state.iterations + state.iteration
             progress.update(task, completed=done, text=text)
-            if not console.is_terminal and state.iteration == state.iterations:  # a log file: one line an epoch
+            last = state.iteration == state.iterations and state.student == jobs[-1].student.tag
+            if not console.is_terminal and last:  # a log file: one line an epoch
                 left_s = (time.monotonic() - start) / done * (total - done)
-                print(f"r={job.student.r} fold {job.fold} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
+                print(f"{name} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
 
-        folder = train_student(job, resume=resume, overwrite=overwrite, validate=validate, progress=show)
-    print(f"student r={job.student.r}: {folder}")
-    summary = folder / "validation" / "summary.json"
-    if summary.is_file():
-        print(f"mean Dice on the validation fold: {json.loads(summary.read_text())['foreground_mean']['Dice']:.4f}")
-    return folder
+        folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=show)
+    for job, folder in zip(jobs, folders, strict=True):
+        print(f"student {job.student.tag}: {folder}")
+        summary = folder / "validation" / "summary.json"
+        if summary.is_file():
+            mean = json.loads(summary.read_text())["foreground_mean"]["Dice"]
+            print(f"mean Dice on the validation fold: {mean:.4f}")
+    return folders

@@ -1,4 +1,4 @@
-"""The distillation objective: (1 - a) * hard + a * T^2 * KL(p_T || q_T).
+"""The distillation objective: (1 - a) * hard + a * soft with soft = T^2 * KL(p_T || q_T), or with Dice added to it.
 
 KL is summed over classes and averaged over voxels (Hinton et al. 2015 for the T^2 that keeps the gradient's size;
 `reduction="mean"` of torch's kl_div would divide by the class count as well, which is wrong).
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
 
+SMOOTH = 1e-5  # of the Dice of a class that is absent, as in nnU-Net
 SMALLEST = 1e-12  # clamps log(0); p * log p is 0 at p = 0
 
 
@@ -36,17 +37,37 @@ def kl_regions(logits_NR: torch.Tensor, soft_NR: torch.Tensor, temperature: floa
     return (cross - entropy).sum(1).mean()
 
 
+def dice_semimetric(q_NC: torch.Tensor, p_NC: torch.Tensor) -> torch.Tensor:
+    """1 - soft Dice with the intersection (p + q - |p - q|) / 2, averaged over samples and channels: a scalar.
+
+    Wang et al. 2023, "Dice Semimetric Losses". The usual intersection p * q is smallest for a one-hot q even where the
+    target p is soft; this one is 0 only at q = p, and equals the usual one where p is hard.
+    """
+    space = tuple(range(2, p_NC.ndim))
+    total_NC = (p_NC + q_NC).sum(space)
+    difference_NC = (p_NC - q_NC).abs().sum(space)
+    return 1 - ((total_NC - difference_NC + SMOOTH) / (total_NC + SMOOTH)).mean()
+
+
 @dataclass(frozen=True)
 class DistillationObjective:
-    """`(hard, logits, soft) -> (total, soft loss)`; the soft loss already carries T^2."""
+    """`(hard, logits, soft) -> (total, soft loss)`; the soft loss already carries T^2.
+
+    `dice` adds the Dice semimetric loss of the tempered probabilities, of foreground classes or of regions, with the
+    weight that nnU-Net's own Dice has beside its cross entropy.
+    """
 
     alpha: float
     temperature: float
     regions: bool = False
+    dice: bool = False
 
     def __call__(
         self, hard: torch.Tensor, logits_NC: torch.Tensor, soft_NS: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kl = kl_regions if self.regions else kl_classes
         soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature)
+        if self.dice:
+            z_NC = logits_NC / self.temperature
+            soft = soft + dice_semimetric(z_NC.sigmoid() if self.regions else z_NC.softmax(1)[:, 1:], soft_NS)
         return (1 - self.alpha) * hard + self.alpha * soft, soft

@@ -3,7 +3,7 @@
 import logging
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class TrainingJob:
 class TrainingState:
     """What a progress line shows."""
 
+    student: str
     epoch: int
     epochs: int
     iteration: int
@@ -63,46 +64,64 @@ class TrainingState:
 Progress = Callable[[TrainingState], None]
 
 
-def train_student(
-    job: TrainingJob,
+def train_student(job: TrainingJob, **options: Any) -> Path:
+    """Train one student and return its fold folder; options and errors as in `train_students`."""
+    return train_students([job], **options)[0]
+
+
+def train_students(
+    jobs: Sequence[TrainingJob],
     *,
     resume: bool = False,
     overwrite: bool = False,
     validate: bool = True,
     progress: Progress | None = None,
-) -> Path:
-    """Train a student and return its fold folder (checkpoints, progress.png, validation/summary.json).
+) -> list[Path]:
+    """Train students on the same batches; returns fold folders (checkpoints, progress.png, validation/summary.json).
 
-    Everything that can be refused is refused before anything is written. Raises NotFoundError (data, teacher, cache),
-    MismatchError (cache or plans do not fit; a run exists and neither `resume` nor `overwrite` was given), SpecError
-    (r leaves no channels), BuildError (the loss became NaN; the last good checkpoint stays).
+    Every student becomes what it would have become alone; loading and augmentation are paid once. The jobs differ in
+    their students only; device and threads are those of the first. Everything that can be refused is refused before
+    anything is written. Raises NotFoundError (data, teacher, cache), MismatchError (cache or plans do not fit; a run
+    exists and neither `resume` nor `overwrite` was given), SpecError (r leaves no channels; the students' batches
+    differ), BuildError (the loss became NaN; the last good checkpoint stays).
     """
     import torch
 
-    plans, dataset_json, fold_folder = check_job(job, resume=resume, overwrite=overwrite)
+    first = jobs[0]
+    checked = [check_job(job, resume=resume, overwrite=overwrite) for job in jobs]
     soft_labels = None
-    if job.distill.alpha > 0:
-        cache = cache_for_training(job.teacher, job.cache, job.cache_root, job.cache_spec_file)
-        soft_labels = CachedSoftLabels(cache, job.distill.temperature)
+    if first.distill.alpha > 0:
+        cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
+        soft_labels = CachedSoftLabels(cache, first.distill.temperature)
+    if first.threads:
+        torch.set_num_threads(first.threads)
+    trainers, unfinished = [], []
+    for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
+        _seed_everything(job.distill.seed)
+        if overwrite and fold_folder.exists():
+            shutil.rmtree(fold_folder)
+        trainer = _configure(job, plans, dataset_json, soft_labels, resume)
+        trainers.append(trainer)
+        finished = resume and _resume(trainer, fold_folder)
+        if not finished:
+            unfinished.append(trainer)
+    if unfinished:
+        _run_epochs(unfinished, [jobs[trainers.index(t)] for t in unfinished], progress)
+    for trainer, (_, _, fold_folder) in zip(trainers, checked, strict=True):
+        if validate and not (fold_folder / "validation" / "summary.json").is_file():
+            _validate(trainer)
+    return [fold_folder for _, _, fold_folder in checked]
 
-    _seed_everything(job.distill.seed)
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    if overwrite and fold_folder.exists():
-        shutil.rmtree(fold_folder)
-    trainer = _configure(job, plans, dataset_json, soft_labels, resume)
-    if resume and (fold_folder / FINAL).is_file():
-        trainer.resume(fold_folder / FINAL)
-    else:
-        for name in (LATEST, BEST):
-            if resume and (fold_folder / name).is_file():
-                trainer.resume(fold_folder / name)
+
+def _resume(trainer: "StudentTrainer", fold_folder: Path) -> bool:
+    """Load what was reached; returns whether that is the end."""
+    for name in (FINAL, LATEST, BEST):
+        if (fold_folder / name).is_file():
+            trainer.resume(fold_folder / name)
+            if name != FINAL:
                 log.info("continuing from %s at epoch %d", name, trainer.current_epoch)
-                break
-        _run_epochs(trainer, progress)
-    if validate and not (fold_folder / "validation" / "summary.json").is_file():
-        _validate(trainer)
-    return fold_folder
+            return name == FINAL
+    return False
 
 
 def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any], Path]:
@@ -192,22 +211,28 @@ def _configure(
     trainer.seed = spec.seed
     trainer.save_every = 1  # students are small; a kill costs one epoch at most
     trainer.store_mirroring = spec.mirroring
+    trainer.augmentation = spec.augmentation
+    trainer.mirror_augmentation = spec.mirror_augmentation
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
     trainer.soft_labels = soft_labels
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
-        trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions)
+        trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice")
     trainer.provenance = _provenance(job, soft_labels.key if soft_labels is not None else None)
     with nnunet_quiet():
         trainer.initialize()
     return trainer
 
 
-def _run_epochs(trainer: "StudentTrainer", progress: Progress | None) -> None:
-    def report(iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
+def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Progress | None) -> None:
+    from fastnnunet.nnunet.epochs import run_epochs
+
+    def report(number: int, iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
+        trainer = trainers[number]
         if progress is not None:
             progress(
                 TrainingState(
+                    student=jobs[number].student.tag,
                     epoch=trainer.current_epoch,
                     epochs=trainer.num_epochs,
                     iteration=iteration,
@@ -218,7 +243,7 @@ def _run_epochs(trainer: "StudentTrainer", progress: Progress | None) -> None:
                 )
             )
 
-    trainer.run_epochs(report)
+    run_epochs(trainers, report)
 
 
 def _validate(trainer: "StudentTrainer") -> None:

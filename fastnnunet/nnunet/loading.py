@@ -17,7 +17,7 @@ import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
-TRAINING, VALIDATION, EPOCH = range(3)  # streams of random numbers that never meet
+TRAINING, VALIDATION, STEP = range(3)  # streams of random numbers that never meet
 
 
 def seed_generators(seed: int, stream: int, number: int) -> None:

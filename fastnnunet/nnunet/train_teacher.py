@@ -35,6 +35,7 @@ def train_teacher(
     import torch
 
     from fastnnunet.nnunet.engines import resolve_precision
+    from fastnnunet.nnunet.epochs import run_epochs
     from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
 
     dataset_name = resolve_dataset(dataset)
@@ -62,9 +63,9 @@ def train_teacher(
     if latest.is_file():
         trainer.resume(latest)
 
-    def report(iteration: int, _step: dict[str, float], _pseudo_dice: list[float]) -> None:
+    def report(_number: int, iteration: int, _step: dict[str, float], _pseudo_dice: list[float]) -> None:
         if progress is not None:
             progress(trainer.current_epoch * iterations_per_epoch + iteration, epochs * iterations_per_epoch)
 
-    trainer.run_epochs(report)
+    run_epochs([trainer], report)
     return folder

@@ -9,7 +9,7 @@ step hands it to the objective. Shapes: N batch, C channels, S stored soft-label
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from fastnnunet.errors import BuildError, MismatchError
+from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
 from fastnnunet.nnunet.loading import (
-    EPOCH,
+    STEP,
     TRAINING,
     VALIDATION,
     loading_in_this_process,
@@ -30,8 +31,6 @@ from fastnnunet.nnunet.loading import (
     seed_generators,
 )
 from fastnnunet.specs.canonical import differences
-
-StepReport = Callable[[int, dict[str, float], list[float]], None]
 
 
 class SoftLabels(Protocol):
@@ -102,6 +101,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     soft_labels: SoftLabels | None = None
     objective: Objective | None = None
     store_mirroring = False
+    mirror_augmentation = True
+    augmentation = "default"  # or "da5"
     optimizer_name = "sgd"
     bf16 = False
     seed = 0
@@ -125,11 +126,16 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def _is_3d(self) -> bool:
         return len(self.configuration_manager.patch_size) == 3
 
+    @property
+    def _augmenter(self) -> Any:
+        """The nnU-Net trainer whose augmentation is used."""
+        return nnUNetTrainerDA5 if self.augmentation == "da5" else nnUNetTrainer
+
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # nnU-Net's spelling
-        out = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        out = self._augmenter.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
         if not self.store_mirroring:
             self.inference_allowed_mirroring_axes = None  # training still mirrors; prediction does not
-        return out
+        return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         datasets = super().get_tr_and_val_datasets()
@@ -160,12 +166,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         )
         return training, validation
 
-    def on_train_epoch_start(self) -> None:
-        seed_generators(self.seed, EPOCH, self.current_epoch)  # so that a checkpoint needs no generator states
-        super().on_train_epoch_start()
-
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
-        return self._with_soft_labels(super().get_training_transforms(*args, **kwargs))
+        return self._with_soft_labels(self._augmenter.get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_soft_labels(super().get_validation_transforms(*args, **kwargs))
@@ -178,24 +180,37 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             return torch.autocast("cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, tensor: Any) -> Any:
+        if isinstance(tensor, list):
+            return [self._to_device(t) for t in tensor]
         return tensor.to(self.device, non_blocking=True)
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimiser step. Returns `loss`, `hard`, `soft` and `gradient` (norm before clipping) as floats.
+    def _split_targets(self, target: Any) -> tuple[Any, torch.Tensor | None]:
+        """What nnU-Net's loss takes (a list with deep supervision, else a tensor), and the soft label."""
+        if self.soft_labels is None:
+            return self._to_device(target), None
+        *hard, soft_NSZYX = self._to_device(target)
+        return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
+
+    def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
+        """One optimiser step, the `iteration`-th of its epoch.
+
+        Returns `loss`, `hard`, `soft` and `gradient` (norm before clipping) as floats.
 
         A loss or a gradient that is not finite leaves the weights as they are. With a gradient scaler the scaler skips
         such gradients and lowers its scale, so `gradient` is 0 there.
         """
-        targets = [self._to_device(t) for t in batch["target"]]
-        soft_NSZYX = targets.pop() if self.soft_labels is not None else None
+        target, soft_NSZYX = self._split_targets(batch["target"])
+        # networks with dropout draw: seeded for each step, a checkpoint needs no generator states
+        seed_generators(self.seed, STEP, self.current_epoch * self.num_iterations_per_epoch + iteration)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self.network(self._to_device(batch["data"]))
-            hard = self.loss(outputs, targets)
+            hard = self.loss(outputs, target)
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
-                loss, soft = self.objective(hard, outputs[0].float(), soft_NSZYX)
+                finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
+                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -210,58 +225,37 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 self.optimizer.step()
         return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item(), "gradient": gradient}
 
-    def run_epochs(self, report: StepReport | None = None) -> None:
-        """Train from `current_epoch` to `num_epochs` and write checkpoint_final.pth.
-
-        `report` gets (iteration in this epoch, losses, pseudo Dice of the last epoch) after every step. Raises
-        BuildError when loss, gradient or weights are no longer finite; the checkpoints of earlier epochs stay.
-        """
-        pseudo_dice: list[float] = []
+    def start(self, *, load: bool) -> None:
+        """What nnU-Net does before the first epoch; without `load` another trainer's loaders are used."""
         with nnunet_quiet():
+            if not load:
+                self.get_dataloaders = lambda: (None, None)  # type: ignore[method-assign]
             self.on_train_start()
-        try:
-            for _ in range(self.current_epoch, self.num_epochs):
-                self.on_epoch_start()
-                self.on_train_epoch_start()
-                losses = []
-                for iteration in range(self.num_iterations_per_epoch):
-                    batch = next(self.dataloader_train)
-                    losses.append(step := self.train_step(batch))
-                    for name in ("loss", "gradient"):
-                        if not np.isfinite(step[name]):
-                            cases = ", ".join(map(str, batch["keys"]))
-                            raise self._diverged(f"the {name} became {step[name]}", f"{iteration} (cases {cases})")
-                    if report is not None:
-                        report(iteration + 1, step, pseudo_dice)
-                if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
-                    raise self._diverged("weights became nan or inf", str(iteration))
-                self.on_train_epoch_end(losses)
-                with torch.no_grad():
-                    self.on_validation_epoch_start()
-                    steps = range(self.num_val_iterations_per_epoch)
-                    self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in steps])
-                pseudo_dice = [float(d) for d in self.logger.get_value("dice_per_class_or_region", step=-1)]
-                self.on_epoch_end()
-            with nnunet_quiet():
-                self.on_train_end()
-        finally:
-            for loader in (self.dataloader_train, self.dataloader_val):
-                if hasattr(loader, "_finish"):  # stops the loader's processes; a single-threaded loader has none
-                    loader._finish()
 
-    def _diverged(self, what: str, iteration: str) -> BuildError:
-        kept = [n for n in ("checkpoint_latest.pth", "checkpoint_best.pth") if (Path(self.output_folder) / n).is_file()]
-        state = f"the last good checkpoint is {Path(self.output_folder) / kept[0]}" if kept else "no checkpoint yet"
-        return BuildError(
-            f"{what} in epoch {self.current_epoch}, iteration {iteration}\n{state}; "
-            "start over with a lower learning rate (--lr) or --precision fp32"
-        )
+    def finish(self) -> None:
+        """What nnU-Net does after the last epoch: writes checkpoint_final.pth."""
+        with nnunet_quiet():
+            self.on_train_end()
+
+    def batch_description(self) -> dict[str, Any]:
+        """What decides what a batch looks like; the same for trainers that can share their batches."""
+        return {
+            "patch size": list(self.configuration_manager.patch_size),
+            "batch size": self.batch_size,
+            "deep supervision": self._get_deep_supervision_scales(),
+            "fold": self.fold,
+            "seed": self.seed,
+            "iterations per epoch": (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch),
+            "augmentation": (self.augmentation, self.mirror_augmentation),
+            "soft labels": self.soft_labels is not None,
+        }
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
-        if self.soft_labels is not None:
-            batch = {**batch, "target": batch["target"][:-1]}
+        target, _ = self._split_targets(batch["target"])
+        if self.label_manager.has_ignore_label:  # nnU-Net overwrites ignored voxels; other students see this batch too
+            target = [t.clone() for t in target] if isinstance(target, list) else target.clone()
         with self._autocast():
-            return super().validation_step(batch)
+            return super().validation_step({**batch, "target": target})
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         self.logger.log("train_losses", float(np.mean([o["loss"] for o in train_outputs])), self.current_epoch)

@@ -22,6 +22,9 @@ class DistillSpec:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     mirroring: bool = False  # test-time mirroring stored in the student's checkpoint
+    loss: Literal["kl", "kl_dice"] = "kl"  # soft loss: KL, or KL plus the Dice semimetric loss
+    augmentation: Literal["default", "da5"] = "default"  # nnU-Net's own, or that of its nnUNetTrainerDA5
+    mirror_augmentation: bool = True  # mirrored patches in training; without them nothing may mirror at test time
 
     def __post_init__(self) -> None:
         problems = []
@@ -32,6 +35,8 @@ class DistillSpec:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.mirroring and not self.mirror_augmentation:
+            problems.append("mirroring: test-time mirroring needs a student that was trained on mirrored patches")
         if self.seed < 0:
             problems.append(f"seed: got {self.seed}, expected at least 0")
         if self.initial_lr is not None and self.initial_lr <= 0:
@@ -61,6 +66,12 @@ class DistillSpec:
         for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("s", "seed")):
             if getattr(self, name) != getattr(default, name):
                 words.append(f"{letter}{getattr(self, name)}")
+        if self.loss != default.loss:
+            words.append(self.loss.replace("_", ""))
+        if self.augmentation != default.augmentation:
+            words.append(self.augmentation)
+        if not self.mirror_augmentation:
+            words.append("unmirrored")
         if self.mirroring:
             words.append("mirrored")
         return "_".join(words)

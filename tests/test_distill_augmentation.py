@@ -1,0 +1,83 @@
+"""nnU-Net's whole augmentation, default and DA5, moves image, label and soft label alike."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fastnnunet.distill.train import _configure, check_job
+from fastnnunet.errors import SpecError
+from fastnnunet.nnunet.loading import generators_kept, seed_generators
+from fastnnunet.specs.distill import DistillSpec
+from tests.test_distill_seeds import make_job
+
+
+class LabelAsSoftLabel:
+    """The soft label of a case is its label: channel 1 where class 1 is, channel 2 where class 2 is."""
+
+    num_channels = 2
+
+    def __init__(self, shape):
+        grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+        self.label = (grid[0] > shape[0] // 3).astype(np.int16) + (grid[1] > shape[1] // 2)
+
+    def stacked(self):
+        soft = np.stack([self.label == c for c in (1, 2)]).astype(np.float32)
+        image = np.random.default_rng(0).normal(size=(1, *self.label.shape)).astype(np.float32)
+        return torch.from_numpy(np.concatenate([image, soft])), torch.from_numpy(self.label[None])
+
+
+def transforms(job):
+    plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
+    trainer = _configure(job, plans, dataset_json, None, False)
+    rotation, dummy_2d, initial, mirrors = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    trainer.soft_labels = LabelAsSoftLabel(initial)
+    patch = trainer.configuration_manager.patch_size
+    return trainer, trainer.get_training_transforms(patch, rotation, None, mirrors, dummy_2d), mirrors
+
+
+@pytest.mark.parametrize("augmentation", ["default", "da5"])
+def test_soft_label_stays_on_the_label(world, augmentation):
+    trainer, augment, _ = transforms(make_job(augmentation=augmentation))
+    moved = 0
+    with generators_kept():
+        for seed in range(60):
+            seed_generators(seed, 0, 0)
+            image, label = trainer.soft_labels.stacked()
+            out = augment(image, label)
+            assert out["image"].shape[0] == 1
+            label_ZYX, soft_SZYX = out["segmentation"][0][0], out["segmentation"][-1]
+            expected_SZYX = torch.stack([label_ZYX == c for c in (1, 2)]).float()
+            inside = soft_SZYX.sum(0) > 0.999  # interpolated borders are soft, padding has no label
+            inside |= soft_SZYX.sum(0) == 0
+            difference = (soft_SZYX - expected_SZYX).abs().amax(0)[inside]
+            assert (difference < 0.501).float().mean() > 0.999
+            middle = LabelAsSoftLabel(label_ZYX.shape).label
+            moved += not np.array_equal(label_ZYX.numpy(), middle)
+    assert moved > 30
+
+
+def test_without_mirrored_patches(world):
+    trainer, augment, mirrors = transforms(make_job(mirror_augmentation=False))
+    assert mirrors is None
+    assert trainer.inference_allowed_mirroring_axes is None
+    with generators_kept():
+        seed_generators(0, 0, 0)
+        image, label = trainer.soft_labels.stacked()
+        for _ in range(40):
+            first = augment(image.clone(), label.clone())["segmentation"][0][0]
+            assert first[0].sum() <= first[-1].sum()  # class 0 stays where z is small: no flip ever
+
+
+def test_mirroring_at_test_time_wants_mirrored_patches():
+    with pytest.raises(SpecError, match="mirroring: test-time mirroring needs"):
+        DistillSpec(mirroring=True, mirror_augmentation=False)
+
+
+def test_the_name_says_so():
+    spec = DistillSpec(augmentation="da5", mirror_augmentation=False, loss="kl_dice")
+    assert spec.tag == "a0.3_T3_kldice_da5_unmirrored"
+    assert dataclasses.replace(spec, seed=4, optimizer="adamw", initial_lr=0.001).tag.startswith(
+        "a0.3_T3_adamw_lr0.001_s4"
+    )
