@@ -30,7 +30,7 @@ class LabelAsSoftLabel:
 
 def transforms(job):
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
-    trainer = _configure(job, plans, dataset_json, None, False)
+    trainer = _configure(job, plans, dataset_json, None, False, "cpu")
     rotation, dummy_2d, initial, mirrors = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     trainer.soft_labels = LabelAsSoftLabel(initial)
     patch = trainer.configuration_manager.patch_size

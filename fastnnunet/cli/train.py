@@ -62,6 +62,8 @@ def train(
     Example:
 
       fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
+
+    On several GPUs: torchrun --nproc-per-node 2 -m fastnnunet train -d 4 ...
     """
     import dataclasses
 
@@ -134,6 +136,7 @@ def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
 def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) -> list[Path]:
     """Train students on the same batches with a progress line on standard error; print where they went."""
     import json
+    import os
     import sys
     import time
 
@@ -153,10 +156,12 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     total = first.distill.epochs * first.distill.iterations_per_epoch
+    first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
     console = Console(stderr=True)
+    hidden = not (console.is_terminal and first_process)
     start = time.monotonic()
     latest: dict[str, str] = {}
-    with Progress(*columns, console=console, speed_estimate_period=120, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=120, disable=hidden) as progress:
         task = progress.add_task("train", total=total, text="starting")
 
         def show(state: TrainingState) -> None:
@@ -167,12 +172,12 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
             done = state.epoch * state.iterations + state.iteration
             progress.update(task, completed=done, text=text)
             last = state.iteration == state.iterations and state.student == jobs[-1].student.tag
-            if not console.is_terminal and last:  # a log file: one line an epoch
+            if not console.is_terminal and last and first_process:  # a log file: one line an epoch
                 left_s = (time.monotonic() - start) / done * (total - done)
                 print(f"{name} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
 
         folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=show)
-    for job, folder in zip(jobs, folders, strict=True):
+    for job, folder in zip(jobs, folders, strict=True) if first_process else ():
         print(f"student {job.student.tag}: {folder}")
         summary = folder / "validation" / "summary.json"
         if summary.is_file():

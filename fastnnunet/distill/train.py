@@ -85,7 +85,19 @@ def train_students(
     exists and neither `resume` nor `overwrite` was given), SpecError (r leaves no channels; the students' batches
     differ), BuildError (the loss became NaN; the last good checkpoint stays).
     """
+    from fastnnunet.nnunet.distributed import process_group
+
+    device = resolve_device(jobs[0].device)
+    with process_group(device):
+        return _train_students(jobs, device, resume, overwrite, validate, progress)
+
+
+def _train_students(
+    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Progress | None
+) -> list[Path]:
     import torch
+
+    from fastnnunet.nnunet.distributed import is_first, wait_for_all
 
     first = jobs[0]
     checked = [check_job(job, resume=resume, overwrite=overwrite) for job in jobs]
@@ -95,12 +107,15 @@ def train_students(
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
     if first.threads:
         torch.set_num_threads(first.threads)
+    wait_for_all()  # before the first process changes what the others look at
+    if overwrite and is_first():
+        for _, _, fold_folder in checked:
+            shutil.rmtree(fold_folder, ignore_errors=True)
+    wait_for_all()
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
-        if overwrite and fold_folder.exists():
-            shutil.rmtree(fold_folder)
-        trainer = _configure(job, plans, dataset_json, soft_labels, resume)
+        trainer = _configure(job, plans, dataset_json, soft_labels, resume, device)
         trainers.append(trainer)
         finished = resume and _resume(trainer, fold_folder)
         if not finished:
@@ -111,6 +126,16 @@ def train_students(
         if validate and not (fold_folder / "validation" / "summary.json").is_file():
             _validate(trainer)
     return [fold_folder for _, _, fold_folder in checked]
+
+
+def resolve_device(requested: str) -> str:
+    """`auto` -> cuda where there is one, else cpu. Raises MismatchError when a device is asked for and absent."""
+    import torch
+
+    device = requested if requested != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MismatchError(f"--device {device}: no CUDA device is available here\nuse --device cpu")
+    return device
 
 
 def _resume(trainer: "StudentTrainer", fold_folder: Path) -> bool:
@@ -191,15 +216,11 @@ def _configure(
     dataset_json: dict[str, Any],
     soft_labels: CachedSoftLabels | None,
     resume: bool,
+    device: str,
 ) -> "StudentTrainer":
-    import torch
-
     from fastnnunet.distill.losses import DistillationObjective
     from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
 
-    device = job.device if job.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MismatchError(f"--device {device}: no CUDA device is available here\nuse --device cpu")
     spec = job.distill
     trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
     plans_manager, _ = configuration_of(plans, job.teacher.configuration)

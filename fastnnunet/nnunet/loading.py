@@ -1,28 +1,31 @@
 """Batches that are a function of seed and batch number alone.
 
 nnU-Net's loader processes draw from generators nobody seeds and hand batches over in the order they finish. Here every
-batch has a number: before nnU-Net's own loader samples and augments batch n, the generators are seeded from
-(seed, stream, n), and batches are handed over in the order of their numbers. Neither the number of processes nor their
-timing changes a batch, and a resumed training asks for the numbers that come next.
+batch has a number: before nnU-Net's own loader chooses the cases of batch n, the generators are seeded from
+(seed, stream, n), before it samples and augments sample i of it from (seed, stream, n, i), and batches are handed over
+in the order of their numbers. Neither the number of processes nor their timing changes a batch, a resumed training asks
+for the numbers that come next, and the processes of a distributed training make only their own samples of a batch.
 """
 
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 TRAINING, VALIDATION, STEP = range(3)  # streams of random numbers that never meet
 
 
-def seed_generators(seed: int, stream: int, number: int) -> None:
-    """Seed the global generators of random, NumPy and torch (CPU and CUDA) from three whole numbers of at least 0."""
-    words = np.random.SeedSequence((seed, stream, number)).generate_state(4)
+def seed_generators(*numbers: int) -> None:
+    """Seed the global generators of random, NumPy and torch (CPU and CUDA) from whole numbers of at least 0."""
+    words = np.random.SeedSequence(numbers).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))
@@ -40,12 +43,51 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which samples of a batch process `rank` of `world_size` makes and trains on; as nnU-Net divides them."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, batch_size: int) -> range:
+        """The numbers of its samples; the first processes get one more where the batch cannot be divided evenly."""
+        each, more = divmod(batch_size, self.world_size)
+        start = self.rank * each + min(self.rank, more)
+        return range(start, start + each + (self.rank < more))
+
+
 class NumberedBatches:
     """nnU-Net's loader giving batches start, start + 1, ...; process i of n gives every n-th one from start + i."""
 
-    def __init__(self, loader: Any, *, seed: int, stream: int, start: int, num_processes: int) -> None:
+    def __init__(
+        self, loader: Any, *, seed: int, stream: int, start: int, num_processes: int, share: Share = Share()
+    ) -> None:
         self._loader, self._seed, self._stream = loader, seed, stream
         self._number, self._stride = start, max(1, num_processes)
+        if isinstance(loader, nnUNetDataLoader):
+            self._batch_size = loader.batch_size
+            self._samples = share.of(loader.batch_size)
+            self._draw_cases, self._oversamples = loader.get_indices, loader.get_do_oversample
+            loader.batch_size = len(self._samples)
+            loader.get_indices, loader.get_do_oversample = self._cases, self._begin_sample
+
+    def _cases(self) -> list[str]:
+        """This process's part of the cases drawn for the whole batch."""
+        return list(self._with_whole_batch(self._draw_cases))[self._samples.start : self._samples.stop]
+
+    def _begin_sample(self, index: int) -> bool:
+        """Called by nnU-Net's loader before every sample: whether it must show foreground."""
+        sample = self._samples[index]
+        seed_generators(self._seed, self._stream, self._number, sample)
+        return bool(self._with_whole_batch(self._oversamples, sample))
+
+    def _with_whole_batch(self, ask: Callable[..., Any], *args: int) -> Any:
+        self._loader.batch_size = self._batch_size
+        try:
+            return ask(*args)
+        finally:
+            self._loader.batch_size = len(self._samples)
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called once in each loader process, before its first batch."""
@@ -61,10 +103,17 @@ class NumberedBatches:
 
 
 def ordered_batches(
-    loader: Any, *, seed: int, stream: int, start: int, num_processes: int, pin_memory: bool
+    loader: Any,
+    *,
+    seed: int,
+    stream: int,
+    start: int,
+    num_processes: int,
+    pin_memory: bool,
+    share: Share = Share(),
 ) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
     """An endless iterator of batches in the order of their numbers; 0 processes loads in this one."""
-    batches = NumberedBatches(loader, seed=seed, stream=stream, start=start, num_processes=num_processes)
+    batches = NumberedBatches(loader, seed=seed, stream=stream, start=start, num_processes=num_processes, share=share)
     if num_processes == 0:
         return SingleThreadedAugmenter(batches, None)
     return MultiThreadedAugmenter(batches, None, num_processes, pin_memory=pin_memory, wait_time=0.002)

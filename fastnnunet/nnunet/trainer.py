@@ -22,6 +22,15 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.distributed import (
+    average_gradients,
+    is_first,
+    local_device,
+    loss_weight,
+    mean_over_processes,
+    prepare_loss,
+    share,
+)
 from fastnnunet.nnunet.loading import (
     STEP,
     TRAINING,
@@ -106,14 +115,22 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     optimizer_name = "sgd"
     bf16 = False
     seed = 0
+    is_ddp: bool
+    network: Any
+    _loss_weight = 1.0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
+        distributed, self.is_ddp = self.is_ddp, False  # nnU-Net would need GPUs and make other losses of it
         super().initialize()
+        self.is_ddp = distributed
         if self.bf16:
             # measured on AVX512-BF16: up to 1.5 times faster for narrow students, equal for wide ones
             self.network.to(memory_format=torch.channels_last_3d if self._is_3d else torch.channels_last)
             self.network.register_forward_hook(_outputs_to_float32)
+        if self.is_ddp:
+            prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
+        self._loss_weight = loss_weight(self.batch_size)
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD, or AdamW under the same polynomial schedule."""
@@ -121,6 +138,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             return super().configure_optimizers()
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As nnU-Net does, which takes for granted that networks of several processes are wrapped."""
+        if hasattr(self.network, "decoder"):  # networks without one have no deep supervision
+            self.network.decoder.deep_supervision = enabled
 
     @property
     def _is_3d(self) -> bool:
@@ -161,6 +183,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 start=self.current_epoch * batches_per_epoch,
                 num_processes=processes,
                 pin_memory=self.device.type == "cuda",
+                share=share(),
             )
             for augmenter, (stream, batches_per_epoch, processes) in zip(plain, streams, strict=True)
         )
@@ -211,8 +234,10 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
                 loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX)
+            loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
+            average_gradients(self.network)
             self.grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.grad_scaler.step(self.optimizer)
@@ -220,10 +245,12 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             gradient = 0.0
         else:
             loss.backward()
+            average_gradients(self.network)
             gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12).item()
-            if np.isfinite(loss.item()) and np.isfinite(gradient):
+            if np.isfinite(mean_over_processes(loss).item()) and np.isfinite(gradient):
                 self.optimizer.step()
-        return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item(), "gradient": gradient}
+        losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
+        return {name: mean_over_processes(value).item() for name, value in losses.items()} | {"gradient": gradient}
 
     def start(self, *, load: bool) -> None:
         """What nnU-Net does before the first epoch; without `load` another trainer's loaders are used."""
@@ -268,6 +295,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def save_checkpoint(self, filename: str) -> None:
         """Write an nnU-Net checkpoint plus `fastnnunet` provenance, atomically."""
+        if not is_first():
+            return
         checkpoint = {
             "network_weights": self.network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
@@ -332,6 +361,10 @@ def make_trainer(
 ) -> StudentTrainer:
     """A trainer whose folder is `$nnUNet_results/<dataset>/nnUNetTrainer__<plans>__<configuration>/fold_<fold>`."""
     with nnunet_quiet():
-        return StudentTrainer(
+        trainer = StudentTrainer(
             {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
         )
+    trainer.device = local_device(device)  # nnU-Net takes a GPU for granted where there are several processes
+    if trainer.device.type != "cuda":
+        trainer.grad_scaler = None
+    return trainer

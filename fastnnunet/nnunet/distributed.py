@@ -1,0 +1,100 @@
+"""One training over several processes, started by torchrun: each makes and trains on its samples of every batch."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed
+
+from fastnnunet.errors import SpecError
+from fastnnunet.nnunet.loading import Share
+
+
+def share() -> Share:
+    """This process's place in the group; alone where there is none."""
+    if not distributed.is_initialized():
+        return Share()
+    return Share(distributed.get_rank(), distributed.get_world_size())
+
+
+def is_first() -> bool:
+    """Whether this process writes files and progress."""
+    return share().rank == 0
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Does nothing in a process started alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(local_device("cuda"))
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def local_device(device: str) -> torch.device:
+    """`cuda` -> the GPU of this process; other devices as they are."""
+    if device == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a scalar over processes; its own value where there is one."""
+    if not distributed.is_initialized():
+        return value
+    value = value.detach().clone()
+    distributed.all_reduce(value)
+    return value / distributed.get_world_size()
+
+
+def loss_weight(batch_size: int) -> float:
+    """Share of the samples times processes: the mean of losses so weighted is the loss of the whole batch."""
+    mine = share()
+    return len(mine.of(batch_size)) * mine.world_size / batch_size
+
+
+def average_gradients(network: torch.nn.Module) -> None:
+    """Replace gradients by their mean over processes.
+
+    Students are small, so one message after the backward pass does; torch's DistributedDataParallel, which overlaps
+    the two, wants a gradient for every output, and nnU-Net gives its coarsest one no weight.
+    """
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def prepare_loss(loss: Any, batch_size: int, batch_dice: bool) -> None:
+    """Let nnU-Net's batch Dice sum over all processes.
+
+    Raises SpecError when the batch cannot be divided: fewer samples than processes, or unequal shares where nnU-Net
+    computes Dice over the whole batch, which it gathers in equal parts.
+    """
+    processes = share().world_size
+    if batch_size < processes or (batch_dice and batch_size % processes):
+        raise SpecError(
+            f"{processes} processes: the batch of {batch_size} cannot be divided among them\n"
+            f"start torchrun with --nproc-per-node of {'a divisor of' if batch_dice else 'at most'} {batch_size}"
+        )
+    for module in loss.modules():
+        if hasattr(module, "ddp"):
+            module.ddp = True
