@@ -60,6 +60,20 @@ def assert_same(first, second):
     assert first["current_epoch"] == second["current_epoch"]
 
 
+def assert_events(folder, logging):
+    """TensorBoard's own reader finds what nnU-Net logged, each epoch once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs"):
+        scalars = events.Scalars(name)
+        assert [s.step for s in scalars] == list(range(len(logging[name])))
+        np.testing.assert_allclose([s.value for s in scalars], logging[name], rtol=1e-6)
+    hard, soft = (np.array([s.value for s in events.Scalars(f"train_losses_{n}")]) for n in ("hard", "soft"))
+    np.testing.assert_allclose(0.7 * hard + 0.3 * soft, logging["train_losses"], rtol=1e-4)
+
+
 class Draws:
     """A loader whose batch is what the three generators give."""
 
@@ -138,6 +152,7 @@ class TestResume:
         resumed = trained(job, resume=True, progress=lambda s: epochs.append(s.epoch))
         assert epochs == [2, 2, 3, 3]
         assert_same(reference, resumed)
+        assert_events(folder / "tensorboard", resumed["logging"])
 
         shutil.rmtree(folder)
         killed.rename(folder)
@@ -171,8 +186,10 @@ class TestDivergence:
     def at_second_epoch(self, monkeypatch, change):
         step = StudentTrainer.train_step
 
-        def changed(trainer, batch):
-            return change(trainer, lambda: step(trainer, batch)) if trainer.current_epoch == 1 else step(trainer, batch)
+        def changed(trainer, batch, iteration):
+            if trainer.current_epoch == 1:
+                return change(trainer, lambda: step(trainer, batch, iteration))
+            return step(trainer, batch, iteration)
 
         monkeypatch.setattr(StudentTrainer, "train_step", changed)
 

@@ -60,6 +60,8 @@ def run_epochs(trainers: "Sequence[StudentTrainer]", report: StepReport | None =
         for loader in (leader.dataloader_train, leader.dataloader_val):
             if hasattr(loader, "_finish"):  # stops the loader's processes; a single-threaded loader has none
                 loader._finish()
+        for trainer in trainers:
+            trainer.close()
 
 
 def _validate_epoch(leader: "StudentTrainer", active: "Sequence[StudentTrainer]") -> None:

@@ -39,6 +39,7 @@ from fastnnunet.nnunet.loading import (
     ordered_batches,
     seed_generators,
 )
+from fastnnunet.nnunet.tensorboard import TensorBoardLogger
 from fastnnunet.specs.canonical import differences
 
 
@@ -258,6 +259,15 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             if not load:
                 self.get_dataloaders = lambda: (None, None)  # type: ignore[method-assign]
             self.on_train_start()
+        if is_first():
+            events = TensorBoardLogger(Path(self.output_folder) / "tensorboard", self.current_epoch)
+            self.logger.loggers.append(events)
+
+    def close(self) -> None:
+        """End the log."""
+        for logger in self.logger.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.close()
 
     def finish(self) -> None:
         """What nnU-Net does after the last epoch: writes checkpoint_final.pth."""
@@ -285,7 +295,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             return super().validation_step({**batch, "target": target})
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
-        self.logger.log("train_losses", float(np.mean([o["loss"] for o in train_outputs])), self.current_epoch)
+        means = {name: float(np.mean([o[name] for o in train_outputs])) for name in ("loss", "hard", "soft")}
+        self.logger.log("train_losses", means["loss"], self.current_epoch)
+        for logger in self.logger.loggers:  # nnU-Net's own, which makes the plot, knows a fixed set of names
+            for name in ("hard", "soft"):
+                logger.log(f"train_losses_{name}", means[name], self.current_epoch)
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
