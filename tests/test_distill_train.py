@@ -19,6 +19,7 @@ from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecErro
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import find_student, reduce_features
 from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -120,6 +121,24 @@ def test_reduced_widths(features, r, expected):
 def test_r_that_leaves_no_channels(world):
     with pytest.raises(SpecError, match="-r 17 leaves no channels: the narrowest stage has 16"):
         train_student(make_job(student=StudentSpec(r=17)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(val=[]), "fold 0 of .*splits_final.json has no validation cases\n.*-f all"),
+        (lambda s: s["val"].append("gone"), "names 1 case.* not preprocessed, first 'gone'"),
+    ],
+)
+def test_fold_that_cannot_be_trained(world, change, message):
+    path = world / "preprocessed" / DATASET / "splits_final.json"
+    splits = load_splits(path.parent, open_teacher(TeacherSpec(dataset="998"), CACHE)[0].case_ids)
+    change(splits[0])
+    path.write_text(json.dumps(splits))
+    job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0))
+    with pytest.raises(MismatchError, match=message):
+        train_student(job)
+    assert not run_folder(job).exists()
 
 
 class TestTraining:

@@ -14,10 +14,12 @@ from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.engines import resolve_precision
-from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
+from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import STOCK_TRAINER, student_folder, student_plans
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
@@ -154,9 +156,31 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     folder = teacher_folder(job.teacher)
     dataset_json = read_json(folder / "dataset.json")
     plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
+    _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
     return plans, dataset_json, fold_folder
+
+
+def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
+    """Refuse a fold with nothing to train on or to validate on, or with cases that are not there."""
+    cases = open_cases(plans, job.teacher.configuration).case_ids
+    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    if isinstance(job.fold, str) or job.fold >= len(splits := load_splits(base, cases)):  # nnU-Net makes these itself
+        return
+    split = splits[job.fold]
+    empty = [words for part, words in (("train", "training"), ("val", "validation")) if not split[part]]
+    if empty:
+        raise MismatchError(
+            f"fold {job.fold} of {base / 'splits_final.json'} has no {' and no '.join(empty)} cases\n"
+            "correct that file, or train on every case with -f all"
+        )
+    missing = sorted({*split["train"], *split["val"]} - set(cases))
+    if missing:
+        raise MismatchError(
+            f"fold {job.fold} of {base / 'splits_final.json'} names {len(missing)} case(s) that are not preprocessed, "
+            f"first {missing[0]!r}\ncorrect that file, or run nnUNetv2_preprocess again"
+        )
 
 
 def run_folder(job: TrainingJob) -> Path:
