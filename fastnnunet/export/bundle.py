@@ -59,7 +59,7 @@ def export_bundle(
     if config.previous_stage_name is not None:
         raise MismatchError(f"{configuration} is a cascade stage; cascades cannot be exported yet")
     weights = strip_prefix(stored["network_weights"])
-    network = build_network(plans, configuration, dataset_json)
+    network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"])
     load_weights(network, weights, path)
     network.eval()
 

@@ -105,6 +105,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     optimizer_name = "sgd"
     bf16 = False
     seed = 0
+    network_lr: float | None = None  # what the network is trained with unless another rate is asked for
+    gradient_clip = 12.0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -187,25 +189,27 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         A loss or a gradient that is not finite leaves the weights as they are. With a gradient scaler the scaler skips
         such gradients and lowers its scale, so `gradient` is 0 there.
         """
-        targets = [self._to_device(t) for t in batch["target"]]
+        given = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        targets = [self._to_device(t) for t in given]
         soft_NSZYX = targets.pop() if self.soft_labels is not None else None
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self.network(self._to_device(batch["data"]))
-            hard = self.loss(outputs, targets)
+            hard = self.loss(outputs, targets if self.enable_deep_supervision else targets[0])
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
-                loss, soft = self.objective(hard, outputs[0].float(), soft_NSZYX)
+                full = outputs[0] if isinstance(outputs, list | tuple) else outputs
+                loss, soft = self.objective(hard, full.float(), soft_NSZYX)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
             gradient = 0.0
         else:
             loss.backward()
-            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12).item()
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip).item()
             if np.isfinite(loss.item()) and np.isfinite(gradient):
                 self.optimizer.step()
         return {"loss": loss.item(), "hard": hard.item(), "soft": soft.item(), "gradient": gradient}
@@ -259,7 +263,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
         if self.soft_labels is not None:
-            batch = {**batch, "target": batch["target"][:-1]}
+            labels = batch["target"][:-1]
+            batch = {**batch, "target": labels if self.enable_deep_supervision else labels[0]}
         with self._autocast():
             return super().validation_step(batch)
 
@@ -282,7 +287,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "init_args": {k: v for k, v in self.my_init_kwargs.items() if k != "device"},
-            "trainer_name": "nnUNetTrainer",
+            "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "fastnnunet": self.provenance,
         }
@@ -336,8 +341,12 @@ def make_trainer(
     device: str,
     resuming: bool,
 ) -> StudentTrainer:
-    """A trainer whose folder is `$nnUNet_results/<dataset>/nnUNetTrainer__<plans>__<configuration>/fold_<fold>`."""
+    """A trainer whose folder is `$nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>`.
+
+    The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
+    """
+    from fastnnunet.nnunet.primus import primus_trainer
+
+    kind = primus_trainer(StudentTrainer, plans["configurations"][configuration]["architecture"]) or StudentTrainer
     with nnunet_quiet():
-        return StudentTrainer(
-            {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
-        )
+        return kind({**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device))
