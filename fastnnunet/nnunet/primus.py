@@ -42,6 +42,13 @@ def is_primus(architecture: dict[str, Any]) -> bool:
     return architecture["network_class_name"] in (PRIMUS, OURS)
 
 
+def stock_architecture(architecture: dict[str, Any]) -> dict[str, Any]:
+    """The architecture under a name that exists where fastnnunet's training parts do not."""
+    return (
+        {**architecture, "network_class_name": PRIMUS} if architecture["network_class_name"] == OURS else architecture
+    )
+
+
 def primus_kwargs(network: torch.nn.Module, patch_size: list[int]) -> dict[str, Any]:
     """Constructor arguments of a teacher's Primus, read off the network. Raises MismatchError for Primus V2 and V3."""
     if type(network) not in (Primus, PrimusStudent):

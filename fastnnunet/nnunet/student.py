@@ -112,9 +112,9 @@ def _unet(architecture: dict[str, Any], student: StudentSpec) -> dict[str, Any]:
 def _thin(kwargs: dict[str, Any], stages: int) -> None:
     """Full resolution costs most: one in-plane convolution ([1, 3, 3]) on each side of it.
 
-    OpenVINO in bfloat16, 128^3, r=4, two cores with other load, fastest of seven: width 0.595 s; one convolution 0.399,
-    one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (tests/benchmarks/lite_student.py). [1, 3, 3] halves the time and still sees
-    its neighbours in the plane of highest resolution. A two-dimensional network keeps its kernel.
+    OpenVINO in bfloat16, 128^3, r=4, two cores with other load, fastest of seven runs: width 0.595 s; one convolution
+    0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (tests/benchmarks/lite_student.py). [1, 3, 3] halves the time and
+    still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
     kernels = [list(k) for k in kwargs["kernel_sizes"]]
     if len(kernels[0]) == 3:
@@ -178,11 +178,11 @@ def _explicit(student: StudentSpec, described: dict[str, Any]) -> dict[str, Any]
     problems += [f"argument {n!r} is set by nnU-Net, not by arch_kwargs" for n in fixed if n in kwargs]
     if problems:
         raise SpecError(f"arch_kwargs: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
-    names = [n for n in (*LAYERS, "block") if isinstance(kwargs.get(n), str) or (n in kwargs and n in LAYERS)]
+    imported = [n for n in (*LAYERS, "block") if isinstance(kwargs.get(n), str) or (n in kwargs and n in LAYERS)]
     return {
         "network_class_name": student.network_class_name,
         "arch_kwargs": kwargs,
-        "_kw_requires_import": names,
+        "_kw_requires_import": imported,
     }
 
 

@@ -1,11 +1,10 @@
 """Whether teacher, preprocessed data and student fit together, and what a student costs."""
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.paths import nnunet_folder
 from fastnnunet.nnunet.plans import build_network, read_json
 from fastnnunet.nnunet.primus import PATCH_EMBED, is_primus, stock_trainer_of
 
@@ -38,6 +37,8 @@ def patch_problems(config: dict[str, Any]) -> list[str]:
     strides = architecture["arch_kwargs"].get("strides")
     if not isinstance(strides, list) or not all(isinstance(s, list) for s in strides):
         return []
+    if len(strides) < 3:
+        return [f"strides: got {len(strides)} stages, expected at least 3: nnU-Net's deep supervision divides by zero"]
     if any(len(s) != len(patch) for s in strides):
         return [f"strides: got {strides}, expected {len(patch)} numbers a stage for patch {patch}"]
     total = [math.prod(s[axis] for s in strides) for axis in range(len(patch))]
@@ -49,7 +50,7 @@ def patch_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _data_problems(teacher: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> list[str]:
-    base = Path(os.environ.get("nnUNet_preprocessed", "")) / teacher["dataset_name"]
+    base = nnunet_folder("nnUNet_preprocessed") / teacher["dataset_name"]
     problems = []
     try:
         theirs = read_json(base / f"{teacher['plans_name']}.json")["configurations"].get(configuration, {})
