@@ -14,24 +14,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastnnunet.cli.guard import guarded
-from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 
 if TYPE_CHECKING:
     from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.specs.student import StudentSpec
+
+
+VARIANTS = {  # command -> (the teacher's plans, the teacher's trainer)
+    "": ("nnUNetPlans", "nnUNetTrainer"),
+    "resenc_": ("nnUNetResEncUNetMPlans", "nnUNetTrainer"),
+    "primus_": ("nnUNetPlans", "nnUNet_Primus_M_Trainer"),
+}
 
 
 def distillation_train(argv: list[str] | None = None) -> None:
     """Console entry point of `nnUNetv2_distillation_train`."""
-    parser = _parser(
-        "Distil one student from a trained nnU-Net ensemble.",
-        "nnUNetv2_distillation_train -d 4 -f 0 -a 0.3 -temp 3.0 -r 2",
-    )
-    parser.add_argument("-tr", default="nnUNetTrainer", help="the teacher's trainer")
+    _train_command("", argv)
+
+
+def distillation_export_onnx(argv: list[str] | None = None) -> None:
+    """Console entry point of `nnUNetv2_distillation_export_onnx`."""
+    _export_command("", argv)
+
+
+def resenc_distillation_train(argv: list[str] | None = None) -> None:
+    """Console entry point of `nnUNetv2_resenc_distillation_train`."""
+    _train_command("resenc_", argv)
+
+
+def resenc_distillation_export_onnx(argv: list[str] | None = None) -> None:
+    """Console entry point of `nnUNetv2_resenc_distillation_export_onnx`."""
+    _export_command("resenc_", argv)
+
+
+def primus_distillation_train(argv: list[str] | None = None) -> None:
+    """Console entry point of `nnUNetv2_primus_distillation_train`."""
+    _train_command("primus_", argv)
+
+
+def primus_distillation_export_onnx(argv: list[str] | None = None) -> None:
+    """Console entry point of `nnUNetv2_primus_distillation_export_onnx`."""
+    _export_command("primus_", argv)
+
+
+def _train_command(variant: str, argv: list[str] | None) -> None:
+    example = f"nnUNetv2_{variant}distillation_train -d 4 -f 0 -a 0.3 -temp 3.0 -r 2"
+    parser = _parser(variant, "Distil one student from a trained nnU-Net ensemble.", example)
     parser.add_argument("-tf", nargs="+", default=["0", "1", "2", "3", "4"], help="teacher folds")
     parser.add_argument("-tcp", default="checkpoint_final.pth", help="the teacher's checkpoint")
+    parser.add_argument("-w", type=Path, help="nnU-Net checkpoint of fitting shapes to start the student from")
     parser.add_argument("-e", type=int, default=1000, help="epochs")
     parser.add_argument("--iterations", type=int, default=250, help="iterations per epoch")
-    parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs")
+    parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs; Primus always takes AdamW")
+    parser.add_argument("-disable_mirroring", action="store_true", help="no mirroring, neither in training nor in use")
+    parser.add_argument("--use_da5", action="store_true", help="nnU-Net's DA5 augmentation")
     parser.add_argument("-d_device", default="auto", help="cpu or cuda")
     parser.add_argument(
         "-c_continue", "--c", dest="c_continue", action="store_true", help="continue from the latest checkpoint"
@@ -39,29 +76,44 @@ def distillation_train(argv: list[str] | None = None) -> None:
     _run(_train, parser.parse_args(argv))
 
 
-def distillation_export_onnx(argv: list[str] | None = None) -> None:
-    """Console entry point of `nnUNetv2_distillation_export_onnx`."""
-    parser = _parser(
-        "Export a student as a validated bundle.", "nnUNetv2_distillation_export_onnx -d 4 -f 0 -r 2 -o bundle_r2 -v"
-    )
+def _export_command(variant: str, argv: list[str] | None) -> None:
+    example = f"nnUNetv2_{variant}distillation_export_onnx -d 4 -f 0 -r 2 -o bundle_r2 -v"
+    parser = _parser(variant, "Export a student as a validated bundle.", example)
     parser.add_argument("-o", type=Path, help="bundle folder [default: beside the student's checkpoint]")
     parser.add_argument("-v", action="store_true", help="say how the exported model was validated (it always is)")
+    parser.add_argument("-is", dest="image_size", nargs="+", type=int, help="refused: a bundle keeps its patch size")
+    parser.add_argument("-da", action="store_true", help="dynamic axes: the batch always is, space never")
+    parser.add_argument("-sim", action="store_true", help="simplify: changes nothing, runtimes do so on loading")
+    parser.add_argument("-b", type=int, default=1, help="batch size: changes nothing, every batch size works")
+    parser.add_argument("-fix", action="store_true", help="fixed shapes: space always is")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     _run(_export, parser.parse_args(argv))
 
 
-def _parser(description: str, example: str) -> argparse.ArgumentParser:
+def _parser(variant: str, description: str, example: str) -> argparse.ArgumentParser:
+    plans, trainer = VARIANTS[variant]
     parser = argparse.ArgumentParser(
         description=description, epilog=f"example: {example}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("-d", required=True, help="data set id or name")
     parser.add_argument("-c", default="3d_fullres", help="configuration")
     parser.add_argument("-f", default="0", help="the student's fold")
-    parser.add_argument("-r", type=int, default=2, help="student size: width divided by r")
+    parser.add_argument("-r", type=int, help="student size: width divided by r (2 where neither -r nor -ts is given)")
     parser.add_argument("-a", type=float, default=0.3, help="weight of the soft loss")
     parser.add_argument("-temp", type=float, default=3.0, help="temperature")
-    parser.add_argument("-tpl", default="nnUNetPlans", help="the teacher's plans")
+    parser.add_argument("-tpl", default=plans, help="the teacher's plans")
+    parser.add_argument("-t", "-tr", dest="tr", default=trainer, help="the teacher's trainer")
+    parser.add_argument("-spl", help="name of the student's plans")
+    parser.add_argument("-bs", default="auto", help="blocks per stage: reduce, keep, increase or adaptive")
+    parser.add_argument("-ts", help="a stock Primus as the student: S, B, M or L")
     return parser
+
+
+def _student(args: argparse.Namespace, plans_name: str | None) -> "StudentSpec":
+    from fastnnunet.cli.train import student_specs
+
+    sizes = [args.r or 2] if args.ts is None else [args.r] if args.r else None
+    return student_specs(sizes, None, {"blocks": args.bs, "size": args.ts}, plans_name)[0]
 
 
 def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -76,7 +128,6 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
-    from fastnnunet.specs.student import StudentSpec
     from fastnnunet.specs.teacher import TeacherSpec
 
     settings = {
@@ -86,6 +137,11 @@ def _train(args: argparse.Namespace) -> None:
         "iterations_per_epoch": args.iterations,
         "optimizer": args.optimizer,
     }
+    # the two fields of DistillSpec that these flags set; where it lacks them, build_spec says so
+    if args.disable_mirroring:
+        settings["mirror_augmentation"] = False
+    if args.use_da5:
+        settings["augmentation"] = "da5"
     job = TrainingJob(
         teacher=TeacherSpec(
             dataset=args.d,
@@ -95,11 +151,12 @@ def _train(args: argparse.Namespace) -> None:
             folds=parse_folds(args.tf),
             checkpoint=args.tcp,
         ),
-        student=StudentSpec(r=args.r),
+        student=_student(args, args.spl),
         distill=build_spec(DistillSpec, settings, where="options"),
         cache=dataclasses.replace(CacheSpec(), temperature=args.temp),
         fold=parse_folds([args.f])[0],
         device=args.d_device,
+        pretrained=args.w,
     )
     check_job(job, resume=args.c_continue, overwrite=False)  # before hours of labelling
     if job.distill.alpha > 0:
@@ -124,17 +181,28 @@ def _build_cache(job: "TrainingJob", reason: str) -> None:
 def _export(args: argparse.Namespace) -> None:
     from fastnnunet.cli.export import export_student
     from fastnnunet.specs.distill import DistillSpec
-    from fastnnunet.specs.student import StudentSpec
 
+    if args.image_size:
+        raise SpecError(f"-is {args.image_size}: a bundle keeps its student's patch size; leave it out")
+    notes = {
+        "da": "-da changes nothing: the batch axis is dynamic, and the sliding window needs one patch size",
+        "sim": "-sim changes nothing: ONNX Runtime and OpenVINO simplify on loading, and weights keep their names",
+        "fix": "-fix changes nothing: the patch size is fixed in every export",
+        "b": "-b changes nothing: the batch axis is dynamic",
+    }
+    for flag, note in notes.items():
+        if getattr(args, flag) not in (False, 1) or getattr(args, flag) is True:
+            print(note, file=sys.stderr)
     export_student(
         dataset=args.d,
         configuration=args.c,
         plans=args.tpl,
         fold=args.f,
-        student=StudentSpec(r=args.r),
+        student=_student(args, None),
         distill=DistillSpec(alpha=args.a, temperature=args.temp),
         output=args.o,
         checkpoint="checkpoint_final.pth",
         overwrite=args.overwrite,
         verbose=args.v,
+        student_plans=args.spl,
     )

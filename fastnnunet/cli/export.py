@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastnnunet.errors import NotFoundError
+from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
     from fastnnunet.specs.distill import DistillSpec
@@ -23,8 +23,16 @@ def _group() -> None:
 def onnx(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
     fold: Annotated[str, typer.Option("-f", "--fold", help="The student's fold.")],
-    reduction: Annotated[int, typer.Option("-r", "--reduction", help="Student size.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle folder to write.")],
+    reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Student size.")] = None,
+    student_file: Annotated[
+        Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
+    ] = None,
+    family: Annotated[str, typer.Option("--family", help="width, or lite: thin full-resolution stage.")] = "width",
+    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
+    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive depth.")] = "auto",
+    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
+    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
     configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
     alpha: Annotated[float, typer.Option("-a", "--alpha", help="As in training; names the student.")] = 0.3,
     temperature: Annotated[float, typer.Option("-temp", "--temperature", help="As in training.")] = 3.0,
@@ -43,15 +51,21 @@ def onnx(
 
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 -r 4 -o hippocampus_r4
     """
+    from fastnnunet.cli.train import student_specs
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.student import StudentSpec
 
+    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
+    named = student_plans is not None and not reduction and student_file is None and size is None
+    students = [StudentSpec()] if named else student_specs(reduction, student_file, choices)
+    if len(students) > 1:
+        raise SpecError(f"-r: got {len(students)} sizes, expected one student a bundle")
     export_student(
         dataset=dataset,
         configuration=configuration,
         plans=plans,
         fold=fold,
-        student=StudentSpec(r=reduction),
+        student=students[0],
         distill=DistillSpec(alpha=alpha, temperature=temperature),
         output=output,
         checkpoint=checkpoint,
@@ -86,6 +100,8 @@ def export_student(
     name = resolve_dataset(dataset)
     if student_plans is not None:
         folder = model_folder(name, STOCK_TRAINER, student_plans, configuration)
+        found = sorted(folder.parent.glob(f"*__{student_plans}__{configuration}"))  # a stock Primus has its own trainer
+        folder = found[0] if found else folder
         if not folder.is_dir():
             there = [p.name.split("__")[1] for p in sorted(folder.parent.glob(f"*__{plans}_*__{configuration}"))]
             raise NotFoundError(f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}")

@@ -10,6 +10,7 @@ from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
 from fastnnunet.cli.guard import guarded
 from fastnnunet.cli.predict import predict
+from fastnnunet.cli.student import app as student_app
 from fastnnunet.cli.train import train
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("train")(train)
 app.command("predict")(predict)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
+app.add_typer(student_app, name="student")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset(

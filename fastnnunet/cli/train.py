@@ -20,8 +20,18 @@ def train(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
     fold: Annotated[list[str], typer.Option("-f", "--fold", help="The student's fold(s): 0 to 4, or all.")],
     reduction: Annotated[
-        list[int], typer.Option("-r", "--reduction", help="Student size: width divided by r; may repeat.")
-    ],
+        list[int] | None, typer.Option("-r", "--reduction", help="Student size: width divided by r; may repeat.")
+    ] = None,
+    student_file: Annotated[
+        Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
+    ] = None,
+    family: Annotated[str, typer.Option("--family", help="width, or lite: thin full-resolution stage.")] = "width",
+    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
+    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive depth.")] = "auto",
+    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
+    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
+    student_plans: Annotated[str | None, typer.Option("-spl", help="Name for the student's plans.")] = None,
+    pretrained: Annotated[Path | None, typer.Option("-w", help="nnU-Net checkpoint to start from.")] = None,
     configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
     alpha: Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")] = 0.3,
     temperature: Annotated[float, typer.Option("-temp", "--temperature", help="T of cache and loss.")] = 3.0,
@@ -72,7 +82,6 @@ def train(
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec, load_yaml_spec
-    from fastnnunet.specs.student import StudentSpec
     from fastnnunet.specs.teacher import TeacherSpec
 
     if resume and overwrite:
@@ -107,11 +116,13 @@ def train(
     )
     recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     recipe = dataclasses.replace(recipe, temperature=temperature)
+    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
+    students = student_specs(reduction, student_file, choices, student_plans)
     groups = [
         [
             TrainingJob(
                 teacher=teacher,
-                student=StudentSpec(r=r),
+                student=student,
                 distill=distill,
                 cache=recipe,
                 fold=f,
@@ -119,13 +130,43 @@ def train(
                 threads=threads,
                 cache_root=place,
                 cache_spec_file=spec,
+                pretrained=pretrained,
             )
-            for r in reduction
+            for student in students
         ]
         for f in parse_folds(fold)
     ]
     for group in groups if together else [[job] for jobs in groups for job in jobs]:
         run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
+
+
+def student_specs(
+    reduction: list[int] | None, file: Path | None, choices: dict[str, Any], plans_name: str | None = None
+) -> list[Any]:
+    """One StudentSpec per size, or the one of `file`. Raises SpecError for options that contradict each other."""
+    import dataclasses
+
+    from fastnnunet.specs.load import build_spec, load_yaml_spec
+    from fastnnunet.specs.student import StudentSpec
+
+    size = choices.get("size")
+    if file is not None:
+        default = StudentSpec()
+        given = [name for name, value in choices.items() if value != getattr(default, name)]
+        if reduction or given:
+            raise SpecError(
+                f"--student {file}: got also {', '.join([*given, *(['-r'] if reduction else [])])}; give one"
+            )
+        spec = load_yaml_spec(StudentSpec, file)
+        return [spec if plans_name is None else dataclasses.replace(spec, plans_name=plans_name)]
+    if size is None and not reduction:
+        raise SpecError("which student? give -r 2 4, --student FILE.yaml, or -ts S for a stock Primus")
+    if size is not None and reduction:
+        raise SpecError(f"-ts {size} is a whole size by itself; leave out -r {' '.join(map(str, reduction))}")
+    sizes = reduction or [1]
+    if plans_name is not None and len(sizes) > 1:
+        raise SpecError(f"-spl {plans_name} names one student, got -r {' '.join(map(str, sizes))}; give one size")
+    return [build_spec(StudentSpec, {**choices, "r": r, "plans_name": plans_name}, where="options") for r in sizes]
 
 
 def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:

@@ -15,12 +15,13 @@ from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.cases import open_cases
-from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.checkpoint import load_checkpoint, load_pretrained, weights_digest
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.splits import load_splits
-from fastnnunet.nnunet.student import STOCK_TRAINER, student_folder, student_plans
+from fastnnunet.nnunet.student import student_folder, student_plans, trainer_of
+from fastnnunet.nnunet.student_fit import check_fit
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -47,6 +48,7 @@ class TrainingJob:
     threads: int | None = None
     cache_spec_file: Path | None = None  # only to quote it in messages
     cache_root: Place | None = None  # where to look for the cache; None = beside the preprocessed data
+    pretrained: Path | None = None  # nnU-Net checkpoint the student's weights start from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,11 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     """Refuse what can be refused without the cache; returns (student plans, dataset.json, fold folder)."""
     folder = teacher_folder(job.teacher)
     dataset_json = read_json(folder / "dataset.json")
-    plans = student_plans(read_json(folder / "plans.json"), job.teacher.configuration, job.student, job.distill)
+    teacher_plans = read_json(folder / "plans.json")
+    plans = student_plans(
+        teacher_plans, job.teacher.configuration, job.student, job.distill, dataset_json, trainer_of(job.teacher)
+    )
+    check_fit(teacher_plans, plans, dataset_json, job.teacher.configuration)
     _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
@@ -209,7 +215,7 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
 
 def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
     """Runs of the same student and fold: name of their plans -> what differs."""
-    stem = f"{STOCK_TRAINER}__{job.teacher.plans}_{job.student.tag}_"
+    stem = f"*__{job.teacher.plans}_{job.student.tag}_"
     pattern = f"{stem}*__{job.teacher.configuration}/{fold_folder.name}/{LATEST[:11]}*.pth"
     runs = {path.parent: path for path in sorted(fold_folder.parent.parent.glob(pattern))}
     now = _provenance(job, None)
@@ -225,7 +231,11 @@ def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
 
 def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:
     """What made a student; stored in its checkpoints."""
+    start = {}
+    if job.pretrained is not None:
+        start["pretrained_sha256"] = weights_digest(load_checkpoint(job.pretrained)["network_weights"])
     return {
+        **start,
         "version": __version__,
         "teacher": to_plain(job.teacher),
         "student": to_plain(job.student),
@@ -251,7 +261,7 @@ def _configure(
     trainer.num_epochs = spec.epochs
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
-    trainer.initial_lr = spec.lr
+    trainer.initial_lr = spec.lr if spec.initial_lr is not None or trainer.network_lr is None else trainer.network_lr
     trainer.optimizer_name = spec.optimizer
     trainer.seed = spec.seed
     trainer.save_every = 1  # students are small; a kill costs one epoch at most
@@ -266,6 +276,8 @@ def _configure(
     trainer.provenance = _provenance(job, soft_labels.key if soft_labels is not None else None)
     with nnunet_quiet():
         trainer.initialize()
+    if job.pretrained is not None and not resume:
+        load_pretrained(trainer.network, job.pretrained)
     return trainer
 
 

@@ -15,6 +15,7 @@ from fastnnunet.export.onnx import INPUT, OUTPUT, to_onnx
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
+from fastnnunet.nnunet.primus import stock_architecture
 from fastnnunet.specs.bundle import BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 
@@ -59,7 +60,7 @@ def export_bundle(
     if config.previous_stage_name is not None:
         raise MismatchError(f"{configuration} is a cascade stage; cascades cannot be exported yet")
     weights = strip_prefix(stored["network_weights"])
-    network = build_network(plans, configuration, dataset_json)
+    network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"])
     load_weights(network, weights, path)
     network.eval()
 
@@ -188,7 +189,7 @@ def _bundle_spec(
             for kind in ("data", "seg", "probabilities")
         },
         mirror_axes=tuple(mirror_axes) if mirror_axes else None,
-        architecture=config.configuration["architecture"],
+        architecture=stock_architecture(config.configuration["architecture"]),
         plans=plans,
         dataset_json=dataset_json,
         provenance=provenance,

@@ -40,6 +40,7 @@ def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ..
             verbose=False,
         )
     model = program.model_proto
+    _drop_zero_biases(model)
     _drop_trace_metadata(model)
     _check_graph(model, network)
     return model
@@ -60,6 +61,22 @@ def _check_graph(model: "onnx.ModelProto", network: "torch.nn.Module") -> None:
     external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if external:
         raise ParityError(f"{len(external)} weights lie outside the model file, expected all inside")
+
+
+def _drop_zero_biases(model: "onnx.ModelProto") -> None:
+    """Convolutions without bias get zeros that the graph computes, of a size ONNX Runtime rejects; take them out."""
+    graph = model.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.input) == 3 and node.input[2] not in stored:
+            del node.input[2]
+    while True:
+        used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        dead = [node for node in graph.node if not used.intersection(node.output)]
+        if not dead:
+            return
+        for node in dead:
+            graph.node.remove(node)
 
 
 def _drop_trace_metadata(model: "onnx.ModelProto") -> None:

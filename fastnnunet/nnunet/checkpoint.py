@@ -68,6 +68,28 @@ def load_weights(network: "torch.nn.Module", weights: Weights, where: Path) -> N
     network.load_state_dict(weights, strict=True)
 
 
+def load_pretrained(network: "torch.nn.Module", path: Path) -> None:
+    """Start from another model's weights: everything but the segmentation layers, as `nnUNetv2_train` does.
+
+    Raises MismatchError naming what is missing or of another shape, NotFoundError, CorruptError.
+    """
+    given, own = strip_prefix(load_checkpoint(path)["network_weights"]), network.state_dict()
+    wanted = {name: tensor for name, tensor in own.items() if ".seg_layers." not in name}
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    problems += [
+        f"{name}: pretrained {tuple(given[name].shape)}, student {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems[:5])
+        raise MismatchError(
+            f"the pretrained weights {path} do not fit this student, {len(problems)} parameter(s) differ:\n{shown}\n"
+            "give a checkpoint of the same architecture and width"
+        )
+    network.load_state_dict({**own, **{name: given[name] for name in wanted}}, strict=True)
+
+
 def weights_digest(weights: Weights) -> str:
     """Hex SHA-256 over name, dtype, shape and bytes of every parameter in name order, however the file is packed."""
     digest = hashlib.sha256()

@@ -53,18 +53,60 @@ def num_input_channels(
 
 
 def build_network(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], deep_supervision: bool = False
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    deep_supervision: bool = False,
+    trainer: str = "nnUNetTrainer",
 ) -> "torch.nn.Module":
-    """The network the plans describe, with nnU-Net's own initialisation."""
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    """The network `trainer` builds from the plans, with nnU-Net's own initialisation.
+
+    Most trainers build what the plans describe; some, such as nnU-Net's Primus trainers, build one of their own.
+    Raises NotFoundError for a trainer that is not installed, MismatchError when it cannot build a network.
+    """
+    import inspect
 
     plans_manager, config = configuration_of(plans, configuration)
-    return get_network_from_plans(
+    described = (
         config.network_arch_class_name,
         config.network_arch_init_kwargs,
         config.network_arch_init_kwargs_req_import,
+    )
+    sizes = (
         num_input_channels(plans_manager, config, dataset_json),
         label_manager_of(plans_manager, dataset_json).num_segmentation_heads,
-        allow_init=True,
-        deep_supervision=deep_supervision,
     )
+    build = trainer_class(trainer).build_network_architecture
+    takes_plans = "plans_manager" in inspect.signature(build).parameters
+    arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
+    try:
+        return build(*arguments, enable_deep_supervision=deep_supervision)
+    except (AssertionError, TypeError, ImportError) as e:
+        raise MismatchError(
+            f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
+            f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
+        ) from e
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`. Raises NotFoundError."""
+    import contextlib
+    import io
+
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as e:
+        raise NotFoundError(
+            f"trainer {name!r} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
+        ) from e
+
+
+def network_class_name(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: str) -> str:
+    """Class of the network: the plans' own, or of what a trainer builds that pays no heed to the plans."""
+    if trainer == "nnUNetTrainer":
+        return str(configuration_of(plans, configuration)[1].network_arch_class_name)
+    kind = type(build_network(plans, configuration, dataset_json, trainer=trainer))
+    return f"{kind.__module__}.{kind.__qualname__}"

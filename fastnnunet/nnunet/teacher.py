@@ -25,7 +25,14 @@ from fastnnunet.nnunet.engines import (
     resolve_engine,
     resolve_precision,
 )
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
+from fastnnunet.nnunet.plans import (
+    build_network,
+    configuration_of,
+    label_manager_of,
+    network_class_name,
+    num_input_channels,
+    read_json,
+)
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ class NnUNetTeacher:
     precision: Precision
     engine: EngineName
     unseen: dict[str, tuple[Fold, ...]]  # case -> folds whose training set did not contain it
+    trainer: str = "nnUNetTrainer"  # named in the checkpoints; it builds the network
 
     @property
     def plans(self) -> dict[str, Any]:
@@ -138,7 +146,7 @@ class NnUNetTeacher:
         """Read all folds into the engine. Raises CorruptError, MismatchError."""
         networks: dict[Fold, torch.nn.Module] = {}
         for fold in self.folds:
-            network = build_network(self.plans, self.configuration, self.dataset_json)
+            network = build_network(self.plans, self.configuration, self.dataset_json, trainer=self.trainer)
             load_weights(network, self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint)
             networks[fold] = network
         engine: Engine
@@ -242,8 +250,9 @@ def make_teacher(
         unseen[case] = tuple(
             f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
         )
-    _, config = configuration_of(read_json(folder / "plans.json"), spec.configuration)
-    architecture = config.network_arch_class_name
+    plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    trainer = load_checkpoint(folder / f"fold_{spec.folds[0]}" / spec.checkpoint)["trainer_name"]
+    architecture = network_class_name(plans, spec.configuration, dataset_json, trainer)
     return NnUNetTeacher(
         folder,
         spec.configuration,
@@ -254,4 +263,5 @@ def make_teacher(
         resolve_precision(precision),
         resolve_engine(engine, architecture),
         unseen,
+        trainer,
     )

@@ -119,6 +119,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     is_ddp: bool
     network: Any
     _loss_weight = 1.0
+    network_lr: float | None = None  # what the network is trained with unless another rate is asked for
+    gradient_clip = 12.0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -240,14 +242,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.grad_scaler.scale(loss).backward()
             average_gradients(self.network)
             self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
             gradient = 0.0
         else:
             loss.backward()
             average_gradients(self.network)
-            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12).item()
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip).item()
             if np.isfinite(mean_over_processes(loss).item()) and np.isfinite(gradient):
                 self.optimizer.step()
         losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
@@ -319,7 +321,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "init_args": {k: v for k, v in self.my_init_kwargs.items() if k != "device"},
-            "trainer_name": "nnUNetTrainer",
+            "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "fastnnunet": self.provenance,
         }
@@ -373,9 +375,15 @@ def make_trainer(
     device: str,
     resuming: bool,
 ) -> StudentTrainer:
-    """A trainer whose folder is `$nnUNet_results/<dataset>/nnUNetTrainer__<plans>__<configuration>/fold_<fold>`."""
+    """A trainer whose folder is `$nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>`.
+
+    The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
+    """
+    from fastnnunet.nnunet.primus import primus_trainer
+
+    kind = primus_trainer(StudentTrainer, plans["configurations"][configuration]["architecture"]) or StudentTrainer
     with nnunet_quiet():
-        trainer = StudentTrainer(
+        trainer = kind(
             {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
         )
     trainer.device = local_device(device)  # nnU-Net takes a GPU for granted where there are several processes

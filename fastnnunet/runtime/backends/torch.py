@@ -19,7 +19,7 @@ _TRUSTED_PACKAGE = "dynamic_network_architectures."
 # what an architecture's arguments may name: layers, never arbitrary callables
 _TRUSTED_ARGUMENTS = ("torch.nn.", _TRUSTED_PACKAGE)
 # Deep supervision's heads at lower resolutions are built but not run at inference, so ONNX does not have them.
-_UNUSED_AT_INFERENCE = "decoder.seg_layers."
+_UNUSED_AT_INFERENCE = ("decoder.seg_layers.", "mask_token")  # and what Primus puts where patches were dropped
 
 
 class TorchBackend:
@@ -64,7 +64,8 @@ def build_network(spec: BundleSpec) -> Any:
         arguments[name] = pydoc.locate(path) if str(path).startswith(_TRUSTED_ARGUMENTS) else None
         if arguments[name] is None:
             raise MismatchError(f"the bundle's architecture needs {name} = {path!r}, which is not a known layer")
-    arguments["deep_supervision"] = False
+    if not class_path.endswith(".Primus"):  # which has no deep supervision
+        arguments["deep_supervision"] = False
     try:
         return network_class(  # type: ignore[operator]
             input_channels=len(spec.channel_names), num_classes=spec.num_heads, **arguments

@@ -1,0 +1,91 @@
+"""`fastnnunet student`: what students would be, before anything is trained."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="What students of a teacher would look like and cost.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `student` a group while it has one command."""
+
+
+@app.command("describe")
+def describe(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
+    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
+    reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Sizes; may repeat.")] = None,
+    student_file: Annotated[Path | None, typer.Option("--student", help="YAML of a student.")] = None,
+    family: Annotated[str, typer.Option("--family", help="width or lite.")] = "width",
+    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
+    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive.")] = "auto",
+    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
+    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
+    folds: Annotated[int, typer.Option("--folds", help="Folds of the ensemble to compare with.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Stages, parameters and work per patch of students, from the plans alone.
+
+    The speed-up is a range: from the ratio of numbers written (where memory is the limit) to the ratio of FLOPs (where
+    arithmetic is). Measure before you rely on it.
+
+    Example:
+
+      fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6 --family lite
+    """
+    from fastnnunet.cli.train import student_specs
+    from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+    from fastnnunet.nnunet.plans import configuration_of, read_json
+    from fastnnunet.nnunet.student import student_plans
+    from fastnnunet.nnunet.student_fit import check_fit, network_cost
+    from fastnnunet.specs.distill import DistillSpec
+
+    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
+    specs = student_specs(reduction, student_file, choices)
+    base = nnunet_folder("nnUNet_preprocessed") / resolve_dataset(dataset)
+    teacher, dataset_json = read_json(base / f"{plans}.json"), read_json(base / "dataset.json")
+    configuration_of(teacher, configuration)
+    cost = network_cost(teacher, configuration, dataset_json, trainer)
+    copies = folds * 2 ** len(teacher["configurations"][configuration]["patch_size"])
+    rows: list[dict[str, Any]] = [{"name": "teacher", **cost}]
+    for spec in specs:
+        made = student_plans(teacher, configuration, spec, DistillSpec(), dataset_json, trainer)
+        check_fit(teacher, made, dataset_json, configuration)
+        own = network_cost(made, configuration, dataset_json)
+        ratios = sorted(cost[n] / own[n] for n in ("activations", "flops"))
+        rows.append(
+            {
+                "name": spec.tag,
+                **own,
+                "network": made["configurations"][configuration]["architecture"],
+                "faster_than_network": ratios,
+                "faster_than_ensemble": [copies * ratio for ratio in ratios],
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        _show(row, folds, copies)
+
+
+def _show(row: dict[str, Any], folds: int, copies: int) -> None:
+    work = f"{row['parameters'] / 1e6:.3f} M parameters, {row['flops'] / 1e9:.2f} GFLOP per patch"
+    print(f"{row['name']}: {work}")
+    if "network" not in row:
+        return
+    kwargs = row["network"]["arch_kwargs"]
+    print(f"  {row['network']['network_class_name'].rsplit('.', 1)[-1]}")
+    shown = ("features_per_stage", "n_blocks_per_stage", "n_conv_per_stage", "n_conv_per_stage_decoder", "strides")
+    for name in (*shown, "embed_dim", "eva_numheads", "eva_depth"):
+        if name in kwargs:
+            print(f"  {name}: {kwargs[name]}")
+    low, high = row["faster_than_network"]
+    print(f"  expected speed-up: {low:.1f} to {high:.1f} over one network, ", end="")
+    print(f"{low * copies:.0f} to {high * copies:.0f} over {folds} folds x {copies // folds} mirrors")

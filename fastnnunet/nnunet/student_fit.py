@@ -1,0 +1,103 @@
+"""Whether teacher, preprocessed data and student fit together, and what a student costs."""
+
+import math
+from typing import Any
+
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.paths import nnunet_folder
+from fastnnunet.nnunet.plans import build_network, read_json
+from fastnnunet.nnunet.primus import PATCH_EMBED, is_primus, stock_trainer_of
+
+SHARED = ("spacing", "normalization_schemes", "data_identifier")  # what a teacher's and its data's plans must agree in
+
+
+def check_fit(
+    teacher: dict[str, Any], student: dict[str, Any], dataset_json: dict[str, Any], configuration: str
+) -> None:
+    """Refuse a teacher, data and a student that do not fit. Raises MismatchError with all problems."""
+    problems = _data_problems(teacher, dataset_json, configuration)
+    problems += patch_problems(student["configurations"][configuration])
+    if problems:
+        raise MismatchError(
+            f"teacher and student do not fit, {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+
+
+def patch_problems(config: dict[str, Any]) -> list[str]:
+    """Axes along which the network cannot divide the patch."""
+    architecture, patch = config["architecture"], list(config["patch_size"])
+    if is_primus(architecture):
+        if len(patch) != 3:
+            return [f"patch_size: got {patch}, expected three axes for Primus"]
+        return [
+            f"patch_size axis {axis}: got {n}, expected a multiple of {PATCH_EMBED} for Primus"
+            for axis, n in enumerate(patch)
+            if n % PATCH_EMBED
+        ]
+    strides = architecture["arch_kwargs"].get("strides")
+    if not isinstance(strides, list) or not all(isinstance(s, list) for s in strides):
+        return []
+    if len(strides) < 3:
+        return [f"strides: got {len(strides)} stages, expected at least 3: nnU-Net's deep supervision divides by zero"]
+    if any(len(s) != len(patch) for s in strides):
+        return [f"strides: got {strides}, expected {len(patch)} numbers a stage for patch {patch}"]
+    total = [math.prod(s[axis] for s in strides) for axis in range(len(patch))]
+    return [
+        f"patch_size axis {axis}: got {n}, expected a multiple of {t} (the product of the strides)"
+        for axis, (n, t) in enumerate(zip(patch, total, strict=True))
+        if n % t
+    ]
+
+
+def _data_problems(teacher: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> list[str]:
+    base = nnunet_folder("nnUNet_preprocessed") / teacher["dataset_name"]
+    problems = []
+    try:
+        theirs = read_json(base / f"{teacher['plans_name']}.json")["configurations"].get(configuration, {})
+        mine = teacher["configurations"][configuration]
+        problems += [
+            f"{name}: teacher {mine.get(name)}, preprocessed data {theirs[name]}"
+            for name in SHARED
+            if name in theirs and theirs[name] != mine.get(name)
+        ]
+    except NotFoundError:  # planned elsewhere; the cases themselves are asked for later
+        pass
+    try:
+        data = read_json(base / "dataset.json")
+    except NotFoundError:
+        return problems
+    for name in ("labels", "channel_names"):
+        if name in data and name in dataset_json and data[name] != dataset_json[name]:
+            problems.append(f"{name}: teacher {dataset_json[name]}, preprocessed data {data[name]}")
+    return problems
+
+
+def network_cost(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: str = "nnUNetTrainer"
+) -> dict[str, int]:
+    """parameters, flops and activations (numbers written by all layers) of one patch through the network.
+
+    Counted by torch's flop counter (2 per multiply-add; convolutions and matrix products) on tensors without data.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = plans["configurations"][configuration]
+    name = stock_trainer_of(config["architecture"]) or trainer
+    network = build_network(plans, configuration, dataset_json, trainer=name).eval().to("meta")
+    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    activations = 0
+
+    def count(_module: Any, _inputs: Any, output: Any) -> None:
+        nonlocal activations
+        activations += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in {id(m): m for m in network.modules() if not any(m.children())}.values():
+        module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, channels, *config["patch_size"], device="meta"))
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "flops": int(counter.get_total_flops()),
+        "activations": activations,
+    }

@@ -1,0 +1,325 @@
+"""Students of every kind: widths and blocks by hand, stock nnU-Net as the oracle, the whole way on tiny networks."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastnnunet.cache.build import build_cache
+from fastnnunet.cache.job import prepare_job
+from fastnnunet.cli.train import student_specs
+from fastnnunet.distill.train import TrainingJob, train_student
+from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.export.bundle import export_bundle
+from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.plans import build_network, read_json
+from fastnnunet.nnunet.primus import narrower_primus
+from fastnnunet.nnunet.student import student_plans
+from fastnnunet.nnunet.student_fit import check_fit, network_cost
+from fastnnunet.specs.bundle import load_bundle_spec
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.load import build_spec
+from fastnnunet.specs.student import StudentSpec, student_plans_name
+from fastnnunet.specs.teacher import TeacherSpec
+from tests.tiny import CONFIGURATION, DATASET, PATCH
+
+CONTROL = DistillSpec(alpha=0, epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
+TINY_PRIMUS = """
+from dynamic_network_architectures.architectures.primus import Primus
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+
+
+class TinyPrimusTrainer(AbstractPrimus):
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        shape = configuration_manager.patch_size
+        return Primus(
+            num_input_channels, 48, (8, 8, 8), num_output_channels, 2, 4, shape, scale_attn_inner=True, init_values=0.1
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "features", "expected"),
+    [
+        ({"r": 4}, [32, 64, 320], [8, 16, 80]),
+        ({"r": 6}, [32, 64, 128, 256, 320], [8, 10, 21, 42, 53]),
+        ({"r": 6, "round_to": 8}, [32, 64, 128, 256, 320], [8, 8, 16, 40, 48]),
+        ({"r": 2, "round_to": 8}, [6, 20, 36], [6, 8, 16]),
+        ({"r": 4, "min_features": 12, "round_to": 8}, [32, 128], [16, 32]),
+    ],
+)
+def test_widths(changes, features, expected):
+    spec = StudentSpec(**changes)
+    assert [spec.narrower(f) for f in features] == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "r", "expected"),
+    [
+        ("keep", 4, [1, 3, 4, 6]),
+        ("reduce", 4, [1, 2, 2, 3]),
+        ("increase", 4, [2, 5, 6, 9]),
+        ("adaptive", 1, [1, 3, 4, 6]),
+        ("adaptive", 4, [1, 2, 2, 3]),  # half: 0.5, 1.5, 2, 3
+        ("auto", 16, [1, 1, 1, 2]),  # a quarter: 0.06 (held at 8 instead of 2), 0.19, 1, 1.5
+    ],
+)
+def test_blocks(blocks, r, expected):
+    spec = StudentSpec(r=r, blocks=blocks)
+    features = [32, 64, 128, 256]
+    assert spec.fewer_blocks([1, 3, 4, 6], features, [spec.narrower(f) for f in features]) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "tag"),
+    [
+        ({"r": 4}, "r4"),
+        ({"r": 4, "family": "lite"}, "r4_lite"),
+        ({"r": 4, "round_to": 8}, "r4_m8"),
+        ({"r": 4, "blocks": "keep"}, "r4_keep"),
+        ({"r": 2, "architecture": "plain", "family": "lite"}, "r2_plain_lite"),
+        ({"size": "S"}, "primusS"),
+        ({"network_class_name": "a.B", "arch_kwargs": {}, "name": "mine"}, "mine"),
+    ],
+)
+def test_tags(changes, tag):
+    assert StudentSpec(**changes).tag == tag
+    assert student_plans_name("P", StudentSpec(**changes), DistillSpec()) == f"P_{tag}_a0.3_T3"
+
+
+def test_all_problems_of_a_student_at_once():
+    raw = {"network_class_name": "a.B", "r": 0, "family": "heavy", "widht": 3, "plans_name": "a__b"}
+    with pytest.raises(SpecError, match="6 problem") as error:
+        build_spec(StudentSpec, raw)
+    assert all(word in str(error.value) for word in ("arch_kwargs", "r: got 0", "family", "widht", "plans_name"))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "choices", "name", "message"),
+    [
+        (None, {}, None, "which student"),
+        ([2], {"size": "S"}, None, "leave out -r 2"),
+        ([2, 4], {}, "mine", "names one student"),
+    ],
+)
+def test_options_that_contradict_each_other(reduction, choices, name, message):
+    with pytest.raises(SpecError, match=message):
+        student_specs(reduction, None, choices, name)
+
+
+def test_primus_keeps_its_head_dimension():
+    teacher = {"embed_dim": 864, "eva_numheads": 12, "eva_depth": 16}
+    made = narrower_primus(teacher, StudentSpec(r=4))
+    assert made == {"embed_dim": 216, "eva_numheads": 3, "eva_depth": 16}
+    assert narrower_primus(teacher, StudentSpec(r=4, blocks="reduce"))["eva_depth"] == 8
+    with pytest.raises(SpecError, match="leaves no attention head: the teacher has 12"):
+        narrower_primus(teacher, StudentSpec(r=13))
+
+
+def plans_of(world):
+    base = world / "preprocessed" / DATASET
+    return read_json(base / "nnUNetPlans.json"), read_json(base / "dataset.json")
+
+
+def teacher_file(world, fold, trainer="nnUNetTrainer"):
+    return world / "results" / DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}/fold_{fold}/checkpoint_final.pth"
+
+
+def make_job(student, distill=CONTROL, trainer="nnUNetTrainer", **changes):
+    return TrainingJob(
+        teacher=TeacherSpec(dataset="998", folds=(0, 1), trainer=trainer),
+        student=student,
+        distill=distill,
+        cache=CacheSpec(precision="fp32", mirroring=False),
+        fold=0,
+        device="cpu",
+        threads=1,
+        **changes,
+    )
+
+
+def stock_logits(model, image_CZYX, tmp_path, hide=True):
+    """Logits of nnUNetPredictor in a process in which fastnnunet cannot be imported."""
+    np.save(tmp_path / "image.npy", image_CZYX)
+    code = f"""
+import sys
+if {hide}: sys.modules["fastnnunet"] = None
+import numpy as np, torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+p = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"))
+p.initialize_from_trained_model_folder({str(model)!r}, (0,), "checkpoint_final.pth")
+image = torch.from_numpy(np.load({str(tmp_path / "image.npy")!r}))
+p.network.load_state_dict(p.list_of_parameters[0])
+p.network.eval()
+with torch.inference_mode():
+    np.save({str(tmp_path / "logits.npy")!r}, p.network(image[None])[0].numpy())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.load(tmp_path / "logits.npy")
+
+
+def agrees_with_stock(folder, tmp_path, hide=True):
+    """Stock nnU-Net, the exported ONNX and our torch backend compute the same from a trained student."""
+    export_bundle(folder.parent, 0, tmp_path / "bundle")
+    with np.load(tmp_path / "bundle" / "parity.npz") as parity:
+        image, ours = parity["image"], parity["logits"]
+    theirs = stock_logits(folder.parent, image[0], tmp_path, hide)
+    np.testing.assert_allclose(ours[0], theirs, atol=1e-4 * np.abs(theirs).max())
+    return image, ours
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        StudentSpec(r=2, family="lite"),
+        StudentSpec(r=2, architecture="residual", blocks="reduce"),
+        StudentSpec(r=2, architecture="residual", family="lite", round_to=8),
+    ],
+    ids=lambda s: s.tag,
+)
+def test_trained_students_load_in_stock_nnunet(world, tmp_path, student):
+    folder = train_student(make_job(student), validate=False)
+    agrees_with_stock(folder, tmp_path)
+
+
+def test_plain_student_of_a_residual_teacher(world):
+    plans, dataset_json = plans_of(world)
+    residual = student_plans(plans, CONFIGURATION, StudentSpec(architecture="residual"), CONTROL)
+    made = student_plans(residual, CONFIGURATION, StudentSpec(r=2, architecture="plain"), CONTROL)
+    architecture = made["configurations"][CONFIGURATION]["architecture"]
+    assert architecture["network_class_name"].endswith("PlainConvUNet")
+    assert architecture["arch_kwargs"]["n_conv_per_stage"] == [2, 2, 2]
+    assert architecture["arch_kwargs"]["features_per_stage"] == [8, 16, 16]
+    assert "n_blocks_per_stage" not in architecture["arch_kwargs"]
+    assert type(build_network(made, CONFIGURATION, dataset_json)).__name__ == "PlainConvUNet"
+
+
+def test_student_written_out(world, tmp_path):
+    plans, _ = plans_of(world)
+    shape = {
+        "n_stages": 3,
+        "features_per_stage": [8, 12, 12],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+    }
+    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    spec = StudentSpec(network_class_name=name, arch_kwargs=shape, name="two")
+    agrees_with_stock(train_student(make_job(spec), validate=False), tmp_path)
+    wrong = {**shape, "depth": 3, "input_channels": 1}
+    del wrong["strides"]
+    with pytest.raises(SpecError, match=r"(?s)3 problem.*'depth'.*'strides' is missing.*'input_channels' is set"):
+        student_plans(plans, CONFIGURATION, dataclasses.replace(spec, arch_kwargs=wrong), CONTROL)
+
+
+def test_what_does_not_fit_is_refused_at_once(world):
+    plans, dataset_json = plans_of(world)
+    teacher = json.loads(json.dumps(plans))
+    teacher["configurations"][CONFIGURATION].update(spacing=[9.0, 1.0, 1.0], patch_size=[16, 18, 16])
+    student = student_plans(teacher, CONFIGURATION, StudentSpec(r=2), CONTROL)
+    other = {**dataset_json, "labels": {"background": 0, "liver": 1}}
+    with pytest.raises(MismatchError, match="3 problem") as error:
+        check_fit(teacher, student, other, CONFIGURATION)
+    assert all(
+        w in str(error.value) for w in ("spacing: teacher [9.0", "labels:", "axis 1: got 18, expected a multiple of 4")
+    )
+
+
+def test_flops_are_counted(world):
+    """One convolution by hand: 2 x 27 x in x out x voxels; the rest of the network is what is left at r."""
+    plans, dataset_json = plans_of(world)
+    kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    voxels = int(np.prod(PATCH))
+    kwargs.update(
+        n_stages=2, features_per_stage=[4, 6], kernel_sizes=[[3, 3, 3]] * 2, strides=[[1, 1, 1], [2, 2, 2]],
+        n_conv_per_stage=[1, 1], n_conv_per_stage_decoder=[1],
+    )  # fmt: skip
+    encoder = 27 * 1 * 4 * voxels + 27 * 4 * 6 * voxels // 8
+    decoder = 6 * 4 * voxels + 27 * 8 * 4 * voxels + 4 * 3 * voxels
+    assert network_cost(plans, CONFIGURATION, dataset_json)["flops"] == 2 * (encoder + decoder)
+
+
+def test_pretrained_weights(world, tmp_path):
+    start = train_student(make_job(StudentSpec(r=2)), validate=False) / "checkpoint_final.pth"
+    frozen = dataclasses.replace(CONTROL, initial_lr=1e-12)
+    done = train_student(make_job(StudentSpec(r=2), frozen, pretrained=start), validate=False)
+    before, after = (load_checkpoint(p)["network_weights"] for p in (start, done / "checkpoint_final.pth"))
+    name = "encoder.stages.0.0.convs.0.conv.weight"
+    torch.testing.assert_close(after[name], before[name])
+    with pytest.raises(MismatchError, match="do not fit this student"):
+        train_student(make_job(StudentSpec(r=1), pretrained=start), validate=False)
+
+
+class TestPrimus:
+    @pytest.fixture
+    def primus(self, world, tmp_path, monkeypatch):
+        """Two folds of a tiny Primus of a trainer that only nnUNet_extTrainer knows."""
+        (tmp_path / "trainers").mkdir()
+        (tmp_path / "trainers" / "tiny_primus.py").write_text(TINY_PRIMUS)
+        monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+        plans, dataset_json = plans_of(world)
+        source = teacher_file(world, 0)
+        for fold in (0, 1):
+            torch.manual_seed(fold)
+            network = build_network(plans, CONFIGURATION, dataset_json, trainer="TinyPrimusTrainer")
+            target = teacher_file(world, fold, "TinyPrimusTrainer")
+            target.parent.mkdir(parents=True)
+            for name in ("plans.json", "dataset.json"):
+                (target.parents[1] / name).write_text((source.parents[1] / name).read_text())
+            checkpoint = {**load_checkpoint(source), "trainer_name": "TinyPrimusTrainer"}
+            torch.save({**checkpoint, "network_weights": network.state_dict()}, target)
+        return world
+
+    def test_caches_what_nnunet_predicts_then_trains_exports_and_predicts(self, primus, tmp_path):
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        job = make_job(StudentSpec(r=2), dataclasses.replace(CONTROL, alpha=0.3), "TinyPrimusTrainer")
+        source, factory, root = open_teacher(job.teacher, job.cache)
+        assert factory.engine == "torch"
+        image = source.image_CZYX("tiny_03")
+        loaded = factory.load(1)
+        mean = np.zeros((3, *image.shape[1:]), np.float32)
+        for _, values in (blocks := list(loaded.blocks(image, (0, 1), image.shape[1:]))):
+            mean[:] = values
+        assert len(blocks) == 1
+        with contextlib.redirect_stdout(io.StringIO()):
+            predictor = nnUNetPredictor(
+                use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
+            )
+            predictor.initialize_from_trained_model_folder(str(factory.folder), (0, 1), "checkpoint_final.pth")
+            theirs = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy()
+        # nnU-Net sums weighted tiles in half precision, which leaves no digits where the weight is small
+        assert np.median(np.abs(mean - theirs)) < 1e-3
+        patch = image[:, :16, :16, :16]
+        for fold, weights in zip((0, 1), predictor.list_of_parameters, strict=True):
+            predictor.network.load_state_dict(weights)
+            with torch.inference_mode():
+                expected = predictor.network.eval()(torch.from_numpy(patch[None]))
+            np.testing.assert_allclose(loaded.engine.logits(fold, patch[None]), expected, atol=1e-5)
+        build_cache(prepare_job(source, factory, job.cache, root, command="rebuild"))
+        folder = train_student(job, validate=True)
+        weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
+        assert weights["eva.pos_embed"].shape == (1, 8, 24)
+        _, ours = agrees_with_stock(folder, tmp_path, hide=False)
+        spec = load_bundle_spec(tmp_path / "bundle")
+        assert spec.architecture["network_class_name"].endswith(".Primus")
+        assert ours.shape[1] == 3
+
+    def test_stock_size_loads_in_stock_nnunet(self, world, tmp_path):
+        """nnU-Net's own Primus S on a patch of 16^3, with nothing of ours importable."""
+        folder = train_student(make_job(StudentSpec(size="S")), validate=False)
+        assert folder.parent.name.startswith("nnUNet_Primus_S_Trainer__nnUNetPlans_primusS_a0")
+        agrees_with_stock(folder, tmp_path)
