@@ -31,6 +31,10 @@ def train(
     checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
     spec: Annotated[Path | None, typer.Option("--spec", help="Cache recipe, if not the default one.")] = None,
     cache_root: Annotated[str | None, typer.Option("--root", help="Where the caches are: folder or URL.")] = None,
+    previous: Annotated[
+        str | None,
+        typer.Option("--previous", help="Cascades: `teacher`, or a folder of predictions of the previous stage."),
+    ] = None,
     epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
@@ -85,6 +89,7 @@ def train(
         trainer=trainer,
         folds=parse_folds(teacher_folds or ["0", "1", "2", "3", "4"]),
         checkpoint=checkpoint,
+        previous=previous,
     )
     distill = build_spec(
         DistillSpec,

@@ -14,6 +14,7 @@ from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.engines import resolve_precision
@@ -248,6 +249,8 @@ def _configure(
     spec = job.distill
     trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
     plans_manager, _ = configuration_of(plans, job.teacher.configuration)
+    if (previous := previous_folder(job.teacher, plans)) is not None:
+        trainer.folder_with_segs_from_previous_stage = str(previous)
     trainer.num_epochs = spec.epochs
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
