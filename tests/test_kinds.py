@@ -90,9 +90,27 @@ def prepare(world, kind):
         },
         folder / "fold_0/checkpoint_final.pth",
     )
+    if kind == "ignore":
+        ignore_a_slab(base / config["data_identifier"])
     if kind == "cascade":
         write_previous(base / config["data_identifier"], previous_folder(world))
     return name
+
+
+def ignore_a_slab(folder):
+    """Label 3 in the first planes of every case, and the voxel lists nnU-Net's preprocessing makes for it."""
+    import pickle
+
+    import blosc2
+
+    for file in sorted(folder.glob("*_seg.b2nd")):
+        label = blosc2.open(str(file))[:]
+        label[:, :6] = 3
+        blosc2.asarray(label, urlpath=str(file), mode="w")
+        properties_file = file.with_name(file.name.replace("_seg.b2nd", ".pkl"))
+        properties = pickle.loads(properties_file.read_bytes())
+        properties["class_locations"] = {key: np.argwhere(np.isin(label, key)) for key in (1, 2, (-1, 0, 1, 2))}
+        properties_file.write_bytes(pickle.dumps(properties))
 
 
 def previous_folder(world):
@@ -143,7 +161,7 @@ def nnunet_soft_label(world, name, kind, case):
     return (logits.sigmoid() if kind == "regions" else logits.softmax(0)).numpy()
 
 
-@pytest.mark.parametrize("kind", ["2d", "anisotropic", "regions", "cascade"])
+@pytest.mark.parametrize("kind", ["2d", "anisotropic", "regions", "ignore", "cascade"])
 def test_cache_train_export_predict(world, tmp_path, kind):
     with contextlib.redirect_stdout(io.StringIO()):
         _whole_way(world, tmp_path, kind)
@@ -164,8 +182,9 @@ def _whole_way(world, tmp_path, kind):
     assert np.quantile(np.abs(got - expected), 0.95) < 0.006
 
     seen = []
+    distill = dataclasses.replace(SHORT, soft_on_ignored=kind != "ignore")
     job = TrainingJob(
-        teacher=spec, student=StudentSpec(r=2), distill=SHORT, cache=recipe, fold=0, device="cpu", threads=1
+        teacher=spec, student=StudentSpec(r=2), distill=distill, cache=recipe, fold=0, device="cpu", threads=1
     )
     folder = train_student(job, validate=False, progress=seen.append)
     assert all(s.soft > 0 and np.isfinite(s.hard) for s in seen)
@@ -209,6 +228,36 @@ class TestCascade:
         assert again.digest("tiny_00") != before
         assert again.digest("tiny_01") == cases.digest("tiny_01")
 
+    def test_everything_moves_together(self):
+        """Image, label, previous one-hot and soft label of one ball stay that ball under rotation, scaling, mirrors."""
+        from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+        from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+        from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+
+        from fastnnunet.nnunet.trainer import _SplitSoftLabels
+
+        grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
+        centre = np.array([8, 10, 14])[:, None, None, None]
+        ball = torch.from_numpy((((grid - centre) ** 2).sum(0) < 36).astype(np.float32))[None]
+        spatial = SpatialTransform(
+            (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2)
+        )
+        one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
+        split = _SplitSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 1)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        for _ in range(4):
+            out = split(torch.cat([ball, ball]), torch.cat([ball, 2 * ball]).to(torch.int16))
+            (image, is_1, is_2), (label, soft) = out["image"], out["segmentation"]
+            torch.testing.assert_close(soft[0], image)
+            assert label.shape == (1, 20, 20, 20)
+            assert not is_1.any()
+            assert is_2.equal(label[0].float())
+            inside = image > 0.5
+            assert inside.sum() > 100
+            assert (inside != is_2.bool()).sum() < 0.1 * inside.sum()
+
     def test_refusals(self, world):
         name = prepare(world, "cascade")
         spec = teacher_spec("cascade", name)
@@ -228,3 +277,42 @@ def test_labels_are_resampled_as_nnunet_does(shape_out):
     labels = np.random.default_rng(5).integers(-1, 4, (9, 13, 17))
     plan = plan_resampling(ResampleSpec(convention="scipy", order=1), labels.shape, shape_out, (1, 1, 1), (1, 1, 1))
     np.testing.assert_array_equal(resample_labels(labels, plan), resize_segmentation(labels, shape_out, 1))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_soft_loss_of_valid_voxels_only(regions):
+    """Equal to the loss of those voxels alone; what is elsewhere has no gradient."""
+    from fastnnunet.distill.losses import DistillationObjective
+
+    rng = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 4, 5, 6, generator=rng, requires_grad=True)
+    soft = torch.randn(2, 3, 4, 5, 6, generator=rng).softmax(1)[:, 0 if regions else 1 :]
+    mask = torch.rand(2, 1, 4, 5, 6, generator=rng) > 0.4
+    objective = DistillationObjective(0.3, 2.0, regions)
+    total, got = objective(torch.tensor(1.5), logits, soft, mask)
+    chosen = [x.movedim(1, -1)[mask[:, 0]].T[None] for x in (logits, soft)]  # (1, channels, valid voxels)
+    expected_total, expected = objective(torch.tensor(1.5), *chosen)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(total, expected_total)
+    got.backward()
+    assert (logits.grad.abs().sum(1, keepdim=True) > 0).equal(mask)
+    assert objective(torch.tensor(1.5), logits, soft, torch.zeros_like(mask))[1] == 0
+
+
+class TestIgnoreLabelInTraining:
+    def mask(self, soft_on_ignored):
+        """What the trainer makes of a batch of which one half is ignored."""
+        from types import SimpleNamespace
+
+        from fastnnunet.nnunet.trainer import StudentTrainer
+
+        labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)
+        me = SimpleNamespace(soft_on_ignored=soft_on_ignored, label_manager=labels)
+        target = torch.full((1, 1, 2, 2, 2), 3)
+        target[:, :, 0] = 1
+        return StudentTrainer._valid_mask(me, [target, target[..., :1]]), target
+
+    def test_mask(self):
+        mask, target = self.mask(False)
+        assert mask.equal(target == 1)
+        assert self.mask(True)[0] is None

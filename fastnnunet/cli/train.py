@@ -42,6 +42,9 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
     loss: Annotated[str, typer.Option("--loss", help="Soft loss: kl, or kl_dice (KL and Dice semimetric).")] = "kl",
     augmentation: Annotated[str, typer.Option("--augmentation", help="nnU-Net's default, or its da5.")] = "default",
+    soft_on_ignored: Annotated[
+        bool, typer.Option("--soft-on-ignored/--no-soft-on-ignored", help="Soft loss where the label says ignore too.")
+    ] = True,
     mirror_augmentation: Annotated[
         bool, typer.Option("--mirror-augmentation/--no-mirror-augmentation", help="Train on mirrored patches too.")
     ] = True,
@@ -107,6 +110,7 @@ def train(
             "loss": loss,
             "augmentation": augmentation,
             "mirror_augmentation": mirror_augmentation,
+            "soft_on_ignored": soft_on_ignored,
         },
         where="options",
     )

@@ -263,6 +263,7 @@ def _configure(
     trainer.mirror_augmentation = spec.mirror_augmentation
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
     trainer.soft_labels = soft_labels
+    trainer.soft_on_ignored = spec.soft_on_ignored
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
         trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice")
