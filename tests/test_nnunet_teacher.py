@@ -306,7 +306,7 @@ class TestRefusals:
         plans = json.loads(path.read_text())
         plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
         path.write_text(json.dumps(plans))
-        with pytest.raises(MismatchError, match="cascades cannot be cached yet"):
+        with pytest.raises(SpecError, match="3d_fullres is a cascade stage, it needs the predictions of 3d_lowres"):
             open_teacher(SPEC, FP32)
 
 

@@ -30,6 +30,10 @@ Temperature = Annotated[float | None, typer.Option("-temp", "--temp", help="Temp
 Root = Annotated[
     str | None, typer.Option("--root", help="Folder of the caches, or s3://bucket/prefix (default: beside the cases).")
 ]
+Previous = Annotated[
+    str | None,
+    typer.Option("--previous", help="Cascades: `teacher`, or a folder of the previous stage's predicted_next_stage."),
+]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
@@ -54,6 +58,7 @@ def build(
     spec: SpecFile = None,
     temperature: Temperature = None,
     root: Root = None,
+    previous: Previous = None,
     case: Cases = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -71,7 +76,7 @@ def build(
     from fastnnunet.cache.build import CasesFailedError, build_cache
     from fastnnunet.cli.cache_view import BuildProgress, print_summary
 
-    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
+    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
     print(f"cache: {job.path}")
     with BuildProgress(job, job.todo(case)) as progress:
@@ -106,6 +111,7 @@ def plan(
     spec: SpecFile = None,
     temperature: Temperature = None,
     root: Root = None,
+    previous: Previous = None,
     case: Cases = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -122,7 +128,7 @@ def plan(
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cli.cache_view import print_plan
 
-    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root)
+    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
     todo = job.todo(case)
     require_root(job.root)
@@ -230,6 +236,7 @@ def _job(
     spec_file: Path | None,
     temperature: float | None,
     root: str | None,
+    previous: str | None,
 ) -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     import dataclasses
@@ -253,6 +260,7 @@ def _job(
         trainer=trainer,
         folds=parse_folds(folds) if folds else TeacherSpec(dataset=dataset).folds,
         checkpoint=checkpoint,
+        previous=previous,
     )
     recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
     if temperature is not None:

@@ -32,6 +32,12 @@ def predict(
     continue_prediction: Annotated[
         bool, typer.Option("--continue_prediction", help="Leave out cases that are predicted already.")
     ] = False,
+    prev_stage_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "-prev_stage_predictions", "--prev_stage_predictions", help="Cascades: segmentations of the previous stage."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
     ] = None,
@@ -89,6 +95,7 @@ def predict(
             output,
             save_probabilities=save_probabilities,
             overwrite=not continue_prediction,
+            previous=prev_stage_predictions,
             on_start=on_start,
             on_tiles=on_tiles,
             on_done=on_done,

@@ -41,6 +41,10 @@ def train(
     checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
     spec: Annotated[Path | None, typer.Option("--spec", help="Cache recipe, if not the default one.")] = None,
     cache_root: Annotated[str | None, typer.Option("--root", help="Where the caches are: folder or URL.")] = None,
+    previous: Annotated[
+        str | None,
+        typer.Option("--previous", help="Cascades: `teacher`, or a folder of predictions of the previous stage."),
+    ] = None,
     epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
@@ -48,6 +52,9 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
     loss: Annotated[str, typer.Option("--loss", help="Soft loss: kl, or kl_dice (KL and Dice semimetric).")] = "kl",
     augmentation: Annotated[str, typer.Option("--augmentation", help="nnU-Net's default, or its da5.")] = "default",
+    soft_on_ignored: Annotated[
+        bool, typer.Option("--soft-on-ignored/--no-soft-on-ignored", help="Soft loss where the label says ignore too.")
+    ] = True,
     mirror_augmentation: Annotated[
         bool, typer.Option("--mirror-augmentation/--no-mirror-augmentation", help="Train on mirrored patches too.")
     ] = True,
@@ -94,6 +101,7 @@ def train(
         trainer=trainer,
         folds=parse_folds(teacher_folds or ["0", "1", "2", "3", "4"]),
         checkpoint=checkpoint,
+        previous=previous,
     )
     distill = build_spec(
         DistillSpec,
@@ -111,6 +119,7 @@ def train(
             "loss": loss,
             "augmentation": augmentation,
             "mirror_augmentation": mirror_augmentation,
+            "soft_on_ignored": soft_on_ignored,
         },
         where="options",
     )

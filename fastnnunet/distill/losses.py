@@ -21,20 +21,32 @@ def full_simplex(soft_NS: torch.Tensor) -> torch.Tensor:
     return torch.cat([background, soft_NS], 1)
 
 
-def kl_classes(logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(p || softmax(logits / T)), summed over classes, averaged over voxels: a scalar."""
+def _mean(values_N: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over all voxels (N, ...), or over those where `mask` (N, 1, ...) is true; 0 where it is true nowhere."""
+    if mask is None:
+        return values_N.mean()
+    weights_N = mask[:, 0].to(values_N.dtype)
+    return (values_N * weights_N).sum() / weights_N.sum().clamp(min=1)
+
+
+def kl_classes(
+    logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL(p || softmax(logits / T)), summed over classes, averaged over (valid) voxels: a scalar."""
     p_NC = full_simplex(soft_NS)
     log_q_NC = log_softmax(logits_NC / temperature, 1)
-    return (p_NC * (p_NC.clamp(min=SMALLEST).log() - log_q_NC)).sum(1).mean()
+    return _mean((p_NC * (p_NC.clamp(min=SMALLEST).log() - log_q_NC)).sum(1), mask)
 
 
-def kl_regions(logits_NR: torch.Tensor, soft_NR: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Binary KL per region, summed over regions, averaged over voxels: a scalar."""
+def kl_regions(
+    logits_NR: torch.Tensor, soft_NR: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Binary KL per region, summed over regions, averaged over (valid) voxels: a scalar."""
     z_NR = logits_NR / temperature
     q_NR = soft_NR.clamp(0, 1)
     cross = -(q_NR * logsigmoid(z_NR) + (1 - q_NR) * logsigmoid(-z_NR))
     entropy = -(torch.xlogy(q_NR, q_NR) + torch.xlogy(1 - q_NR, 1 - q_NR))
-    return (cross - entropy).sum(1).mean()
+    return _mean((cross - entropy).sum(1), mask)
 
 
 def dice_semimetric(q_NC: torch.Tensor, p_NC: torch.Tensor) -> torch.Tensor:
@@ -53,6 +65,8 @@ def dice_semimetric(q_NC: torch.Tensor, p_NC: torch.Tensor) -> torch.Tensor:
 class DistillationObjective:
     """`(hard, logits, soft) -> (total, soft loss)`; the soft loss already carries T^2.
 
+    `valid_mask`, bool (N, 1, space), restricts the soft loss to some voxels.
+
     `dice` adds the Dice semimetric loss of the tempered probabilities, of foreground classes or of regions, with the
     weight that nnU-Net's own Dice has beside its cross entropy.
     """
@@ -63,11 +77,18 @@ class DistillationObjective:
     dice: bool = False
 
     def __call__(
-        self, hard: torch.Tensor, logits_NC: torch.Tensor, soft_NS: torch.Tensor
+        self,
+        hard: torch.Tensor,
+        logits_NC: torch.Tensor,
+        soft_NS: torch.Tensor,
+        valid_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kl = kl_regions if self.regions else kl_classes
-        soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature)
+        soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature, valid_mask)
         if self.dice:
             z_NC = logits_NC / self.temperature
-            soft = soft + dice_semimetric(z_NC.sigmoid() if self.regions else z_NC.softmax(1)[:, 1:], soft_NS)
+            q_NS = z_NC.sigmoid() if self.regions else z_NC.softmax(1)[:, 1:]
+            if valid_mask is not None:
+                q_NS, soft_NS = q_NS * valid_mask, soft_NS * valid_mask
+            soft = soft + dice_semimetric(q_NS, soft_NS)
         return (1 - self.alpha) * hard + self.alpha * soft, soft

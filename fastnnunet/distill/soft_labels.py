@@ -43,7 +43,7 @@ def build_command(
     """The `fastnnunet cache build` command that makes this cache."""
     words = ["fastnnunet", "cache", "build", "-d", teacher.dataset, "-c", teacher.configuration]
     default = TeacherSpec(dataset=teacher.dataset)
-    for flag, name in (("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint")):
+    for flag, name in (("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint"), ("--previous", "previous")):
         if getattr(teacher, name) != getattr(default, name):
             words += [flag, getattr(teacher, name)]
     if teacher.folds != default.folds:

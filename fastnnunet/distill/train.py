@@ -14,6 +14,7 @@ from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_pretrained, weights_digest
 from fastnnunet.nnunet.engines import resolve_precision
@@ -258,6 +259,8 @@ def _configure(
     spec = job.distill
     trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
     plans_manager, _ = configuration_of(plans, job.teacher.configuration)
+    if (previous := previous_folder(job.teacher, plans)) is not None:
+        trainer.folder_with_segs_from_previous_stage = str(previous)
     trainer.num_epochs = spec.epochs
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
@@ -270,6 +273,7 @@ def _configure(
     trainer.mirror_augmentation = spec.mirror_augmentation
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
     trainer.soft_labels = soft_labels
+    trainer.soft_on_ignored = spec.soft_on_ignored
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
         trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice")

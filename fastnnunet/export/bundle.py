@@ -44,9 +44,9 @@ def export_bundle(
 ) -> ParityReport:
     """Export one fold of an nnU-Net model folder as a bundle at `out`.
 
-    Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit,
-    cascades), CorruptError (checkpoint), ParityError (the exported model computes something else); leaves nothing at
-    `out` in any of these cases.
+    Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit),
+    CorruptError (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` in any
+    of these cases.
     """
     _check_target(out, overwrite)
     plans, dataset_json = read_json(model_folder / "plans.json"), read_json(model_folder / "dataset.json")
@@ -57,14 +57,13 @@ def export_bundle(
     stored = load_checkpoint(path)
     configuration = stored["init_args"]["configuration"]
     plans_manager, config = configuration_of(plans, configuration)
-    if config.previous_stage_name is not None:
-        raise MismatchError(f"{configuration} is a cascade stage; cascades cannot be exported yet")
     weights = strip_prefix(stored["network_weights"])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"])
     load_weights(network, weights, path)
     network.eval()
 
-    image_NCZYX = real_patches(plans, configuration, tuple(config.patch_size))
+    previous_labels = _previous_labels(plans, configuration, dataset_json)
+    image_NCZYX = real_patches(plans, configuration, tuple(config.patch_size), previous_labels)
     logits_NKZYX = _run_torch(network, image_NCZYX)
     model = to_onnx(network, num_input_channels(plans_manager, config, dataset_json), tuple(config.patch_size))
 
@@ -96,13 +95,30 @@ def export_bundle(
     return report
 
 
-def real_patches(plans: dict[str, Any], configuration: str, patch_size: tuple[int, ...]) -> np.ndarray:
-    """Centre patches of the first preprocessed cases, zero padded: float32 (N, C, *patch)."""
+def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> tuple[int, ...]:
+    """Foreground labels a cascade stage sees one-hot beside the image; none for other configurations."""
+    manager, config = configuration_of(plans, configuration)
+    if config.previous_stage_name is None:
+        return ()
+    return tuple(int(label) for label in label_manager_of(manager, dataset_json).foreground_labels)
+
+
+def real_patches(
+    plans: dict[str, Any], configuration: str, patch_size: tuple[int, ...], previous_labels: tuple[int, ...] = ()
+) -> np.ndarray:
+    """Centre patches of the first preprocessed cases, zero padded: float32 (N, C, *patch).
+
+    In a cascade the label of the case stands in for the previous stage's segmentation.
+    """
     cases = open_cases(plans, configuration)
     size = patch_size if len(patch_size) == 3 else (1, *patch_size)
     patches = []
     for case_id in cases.case_ids[:PARITY_PATCHES]:
         image_CZYX = cases.image_CZYX(case_id)
+        if previous_labels:
+            label_ZYX = cases.label_ZYX(case_id)
+            one_hot = np.stack([label_ZYX == label for label in previous_labels])
+            image_CZYX = np.concatenate([image_CZYX, one_hot.astype(np.float32)])
         patch = np.zeros((image_CZYX.shape[0], *size), np.float32)
         source, target = zip(*(_centred(n, p) for n, p in zip(image_CZYX.shape[1:], size, strict=True)), strict=True)
         patch[(slice(None), *target)] = image_CZYX[(slice(None), *source)]
@@ -171,6 +187,7 @@ def _bundle_spec(
         channel_names=tuple(channels[k] for k in sorted(channels, key=int)),
         labels=dataset_json["labels"],
         regions_class_order=tuple(order) if order else None,
+        previous_labels=_previous_labels(plans, configuration, dataset_json),
         num_heads=int(label_manager_of(plans_manager, dataset_json).num_segmentation_heads),
         file_ending=dataset_json["file_ending"],
         reader_writer=plans["image_reader_writer"],

@@ -195,3 +195,34 @@ def _resample_one(values: npt.NDArray[Any], plan: ResamplePlan) -> npt.NDArray[A
         axis, operator = plan.between_planes
         values = operator.apply(values, axis)
     return values
+
+
+def resample_labels(labels_ZYX: npt.NDArray[Any], plan: ResamplePlan | None) -> npt.NDArray[Any]:
+    """Resample a label map as nnU-Net does: every label's indicator in plane, the largest wins, nearest between planes.
+
+    Of labels that tie the nearest neighbour's is taken, else the lowest. `plan` is one of order 1 and order_z 0 in the
+    scipy convention.
+    """
+    if plan is None:
+        return labels_ZYX
+    best: npt.NDArray[np.float64] | None = None
+    nearest = labels_ZYX.astype(np.float64)
+    for axis, _ in plan.in_plane:
+        order_0 = axis_operator(labels_ZYX.shape[axis], plan.shape_out[axis], 0, "scipy")
+        nearest = order_0.apply(nearest, axis)
+    out = nearest
+    if plan.in_plane:
+        for label in np.unique(labels_ZYX):
+            score = (labels_ZYX == label).astype(np.float64)
+            for axis, operator in plan.in_plane:
+                score = operator.apply(score, axis)
+            if best is None:
+                best, out = score, np.full(score.shape, label, np.float64)
+                continue
+            wins = (score > best) | ((score == best) & (nearest == label))
+            out[wins] = label
+            np.maximum(best, score, out=best)
+    if plan.between_planes is not None:
+        axis, operator = plan.between_planes
+        out = operator.apply(out, axis)
+    return out.astype(labels_ZYX.dtype)

@@ -56,6 +56,10 @@ class PreprocessedCases:
         """The normalised, resampled image: float32 (C, Z, Y, X)."""
         return np.ascontiguousarray(self._load(case_id)[:], dtype=np.float32)
 
+    def label_ZYX(self, case_id: str) -> np.ndarray:
+        """The label map (Z, Y, X) beside the image; -1 outside the non-zero region."""
+        return np.asarray(self._dataset.load_case(case_id)[1][0])
+
     def digest(self, case_id: str) -> str:
         """Hex SHA-256 over dtype, shape and decoded bytes of the image; how the file is compressed does not matter."""
         image_CZYX = self.image_CZYX(case_id)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.cascade import open_cascade, previous_folder
 from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import configuration_of, read_json
+from fastnnunet.nnunet.plans import read_json
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.teacher import NnUNetTeacher, make_teacher
 from fastnnunet.specs.cache import CacheSpec
@@ -22,12 +23,10 @@ def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[Preprocessed
     dataset_name = resolve_dataset(spec.dataset)
     folder = teacher_folder(spec)
     plans = read_json(folder / "plans.json")
-    if previous := configuration_of(plans, spec.configuration)[1].previous_stage_name:
-        raise MismatchError(
-            f"{spec.configuration} is a cascade stage, it needs the predictions of {previous}; "
-            f"cascades cannot be cached yet\nuse a configuration without a previous stage, such as {previous}"
-        )
+    previous = previous_folder(spec, plans)
     cases = open_cases(plans, spec.configuration)
+    if previous is not None:
+        cases = open_cascade(cases, previous, spec, plans, read_json(folder / "dataset.json"))
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
     splits = load_splits(base, cases.case_ids)
     teacher = make_teacher(

@@ -56,7 +56,12 @@ class Objective(Protocol):
     """Combines nnU-Net's loss with the soft loss."""
 
     def __call__(
-        self, hard: torch.Tensor, logits_NCZYX: torch.Tensor, soft_NSZYX: torch.Tensor, /
+        self,
+        hard: torch.Tensor,
+        logits_NCZYX: torch.Tensor,
+        soft_NSZYX: torch.Tensor,
+        valid_mask: torch.Tensor | None = None,
+        /,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (total loss, soft loss), both scalars."""
 
@@ -110,6 +115,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     soft_labels: SoftLabels | None = None
     objective: Objective | None = None
+    soft_on_ignored = True
     store_mirroring = False
     mirror_augmentation = True
     augmentation = "default"  # or "da5"
@@ -218,6 +224,15 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         *hard, soft_NSZYX = self._to_device(target)
         return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
 
+    def _valid_mask(self, target: Any) -> torch.Tensor | None:
+        """Where the soft loss counts, bool (N, 1, space); None: everywhere."""
+        if self.soft_on_ignored or not self.label_manager.has_ignore_label:
+            return None
+        finest = target[0] if isinstance(target, list) else target
+        if self.label_manager.has_regions:  # nnU-Net's transform puts the ignore label into the last channel
+            return finest[:, -1:] == 0
+        return finest != self.label_manager.ignore_label
+
     def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
         """One optimiser step, the `iteration`-th of its epoch.
 
@@ -236,7 +251,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
-                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX)
+                valid = self._valid_mask(target)
+                mask = () if valid is None else (valid,)
+                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, *mask)
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
-from fastnnunet.geometry.resample import parse_resample_spec
+from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
+from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
 from fastnnunet.runtime.backends.base import Backend, Precision, create_backend
 from fastnnunet.runtime.cases import Case, find_cases, output_file, single_case
 from fastnnunet.runtime.files import make_folder
@@ -90,6 +90,17 @@ class Predictor:
         check_normalization(spec.normalization_schemes, spec.intensity_properties)
         self._resample_data = parse_resample_spec(spec.resampling["data"], "the image")
         self._resample_logits = parse_resample_spec(spec.resampling["probabilities"], "the logits")
+        self._resample_seg: ResampleSpec | None = None
+        if spec.previous_labels:
+            kwargs = {**spec.resampling["seg"].get("kwargs", {}), "is_seg": False}
+            self._resample_seg = parse_resample_spec(
+                {**spec.resampling["seg"], "kwargs": kwargs}, "the previous segmentation"
+            )
+            if self._resample_seg.convention == "torch" or self._resample_seg.order_z != 0:
+                raise SpecError(
+                    "the bundle resamples segmentations in a way this runtime does not have (torch, or order_z not 0)"
+                    "\npredict with nnU-Net itself"
+                )
         self._label_rule = label_rule(spec)
 
     @classmethod
@@ -118,16 +129,18 @@ class Predictor:
         image_CZYX: npt.NDArray[Any],
         properties: dict[str, Any],
         *,
+        previous_ZYX: npt.NDArray[Any] | None = None,
         return_probabilities: bool = False,
         on_tiles: OnTiles | None = None,
     ) -> Prediction:
         """Predict an image (C, z, y, x) as nnU-Net's reader returns it; 2d images have z = 1.
 
         `properties` needs only `spacing` (z, y, x) in mm. The input is left as it is.
+        `previous_ZYX`: of a cascade stage, the previous stage's segmentation in the axes of the image.
         """
         if not np.isfinite(image := np.array(image_CZYX, dtype=np.float32)).all():
             raise ImageError("the image has NaN or infinite voxels, expected numbers")
-        return self._predict(image, properties, StageTimes(), return_probabilities, on_tiles)
+        return self._predict(image, properties, StageTimes(), return_probabilities, on_tiles, previous_ZYX)
 
     def _predict(
         self,
@@ -136,11 +149,12 @@ class Predictor:
         times: StageTimes,
         return_probabilities: bool,
         on_tiles: OnTiles | None,
+        previous_ZYX: npt.NDArray[Any] | None = None,
     ) -> Prediction:
         """`predict_array` that overwrites its image and adds to `times`."""
         spec = self.spec
         with times.stage("preprocess"):
-            case = preprocess(image_CZYX, properties, spec, self._resample_data)
+            case = preprocess(image_CZYX, properties, spec, self._resample_data, previous_ZYX, self._resample_seg)
         with times.stage("infer"):
             logits_HZYX = sliding_window_logits(
                 case.data_CZYX,
@@ -158,7 +172,13 @@ class Predictor:
         return Prediction(segmentation, probabilities, case.properties, times)
 
     def predict_case(
-        self, case: Case, output: Path, *, save_probabilities: bool = False, on_tiles: OnTiles | None = None
+        self,
+        case: Case,
+        output: Path,
+        *,
+        save_probabilities: bool = False,
+        on_tiles: OnTiles | None = None,
+        previous: Path | None = None,
     ) -> CaseResult:
         """Read, predict and write one case to the file `output`.
 
@@ -170,7 +190,8 @@ class Predictor:
         times = StageTimes()
         with times.stage("read"):
             image_CZYX, properties = io.read(case.files)
-        prediction = self._predict(image_CZYX, properties, times, save_probabilities, on_tiles)
+            previous_ZYX = None if previous is None else self._read_previous(previous, case)
+        prediction = self._predict(image_CZYX, properties, times, save_probabilities, on_tiles, previous_ZYX)
         with times.stage("write"):
             make_folder(output.parent)
             if prediction.probabilities_HZYX is not None:
@@ -179,6 +200,13 @@ class Predictor:
             io.write(prediction.segmentation_ZYX, output, prediction.properties)
         return CaseResult(case_id=case.case_id, output=output, times=times)
 
+    def _read_previous(self, folder: Path, case: Case) -> npt.NDArray[Any]:
+        """The previous stage's segmentation of a case, in the axes of its file. Raises ImageError."""
+        file = folder / f"{case.case_id}{self.spec.file_ending}"
+        if not file.is_file():
+            raise ImageError(f"no previous segmentation of {case.case_id}: {file} is missing")
+        return image_io(self.spec.reader_writer).read([file])[0][0]
+
     def predict_files(
         self,
         source: Path,
@@ -186,15 +214,26 @@ class Predictor:
         *,
         save_probabilities: bool = False,
         overwrite: bool = True,
+        previous: Path | None = None,
         on_start: Callable[[Case, int, int], None] | None = None,
         on_tiles: OnTiles | None = None,
         on_done: Callable[[CaseResult], None] | None = None,
     ) -> list[CaseResult]:
         """Predict one image file or every case of a folder, with nnU-Net's names and side files.
 
+        `previous`, which a cascade stage needs, is the folder of the previous segmentations, named as the cases.
         In a folder a case that fails is recorded in its result and the others go on; a single image raises.
         `on_start(case, index, total)`, `on_tiles(done, total)` and `on_done(result)` report progress.
         """
+        if (previous is None) != (not self.spec.previous_labels):
+            raise SpecError(
+                "this bundle is a cascade stage, it needs the segmentations of the previous stage\n"
+                "predict them first and give their folder with -prev_stage_predictions"
+                if self.spec.previous_labels
+                else "-prev_stage_predictions: this bundle is no cascade stage; leave it out"
+            )
+        if previous is not None and not previous.is_dir():
+            raise NotFoundError(f"-prev_stage_predictions: {previous} is no folder; give the previous stage's output")
         image_io(self.spec.reader_writer)  # an unknown reader is the bundle's fault, not the first case's
         is_folder = not source.is_file()
         cases = find_cases(source, self.spec) if is_folder else [single_case(source, self.spec)]
@@ -206,7 +245,9 @@ class Predictor:
             if on_start:
                 on_start(case, index, len(planned))
             try:
-                result = self.predict_case(case, file, save_probabilities=save_probabilities, on_tiles=on_tiles)
+                result = self.predict_case(
+                    case, file, save_probabilities=save_probabilities, on_tiles=on_tiles, previous=previous
+                )
             except FastnnUNetError as error:
                 if not is_folder:
                     raise

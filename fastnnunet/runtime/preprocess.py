@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import ImageError
-from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resampled_shape
+from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
 from fastnnunet.runtime.normalize import SCHEMES
 from fastnnunet.specs.bundle import BundleSpec
 
@@ -38,11 +38,18 @@ class Preprocessed:
 
 
 def preprocess(
-    image_CZYX: npt.NDArray[np.float32], properties: dict[str, Any], spec: BundleSpec, resample_spec: ResampleSpec
+    image_CZYX: npt.NDArray[np.float32],
+    properties: dict[str, Any],
+    spec: BundleSpec,
+    resample_spec: ResampleSpec,
+    previous_ZYX: npt.NDArray[Any] | None = None,
+    resample_seg: ResampleSpec | None = None,
 ) -> Preprocessed:
     """Preprocess an image as the reader returned it (C, axes of the file); `image_CZYX` is overwritten.
 
-    Raises ImageError when the number of channels or dimensions is not the model's.
+    A cascade stage needs `previous_ZYX`, the previous stage's segmentation in the axes of the file, and how to resample
+    it; its labels follow the image as one-hot channels.
+    Raises ImageError when the number of channels or dimensions is not the model's, or the segmentation does not fit.
     """
     expected = len(spec.channel_names)
     if image_CZYX.ndim != 4 or image_CZYX.shape[0] != expected:
@@ -52,6 +59,7 @@ def preprocess(
         )
     if 0 in image_CZYX.shape:
         raise ImageError(f"the image is empty: shape {image_CZYX.shape}")
+    _check_previous(previous_ZYX, image_CZYX.shape[1:], spec)
     data = image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward))
     spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
     shape_before_cropping = data.shape[1:]
@@ -61,12 +69,24 @@ def preprocess(
 
     # a 2d configuration leaves the distance between slices alone
     target = (*spacing[: len(spacing) - len(spec.spacing_mm)], *spec.spacing_mm)
-    _normalize(data, spec)
+    previous = None
+    if previous_ZYX is not None:
+        previous = previous_ZYX.transpose(spec.transpose_forward)[tuple(slice(*limits) for limits in bbox)]
+        # as nnU-Net's crop_to_nonzero: what was predicted outside the non-zero region counts as inside
+        inside = _filled_nonzero_mask(data)
+        previous = np.where((previous == 0) & ~inside, -1, previous.astype(np.int32))
+    _normalize(data, spec, None if previous is None else previous >= 0)
     plan = plan_resampling(
         resample_spec, cropped_shape, resampled_shape(cropped_shape, spacing, target), spacing, target
     )
+    data = resample(data, plan)
+    if previous is not None and resample_seg is not None:
+        plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)
+        previous = resample_labels(previous, plan)
+        one_hot = np.stack([previous == label for label in spec.previous_labels])
+        data = np.concatenate([data, one_hot.astype(np.float32)])
     return Preprocessed(
-        data_CZYX=resample(data, plan),
+        data_CZYX=data,
         spacing_mm=spacing,
         target_spacing_mm=target,
         shape_before_cropping=shape_before_cropping,
@@ -97,8 +117,17 @@ def nonzero_bbox(data_CZYX: npt.NDArray[np.float32]) -> tuple[tuple[int, int], .
     return tuple(limits)
 
 
-def _normalize(data_CZYX: npt.NDArray[np.float32], spec: BundleSpec) -> None:
-    mask = _filled_nonzero_mask(data_CZYX) if any(spec.use_mask_for_norm) else None
+def _check_previous(previous_ZYX: npt.NDArray[Any] | None, shape: tuple[int, ...], spec: BundleSpec) -> None:
+    if (previous_ZYX is None) != (not spec.previous_labels):
+        needs = "needs the previous stage's segmentation" if spec.previous_labels else "is no cascade stage"
+        raise ImageError(f"the model {needs}; give one with -prev_stage_predictions for a cascade stage and none else")
+    if previous_ZYX is not None and previous_ZYX.shape != shape:
+        raise ImageError(f"the previous segmentation has shape {previous_ZYX.shape}, expected the image's {shape}")
+
+
+def _normalize(data_CZYX: npt.NDArray[np.float32], spec: BundleSpec, mask: npt.NDArray[np.bool_] | None = None) -> None:
+    if mask is None and any(spec.use_mask_for_norm):
+        mask = _filled_nonzero_mask(data_CZYX)
     for index, (channel, scheme, use_mask) in enumerate(
         zip(data_CZYX, spec.normalization_schemes, spec.use_mask_for_norm, strict=True)
     ):

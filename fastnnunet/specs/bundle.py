@@ -29,6 +29,7 @@ class BundleSpec:
     labels: dict[str, Any]  # as in dataset.json: name -> int, or name -> list of int for regions
     regions_class_order: tuple[int, ...] | None = None
     num_heads: int
+    previous_labels: tuple[int, ...] = ()  # of a cascade stage: labels of the previous segmentation, a channel each
     file_ending: str
     reader_writer: str  # nnU-Net class name, e.g. SimpleITKIO
     transpose_forward: tuple[int, ...]

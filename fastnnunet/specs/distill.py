@@ -25,6 +25,7 @@ class DistillSpec:
     loss: Literal["kl", "kl_dice"] = "kl"  # soft loss: KL, or KL plus the Dice semimetric loss
     augmentation: Literal["default", "da5"] = "default"  # nnU-Net's own, or that of its nnUNetTrainerDA5
     mirror_augmentation: bool = True  # mirrored patches in training; without them nothing may mirror at test time
+    soft_on_ignored: bool = True  # the soft loss counts where the label says ignore: the teacher has an opinion there
 
     def __post_init__(self) -> None:
         problems = []
@@ -72,6 +73,8 @@ class DistillSpec:
             words.append(self.augmentation)
         if not self.mirror_augmentation:
             words.append("unmirrored")
+        if not self.soft_on_ignored:
+            words.append("unignored")
         if self.mirroring:
             words.append("mirrored")
         return "_".join(words)

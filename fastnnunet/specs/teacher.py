@@ -15,6 +15,7 @@ class TeacherSpec:
     trainer: str = "nnUNetTrainer"
     folds: tuple[int | str, ...] = (0, 1, 2, 3, 4)
     checkpoint: str = "checkpoint_final.pth"
+    previous: str | None = None  # of a cascade: folder of the previous stage's predictions, or `teacher` for nnU-Net's
 
     def __post_init__(self) -> None:
         if not self.folds:

@@ -68,7 +68,7 @@ def build_network(spec: BundleSpec) -> Any:
         arguments["deep_supervision"] = False
     try:
         return network_class(  # type: ignore[operator]
-            input_channels=len(spec.channel_names), num_classes=spec.num_heads, **arguments
+            input_channels=len(spec.channel_names) + len(spec.previous_labels), num_classes=spec.num_heads, **arguments
         )
     except TypeError as e:
         raise MismatchError(f"the bundle's architecture does not fit the installed {class_path}: {e}") from e
