@@ -63,6 +63,11 @@ def prepare(world, kind):
         config["architecture"]["arch_kwargs"].update(
             kernel_sizes=[[1, 3, 3]] + [[3, 3, 3]] * 2, strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]]
         )
+    if kind == "resenc":
+        architecture = config["architecture"]
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        del architecture["arch_kwargs"]["n_conv_per_stage"]
+        architecture["arch_kwargs"]["n_blocks_per_stage"] = [1, 2, 2]
     if kind == "cascade":
         config = {**config, "previous_stage": "3d_lowres"}
         plans["configurations"]["3d_lowres"] = {**plans["configurations"][CONFIGURATION], "next_stage": [CASCADE]}
@@ -161,7 +166,7 @@ def nnunet_soft_label(world, name, kind, case):
     return (logits.sigmoid() if kind == "regions" else logits.softmax(0)).numpy()
 
 
-@pytest.mark.parametrize("kind", ["2d", "anisotropic", "regions", "ignore", "cascade"])
+@pytest.mark.parametrize("kind", ["2d", "anisotropic", "regions", "ignore", "cascade", "resenc"])
 def test_cache_train_export_predict(world, tmp_path, kind):
     with contextlib.redirect_stdout(io.StringIO()):
         _whole_way(world, tmp_path, kind)
