@@ -23,12 +23,14 @@ from fastnnunet.nnunet.plans import build_network, read_json
 from fastnnunet.nnunet.primus import narrower_primus
 from fastnnunet.nnunet.student import student_plans
 from fastnnunet.nnunet.student_fit import check_fit, network_cost
+from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
+from tests.test_kinds import read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 
 CONTROL = DistillSpec(alpha=0, epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
@@ -317,6 +319,19 @@ class TestPrimus:
         spec = load_bundle_spec(tmp_path / "bundle")
         assert spec.architecture["network_class_name"].endswith(".Primus")
         assert ours.shape[1] == 3
+        images = primus / "raw" / DATASET / "imagesTs"
+        Predictor.load(tmp_path / "bundle", "onnxruntime").predict_files(images, tmp_path / "ours")
+        (tmp_path / "theirs").mkdir()
+        with contextlib.redirect_stdout(io.StringIO()):
+            student = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+            student.initialize_from_trained_model_folder(str(folder.parent), (0,))
+            cases = ["tiny_10", "tiny_11"]
+            student.predict_from_files_sequential(
+                [[str(images / f"{case}_0000.nii.gz")] for case in cases], [str(tmp_path / "theirs" / c) for c in cases]
+            )
+        for case in cases:
+            got, expected = (read(tmp_path / who / f"{case}.nii.gz") for who in ("ours", "theirs"))
+            assert (got == expected).mean() >= 0.9999
 
     def test_stock_size_loads_in_stock_nnunet(self, world, tmp_path):
         """nnU-Net's own Primus S on a patch of 16^3, with nothing of ours importable."""
