@@ -18,7 +18,7 @@ from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
-from fastnnunet.nnunet.student import STOCK_TRAINER, student_folder, student_plans
+from fastnnunet.nnunet.student import STOCK_TRAINER, publish_plans, student_folder, student_plans
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -111,6 +111,9 @@ def _train_students(
     if overwrite and is_first():
         for _, _, fold_folder in checked:
             shutil.rmtree(fold_folder, ignore_errors=True)
+    if is_first():
+        for job, (plans, _, _) in zip(jobs, checked, strict=True):
+            publish_plans(resolve_dataset(job.teacher.dataset), plans)
     wait_for_all()
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):

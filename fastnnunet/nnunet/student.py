@@ -1,15 +1,19 @@
 """Students are ordinary nnU-Net models: the teacher's plans with narrower stages, under a name of their own."""
 
+import json
+import logging
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.paths import model_folder
+from fastnnunet.nnunet.paths import model_folder, nnunet_folder
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 
 STOCK_TRAINER = "nnUNetTrainer"
+log = logging.getLogger(__name__)
 
 
 def reduce_features(features_per_stage: list[int], student: StudentSpec) -> list[int]:
@@ -42,6 +46,20 @@ def student_plans(
         )
     kwargs["features_per_stage"] = reduce_features(features, student)
     return out
+
+
+def publish_plans(dataset_name: str, plans: dict[str, Any]) -> None:
+    """Write `<plans name>.json` beside the preprocessed data, where nnUNetv2_find_best_configuration looks for it.
+
+    Training does not need it, so a folder that cannot be written to is a warning.
+    """
+    path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans['plans_name']}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(plans, indent=4))
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("%s was not written (%s): nnUNetv2_find_best_configuration will not find it", path, error)
 
 
 def student_folder(
