@@ -98,3 +98,18 @@ def test_find_best_configuration(trained, stock):
     instructions = (root / "results" / DATASET / "inference_instructions.txt").read_text()
     assert f"-p {plans}" in instructions
     assert (model / "crossval_results_folds_0" / "postprocessing.pkl").is_file()
+
+
+def test_ensemble_of_student_and_teacher(trained, stock, tmp_path):
+    """The oracle: the class of the larger mean of the probabilities that nnU-Net stored."""
+    _, root, model = trained
+    teacher = root / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    members = [tmp_path / "student", tmp_path / "teacher"]
+    for folder, out in zip((model, teacher), members, strict=True):
+        predict(stock, root, folder, out, "--save_probabilities")
+    stock("ensembling.ensemble:entry_point_ensemble_folders", "-i", *members, "-o", tmp_path / "both", "-np", "1")
+    student = read(members[0])
+    for case, labels in read(tmp_path / "both").items():
+        mean = sum(np.load(m / f"{case}.npz")["probabilities"].astype(np.float32) for m in members) / 2
+        assert (labels == mean.argmax(0)).mean() > 0.999  # equal but for ties
+        assert (labels != student[case]).any(), "the teacher must count"
