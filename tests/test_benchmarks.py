@@ -5,7 +5,17 @@ import numpy as np
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from tests.benchmarks import bit_flips, cache_layout, kills, reader_speed, soft_maps, stage1_speed, stock_agreement
+from tests import test_distill_seeds
+from tests.benchmarks import (
+    bit_flips,
+    cache_layout,
+    kills,
+    reader_speed,
+    soft_maps,
+    stage1_speed,
+    step_speed,
+    stock_agreement,
+)
 from tests.tiny import CONFIGURATION, DATASET
 
 
@@ -110,3 +120,19 @@ def test_kills():
     record = kills.measure(2)
     assert record["kills"] == 2
     assert record["identical"] == record["without_leftovers"] == record["rounds"]
+
+
+def test_step_speed(world):
+    """The teachers' folder is linked to, and nothing is written beside it."""
+    test_distill_seeds.build()
+    before = sorted(p.relative_to(world) for p in world.rglob("*"))
+    record = step_speed.measure(test_distill_seeds.make_job(alpha=0.3), (2, 3), rounds=1, steps=2, loss_cases=1)
+    assert record["loss"]["largest_gradient_difference"] <= record["loss"]["temperature_times_eps"]
+    assert record["loss"]["largest_loss_difference"] < 0.05 * record["loss"]["cases"][0]["online"]
+    new = {p.relative_to(world) for p in world.rglob("*")} - set(before)
+    assert {p.name for p in new} <= {"splits_final.json"}, "nnU-Net's own split, and nothing in nnUNet_results"
+    median = record["median_s"]
+    assert set(median) == {"bare_r2", "bare_r3", "soft", "hard", "online", "together"}
+    assert all(len(seconds) == 2 for seconds in record["seconds"].values())
+    assert median["together"] > median["bare_r2"] > 0
+    assert record["online_over_soft"] == median["online"] / median["soft"]

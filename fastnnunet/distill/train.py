@@ -21,7 +21,7 @@ from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.splits import load_splits
-from fastnnunet.nnunet.student import student_folder, student_plans, trainer_of
+from fastnnunet.nnunet.student import publish_plans, student_folder, student_plans, trainer_of
 from fastnnunet.nnunet.student_fit import check_fit
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
@@ -127,6 +127,9 @@ def _train_students(
             unfinished.append(trainer)
     if unfinished:
         _run_epochs(unfinished, [jobs[trainers.index(t)] for t in unfinished], progress)
+    if is_first():
+        for job, (plans, _, _) in zip(jobs, checked, strict=True):
+            publish_plans(resolve_dataset(job.teacher.dataset), plans)
     for trainer, (_, _, fold_folder) in zip(trainers, checked, strict=True):
         if validate and not (fold_folder / "validation" / "summary.json").is_file():
             _validate(trainer)

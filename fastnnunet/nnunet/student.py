@@ -1,12 +1,15 @@
 """Students are ordinary nnU-Net models: the teacher's plans with another network, under a name of their own."""
 
+import json
+import logging
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.paths import model_folder, teacher_folder
+from fastnnunet.nnunet.paths import model_folder, nnunet_folder, teacher_folder
 from fastnnunet.nnunet.plans import build_network, trainer_class
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
@@ -19,6 +22,7 @@ RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6)  # of nnU-Net's ResEnc
 PLAIN_CONVOLUTIONS = 2  # of nnU-Net's default planner, in every stage of both sides
 LAYERS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 LAYER_KWARGS = ("conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
+log = logging.getLogger(__name__)
 
 
 def reduce_features(features_per_stage: list[int], student: StudentSpec) -> list[int]:
@@ -195,6 +199,20 @@ def _builds_its_own(trainer: str) -> bool:
 def student_trainer(student: StudentSpec) -> str:
     """The trainer in the name of a student's folder."""
     return STOCK_TRAINER if student.size is None else f"nnUNet_Primus_{student.size}_Trainer"
+
+
+def publish_plans(dataset_name: str, plans: dict[str, Any]) -> None:
+    """Write `<plans name>.json` beside the preprocessed data, where nnUNetv2_find_best_configuration looks for it.
+
+    Training does not need it, so a folder that cannot be written to is a warning.
+    """
+    path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans['plans_name']}.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(plans, indent=4))
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("%s was not written (%s): nnUNetv2_find_best_configuration will not find it", path, error)
 
 
 def student_folder(
