@@ -32,6 +32,36 @@ def plot_benchmark(record: dict[str, Any], path: Path) -> None:
     save_png(figure, path)
 
 
+def plot_sizes(record: dict[str, Any], path: Path) -> None:
+    """Mean Dice of students against milliseconds per patch, marker area by parameters; the reference and the budget."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    reference = record["reference"]["mean_dice"]
+    largest = max(row["parameters"] for row in record["students"].values())
+    chosen = record["choice"]["name"] if record["choice"]["found"] else None
+    for name, row in record["students"].items():
+        x, y, points = row["ms_per_patch"], row["mean_dice"], row["points"]
+        error = [[(points["mean"] - points["low"]) / 100], [(points["high"] - points["mean"]) / 100]]
+        colour = "#2a78b5" if name == chosen else "#8c8c8c"
+        axes.errorbar(x, y, yerr=error, color=colour, capsize=3, linewidth=1)
+        axes.scatter(x, y, s=30 + 300 * row["parameters"] / largest, color=colour, zorder=3)
+        text = f"{name}, {row['parameters'] / 1e6:.3g} M"
+        axes.annotate(text, (x, y), xytext=(9, 6), textcoords="offset points", fontsize=9)
+    axes.axhline(reference, color="black", linewidth=1, label=f"reference ({record['reference']['kind']})")
+    budget = reference - record["within_points"] / 100
+    axes.axhline(budget, color="black", linewidth=1, linestyle=":", label=f"budget: {record['within_points']:g} points")
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_xlabel(f"milliseconds per patch (log scale, {record['threads']} threads)")
+    axes.set_ylabel(f"mean Dice, {len(record['cases'])} validation cases")
+    axes.set_title("students: marker area is parameters, bars are 95 % of the paired difference", fontsize=10)
+    axes.legend(loc="lower right", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_png(figure, path)
+
+
 def seconds_text(value: float) -> str:
     """Three significant digits, in ms below a second."""
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"

@@ -122,7 +122,9 @@ def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.train import parse_folds, run_job
+    from fastnnunet.cli.train import parse_folds, run_job, wait_passively
+
+    wait_passively()
     from fastnnunet.distill.soft_labels import cache_for_training
     from fastnnunet.distill.train import TrainingJob, check_job
     from fastnnunet.specs.cache import CacheSpec

@@ -6,6 +6,7 @@ import typer
 
 from fastnnunet.cli.benchmark import benchmark
 from fastnnunet.cli.cache import app as cache_app
+from fastnnunet.cli.distill import app as distill_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
 from fastnnunet.cli.guard import guarded
@@ -35,6 +36,7 @@ app.command("predict")(predict)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
 app.add_typer(student_app, name="student")
+app.add_typer(distill_app, name="distill")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset(

@@ -1,0 +1,164 @@
+"""Several student sizes from one cache, and the smallest that loses no more Dice than allowed."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.bench.arms import ReferenceArm
+from fastnnunet.bench.choose import Candidate, choose, paired_points
+from fastnnunet.bench.evaluate import evaluate_cases
+from fastnnunet.bench.record import hardware, now_utc, versions
+from fastnnunet.bench.segmentations import make_label_set
+from fastnnunet.distill.train import BEST, FINAL, LATEST, TrainingJob, run_folder, train_students
+from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.export.bundle import export_bundle
+from fastnnunet.nnunet.cases import open_cases
+from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
+from fastnnunet.nnunet.plans import read_json
+from fastnnunet.nnunet.splits import load_splits
+from fastnnunet.runtime.backends.base import available_cores, create_backend
+from fastnnunet.runtime.cases import Case, find_cases
+from fastnnunet.runtime.predict import Predictor
+from fastnnunet.specs.bundle import load_bundle_spec
+from fastnnunet.specs.canonical import to_plain
+from fastnnunet.specs.student import StudentSpec
+
+
+def auto_size(
+    job: TrainingJob, sizes: Sequence[int], within: float, output: Path, reference: str = "out-of-fold"
+) -> dict[str, Any]:
+    """Train `job` at every r of `sizes` (finished runs are kept), score the validation fold and choose; the record.
+
+    The reference is by default the teacher's fold of the same number, the only one that did not train on these cases;
+    `ensemble` is all its folds, most of which did, so its Dice is optimistic. Both mirror, as nnU-Net does.
+    Raises SpecError, NotFoundError, MismatchError before anything is trained; what `train_student` raises after.
+    """
+    if not sizes or not within >= 0:
+        raise SpecError(f"got sizes {list(sizes)} within {within}, expected at least one size and 0 or more points")
+    if reference not in ("out-of-fold", "ensemble"):
+        raise SpecError(f"reference: got {reference!r}, expected out-of-fold or ensemble")
+    cases = validation_cases(job)
+    folds = job.teacher.folds if reference == "ensemble" else (job.fold,)
+    folder = teacher_folder(replace(job.teacher, folds=folds))
+    dataset = nnunet_folder("nnUNet_raw") / resolve_dataset(job.teacher.dataset)
+    labels = make_label_set(*(read_json(folder / "dataset.json")[k] for k in ("labels", "file_ending")))
+    missing = [c for c in cases if not (dataset / "labelsTr" / f"{c}{labels.file_ending}").is_file()]
+    if missing:
+        raise NotFoundError(f"no label in {dataset / 'labelsTr'} for case(s): {', '.join(missing)}")
+    threads = job.threads or available_cores()
+
+    def dice_of(predictions: Path) -> dict[str, float]:
+        results = evaluate_cases(predictions, dataset / "labelsTr", cases, labels)
+        values = {r.case: [m.dice for m in r.metrics.values() if not np.isnan(m.dice)] for r in results}
+        return {case: float(np.mean(v)) if v else float("nan") for case, v in values.items()}
+
+    arm = ReferenceArm(
+        name=reference,
+        model_folder=folder,
+        folds=folds,
+        mirroring=True,
+        threads=threads,
+        checkpoint=job.teacher.checkpoint,
+    )
+    run = arm.load()  # before hours of training
+    jobs = {f"r{r}": replace(job, student=StudentSpec(r=r)) for r in dict.fromkeys(sizes)}
+    fold_folders = _train(jobs)
+    students: dict[str, dict[str, Any]] = {}
+    found: list[Case] = []
+    for name, fold_folder in fold_folders.items():
+        bundle, predictions = output / "bundles" / name, output / "predictions" / name
+        export_bundle(fold_folder.parent, job.fold, bundle, overwrite=True)
+        spec = load_bundle_spec(bundle)
+        found = [c for c in find_cases(dataset / "imagesTr", spec) if c.case_id in cases]
+        _require(found, cases)
+        predictor = Predictor.load(bundle, "auto", threads=threads)
+        for case in found:
+            predictor.predict_case(case, predictions / f"{case.case_id}{labels.file_ending}")
+        students[name] = {
+            "dice": dice_of(predictions),
+            "parameters": spec.provenance["parameters"],
+            "backend": predictor.backend.name,
+            "ms_per_patch": _ms_per_patch(bundle, threads),
+            "model": fold_folder.parent.name,
+            "bundle": str(bundle),
+        }
+    for case in found:
+        run(case, output / "predictions" / "reference" / f"{case.case_id}{labels.file_ending}")
+    reference_dice = dice_of(output / "predictions" / "reference")
+    candidates = []
+    for name, row in students.items():
+        points = paired_points(row["dice"], reference_dice)
+        candidates.append(Candidate(name=name, parameters=row["parameters"], points=points))
+        row |= {"mean_dice": float(np.nanmean(list(row["dice"].values()))), "points": to_plain(points)}
+    choice = choose(candidates, within)
+    return {
+        "created": now_utc(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "threads": threads,
+        "job": to_plain(job.teacher) | {"fold": job.fold, "distill": to_plain(job.distill)},
+        "cache_policy": job.cache.policy,
+        "within_points": within,
+        "cases": list(cases),
+        "reference": {
+            "kind": reference,
+            "folds": list(folds),
+            "saw_the_cases": reference == "ensemble",
+            "dice": reference_dice,
+            "mean_dice": float(np.nanmean(list(reference_dice.values()))),
+        },
+        "students": students,
+        "choice": {"name": choice.candidate.name, "found": choice.found, "whole_interval_within": choice.certain},
+    }
+
+
+def _train(jobs: dict[str, TrainingJob]) -> dict[str, Path]:
+    """Fold folders of trained students: what was started is finished, the rest is trained on the same batches."""
+    started = {n: j for n, j in jobs.items() if any((run_folder(j) / c).is_file() for c in (FINAL, LATEST, BEST))}
+    rest = {n: j for n, j in jobs.items() if n not in started}
+    folders: dict[str, Path] = {}
+    for group, resume in ((started, True), (rest, False)):
+        if group:
+            folders |= dict(
+                zip(group, train_students(list(group.values()), resume=resume, validate=False), strict=True)
+            )
+    return {name: folders[name] for name in jobs}
+
+
+def validation_cases(job: TrainingJob) -> tuple[str, ...]:
+    """Cases of the student's fold it does not train on. Raises MismatchError where there are none."""
+    plans = read_json(teacher_folder(job.teacher) / "plans.json")
+    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    splits = load_splits(base, open_cases(plans, job.teacher.configuration).case_ids)
+    if isinstance(job.fold, str) or job.fold >= len(splits) or not splits[job.fold]["val"]:
+        raise MismatchError(
+            f"fold {job.fold} has no validation cases to judge students on\n"
+            f"expected a fold of {base / 'splits_final.json'} with a val list that is not empty"
+        )
+    return tuple(sorted(splits[job.fold]["val"]))
+
+
+def _require(found: Sequence[Case], cases: Sequence[str]) -> None:
+    for case in found:
+        if case.problem:
+            raise ImageError(case.problem)
+    if missing := sorted(set(cases) - {c.case_id for c in found}):
+        raise NotFoundError(f"no image in imagesTr for validation case(s): {', '.join(missing)}")
+
+
+def _ms_per_patch(bundle: Path, threads: int, repeats: int = 20) -> float:
+    """Median of one forward pass of one real patch on the fastest installed backend, after a warm-up."""
+    backend = create_backend("auto", bundle, load_bundle_spec(bundle), threads=threads)
+    with np.load(bundle / "parity.npz") as stored:
+        patch_NCX = np.ascontiguousarray(stored["image"][:1])
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        backend.run(patch_NCX)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[3:])
