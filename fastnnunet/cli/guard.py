@@ -1,6 +1,7 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 from fastnnunet.errors import FastnnUNetError
@@ -9,6 +10,7 @@ from fastnnunet.errors import FastnnUNetError
 EXTRA_OF = {
     **dict.fromkeys(("torch", "nnunetv2", "zarr", "numcodecs", "google_crc32c", "dask", "distributed"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "matplotlib", "batchgenerators", "dynamic_network_architectures"), "train"),
+    "tensorboard": "train",
     "fsspec": "train",
     "s3fs": "s3",
     "openvino": "openvino",
@@ -17,6 +19,8 @@ EXTRA_OF = {
 
 def guarded(command: Callable[[], None]) -> None:
     """Run `command`. Exit codes: its own, 2 for wrong input or a missing extra, 130 when interrupted."""
+    # torch about the decorators of libraries that nnU-Net imports; nothing a user can mend
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
     try:
         command()
     except FastnnUNetError as e:
