@@ -138,12 +138,9 @@ def _train(args: argparse.Namespace) -> None:
         "epochs": args.e,
         "iterations_per_epoch": args.iterations,
         "optimizer": args.optimizer,
+        "mirror_augmentation": not args.disable_mirroring,
+        "augmentation": "da5" if args.use_da5 else "default",
     }
-    # the two fields of DistillSpec that these flags set; where it lacks them, build_spec says so
-    if args.disable_mirroring:
-        settings["mirror_augmentation"] = False
-    if args.use_da5:
-        settings["augmentation"] = "da5"
     job = TrainingJob(
         teacher=TeacherSpec(
             dataset=args.d,

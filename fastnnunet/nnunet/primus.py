@@ -138,8 +138,5 @@ def primus_trainer(base: Any, architecture: dict[str, Any]) -> Any | None:
             )
             return optimizer, _WarmUp(optimizer, self.initial_lr, self.num_epochs)
 
-        def set_deep_supervision_enabled(self, enabled: bool) -> None:
-            """There is none."""
-
     PrimusTrainer.__name__ = stock or "nnUNetTrainer"
     return PrimusTrainer

@@ -251,9 +251,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
-                valid = self._valid_mask(target)
-                mask = () if valid is None else (valid,)
-                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, *mask)
+                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, self._valid_mask(target))
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
