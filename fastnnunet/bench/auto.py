@@ -20,7 +20,7 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import read_json
-from fastnnunet.nnunet.splits import load_splits
+from fastnnunet.nnunet.splits import split_of
 from fastnnunet.runtime.backends.base import available_cores, create_backend
 from fastnnunet.runtime.cases import Case, find_cases
 from fastnnunet.runtime.predict import Predictor
@@ -134,13 +134,13 @@ def validation_cases(job: TrainingJob) -> tuple[str, ...]:
     """Cases of the student's fold it does not train on. Raises MismatchError where there are none."""
     plans = read_json(teacher_folder(job.teacher) / "plans.json")
     base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
-    splits = load_splits(base, open_cases(plans, job.teacher.configuration).case_ids)
-    if isinstance(job.fold, str) or job.fold >= len(splits) or not splits[job.fold]["val"]:
+    split = split_of(base, open_cases(plans, job.teacher.configuration).case_ids, job.fold)
+    if split is None or not split["val"]:
         raise MismatchError(
             f"fold {job.fold} has no validation cases to judge students on\n"
             f"expected a fold of {base / 'splits_final.json'} with a val list that is not empty"
         )
-    return tuple(sorted(splits[job.fold]["val"]))
+    return tuple(sorted(split["val"]))
 
 
 def _require(found: Sequence[Case], cases: Sequence[str]) -> None:

@@ -189,8 +189,9 @@ def _export(args: argparse.Namespace) -> None:
         "fix": "-fix changes nothing: the patch size is fixed in every export",
         "b": "-b changes nothing: the batch axis is dynamic",
     }
+    given = {"da": args.da, "sim": args.sim, "fix": args.fix, "b": args.b not in (0, 1)}
     for flag, note in notes.items():
-        if getattr(args, flag) not in (False, 1) or getattr(args, flag) is True:
+        if given[flag]:
             print(note, file=sys.stderr)
     export_student(
         dataset=args.d,

@@ -20,7 +20,7 @@ from fastnnunet.nnunet.checkpoint import load_checkpoint, load_pretrained, weigh
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
-from fastnnunet.nnunet.splits import load_splits
+from fastnnunet.nnunet.splits import split_of
 from fastnnunet.nnunet.student import publish_plans, student_folder, student_plans, trainer_of
 from fastnnunet.nnunet.student_fit import check_fit
 from fastnnunet.specs.cache import CacheSpec
@@ -176,9 +176,9 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     """Refuse a fold with nothing to train on or to validate on, or with cases that are not there."""
     cases = open_cases(plans, job.teacher.configuration).case_ids
     base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
-    if isinstance(job.fold, str) or job.fold >= len(splits := load_splits(base, cases)):  # nnU-Net makes these itself
+    split = split_of(base, cases, job.fold)
+    if split is None:
         return
-    split = splits[job.fold]
     empty = [words for part, words in (("train", "training"), ("val", "validation")) if not split[part]]
     if empty:
         raise MismatchError(

@@ -23,3 +23,11 @@ def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     return list(generate_crossval_split(sorted(case_ids), seed=12345, n_splits=5))
+
+
+def split_of(preprocessed_base: Path, case_ids: tuple[str, ...], fold: int | str) -> dict[str, list[str]] | None:
+    """The split a fold trains on; None for `all` and for folds beyond the file, which nnU-Net makes itself."""
+    if isinstance(fold, str):
+        return None
+    splits = load_splits(preprocessed_base, case_ids)
+    return splits[fold] if fold < len(splits) else None
