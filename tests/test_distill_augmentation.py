@@ -58,6 +58,24 @@ def test_soft_label_stays_on_the_label(world, augmentation):
     assert moved > 30
 
 
+@pytest.mark.parametrize("augmentation", ["default", "da5"])
+def test_one_grid_is_nnunets_own_sampling(world, augmentation):
+    """Bit for bit what nnU-Net's pipeline makes of image, label and a `regression_target` it samples by itself."""
+    trainer, augment, mirrors = transforms(make_job(augmentation=augmentation))
+    patch = trainer.configuration_manager.patch_size
+    rotation, dummy_2d = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[:2]
+    alone = trainer._augmenter.get_training_transforms(patch, rotation, None, mirrors, dummy_2d)
+    with generators_kept():
+        for seed in range(20):
+            stacked, label = trainer.soft_labels.stacked()
+            seed_generators(seed, 0, 0)
+            got = augment(stacked.clone(), label.clone())
+            seed_generators(seed, 0, 0)
+            expected = alone(image=stacked[:1].clone(), segmentation=label, regression_target=stacked[1:].clone())
+            assert torch.equal(got["image"], expected["image"])
+            assert torch.equal(got["segmentation"][-1], expected["regression_target"])
+
+
 def test_without_mirrored_patches(world):
     trainer, augment, mirrors = transforms(make_job(mirror_augmentation=False))
     assert mirrors is None
@@ -78,6 +96,7 @@ def test_mirroring_at_test_time_wants_mirrored_patches():
 def test_the_name_says_so():
     spec = DistillSpec(augmentation="da5", mirror_augmentation=False, loss="kl_dice")
     assert spec.tag == "a0.3_T3_kldice_da5_unmirrored"
+    assert DistillSpec(batch_size=2, epochs=5).tag == "a0.3_T3_e5_b2"
     assert dataclasses.replace(spec, seed=4, optimizer="adamw", initial_lr=0.001).tag.startswith(
         "a0.3_T3_adamw_lr0.001_s4"
     )

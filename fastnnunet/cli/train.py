@@ -49,6 +49,9 @@ def train(
     epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
     iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Samples a step [default: the plans'].")
+    ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd (nnU-Net's), or adamw for short runs.")] = "sgd",
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
     loss: Annotated[str, typer.Option("--loss", help="Soft loss: kl, or kl_dice (KL and Dice semimetric).")] = "kl",
@@ -113,6 +116,7 @@ def train(
             "epochs": epochs,
             "iterations_per_epoch": iterations,
             "val_iterations_per_epoch": val_iterations,
+            "batch_size": batch_size,
             "optimizer": optimizer,
             "initial_lr": lr,
             "seed": seed,

@@ -50,7 +50,7 @@ def student_plans(
     dataset_json: dict[str, Any] | None = None,
     trainer: str = STOCK_TRAINER,
 ) -> dict[str, Any]:
-    """The student's plans: another architecture in `configuration`, everything else as the teacher's.
+    """The student's plans: another architecture (and batch size) in `configuration`, all else as the teacher's.
 
     The preprocessed data are shared with the teacher because `data_identifier` stays. `dataset_json` is needed for
     teachers whose `trainer` builds the network. Raises MismatchError for an architecture nothing can be derived from,
@@ -62,6 +62,8 @@ def student_plans(
         raise SpecError(f"-spl {out['plans_name']} is the name of the teacher's plans; give the student another")
     config = out["configurations"].get(configuration, {})
     config["architecture"] = student_architecture(plans, configuration, student, dataset_json, trainer)
+    if distill.batch_size is not None:
+        config["batch_size"] = distill.batch_size
     return out
 
 

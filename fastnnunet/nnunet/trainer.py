@@ -1,9 +1,9 @@
 """nnU-Net's own trainer with soft labels beside the labels.
 
 Sampling, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's. Three hooks add
-the soft label: the data set stacks it under the image, so that nnU-Net's loader crops and pads both alike; the
-transforms split it off again and move it through the same spatial transform as a `regression_target`; the training
-step hands it to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
+the soft label: the data set stacks it under the image, so that nnU-Net's loader crops and pads both alike and its
+spatial transform samples both on one grid; then it is split off as a `regression_target`; the training step hands it to
+the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
@@ -94,20 +97,34 @@ class _SoftLabelDataset:
         return (_StackedCase(image, self._soft, identifier), *rest)
 
 
-class _SplitSoftLabels:
-    """Transforms image and soft label together, then appends the soft label to the list of targets."""
+class _WithSoftLabels:
+    """nnU-Net's transforms on image and soft label, which is then appended to the list of targets.
 
-    def __init__(self, transforms: Any, soft_channels: int) -> None:
-        self._transforms, self._soft_channels = transforms, soft_channels
+    As channels of the image the soft label is sampled on one grid with it, in one call; after that it is a
+    `regression_target`, which mirroring moves and intensity transforms leave alone.
+    """
+
+    def __init__(self, transforms: ComposeTransforms, soft_channels: int) -> None:
+        together = _sampling_transforms(transforms.transforms)
+        self._soft_channels = soft_channels
+        self._sample = ComposeTransforms(transforms.transforms[:together])
+        self._rest = ComposeTransforms(transforms.transforms[together:])
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, Any]:
-        out = self._transforms(
-            image=image[: -self._soft_channels],
-            segmentation=segmentation,
-            regression_target=image[-self._soft_channels :].contiguous(),
-        )
+        sampled = self._sample(image=image, segmentation=segmentation)
+        image, soft = sampled["image"].split([len(sampled["image"]) - self._soft_channels, self._soft_channels])
+        out = self._rest(image=image, segmentation=sampled["segmentation"], regression_target=soft)
         targets = out["segmentation"] if isinstance(out["segmentation"], list) else [out["segmentation"]]
         return {"image": out["image"], "segmentation": [*targets, out["regression_target"]]}
+
+
+def _sampling_transforms(transforms: list[Any]) -> int:
+    """How many of the first transforms resample an image and change no intensity."""
+    kinds = [type(t) for t in transforms]
+    for pipeline in ([SpatialTransform], [Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform]):
+        if kinds[: len(pipeline)] == pipeline:
+            return len(pipeline)
+    return 0
 
 
 class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
@@ -205,7 +222,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return self._with_soft_labels(super().get_validation_transforms(*args, **kwargs))
 
     def _with_soft_labels(self, transforms: Any) -> Any:
-        return transforms if self.soft_labels is None else _SplitSoftLabels(transforms, self.soft_labels.num_channels)
+        return transforms if self.soft_labels is None else _WithSoftLabels(transforms, self.soft_labels.num_channels)
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":

@@ -17,6 +17,7 @@ class DistillSpec:
     epochs: int = 1000
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 50
+    batch_size: int | None = None  # None: the plans'; a small one makes more of a short run's samples
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd as nnU-Net trains; adamw converges in far fewer iterations
     initial_lr: float | None = None  # None: 1e-2 for sgd (nnU-Net's), 3e-3 for adamw
     seed: int = 0
@@ -36,6 +37,8 @@ class DistillSpec:
         for name in ("epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            problems.append(f"batch_size: got {self.batch_size}, expected at least 1")
         if self.mirroring and not self.mirror_augmentation:
             problems.append("mirroring: test-time mirroring needs a student that was trained on mirrored patches")
         if self.seed < 0:
@@ -64,7 +67,7 @@ class DistillSpec:
             words.append(self.optimizer)
         if self.lr != DEFAULT_LR[self.optimizer]:
             words.append(f"lr{self.lr:g}")
-        for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("s", "seed")):
+        for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("b", "batch_size"), ("s", "seed")):
             if getattr(self, name) != getattr(default, name):
                 words.append(f"{letter}{getattr(self, name)}")
         if self.loss != default.loss:
