@@ -25,7 +25,6 @@ from fastnnunet.bench.evaluate import evaluate_cases
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.runtime.backends.base import Precision, available_cores, create_backend
-from fastnnunet.runtime.cases import find_cases
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.distill import DistillSpec
