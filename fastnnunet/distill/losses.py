@@ -38,11 +38,11 @@ def kl_classes(
     return kl
 
 
-class _KLClasses(torch.autograd.Function):
+class _KLClasses(torch.autograd.Function):  # type: ignore[misc]
     """`kl_classes` with its derivative (q - p) / T per voxel written out: fewer passes over large tensors."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
         p_NC = full_simplex(soft_NS)
@@ -60,7 +60,7 @@ class _KLClasses(torch.autograd.Function):
         return kl_NC.sum() / voxels
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (difference_NC,) = ctx.saved_tensors
         return difference_NC * (gradient * ctx.scale), None, None, None
 
