@@ -41,7 +41,7 @@ class _Unpickler(pickle.Unpickler):
 def read_postprocessing(path: Path) -> tuple[KeepLargest, ...]:
     """The steps of a postprocessing.pkl or postprocessing.json that nnU-Net determined.
 
-    Raises NotFoundError, CorruptError when the file is none of the two, SpecError for a step this package does not have.
+    Raises NotFoundError, CorruptError when the file is none of the two, SpecError for a step this package has not.
     """
     if not path.is_file():
         raise NotFoundError(

@@ -68,12 +68,14 @@ def remove_small(labels_ZYX: Labels, min_voxels: int) -> None:
 def fill_holes(labels_ZYX: Labels, labels: Sequence[int]) -> None:
     """Background enclosed by a label becomes that label; what another label covers stays. In place.
 
-    Enclosed: no way out of the label by steps across faces, the border of the image being out. Where structures lie
+    Enclosed: no way out of the label by steps across faces; the border of the image is out. Where structures lie
     inside each other a hole goes to the innermost, whose bounding box is the smallest, so the order of `labels` does
     not matter.
     """
     from scipy import ndimage
 
+    if labels_ZYX.shape[0] == 1:
+        labels_ZYX = labels_ZYX[0]  # a picture: above and below it is no way out
     wanted = [(box, label) for label, box in _boxes(labels_ZYX) if label in labels]
     for box, label in sorted(wanted, key=lambda item: math.prod(s.stop - s.start for s in item[0])):
         inside = labels_ZYX[box]
