@@ -18,7 +18,6 @@ from fastnnunet.runtime.labels import Cleanup, KeepLargest, SizeUnit
 
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
-_NUMPY_SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype")}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>voxels?|mm3|)")
 
 
@@ -33,8 +32,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (_MODULE, _FUNCTION):
             return _Named(name)
-        if (module, name) in _NUMPY_SCALARS:  # labels may be NumPy integers
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
