@@ -196,7 +196,7 @@ def test_wrong_places(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="input not found"):
         predictor.predict_files(tmp_path / "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NotFoundError, match=r"NAME_0000\.nii\.gz, found nothing"):
+    with pytest.raises(NotFoundError, match=r"NAME_0000\.nii\.gz or folders of DICOM files, found nothing"):
         predictor.predict_files(tmp_path / "empty", tmp_path / "out")
     file = _image(tmp_path / "in" / "a_0000.nii.gz")
     with pytest.raises(SpecError, match="is a folder"):
@@ -239,7 +239,7 @@ def test_a_changed_bundle_is_refused(tmp_path: Path) -> None:
     [
         ({"schemes": ["MyNormalization"]}, "'MyNormalization'"),
         ({"resampling": {k: {"fn": "my_fn", "kwargs": {}} for k in ("data", "seg", "probabilities")}}, "'my_fn'"),
-        ({"reader_writer": "NibabelIO"}, "'NibabelIO'"),
+        ({"reader_writer": "MyIO"}, "'MyIO'"),
     ],
 )
 def test_what_the_runtime_does_not_have_is_named(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

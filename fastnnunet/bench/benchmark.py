@@ -133,6 +133,8 @@ def _prepare(job: BenchmarkJob) -> _Setup:
     for case in cases:
         if case.problem:
             raise ImageError(case.problem)
+        if case.series:
+            raise ImageError(f"{case.case_id} is a DICOM series, which nnU-Net does not read; convert the images first")
     labels = make_label_set(first.labels, first.file_ending)
     if job.labels is not None:
         missing = [c.case_id for c in cases if not (job.labels / f"{c.case_id}{first.file_ending}").is_file()]

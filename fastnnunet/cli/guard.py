@@ -14,6 +14,8 @@ EXTRA_OF = {
     "fsspec": "train",
     "s3fs": "s3",
     "openvino": "openvino",
+    **dict.fromkeys(("nibabel", "tifffile"), "images"),
+    **dict.fromkeys(("highdicom", "pydicom"), "dicom"),
 }
 
 

@@ -10,6 +10,7 @@ from fastnnunet.cli.distill import app as distill_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
 from fastnnunet.cli.guard import guarded
+from fastnnunet.cli.postprocess import postprocess
 from fastnnunet.cli.predict import predict
 from fastnnunet.cli.student import app as student_app
 from fastnnunet.cli.train import train
@@ -33,6 +34,7 @@ app.command("evaluate")(evaluate)
 app.command("benchmark")(benchmark)
 app.command("train")(train)
 app.command("predict")(predict)
+app.command("postprocess")(postprocess)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
 app.add_typer(student_app, name="student")
@@ -41,18 +43,25 @@ app.add_typer(distill_app, name="distill")
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset(
     {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision"}
+    | {"--keep-largest", "--fill-holes"}
 )
+# What an option without a value stands for.
+BARE_VALUE = {"--keep-largest": "all", "--fill-holes": "each"}
 
 
 def spread_multi_values(argv: list[str]) -> list[str]:
-    """Rewrite `-f 0 1 2` as `-f 0 -f 1 -f 2` for the options in MULTI_VALUE; everything else is left as it is."""
+    """Rewrite `-f 0 1 2` as `-f 0 -f 1 -f 2` for the options in MULTI_VALUE, and give those in BARE_VALUE their value
+    where they stand alone; everything else is left as it is.
+    """
     out: list[str] = []
     option: str | None = None
     taken = 0
-    for token in argv:
+    for token, following in zip(argv, [*argv[1:], "-"], strict=True):
         if token.startswith("-") and not token[1:2].isdigit():
             option, taken = (token, 0) if token in MULTI_VALUE else (None, 0)
             out.append(token)
+            if token in BARE_VALUE and following.startswith("-"):
+                out.append(BARE_VALUE[token])
             continue
         if option is not None:
             if taken:

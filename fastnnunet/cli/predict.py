@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+
 if TYPE_CHECKING:
     from fastnnunet.runtime.cases import Case
     from fastnnunet.runtime.predict import CaseResult
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
 def predict(
     source: Annotated[
-        Path, typer.Option("-i", "--input", help="Image, or folder of images named CASE_0000, CASE_0001, ...")
+        Path,
+        typer.Option(
+            "-i", "--input", help="Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
     model: Annotated[Path, typer.Option("-m", "--model", help="Bundle folder of `fastnnunet export onnx`.")],
@@ -46,6 +51,17 @@ def predict(
         typer.Option("--precision", help="fp32 (as nnU-Net), or bf16: faster where the CPU has it, not exact."),
     ] = "fp32",
     disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar")] = False,
+    series: Annotated[
+        str | None, typer.Option("--series", help="SeriesInstanceUID, where a DICOM folder holds several.")
+    ] = None,
+    output_format: Annotated[
+        Literal["image", "dicom-seg"],
+        typer.Option("--output-format", help="image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input."),
+    ] = "image",
+    keep_largest: KeepLargest = None,
+    min_size: MinSize = None,
+    fill_holes: FillHoles = None,
+    pp_pkl_file: PostprocessingFile = None,
 ) -> None:
     """Predict with a bundle: nnU-Net's preprocessing, sliding window, geometry and file names, without nnU-Net.
 
@@ -54,15 +70,25 @@ def predict(
     Example:
 
       fastnnunet predict -i imagesTs -o predictions -m hippocampus_r4
+
+      fastnnunet predict -i FOLDER_OF_DICOM -o out -m bundle --output-format dicom-seg --keep-largest
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from fastnnunet.runtime.label_rules import cleanup_from_words
     from fastnnunet.runtime.predict import Predictor
 
     start = time.perf_counter()
     predictor = Predictor.load(model, backend, threads=threads, step_size=step_size, precision=precision)
     load_s = time.perf_counter() - start
+    cleanup = cleanup_from_words(
+        predictor.spec.labels,
+        keep_largest=keep_largest or (),
+        min_size=min_size,
+        fill_holes=fill_holes or (),
+        postprocessing_file=pp_pkl_file,
+    )
 
     progress = Progress(
         TextColumn("{task.description}"),
@@ -96,6 +122,9 @@ def predict(
             save_probabilities=save_probabilities,
             overwrite=not continue_prediction,
             previous=prev_stage_predictions,
+            cleanup=cleanup,
+            dicom_series=series,
+            dicom_seg=output_format == "dicom-seg",
             on_start=on_start,
             on_tiles=on_tiles,
             on_done=on_done,

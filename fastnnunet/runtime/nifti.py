@@ -13,7 +13,13 @@ from fastnnunet.errors import ImageError
 from fastnnunet.runtime.files import read_gunzipped
 
 _HEADER_BYTES = 348
+_NIFTI2_HEADER_BYTES = 540
 _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a file is named as a single-file NIfTI image."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def read_nifti_voxels(path: Path) -> npt.NDArray[np.generic] | None:
@@ -28,7 +34,13 @@ def read_nifti_voxels(path: Path) -> npt.NDArray[np.generic] | None:
         raise ImageError(f"{path} is not a NIfTI image: {len(content)} bytes, expected a header of {_HEADER_BYTES}")
     order = next((o for o in "<>" if struct.unpack_from(f"{o}i", content)[0] == _HEADER_BYTES), None)
     if order is None or content[344:348] != b"n+1\0":
-        return None
+        if any(struct.unpack_from(f"{o}i", content)[0] == _NIFTI2_HEADER_BYTES for o in "<>"):
+            return None
+        # ITK would take it for an Analyze file and drop its orientation
+        raise ImageError(
+            f"{path} has a damaged NIfTI header: size {struct.unpack_from('<i', content)[0]} and magic "
+            f"{content[344:348]!r}, expected {_HEADER_BYTES} and b'n+1\\x00'; export it again"
+        )
     dim = struct.unpack_from(f"{order}8h", content, 40)
     datatype, bits = struct.unpack_from(f"{order}2h", content, 70)
     offset, slope, intercept = struct.unpack_from(f"{order}3f", content, 108)

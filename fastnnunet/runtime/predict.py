@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy.typing as npt
 from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
 from fastnnunet.runtime.backends.base import Backend, Precision, create_backend
-from fastnnunet.runtime.cases import Case, find_cases, output_file, single_case
+from fastnnunet.runtime.cases import DICOM_SEG_ENDING, Case, find_cases, is_single_image, output_file, single_case
 from fastnnunet.runtime.files import make_folder
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.runtime.image_io import ImageIO, image_io
+from fastnnunet.runtime.labels import Cleanup, clean
 from fastnnunet.runtime.normalize import check_normalization
 from fastnnunet.runtime.output import sibling, write_probabilities, write_run_files
 from fastnnunet.runtime.postprocess import label_rule, postprocess
@@ -179,9 +181,11 @@ class Predictor:
         save_probabilities: bool = False,
         on_tiles: OnTiles | None = None,
         previous: Path | None = None,
+        cleanup: Cleanup | None = None,
     ) -> CaseResult:
-        """Read, predict and write one case to the file `output`.
+        """Read, predict and write one case to the file `output`, as DICOM SEG if it ends in .dcm.
 
+        `cleanup` is done to the label map before it is written, not to probabilities.
         Raises ImageError and the other errors of the stages; writes nothing then.
         """
         io = image_io(self.spec.reader_writer)
@@ -189,23 +193,40 @@ class Predictor:
             raise ImageError(case.problem)
         times = StageTimes()
         with times.stage("read"):
-            image_CZYX, properties = io.read(case.files)
+            image_CZYX, properties = io.read(case.channels)
             previous_ZYX = None if previous is None else self._read_previous(previous, case)
         prediction = self._predict(image_CZYX, properties, times, save_probabilities, on_tiles, previous_ZYX)
+        segmentation_ZYX = prediction.segmentation_ZYX
+        if cleanup is not None:
+            with times.stage("postprocess"):
+                segmentation_ZYX = clean(segmentation_ZYX, cleanup, properties["spacing"])
         with times.stage("write"):
             make_folder(output.parent)
             if prediction.probabilities_HZYX is not None:
-                write_probabilities(prediction.probabilities_HZYX, prediction.properties, output, self.spec.file_ending)
+                write_probabilities(prediction.probabilities_HZYX, prediction.properties, output, self._ending(output))
             # last: where a segmentation is, its probabilities are
-            io.write(prediction.segmentation_ZYX, output, prediction.properties)
+            if output.name.endswith(DICOM_SEG_ENDING):
+                self._write_dicom_seg(io, segmentation_ZYX, case, output, prediction.properties)
+            else:
+                io.write(segmentation_ZYX, output, prediction.properties)
         return CaseResult(case_id=case.case_id, output=output, times=times)
+
+    def _write_dicom_seg(
+        self, io: ImageIO, segmentation_ZYX: npt.NDArray[Any], case: Case, output: Path, properties: dict[str, Any]
+    ) -> None:
+        from fastnnunet.runtime.dicom_seg import write_dicom_seg
+
+        if not case.series:
+            raise ImageError(f"{case.case_id} is no DICOM series, which a DICOM SEG has to refer to")
+        on_slices_ZYX = io.to_file_axes(segmentation_ZYX, properties)
+        write_dicom_seg(on_slices_ZYX, case.series[0], output, labels=self.spec.labels, model=self.spec.name)
 
     def _read_previous(self, folder: Path, case: Case) -> npt.NDArray[Any]:
         """The previous stage's segmentation of a case, in the axes of its file. Raises ImageError."""
         file = folder / f"{case.case_id}{self.spec.file_ending}"
         if not file.is_file():
             raise ImageError(f"no previous segmentation of {case.case_id}: {file} is missing")
-        return image_io(self.spec.reader_writer).read([file])[0][0]
+        return image_io(self.spec.reader_writer).read_segmentation(file)[0][0]
 
     def predict_files(
         self,
@@ -215,6 +236,9 @@ class Predictor:
         save_probabilities: bool = False,
         overwrite: bool = True,
         previous: Path | None = None,
+        cleanup: Cleanup | None = None,
+        dicom_series: str | None = None,
+        dicom_seg: bool = False,
         on_start: Callable[[Case, int, int], None] | None = None,
         on_tiles: OnTiles | None = None,
         on_done: Callable[[CaseResult], None] | None = None,
@@ -222,6 +246,8 @@ class Predictor:
         """Predict one image file or every case of a folder, with nnU-Net's names and side files.
 
         `previous`, which a cascade stage needs, is the folder of the previous segmentations, named as the cases.
+        `cleanup` is done to every label map. `dicom_series` is the UID of one series of a DICOM folder; `dicom_seg`
+        writes DICOM SEG, which takes DICOM input.
         In a folder a case that fails is recorded in its result and the others go on; a single image raises.
         `on_start(case, index, total)`, `on_tiles(done, total)` and `on_done(result)` report progress.
         """
@@ -235,9 +261,14 @@ class Predictor:
         if previous is not None and not previous.is_dir():
             raise NotFoundError(f"-prev_stage_predictions: {previous} is no folder; give the previous stage's output")
         image_io(self.spec.reader_writer)  # an unknown reader is the bundle's fault, not the first case's
-        is_folder = not source.is_file()
-        cases = find_cases(source, self.spec) if is_folder else [single_case(source, self.spec)]
-        planned = [(case, output_file(source, output, case, self.spec)) for case in cases]
+        if dicom_seg:
+            import_module("highdicom")  # what is not installed is said before anything is predicted
+        is_folder = not is_single_image(source, self.spec)
+        if is_folder and dicom_series is not None:
+            raise SpecError(f"--series chooses one series of one folder of DICOM files, {source} is none")
+        cases = find_cases(source, self.spec) if is_folder else [single_case(source, self.spec, dicom_series)]
+        ending = DICOM_SEG_ENDING if dicom_seg else self.spec.file_ending
+        planned = [(case, output_file(source, output, case, self.spec, ending)) for case in cases]
         if not overwrite:
             planned = [(case, file) for case, file in planned if not self._is_done(file, save_probabilities)]
         results: list[CaseResult] = []
@@ -246,7 +277,12 @@ class Predictor:
                 on_start(case, index, len(planned))
             try:
                 result = self.predict_case(
-                    case, file, save_probabilities=save_probabilities, on_tiles=on_tiles, previous=previous
+                    case,
+                    file,
+                    save_probabilities=save_probabilities,
+                    on_tiles=on_tiles,
+                    previous=previous,
+                    cleanup=cleanup,
                 )
             except FastnnUNetError as error:
                 if not is_folder:
@@ -276,4 +312,7 @@ class Predictor:
         }
 
     def _is_done(self, file: Path, save_probabilities: bool) -> bool:
-        return file.is_file() and (not save_probabilities or sibling(file, self.spec.file_ending, ".npz").is_file())
+        return file.is_file() and (not save_probabilities or sibling(file, self._ending(file), ".npz").is_file())
+
+    def _ending(self, output: Path) -> str:
+        return DICOM_SEG_ENDING if output.name.endswith(DICOM_SEG_ENDING) else self.spec.file_ending

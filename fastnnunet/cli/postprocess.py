@@ -1,0 +1,68 @@
+"""`fastnnunet postprocess`: tidy label maps, as nnUNetv2_apply_postprocessing does and more."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+
+if TYPE_CHECKING:
+    from fastnnunet.errors import FastnnUNetError
+
+
+def postprocess(
+    source: Annotated[Path, typer.Option("-i", "--input", help="Folder of predictions.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, under the same names.")],
+    pp_pkl_file: PostprocessingFile = None,
+    keep_largest: KeepLargest = None,
+    min_size: MinSize = None,
+    fill_holes: FillHoles = None,
+    workers: Annotated[int, typer.Option("-np", "--workers", min=1, help="Files at a time.")] = 2,
+    plans_json: Annotated[
+        Path | None, typer.Option("-plans_json", "--plans_json", help="Default: plans.json among the predictions.")
+    ] = None,
+    dataset_json: Annotated[
+        Path | None, typer.Option("-dataset_json", "--dataset_json", help="Default: dataset.json among them.")
+    ] = None,
+) -> None:
+    """Postprocess a folder of predictions: nnU-Net's postprocessing.pkl, largest components, small pieces, holes.
+
+    Steps of a file come first, then largest components, small pieces and holes. A label map that cannot be read is
+    reported and left out, and the exit code is 1.
+
+    Examples:
+
+      fastnnunet postprocess -i predictions -o cleaned -pp_pkl_file postprocessing.pkl
+
+      fastnnunet postprocess -i predictions -o cleaned --keep-largest liver spleen --min-size 50mm3 --fill-holes
+    """
+    from fastnnunet.errors import SpecError
+    from fastnnunet.runtime.label_folder import postprocess_folder, read_label_source
+    from fastnnunet.runtime.label_rules import cleanup_from_words
+
+    labels = read_label_source(source, plans_json, dataset_json)
+    cleanup = cleanup_from_words(
+        labels.labels,
+        keep_largest=keep_largest or (),
+        min_size=min_size,
+        fill_holes=fill_holes or (),
+        postprocessing_file=pp_pkl_file,
+    )
+    if cleanup is None:
+        raise SpecError("nothing to do: give -pp_pkl_file, --keep-largest, --min-size or --fill-holes")
+
+    failed = 0
+
+    def on_done(file: Path, error: "FastnnUNetError | None") -> None:
+        nonlocal failed
+        if error is not None:
+            failed += 1
+            print(f"failed: {file.name}: {error}", file=sys.stderr)
+
+    total = postprocess_folder(source, output, labels, cleanup, workers=workers, on_done=on_done)
+    print(f"{total - failed} label map(s) postprocessed into {output}")
+    if failed:
+        print(f"{failed} label map(s) failed, see above", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,113 @@
+"""nnU-Net's Tiff3DIO: three-dimensional TIFF files through tifffile, their spacing in a JSON file beside them."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.errors import FastnnUNetError, ImageError
+from fastnnunet.runtime.dicom import DicomSeries
+from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
+
+_ENDINGS = (".tif", ".tiff")
+_log = logging.getLogger(__name__)
+
+
+class Tiff3DIO:
+    """`CASE_0000.tif`, `CASE_0001.tif`, ... and `CASE.json` with `{"spacing": [z, y, x]}`, without which it is 1."""
+
+    def read(self, files: Sequence[ImageSource]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        volumes = [_read_one(file)[None] for file in files]
+        check_same(files, [{"shape": v.shape[1:]} for v in volumes])
+        first = files[0]
+        # `_0000` is cut off by its length, as nnU-Net does
+        spacing = _read_spacing(first, first.parent / f"{first.name[: -len(_ending(first)) - 5]}.json")
+        return stack_channels(files, volumes), {"spacing": spacing}
+
+    def read_segmentation(self, file: Path) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        labels = _read_one(file)[None]
+        return stack_channels([file], [labels]), {"spacing": _read_spacing(file, _json_beside(file))}
+
+    def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        """Write the spacing to the JSON file of the same name, then the label map: where that is, both are."""
+        import tifffile
+
+        with atomic_output(_json_beside(file)) as partial:
+            partial.write_text(json.dumps({"spacing": properties["spacing"]}, indent=4))
+        with atomic_output(file) as partial:
+            try:
+                tifffile.imwrite(partial, data=smallest_dtype(segmentation_ZYX), compression="zlib")
+            except ValueError as e:
+                raise FastnnUNetError(f"cannot write {file}: {e}") from e
+
+    def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:
+        return segmentation_ZYX
+
+
+def _read_one(file: ImageSource) -> npt.NDArray[Any]:
+    """Voxels (z, y, x). Raises ImageError."""
+    import tifffile
+
+    if isinstance(file, DicomSeries) or _ending(file).lower() not in _ENDINGS:
+        raise ImageError(f"{file}: this model reads TIFF files (.tif, .tiff); convert the image first")
+    if not file.is_file():
+        raise ImageError(f"image not found: {file}")
+    try:
+        with _complaints() as complaints:
+            voxels = tifffile.imread(file)
+    # tifffile raises whatever its parts and codecs raise; DeflateError and its like are RuntimeErrors
+    except (ValueError, OSError, RuntimeError, LookupError, TypeError) as e:
+        raise ImageError(f"cannot read {file}: {e}\nexpected a three-dimensional TIFF file") from e
+    if complaints:
+        raise ImageError(f"{file} is truncated or damaged ({complaints[0]}); copy or export it again")
+    if voxels.ndim != 3:
+        raise ImageError(f"{file} has shape {voxels.shape}, expected three dimensions (z, y, x)")
+    return voxels
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What tifffile logs as errors: pages it cannot find are left out of an image without an exception."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("tifffile")
+    handler = Collect(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def _read_spacing(file: ImageSource, beside: Path) -> Any:
+    """Spacing (z, y, x) as the JSON file has it. Raises ImageError when that is no such file."""
+    if not beside.is_file():
+        _log.warning("no spacing for %s (expected %s); 1, 1, 1 is assumed", file.name, beside)
+        return (1, 1, 1)
+    try:
+        spacing = json.loads(beside.read_text())["spacing"]
+        numbers = [float(s) for s in spacing]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e
+    if len(numbers) != 3:
+        raise ImageError(f"{beside} has a spacing of {len(numbers)} numbers, expected three (z, y, x)")
+    check_spacing(beside, numbers)
+    return spacing
+
+
+def _ending(file: ImageSource) -> str:
+    return "." + file.name.rpartition(".")[2]
+
+
+def _json_beside(file: Path) -> Path:
+    return file.with_name(f"{file.name[: -len(_ending(file))]}.json")

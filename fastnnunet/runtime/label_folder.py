@@ -1,0 +1,95 @@
+"""Tidying a folder of label maps with the reader its predictions were written with."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastnnunet.errors import FastnnUNetError, NotFoundError, SpecError
+from fastnnunet.runtime.files import make_folder
+from fastnnunet.runtime.image_io import ImageIO, image_io
+from fastnnunet.runtime.labels import Cleanup, clean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSource:
+    """How the label maps of a folder are stored and what is in them."""
+
+    labels: dict[str, Any]  # as in dataset.json
+    file_ending: str
+    reader_writer: str
+
+
+def read_label_source(folder: Path, plans_json: Path | None = None, dataset_json: Path | None = None) -> LabelSource:
+    """From plans.json and dataset.json, which predicting leaves beside the label maps.
+
+    Raises NotFoundError when one is missing, SpecError when it lacks what is needed.
+    """
+    plans = _read_json(plans_json or folder / "plans.json", "-plans_json")
+    dataset = _read_json(dataset_json or folder / "dataset.json", "-dataset_json")
+    try:
+        return LabelSource(
+            labels=dict(dataset["labels"]),
+            file_ending=str(dataset["file_ending"]),
+            reader_writer=str(plans["image_reader_writer"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise SpecError(
+            f"plans.json or dataset.json of {folder} is not nnU-Net's: {e!r}\n"
+            "expected image_reader_writer in the one, labels and file_ending in the other"
+        ) from e
+
+
+def postprocess_folder(
+    folder: Path,
+    output: Path,
+    source: LabelSource,
+    cleanup: Cleanup,
+    *,
+    workers: int = 1,
+    on_done: Callable[[Path, FastnnUNetError | None], None] | None = None,
+) -> int:
+    """Clean every label map of `folder` into `output` under the same name; returns how many there were.
+
+    A label map that fails is left out and reported with its error to `on_done(file, error)`.
+    Raises NotFoundError when there is none.
+    """
+    files = sorted(
+        p
+        for p in (folder.iterdir() if folder.is_dir() else ())
+        if p.name.endswith(source.file_ending) and not p.name.startswith(".") and p.is_file()
+    )
+    if not files:
+        raise NotFoundError(f"no label map in {folder}: expected files ending in {source.file_ending}")
+    io = image_io(source.reader_writer)
+    make_folder(output)
+    with ThreadPoolExecutor(workers) as pool:
+        pending = {pool.submit(_clean_file, io, file, output / file.name, cleanup): file for file in files}
+        for done in as_completed(pending):
+            error = done.exception()
+            if error is not None and not isinstance(error, FastnnUNetError):
+                raise error
+            if on_done:
+                on_done(pending[done], error)
+    return len(files)
+
+
+def _clean_file(io: ImageIO, file: Path, output: Path, cleanup: Cleanup) -> None:
+    labels_CZYX, properties = io.read_segmentation(file)
+    # float32 holds every label exactly
+    cleaned = clean(labels_CZYX[0].astype("uint16"), cleanup, properties["spacing"])
+    io.write(cleaned, output, properties)
+
+
+def _read_json(path: Path, option: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise NotFoundError(
+            f"{path} not found; predicting writes it beside the label maps\n"
+            f"name one with {option} (of an ensemble: that of any member)"
+        )
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise SpecError(f"{path} is not JSON of nnU-Net: {e}") from e

@@ -1,0 +1,147 @@
+"""DICOM SEG as output: read back with pydicom and highdicom, voxel by voxel."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from fastnnunet.errors import ImageError
+from fastnnunet.runtime.dicom import DicomSeries, slice_files
+from fastnnunet.runtime.dicom_seg import write_dicom_seg
+from fastnnunet.runtime.image_io import image_io
+from tests.dicom_files import write_series
+
+SHAPE = (6, 7, 5)
+LABELS = {"background": 0, "liver": 1, "spleen": 2, "gap": 4, "never there": 5, "ignore": 6}
+OBLIQUE = (0.8, 0.6, 0.0, 0.0, 0.0, -1.0)
+
+
+def _labels(values: tuple[int, ...] = (0, 1, 2, 4)) -> np.ndarray:
+    labels = np.random.default_rng(0).choice(np.array(values, np.uint8), SHAPE)
+    labels[0] = 0  # a slice without any segment is left out of the file
+    return labels
+
+
+def _write(folder: Path, labels_ZYX: np.ndarray, labels: dict[str, Any] = LABELS) -> Path:
+    file = folder.parent / "seg.dcm"
+    write_dicom_seg(labels_ZYX, DicomSeries(folder=folder), file, labels=labels, model="toy")
+    return file
+
+
+@pytest.mark.parametrize("orientation", [(1.0, 0.0, 0.0, 0.0, 1.0, 0.0), OBLIQUE])
+def test_voxels_frames_and_references(orientation: Any, tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct", np.zeros(SHAPE), orientation=orientation)
+    labels = _labels()
+    file = _write(tmp_path / "ct", labels)
+    segmentation = hd.seg.segread(file)
+    source = [pydicom.dcmread(f) for f in files]
+    uids = [s.SOPInstanceUID for s in source]
+
+    described = [segmentation.get_segment_description(n) for n in segmentation.segment_numbers]
+    assert [d.SegmentLabel for d in described] == ["liver", "spleen", "gap", "never there"]
+    assert {d.SegmentAlgorithmType for d in described} == {"AUTOMATIC"}
+    got = segmentation.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    expected = np.stack([labels == value for value in (1, 2, 4, 5)], axis=-1)
+    np.testing.assert_array_equal(got, expected)
+
+    # with pydicom alone: every frame lies where its source slice does
+    plain = pydicom.dcmread(file)
+    assert plain.SOPClassUID == pydicom.uid.SegmentationStorage
+    assert plain.SegmentationType == "BINARY"
+    assert plain.Modality == "SEG"
+    for name in ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "PatientName"):
+        assert plain[name].value == source[0][name].value
+    assert plain.SeriesInstanceUID != source[0].SeriesInstanceUID
+    assert plain.ReferencedSeriesSequence[0].SeriesInstanceUID == source[0].SeriesInstanceUID
+    shared = plain.SharedFunctionalGroupsSequence[0]
+    measures = shared.PixelMeasuresSequence[0]
+    np.testing.assert_allclose([*measures.PixelSpacing, measures.SpacingBetweenSlices], (0.7, 1.1, 2.5))
+    np.testing.assert_allclose(shared.PlaneOrientationSequence[0].ImageOrientationPatient, orientation)
+    seen = 0
+    for frame, mask in zip(plain.PerFrameFunctionalGroupsSequence, plain.pixel_array, strict=True):
+        referenced = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        index = uids.index(referenced)
+        position = frame.PlanePositionSequence[0].ImagePositionPatient
+        np.testing.assert_allclose(position, source[index].ImagePositionPatient)
+        number = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        np.testing.assert_array_equal(mask, labels[index] == (1, 2, 4, 5)[number - 1])
+        seen += int(mask.sum())
+    assert seen == np.count_nonzero(labels)
+
+
+def test_regions_overlap(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct", np.zeros(SHAPE))
+    labels = _labels((0, 1, 2, 3))
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    segmentation = hd.seg.segread(_write(tmp_path / "ct", labels, regions))
+    uids = [pydicom.dcmread(f).SOPInstanceUID for f in files]
+    got = segmentation.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    np.testing.assert_array_equal(got, np.stack([labels >= value for value in (1, 2, 3)], axis=-1))
+
+
+def test_an_empty_segmentation_is_written(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", np.zeros(SHAPE))
+    segmentation = hd.seg.segread(_write(tmp_path / "ct", np.zeros(SHAPE, np.uint8)))
+    assert segmentation.number_of_segments == 4
+    assert not segmentation.pixel_array.any()
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"])
+def test_label_maps_of_every_reader_come_back_to_the_slices(reader: str, tmp_path: Path) -> None:
+    """Thresholded in the reader's own axes, each frame is the thresholded slice it refers to."""
+    stored = np.random.default_rng(0).integers(0, 3000, SHAPE)
+    files = write_series(tmp_path / "ct", stored, orientation=OBLIQUE, rescale=[(1, 0)])
+    io = image_io(reader)
+    image_CZYX, properties = io.read([DicomSeries(folder=tmp_path / "ct")])
+    labels = io.to_file_axes((image_CZYX[0] > 1500).astype(np.uint8), properties)
+    segmentation = hd.seg.segread(_write(tmp_path / "ct", labels, {"background": 0, "bright": 1}))
+    uids = [pydicom.dcmread(f).SOPInstanceUID for f in files]
+    got = segmentation.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    np.testing.assert_array_equal(got[..., 0], stored > 1500)
+
+
+def test_lost_identities(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty = dict.fromkeys(("PatientID", "PatientName", "StudyInstanceUID"))
+    write_series(tmp_path / "anonymous", np.zeros(SHAPE), **empty)
+    plain = pydicom.dcmread(_write(tmp_path / "anonymous", _labels()))
+    assert plain.PatientID == ""
+    assert plain.StudyInstanceUID.is_valid
+    assert "no StudyInstanceUID" in caplog.text
+    write_series(tmp_path / "nowhere", np.zeros(SHAPE), FrameOfReferenceUID=None)
+    with pytest.raises(ImageError, match="no FrameOfReferenceUID"):
+        _write(tmp_path / "nowhere", _labels())
+    with pytest.raises(ImageError, match="6 slices now and had 5"):
+        _write(tmp_path / "anonymous", _labels()[:5])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["anonymous", "nowhere", "seg.dcm"]
+
+
+def test_real_ct(shared: Path, tmp_path: Path) -> None:
+    """A label map that others made of the series, as DICOM SEG: same voxels at the same places in the patient."""
+    volumes = shared / "data" / "volumes"
+    if not (volumes / "ct_abdomen_dicom.zip").is_file():
+        pytest.skip(f"real data not found: {volumes}")
+    with zipfile.ZipFile(volumes / "ct_abdomen_dicom.zip") as z:
+        z.extractall(tmp_path / "ct")
+    theirs = sitk.DICOMOrient(sitk.ReadImage(str(volumes / "ct_abdomen_dicom_seg.nii.gz")), "LPS")
+    labels_ZYX = sitk.GetArrayFromImage(theirs)
+    values = [int(v) for v in np.unique(labels_ZYX) if v]
+    names = {"background": 0, **{f"structure {value}": value for value in values}}
+    segmentation = hd.seg.segread(_write(tmp_path / "ct", labels_ZYX, names))
+    assert [d.SegmentLabel for d in segmentation.SegmentSequence] == list(names)[1:]
+    first = pydicom.dcmread(slice_files(DicomSeries(folder=tmp_path / "ct"))[0], stop_before_pixels=True)
+    assert segmentation.FrameOfReferenceUID == first.FrameOfReferenceUID
+    volume = segmentation.get_volume(combine_segments=True)
+    # highdicom's affine maps (slice, row, column) to x, y, z; sent through it, every label is where theirs is
+    where = np.argwhere(volume.array)
+    points = where @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    index = np.rint((points - theirs.GetOrigin()) / theirs.GetSpacing()).astype(int)
+    np.testing.assert_array_equal(theirs.GetDirection(), np.eye(3).ravel())
+    np.testing.assert_allclose(points, index * theirs.GetSpacing() + theirs.GetOrigin(), atol=1e-3)
+    got = np.zeros_like(labels_ZYX)
+    got[tuple(index[:, ::-1].T)] = np.array([0, *values])[volume.array[tuple(where.T)]]
+    np.testing.assert_array_equal(got, labels_ZYX)
