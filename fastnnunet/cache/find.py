@@ -31,8 +31,10 @@ def find_cache(
             )
         return path
     others = [other for folder in cache_folders(root) if (other := _readable(folder))]
+    if case_digests is not None:  # caches of other images live here too; none of them is nearly this one
+        others = [other for other in others if other.cases.keys() & case_digests.keys()]
     if not others:
-        raise NotFoundError(f"no soft-label cache under {root}\nbuild it with: {build_command}")
+        raise NotFoundError(f"no soft-label cache of these cases under {root}\nbuild it with: {build_command}")
     nearest = min(others, key=lambda other: len(differences(other.identity, identity)))
     fields = differences(nearest.identity, identity)
     lines = [f"  {field}" for field in fields[:NAMED_AT_MOST]]

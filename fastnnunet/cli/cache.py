@@ -1,6 +1,7 @@
 """`fastnnunet cache`: soft labels of the teacher ensemble, computed once and stored."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from fastnnunet.cache.folder import CacheFolder
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.storage import Place
+    from fastnnunet.distill.unlabelled import UnlabelledJob
+    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.specs.teacher import TeacherSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +38,11 @@ Previous = Annotated[
     str | None,
     typer.Option("--previous", help="Cascades: `teacher`, or a folder of the previous stage's predicted_next_stage."),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", help="Label this folder of images without labels instead (CASE_0000.nii.gz ...)."),
+]
+SetName = Annotated[str | None, typer.Option("--name", help="With --images: name of the set [default: the folder's].")]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
@@ -45,6 +54,16 @@ LeftCache = Annotated[
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Which cache is meant."""
+
+    teacher: "TeacherSpec"
+    recipe: "CacheSpec"
+    recipe_file: Path | None
+    place: "Place | None"
 
 
 @app.command("build")
@@ -59,6 +78,8 @@ def build(
     temperature: Temperature = None,
     root: Root = None,
     previous: Previous = None,
+    images: Images = None,
+    name: SetName = None,
     case: Cases = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -72,12 +93,25 @@ def build(
     Example:
 
       fastnnunet cache build -d 4 -c 3d_fullres -f 0 1 2 3 4 --spec cache_specs/default.yaml
+
+    Images without labels, for fastnnunet train --unlabelled, are preprocessed with the teacher's plans and labelled by
+    all given folds; new and changed images are noticed:
+
+      fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
     """
     from fastnnunet.cache.build import CasesFailedError, build_cache
-    from fastnnunet.cli.cache_view import BuildProgress, print_summary
+    from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
 
-    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
+    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
+    unlabelled = _unlabelled(request, images, name)
+    if unlabelled is None:
+        job = _job(request)
+    else:
+        with cases_progress("preprocessing images") as preprocessing:
+            cases = unlabelled.preprocess(workers, preprocessing)
+        with digest_progress() as digesting:
+            job = unlabelled.cache_job(cases, digesting)
     print(f"cache: {job.path}")
     with BuildProgress(job, job.todo(case)) as progress:
         try:
@@ -97,7 +131,14 @@ def build(
     if failure is not None:
         typer.echo(f"error: {failure}", err=True)
         raise typer.Exit(1)
+    if unlabelled is not None:
+        from fastnnunet.distill.unlabelled import list_foreground
+
+        with cases_progress("listing foreground") as listing:
+            list_foreground(unlabelled, cache, workers, listing)
     print_summary(cache)
+    if unlabelled is not None:
+        print(f"train with: --unlabelled {unlabelled.target.name}")
 
 
 @app.command("plan")
@@ -112,6 +153,8 @@ def plan(
     temperature: Temperature = None,
     root: Root = None,
     previous: Previous = None,
+    images: Images = None,
+    name: SetName = None,
     case: Cases = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -126,14 +169,27 @@ def plan(
     """
     from fastnnunet.cache.folder import require_root
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
-    from fastnnunet.cli.cache_view import print_plan
+    from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
 
-    job = _job(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
+    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
+    unlabelled = _unlabelled(request, images, name)
+    missing: list[str] = []
+    if unlabelled is None:
+        job = _job(request)
+    else:
+        with cases_progress("reading images") as reading:
+            expected, missing = unlabelled.expected(workers, reading)
+        with digest_progress() as digesting:
+            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, digesting)
     todo = job.todo(case)
     require_root(job.root)
     teacher = job.factory.load(threads) if timing and todo else None
-    print_plan(plan_cache(job, teacher=teacher, workers=max(1, workers), only=case))
+    if unlabelled is not None:
+        size_bytes = unlabelled.require_preprocessing_space(job, missing)
+        print_preprocessing(unlabelled.target.cases_folder, len(missing), len(job.cases), size_bytes)
+    planned = plan_cache(job, teacher=teacher, workers=max(1, workers), only=case)
+    print_plan(planned, None if not missing else f"under {job.root}, named once the images are preprocessed")
     if todo:
         require_space(job, todo)
         require_memory(job, todo, int(memory_limit * 2**30))
@@ -226,7 +282,7 @@ def gc(
     print_leftovers(leftovers, dry_run=dry_run)
 
 
-def _job(
+def _request(
     dataset: str,
     configuration: str,
     plans: str,
@@ -237,17 +293,12 @@ def _job(
     temperature: float | None,
     root: str | None,
     previous: str | None,
-) -> "CacheJob":
-    """Join nnU-Net's cases and teacher with a cache recipe."""
+) -> "Request":
+    """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
     import dataclasses
-    import shlex
 
-    from fastnnunet.cache.job import prepare_job
     from fastnnunet.cache.storage import place_at
-    from fastnnunet.cli.cache_view import digest_progress
     from fastnnunet.cli.train import parse_folds
-    from fastnnunet.distill.soft_labels import build_command
-    from fastnnunet.nnunet.dataset import open_teacher
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.load import load_yaml_spec
     from fastnnunet.specs.teacher import TeacherSpec
@@ -267,10 +318,29 @@ def _job(
         if recipe.temperature_range is not None:
             raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
         recipe = dataclasses.replace(recipe, temperature=temperature)
-    command = build_command(teacher, recipe, spec_file) + ("" if root is None else f" --root {shlex.quote(root)}")
-    source, factory, default_root = open_teacher(teacher, recipe)
+    return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
+
+
+def _job(request: "Request") -> "CacheJob":
+    """Join nnU-Net's cases and teacher with a cache recipe."""
+    from fastnnunet.cli.cache_view import digest_progress
+    from fastnnunet.distill.soft_labels import cache_job
+
     with digest_progress() as progress:
-        return prepare_job(source, factory, recipe, place or default_root, command=command, progress=progress)
+        return cache_job(
+            request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
+        )
+
+
+def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "UnlabelledJob | None":
+    """The unlabelled images that are asked for, or None. Raises SpecError, NotFoundError."""
+    if images is None:
+        if name is not None:
+            raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
+        return None
+    from fastnnunet.distill.unlabelled import open_images
+
+    return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
 
 
 def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -50,8 +51,15 @@ def time_text(seconds: float) -> str:
 @contextmanager
 def digest_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar for reading and hashing the cases, gone when done."""
+    with cases_progress("reading cases") as progress:
+        yield progress
+
+
+@contextmanager
+def cases_progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over cases, gone when done."""
     with Progress(
-        TextColumn("reading cases"),
+        TextColumn(text),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -139,11 +147,21 @@ class VerifyProgress:
         self._progress.advance(self._task)
 
 
-def print_plan(plan: CachePlan) -> None:
-    """What a build would write, need and take."""
+def print_preprocessing(folder: Path, missing: int, cases: int, size_bytes: int) -> None:
+    """What preprocessing unlabelled images would write."""
+    _print_rows(
+        [
+            ("images", f"{cases}, of which {missing} to preprocess"),
+            ("into", f"{folder}: at most {size_text(size_bytes)} more"),
+        ]
+    )
+
+
+def print_plan(plan: CachePlan, place: str | None = None) -> None:
+    """What a build would write, need and take; `place` where the cache has no name yet."""
     source = "measured on the stored cases" if plan.bytes_measured else "rule of thumb until a case is stored"
     rows = [
-        ("cache", str(plan.path)),
+        ("cache", place or str(plan.path)),
         ("cases", f"{plan.cases}, of which {plan.cases_todo} to do"),
         ("voxels to do", f"{plan.voxels_todo:,}"),
         ("disk", f"{size_text(plan.bytes_estimated)} ({plan.bytes_per_voxel:.2f} B/voxel, {source}); "

@@ -59,6 +59,13 @@ def train(
     soft_on_ignored: Annotated[
         bool, typer.Option("--soft-on-ignored/--no-soft-on-ignored", help="Soft loss where the label says ignore too.")
     ] = True,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option("--unlabelled", help="Learn from images without labels too: their folder, or name of the set."),
+    ] = None,
+    unlabelled_share: Annotated[
+        float, typer.Option("--unlabelled-share", help="Share of the samples that are unlabelled, above 0, below 1.")
+    ] = 0.5,
     mirror_augmentation: Annotated[
         bool, typer.Option("--mirror-augmentation/--no-mirror-augmentation", help="Train on mirrored patches too.")
     ] = True,
@@ -83,6 +90,12 @@ def train(
     Example:
 
       fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
+
+    With images that have no labels (the soft loss alone sees them); label them by the teacher once, then train:
+
+      fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
+
+      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 4 --unlabelled more_scans --unlabelled-share 0.5
 
     On several GPUs: torchrun --nproc-per-node 2 -m fastnnunet train -d 4 ...
     """
@@ -126,11 +139,18 @@ def train(
             "augmentation": augmentation,
             "mirror_augmentation": mirror_augmentation,
             "soft_on_ignored": soft_on_ignored,
+            "unlabelled": unlabelled and "any",  # its name is looked up once the options are known to be right
+            "unlabelled_share": unlabelled_share,
         },
         where="options",
     )
     recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     recipe = dataclasses.replace(recipe, temperature=temperature)
+    if unlabelled is not None:
+        from fastnnunet.distill.unlabelled import named_set
+
+        set_name = named_set(teacher, recipe, unlabelled, place, spec)
+        distill = dataclasses.replace(distill, unlabelled=set_name)
     choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
     students = student_specs(reduction, student_file, choices, student_plans)
     groups = [

@@ -31,6 +31,11 @@ class CachedSoftLabels:
         self.num_channels = self._reader.codec.num_targets
         self.key = self._reader.key
 
+    @property
+    def image_digests(self) -> dict[str, str]:
+        """Case id -> digest of its preprocessed image."""
+        return self._reader.cache.cases
+
     def read(self, case_id: str, lower_zyx: tuple[int, ...], upper_zyx: tuple[int, ...]) -> np.ndarray:
         """Probabilities float32 (num_channels, z, y, x); background, channel 0 of classes, is left out."""
         probabilities = self._reader.to_probabilities(self._reader.read_patch(case_id, lower_zyx, upper_zyx))
@@ -84,7 +89,12 @@ def cache_for_training(
     Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one), SpecError
     when the recipe does not serve its own temperature.
     """
-    job = cache_job(teacher, spec, root=root, spec_file=spec_file)
+    return find_for_training(cache_job(teacher, spec, root=root, spec_file=spec_file))
+
+
+def find_for_training(job: CacheJob) -> Place:
+    """As `cache_for_training`, for cases, teacher and recipe joined already."""
+    spec = job.spec
     codec = codec_for_spec(spec, job.factory.num_heads, has_regions=job.factory.has_regions)
     if isinstance(codec, LogitGapU8):
         codec.at(spec.temperature)  # before anybody builds a cache that this training could not use

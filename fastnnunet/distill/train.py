@@ -13,6 +13,7 @@ import numpy as np
 from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
@@ -30,6 +31,7 @@ from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
+    from fastnnunet.nnunet.mixing import Unlabelled
     from fastnnunet.nnunet.trainer import StudentTrainer
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,17 @@ def _train_students(
     if first.distill.alpha > 0:
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
+    unlabelled = None
+    if first.distill.unlabelled is not None and soft_labels is not None:
+        unlabelled = unlabelled_for_training(
+            first.teacher,
+            first.cache,
+            first.distill.unlabelled,
+            first.distill.unlabelled_share,
+            soft_labels,
+            first.cache_root,
+            first.cache_spec_file,
+        )
     if first.threads:
         torch.set_num_threads(first.threads)
     wait_for_all()  # before the first process changes what the others look at
@@ -120,7 +133,7 @@ def _train_students(
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
-        trainer = _configure(job, plans, dataset_json, soft_labels, resume, device)
+        trainer = _configure(job, plans, dataset_json, soft_labels, unlabelled, resume, device)
         trainers.append(trainer)
         finished = resume and _resume(trainer, fold_folder)
         if not finished:
@@ -227,7 +240,7 @@ def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
         folder.parent.name.split("__")[1]: [
             line
             for line in differences(load_checkpoint(path).get("fastnnunet", {}), now)
-            if not line.startswith(("version", "cache_key"))
+            if not line.startswith(("version", "cache_key", "unlabelled_cache_key"))
         ]
         for folder, path in runs.items()
     }
@@ -253,6 +266,7 @@ def _configure(
     plans: dict[str, Any],
     dataset_json: dict[str, Any],
     soft_labels: CachedSoftLabels | None,
+    unlabelled: "Unlabelled | None",
     resume: bool,
     device: str,
 ) -> "StudentTrainer":
@@ -276,11 +290,14 @@ def _configure(
     trainer.mirror_augmentation = spec.mirror_augmentation
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
     trainer.soft_labels = soft_labels
+    trainer.unlabelled = unlabelled
     trainer.soft_on_ignored = spec.soft_on_ignored
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
         trainer.objective = DistillationObjective(spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice")
     trainer.provenance = _provenance(job, soft_labels.key if soft_labels is not None else None)
+    if unlabelled is not None:
+        trainer.provenance["unlabelled_cache_key"] = unlabelled.key
     with nnunet_quiet():
         trainer.initialize()
     if job.pretrained is not None and not resume:

@@ -34,13 +34,6 @@ class CascadeCases(PreprocessedCases):
         dataset_class = infer_dataset_class(str(self.folder))
         return dataset_class(str(self.folder), folder_with_segs_from_previous_stage=str(self.previous))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "previous": self.previous, "labels": self.labels}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
-
     def image_CZYX(self, case_id: str) -> np.ndarray:
         """Image and one-hot previous segmentation: float32 (C + labels, Z, Y, X). Raises MismatchError."""
         from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot

@@ -1,10 +1,10 @@
 """Preprocessed cases, read in place from nnU-Net's folder (blosc2 or npz)."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from fastnnunet.specs.canonical import differences
 class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
+    REMAKE: ClassVar[str] = "run nnUNetv2_preprocess again"
+
     folder: Path
 
     @cached_property
@@ -27,34 +29,39 @@ class PreprocessedCases:
         return infer_dataset_class(str(self.folder))(str(self.folder))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        object.__setattr__(self, "folder", state["folder"])
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def case_ids(self) -> tuple[str, ...]:
         """Case identifiers in sorted order."""
         return tuple(sorted(self._dataset.identifiers))
 
-    def _load(self, case_id: str) -> Any:
+    def load(self, case_id: str) -> tuple[Any, ...]:
+        """As nnU-Net's data set class: image, segmentation, previous segmentation, properties; opened, not read.
+
+        Raises NotFoundError, CorruptError.
+        """
         try:
-            return self._dataset.load_case(case_id)[0]
+            return tuple(self._dataset.load_case(case_id))
         except FileNotFoundError as e:
             raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}") from e
         except (RuntimeError, ValueError, OSError, EOFError) as e:
             raise CorruptError(
-                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\nrun nnUNetv2_preprocess again"
+                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\n{self.REMAKE}"
             ) from e
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
         """Spatial shape of a case."""
-        z, y, x = (int(s) for s in self._load(case_id).shape[1:])
+        z, y, x = (int(s) for s in self.load(case_id)[0].shape[1:])
         return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
         """The normalised, resampled image: float32 (C, Z, Y, X)."""
-        return np.ascontiguousarray(self._load(case_id)[:], dtype=np.float32)
+        return np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
 
     def label_ZYX(self, case_id: str) -> np.ndarray:
         """The label map (Z, Y, X) beside the image; -1 outside the non-zero region."""

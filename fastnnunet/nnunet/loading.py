@@ -12,13 +12,16 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+if TYPE_CHECKING:
+    from fastnnunet.nnunet.mixing import Unlabelled
 
 TRAINING, VALIDATION, STEP = range(3)  # streams of random numbers that never meet
 
@@ -61,8 +64,17 @@ class NumberedBatches:
     """nnU-Net's loader giving batches start, start + 1, ...; process i of n gives every n-th one from start + i."""
 
     def __init__(
-        self, loader: Any, *, seed: int, stream: int, start: int, num_processes: int, share: Share = Share()
+        self,
+        loader: Any,
+        *,
+        seed: int,
+        stream: int,
+        start: int,
+        num_processes: int,
+        share: Share = Share(),
+        unlabelled: "Unlabelled | None" = None,
     ) -> None:
+        self._unlabelled = unlabelled
         self._loader, self._seed, self._stream = loader, seed, stream
         self._number, self._stride = start, max(1, num_processes)
         if isinstance(loader, nnUNetDataLoader):
@@ -74,7 +86,10 @@ class NumberedBatches:
 
     def _cases(self) -> list[str]:
         """This process's part of the cases drawn for the whole batch."""
-        return list(self._with_whole_batch(self._draw_cases))[self._samples.start : self._samples.stop]
+        cases = list(self._with_whole_batch(self._draw_cases))
+        if self._unlabelled is not None:
+            cases = self._unlabelled.mixed(cases, self._number)
+        return cases[self._samples.start : self._samples.stop]
 
     def _begin_sample(self, index: int) -> bool:
         """Called by nnU-Net's loader before every sample: whether it must show foreground."""
@@ -111,9 +126,21 @@ def ordered_batches(
     num_processes: int,
     pin_memory: bool,
     share: Share = Share(),
+    unlabelled: "Unlabelled | None" = None,
 ) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
-    """An endless iterator of batches in the order of their numbers; 0 processes loads in this one."""
-    batches = NumberedBatches(loader, seed=seed, stream=stream, start=start, num_processes=num_processes, share=share)
+    """An endless iterator of batches in the order of their numbers; 0 processes loads in this one.
+
+    Some samples of each are `unlabelled` cases, where given.
+    """
+    batches = NumberedBatches(
+        loader,
+        seed=seed,
+        stream=stream,
+        start=start,
+        num_processes=num_processes,
+        share=share,
+        unlabelled=unlabelled,
+    )
     if num_processes == 0:
         return SingleThreadedAugmenter(batches, None)
     return MultiThreadedAugmenter(batches, None, num_processes, pin_memory=pin_memory, wait_time=0.002)

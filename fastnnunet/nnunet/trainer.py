@@ -42,8 +42,10 @@ from fastnnunet.nnunet.loading import (
     ordered_batches,
     seed_generators,
 )
+from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
-from fastnnunet.specs.canonical import differences
+from fastnnunet.specs.canonical import differences, to_plain
+from fastnnunet.specs.distill import DistillSpec
 
 
 class SoftLabels(Protocol):
@@ -131,6 +133,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     """nnU-Net's trainer for a student. Set the attributes below before `initialize`; make one with `make_trainer`."""
 
     soft_labels: SoftLabels | None = None
+    unlabelled: Unlabelled | None = None
     objective: Objective | None = None
     soft_on_ignored = True
     store_mirroring = False
@@ -190,6 +193,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         if self.soft_labels is None:
             return datasets
         training, validation = (_SoftLabelDataset(d, self.soft_labels) for d in datasets)
+        if self.unlabelled is not None:
+            unlabelled = _SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
+            return JoinedDataset(training, unlabelled), validation
         return training, validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -210,6 +216,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 num_processes=processes,
                 pin_memory=self.device.type == "cuda",
                 share=share(),
+                unlabelled=self.unlabelled if stream == TRAINING else None,
             )
             for augmenter, (stream, batches_per_epoch, processes) in zip(plain, streams, strict=True)
         )
@@ -259,12 +266,17 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         such gradients and lowers its scale, so `gradient` is 0 there.
         """
         target, soft_NSZYX = self._split_targets(batch["target"])
+        number = self.current_epoch * self.num_iterations_per_epoch + iteration
         # networks with dropout draw: seeded for each step, a checkpoint needs no generator states
-        seed_generators(self.seed, STEP, self.current_epoch * self.num_iterations_per_epoch + iteration)
+        seed_generators(self.seed, STEP, number)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self.network(self._to_device(batch["data"]))
-            hard = self.loss(outputs, target)
+            if self.unlabelled is None:
+                hard = self.loss(outputs, target)
+            else:
+                keys = batch["keys"]
+                hard = self.unlabelled.hard_loss(self.loss, outputs, target, keys, number, self.batch_size)
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
@@ -319,6 +331,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "iterations per epoch": (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch),
             "augmentation": (self.augmentation, self.mirror_augmentation),
             "soft labels": self.soft_labels is not None,
+            "unlabelled": self.unlabelled and (self.unlabelled.key, self.unlabelled.share),
         }
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
@@ -364,7 +377,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
-        changed = differences(checkpoint.get("fastnnunet", {}), self.provenance)
+        there = checkpoint.get("fastnnunet", {})
+        settings = {**to_plain(DistillSpec()), **there.get("distill", {})}  # those added since were at their default
+        changed = differences({**there, "distill": settings}, self.provenance)
         if changed:
             raise MismatchError(
                 f"--continue: {path} was trained differently (there -> now):\n"

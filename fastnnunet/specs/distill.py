@@ -1,11 +1,13 @@
 """How a student is trained."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from fastnnunet.errors import SpecError
 
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class DistillSpec:
     augmentation: Literal["default", "da5"] = "default"  # nnU-Net's own, or that of its nnUNetTrainerDA5
     mirror_augmentation: bool = True  # mirrored patches in training; without them nothing may mirror at test time
     soft_on_ignored: bool = True  # the soft loss counts where the label says ignore: the teacher has an opinion there
+    unlabelled: str | None = None  # name of a set of unlabelled images, which have a soft loss only
+    unlabelled_share: float = 0.5  # of the samples that come from them
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,8 +49,22 @@ class DistillSpec:
             problems.append(f"seed: got {self.seed}, expected at least 0")
         if self.initial_lr is not None and self.initial_lr <= 0:
             problems.append(f"initial_lr: got {self.initial_lr}, expected a positive number")
+        problems += self._unlabelled_problems()
         if problems:
             raise SpecError("; ".join(problems))
+
+    def _unlabelled_problems(self) -> list[str]:
+        share = self.unlabelled_share
+        if self.unlabelled is None:
+            return [] if share == 0.5 else [f"unlabelled_share: got {share} without unlabelled, expected both"]
+        problems = []
+        if not SET_NAME.fullmatch(self.unlabelled) or "__" in self.unlabelled:
+            problems.append(f"unlabelled: got {self.unlabelled!r}, expected letters, digits, '.', '-' and single '_'")
+        if self.alpha == 0:
+            problems.append("unlabelled: at alpha 0 there is nothing to learn from them, expected alpha above 0")
+        if not 0 < share < 1:
+            problems.append(f"unlabelled_share: got {share}, expected a number above 0 and below 1")
+        return problems
 
     @property
     def lr(self) -> float:
@@ -80,4 +98,6 @@ class DistillSpec:
             words.append("unignored")
         if self.mirroring:
             words.append("mirrored")
+        if self.unlabelled is not None:
+            words.append(f"u{self.unlabelled_share:g}_{self.unlabelled}")
         return "_".join(words)

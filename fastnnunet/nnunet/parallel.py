@@ -1,0 +1,43 @@
+"""The same function over many cases, here or in processes, with failures returned beside results."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import TypeVar
+
+from fastnnunet.errors import BuildError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def each(function: Callable[[T], R], items: Mapping[str, T], processes: int) -> Iterator[tuple[str, R | Exception]]:
+    """Yield (name, result or what it raised) of every item as it is done, in `processes` processes; up to 1: in this.
+
+    `function` and items must be picklable. Raises BuildError when a process dies.
+    """
+    if processes <= 1 or len(items) <= 1:
+        for name, item in items.items():
+            yield name, _outcome(partial(function, item))
+        return
+    with ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(function, item): name for name, item in items.items()}
+        try:
+            for future in as_completed(futures):
+                if isinstance(future.exception(), BrokenProcessPool):
+                    raise BuildError(
+                        "a process died, usually for lack of memory\n"
+                        "use fewer --workers and run the same command again; finished cases are kept"
+                    )
+                yield futures[future], _outcome(future.result)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _outcome(run: Callable[[], R]) -> R | Exception:
+    try:
+        return run()
+    except Exception as e:  # from readers and frameworks underneath: the caller names the case
+        return e
