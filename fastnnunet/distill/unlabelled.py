@@ -184,7 +184,6 @@ def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, prog
         for case in stored
         if not (folder / f"{case}.npz").is_file()
     }
-    folder.mkdir(exist_ok=True)
     for done, (case, outcome) in enumerate(each(_list_case, tasks, processes), start=1):
         if isinstance(outcome, FastnnUNetError):
             raise outcome

@@ -30,6 +30,7 @@ def sample_foreground(label_ZYX: np.ndarray, outside_ZYX: np.ndarray, label_mana
 
 def write_locations(file: Path, locations: Locations) -> None:
     """Store as .npz without pickle, atomically."""
+    file.parent.mkdir(exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}.{file.name}")
     arrays: dict[str, Any] = {
         json.dumps(kind): np.asarray(voxels, np.int32).reshape(-1, 4) for kind, voxels in locations.items()

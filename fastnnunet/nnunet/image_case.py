@@ -32,18 +32,14 @@ class ImageTask:
 
 def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
     """Preprocess a case and move it into place; returns the stamps of its image files."""
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-
     stamps = stamps_of(task.files)
     manager, config = configuration_of(task.plans, task.configuration)
+    _read(task)  # nnU-Net would go on with NaN, and spread it or lose it
     with TemporaryDirectory(prefix=PARTIAL, dir=task.folder.parent) as made, _spoken():
         files = [str(f) for f in task.files]
         preprocessor = config.preprocessor_class(verbose=False)
         target = str(Path(made) / task.case_id)
         preprocessor.run_case_save(target, files, None, manager, config, task.dataset_json)
-        image_CZYX = nnUNetDatasetBlosc2(made).load_case(task.case_id)[0][:]
-        if not np.isfinite(image_CZYX).all():
-            raise ValueError("it holds NaN or infinite values")
         task.folder.mkdir(exist_ok=True)
         for ending in ENDINGS:
             finished = Path(made) / f"{task.case_id}{ending}"
@@ -59,14 +55,23 @@ def shape_after(task: ImageTask) -> tuple[int, int, int]:
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
     manager, config = configuration_of(task.plans, task.configuration)
-    with _spoken():
-        image_CZYX, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
+    image_CZYX, properties = _read(task)
     order = manager.transpose_forward
     spacing = [properties["spacing"][i] for i in order]
     cropped, _, _ = crop_to_nonzero(image_CZYX.transpose([0, *[i + 1 for i in order]]))
     wanted = [float(s) for s in config.spacing]
     z, y, x = compute_new_shape(cropped.shape[1:], spacing, [*spacing[: 3 - len(wanted)], *wanted])
     return int(z), int(y), int(x)
+
+
+def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+    manager, _ = configuration_of(task.plans, task.configuration)
+    with _spoken():
+        image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
+    if not np.isfinite(image).all():
+        raise ValueError("it holds NaN or infinite values")
+    return image, properties
 
 
 @contextlib.contextmanager

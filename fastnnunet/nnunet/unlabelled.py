@@ -21,7 +21,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import (
+    BuildError,
+    CorruptError,
+    DiskSpaceError,
+    FastnnUNetError,
+    MismatchError,
+    NotFoundError,
+    SpecError,
+)
 from fastnnunet.nnunet.cases import PREPROCESSING_FIELDS, PreprocessedCases
 from fastnnunet.nnunet.image_case import ENDINGS, PARTIAL, ImageTask, preprocess_case, reason_of, shape_after
 from fastnnunet.nnunet.image_folder import FileStamp, find_images, unchanged, unusable
@@ -33,6 +41,7 @@ from fastnnunet.specs.distill import SET_NAME
 
 SETS = "unlabelled"
 VERSION = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PLANS_FIELDS = ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer")
 _CONFIGURATION_FIELDS = (
     *PREPROCESSING_FIELDS,
@@ -195,8 +204,8 @@ def preprocess_images(
         _remove_others(target.cases_folder, known)
         problems: dict[str, str] = {}
         for case, outcome in each(preprocess_case, tasks, processes):
-            if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskSpaceError(f"no room left in {target.folder}\nfree some and run the same command again")
+            if isinstance(outcome, OSError) and outcome.errno in NO_ROOM:
+                raise _write_error(outcome, target.folder)
             if isinstance(outcome, Exception):
                 problems[case] = reason_of(outcome)
             else:
@@ -309,8 +318,17 @@ def _tasks(target: ImageSet, found: Mapping[str, tuple[Path, ...]], known: Conta
 
 def _write_record(file: Path, record: Record) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(canonical_json({"format_version": VERSION, **dataclasses.asdict(record)}))
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(canonical_json({"format_version": VERSION, **dataclasses.asdict(record)}))
+        os.replace(temporary, file)
+    except OSError as e:
+        raise _write_error(e, file) from e
+
+
+def _write_error(error: OSError, path: Path) -> FastnnUNetError:
+    if error.errno in NO_ROOM:
+        return DiskSpaceError(f"no room left while writing {path}\nfree some space and run the same command again")
+    return BuildError(f"cannot write {path}: {error.strerror or error}\nmake it writable and run the same command again")
 
 
 def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
@@ -330,7 +348,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as e:
-        raise BuildError(f"cannot write {folder}: {e.strerror}\nmake nnUNet_preprocessed writable") from e
+        raise _write_error(e, folder) from e
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
