@@ -127,7 +127,7 @@ class TestCache:
     def test_equal_to_the_ordinary_cache(self, world):
         """Same image, same bytes; the policy of a recipe does not matter, as no fold saw the images."""
         images = image_folder(world, "tiny_00", "tiny_03")
-        job, cache = build_unlabelled(images)
+        _, cache = build_unlabelled(images)
         source, factory, root = open_teacher(TEACHER, RECIPE)
         ordinary = build_cache(prepare_job(source, factory, RECIPE, root, command="build"), only=["tiny_00", "tiny_03"])
         assert cache.path.parent == ordinary.path.parent
@@ -258,7 +258,7 @@ class TestBadImages:
 
     def test_moved_folder(self, world):
         folder = image_folder(world, "tiny_00")
-        job, _ = build_unlabelled(folder)
+        build_unlabelled(folder)
         moved = folder.rename(folder.with_name("moved"))
         again, _ = build_unlabelled(moved, name="more-scans")
         assert again.target.record().images == moved

@@ -125,7 +125,11 @@ def open_images(
         configuration=teacher.configuration,
         dataset_json=factory.dataset_json,
     )
-    folder = images if images is not None else target.record().images
+    try:
+        folder = images if images is not None else target.record().images
+    except NotFoundError as e:
+        build = build_command(teacher, spec, spec_file, root)
+        raise NotFoundError(f"{e}\nmake them with: {build} --images FOLDER --name {set_name}") from e
     return UnlabelledJob(
         target=target,
         images=folder,

@@ -328,7 +328,9 @@ def _write_record(file: Path, record: Record) -> None:
 def _write_error(error: OSError, path: Path) -> FastnnUNetError:
     if error.errno in NO_ROOM:
         return DiskSpaceError(f"no room left while writing {path}\nfree some space and run the same command again")
-    return BuildError(f"cannot write {path}: {error.strerror or error}\nmake it writable and run the same command again")
+    return BuildError(
+        f"cannot write {path}: {error.strerror or error}\nmake it writable and run the same command again"
+    )
 
 
 def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
