@@ -29,6 +29,7 @@ from fastnnunet.nnunet.teacher import NnUNetTeacher
 from fastnnunet.nnunet.unlabelled import (
     ImageSet,
     UnlabelledCases,
+    default_name,
     expected_shapes,
     name_for,
     preprocess_images,
@@ -146,7 +147,7 @@ def images_command(
 ) -> str:
     """The `fastnnunet cache build --images` command of a set."""
     words = ["--images", str(images.resolve())]
-    if name != name_for(images, None):
+    if name != default_name(images):
         words += ["--name", name]
     return f"{build_command(teacher, spec, spec_file, root)} {shlex.join(words)}"
 
@@ -170,7 +171,7 @@ def named_set(
         build = build_command(teacher, spec, spec_file, root)
         images = Path(reference)
         if images.is_dir():
-            build = images_command(teacher, spec, images, name_for(images, None), root, spec_file)
+            build = images_command(teacher, spec, images, default_name(images), root, spec_file)
         else:
             build += " --images FOLDER"
         raise NotFoundError(f"{e}\nmake it with: {build}") from e

@@ -137,10 +137,15 @@ def sets_folder(dataset_name: str) -> Path:
 
 def name_for(images: Path, name: str | None) -> str:
     """`name`, or one made of the folder's own. Raises SpecError for a name that cannot be part of a run's name."""
-    made = name or re.sub("_+", "_", re.sub("[^A-Za-z0-9._-]", "-", images.resolve().name)).strip("._-")
+    made = name or default_name(images)
     if not SET_NAME.fullmatch(made) or "__" in made:
         raise SpecError(f"--name: got {made!r}, expected letters, digits, '.', '-' and single '_'")
     return made
+
+
+def default_name(images: Path) -> str:
+    """The folder's own name without what cannot be part of a run's name; may be empty."""
+    return re.sub("_+", "_", re.sub("[^A-Za-z0-9._-]", "-", images.resolve().name)).strip("._-")
 
 
 def resolve_set(plans: dict[str, Any], configuration: str, reference: str) -> str:
@@ -328,9 +333,7 @@ def _write_record(file: Path, record: Record) -> None:
 def _write_error(error: OSError, path: Path) -> FastnnUNetError:
     if error.errno in NO_ROOM:
         return DiskSpaceError(f"no room left while writing {path}\nfree some space and run the same command again")
-    return BuildError(
-        f"cannot write {path}: {error.strerror or error}\nmake it writable and run the same command again"
-    )
+    return BuildError(f"cannot write {path}: {error.strerror or error}\nmend that and run the same command again")
 
 
 def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
