@@ -21,8 +21,8 @@ from fastnnunet.nnunet import mixing
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.foreground import read_locations
 from fastnnunet.nnunet.loading import NumberedBatches, Share
-from fastnnunet.nnunet.mixing import Unlabelled, loss_of_samples
-from fastnnunet.nnunet.trainer import StudentTrainer, _JoinedDataset, _SoftLabelDataset
+from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled, loss_of_samples
+from fastnnunet.nnunet.trainer import StudentTrainer, _SoftLabelDataset
 from fastnnunet.nnunet.unlabelled import UnlabelledCases
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -278,7 +278,7 @@ class TestTraining:
         class Labelled:
             identifiers = ("tiny_00",)
 
-        joined = _JoinedDataset(Labelled(), _SoftLabelDataset(unlabelled, unlabelled.soft_labels))
+        joined = JoinedDataset(Labelled(), _SoftLabelDataset(unlabelled, unlabelled.soft_labels))
         assert joined.identifiers == ("tiny_00",)
         stacked, segmentation, previous, properties = joined.load_case("tiny_11")
         everything = tuple(slice(0, n) for n in stacked.shape)
