@@ -111,12 +111,16 @@ def ordered_batches(
     num_processes: int,
     pin_memory: bool,
     share: Share = Share(),
+    transform: Callable[..., dict[str, Any]] | None = None,
 ) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
-    """An endless iterator of batches in the order of their numbers; 0 processes loads in this one."""
+    """An endless iterator of batches in the order of their numbers; 0 processes loads in this one.
+
+    `transform` is called with each batch where it is loaded and returns what is handed over.
+    """
     batches = NumberedBatches(loader, seed=seed, stream=stream, start=start, num_processes=num_processes, share=share)
     if num_processes == 0:
-        return SingleThreadedAugmenter(batches, None)
-    return MultiThreadedAugmenter(batches, None, num_processes, pin_memory=pin_memory, wait_time=0.002)
+        return SingleThreadedAugmenter(batches, transform)
+    return MultiThreadedAugmenter(batches, transform, num_processes, pin_memory=pin_memory, wait_time=0.002)
 
 
 @contextlib.contextmanager
