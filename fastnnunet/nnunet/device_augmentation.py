@@ -127,6 +127,7 @@ SETTINGS: dict[type, dict[str, Any]] = {
     GaussianBlurTransform: {"synchronize_channels": False},
     ContrastTransform: {"preserve_range": True},
     RemoveLabelTransform: {"segmentation_channels": None},
+    ConvertSegmentationToRegionsTransform: {"channel_in_seg": 0},
 }
 
 
@@ -140,7 +141,7 @@ class DeviceAugmentation:
     mirror: MirrorTransform | None
     mask: MaskImageTransform | None
     remove: RemoveLabelTransform
-    regions: ConvertSegmentationToRegionsTransform | None
+    regions: tuple[tuple[int, ...], ...] | None  # labels of each
     downsample: DownsampleSegForDSTransform | None
 
     @property
@@ -203,7 +204,7 @@ class DeviceAugmentation:
                 image[:, c].masked_fill_(outside_NZYX, self.mask.set_outside_to)
         label.masked_fill_(label == self.remove.label_value, self.remove.set_to)
         if self.regions is not None:
-            label = regions_of(label, [r.int().tolist() for r in self.regions.regions], self.regions.channel_in_seg)
+            label = regions_of(label, self.regions)
         targets = [label] if self.downsample is None else downsampled(label, self.downsample.ds_scales)
         if num_soft:
             return image, [*targets, soft]
@@ -264,7 +265,7 @@ def recognise(transforms: Sequence[Any]) -> DeviceAugmentation:
         mirror=mirror,
         mask=mask,
         remove=remove,
-        regions=regions,
+        regions=None if regions is None else tuple(tuple(r.int().tolist()) for r in regions.regions),
         downsample=downsample,
     )
 

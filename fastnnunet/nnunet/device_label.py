@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import interpolate
 
 
-def regions_of(label_NKZYX: torch.Tensor, regions: Sequence[Sequence[int]], channel: int) -> torch.Tensor:
-    """Bool (N, R, space): where the label in `channel` is one of a region's values."""
-    label_NZYX = label_NKZYX[:, channel]
+def regions_of(label_NKZYX: torch.Tensor, regions: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Bool (N, R, space): where the first channel of the label is one of a region's values."""
+    label_NZYX = label_NKZYX[:, 0]
     return torch.stack([torch.stack([label_NZYX == v for v in values]).any(0) for values in regions], 1)
 
 
