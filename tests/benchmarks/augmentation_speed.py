@@ -102,7 +102,9 @@ def measure(job: TrainingJob, rounds: int, steps: int) -> dict[str, Any]:
     with temporary_results(job.teacher):
         trainer = make_trainer(jobs["device"], soft)
         if trainer.device_augmentation is None:
-            raise MismatchError("this training cannot be augmented on the device (see the log), so there is no second arm")
+            raise MismatchError(
+                "this training is not augmented on the device (see the log): there is nothing to compare"
+            )
         drawn, ready = drawn_batches(trainer, steps), batches_of(trainer, 3)
         arms: dict[str, Callable[[], list[float]]] = {}
         for where, of in jobs.items():
