@@ -1,12 +1,14 @@
 """The benchmark scripts at toy size: that they run, and that their figures are right where the answer is known."""
 
 import numpy as np
+import pytest
 
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests import test_distill_seeds
 from tests.benchmarks import (
+    augmentation_speed,
     bit_flips,
     cache_layout,
     kills,
@@ -136,3 +138,16 @@ def test_step_speed(world):
     assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     assert median["together"] > median["bare_r2"] > 0
     assert record["online_over_soft"] == median["online"] / median["soft"]
+
+
+def test_augmentation_speed(world):
+    """Without a cache; the teachers' folder is linked to, and nothing is written beside it."""
+    before = sorted(p.relative_to(world) for p in (world / "results").rglob("*"))
+    record = augmentation_speed.measure(test_distill_seeds.make_job(), rounds=1, steps=2)
+    assert sorted(p.relative_to(world) for p in (world / "results").rglob("*")) == before
+    arms = {"loader", "loader_loop", "device", "device_loop", "device_alone", "bare"}
+    assert record["samples_per_s"].keys() == record["seconds"].keys() == arms
+    assert all(len(seconds) == 2 for seconds in record["seconds"].values())
+    each_s = sum(record["seconds"]["device"]) / 2
+    assert record["samples_per_s"]["device"] == pytest.approx(record["batch_size"] / each_s)
+    assert record["device_over_loader"] == record["samples_per_s"]["device"] / record["samples_per_s"]["loader"]

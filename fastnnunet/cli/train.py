@@ -77,6 +77,9 @@ def train(
     resume: Annotated[bool, typer.Option("--continue", "--c", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
     device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
+    augment_on: Annotated[
+        str, typer.Option("--augment-on", help="device, loader (CPU processes), or auto: device where it is CUDA.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,
     together: Annotated[
         bool, typer.Option("--together", help="Train all sizes on the same batches, which are then made only once.")
@@ -162,6 +165,7 @@ def train(
                 cache=recipe,
                 fold=f,
                 device=device,
+                augment_on=augment_on,
                 threads=threads,
                 cache_root=place,
                 cache_spec_file=spec,

@@ -14,7 +14,7 @@ from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError
+from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_pretrained, weights_digest
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+AUGMENT_ON = ("auto", "device", "loader")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,15 @@ class TrainingJob:
     cache: CacheSpec
     fold: int | str
     device: str = "auto"
+    augment_on: str = "auto"  # auto: on CUDA devices, else in the loader processes
     threads: int | None = None
     cache_spec_file: Path | None = None  # only to quote it in messages
     cache_root: Place | None = None  # where to look for the cache; None = beside the preprocessed data
     pretrained: Path | None = None  # nnU-Net checkpoint the student's weights start from
+
+    def __post_init__(self) -> None:
+        if self.augment_on not in AUGMENT_ON:
+            raise SpecError(f"--augment-on: got {self.augment_on!r}, expected {', '.join(AUGMENT_ON)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +246,7 @@ def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
         folder.parent.name.split("__")[1]: [
             line
             for line in differences(load_checkpoint(path).get("fastnnunet", {}), now)
-            if not line.startswith(("version", "cache_key", "unlabelled_cache_key"))
+            if not line.startswith(("version", "cache_key", "unlabelled_cache_key", "augmented_on"))
         ]
         for folder, path in runs.items()
     }
@@ -288,6 +294,8 @@ def _configure(
     trainer.store_mirroring = spec.mirroring
     trainer.augmentation = spec.augmentation
     trainer.mirror_augmentation = spec.mirror_augmentation
+    on_device = {"auto": device.startswith("cuda"), "device": True, "loader": False}
+    trainer.augment_on_device = on_device[job.augment_on]
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"
     trainer.soft_labels = soft_labels
     trainer.unlabelled = unlabelled
@@ -300,6 +308,8 @@ def _configure(
         trainer.provenance["unlabelled_cache_key"] = unlabelled.key
     with nnunet_quiet():
         trainer.initialize()
+    if trainer.device_augmentation is not None:  # as a setting it may be `auto`, and other bits come of it
+        trainer.provenance["augmented_on"] = "device"
     if job.pretrained is not None and not resume:
         load_pretrained(trainer.network, job.pretrained)
     return trainer

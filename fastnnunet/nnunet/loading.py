@@ -127,10 +127,12 @@ def ordered_batches(
     pin_memory: bool,
     share: Share = Share(),
     unlabelled: "Unlabelled | None" = None,
+    transform: Callable[..., dict[str, Any]] | None = None,
 ) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
     """An endless iterator of batches in the order of their numbers; 0 processes loads in this one.
 
-    Some samples of each are `unlabelled` cases, where given.
+    Some samples of each are `unlabelled` cases, where given. `transform` is called with each batch where it is loaded
+    and returns what is handed over.
     """
     batches = NumberedBatches(
         loader,
@@ -142,8 +144,8 @@ def ordered_batches(
         unlabelled=unlabelled,
     )
     if num_processes == 0:
-        return SingleThreadedAugmenter(batches, None)
-    return MultiThreadedAugmenter(batches, None, num_processes, pin_memory=pin_memory, wait_time=0.002)
+        return SingleThreadedAugmenter(batches, transform)
+    return MultiThreadedAugmenter(batches, transform, num_processes, pin_memory=pin_memory, wait_time=0.002)
 
 
 @contextlib.contextmanager

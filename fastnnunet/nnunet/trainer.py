@@ -25,6 +25,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, device_augmentation
+from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.distributed import (
     average_gradients,
     is_first,
@@ -139,6 +141,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     store_mirroring = False
     mirror_augmentation = True
     augmentation = "default"  # or "da5"
+    augment_on_device = False  # rather than in the loader processes
+    device_augmentation: DeviceAugmentation | None = None  # set by `initialize`; None: in the loader processes
     optimizer_name = "sgd"
     bf16 = False
     seed = 0
@@ -160,6 +164,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         if self.is_ddp:
             prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
         self._loss_weight = loss_weight(self.batch_size)
+        if self.augment_on_device:
+            self.device_augmentation = device_augmentation(self._nnunet_transforms())
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD, or AdamW under the same polynomial schedule."""
@@ -176,6 +182,10 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     @property
     def _is_3d(self) -> bool:
         return len(self.configuration_manager.patch_size) == 3
+
+    @property
+    def _num_soft(self) -> int:
+        return 0 if self.soft_labels is None else self.soft_labels.num_channels
 
     @property
     def _augmenter(self) -> Any:
@@ -202,14 +212,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
         num_processes = get_allowed_n_proc_DA()
         with loading_in_this_process():
-            plain = super().get_dataloaders()
+            loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
         streams = (
             (TRAINING, self.num_iterations_per_epoch, num_processes),
             (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
         )
         training, validation = (
             ordered_batches(
-                augmenter.data_loader,
+                loader,
                 seed=self.seed,
                 stream=stream,
                 start=self.current_epoch * batches_per_epoch,
@@ -217,12 +227,34 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 pin_memory=self.device.type == "cuda",
                 share=share(),
                 unlabelled=self.unlabelled if stream == TRAINING else None,
+                transform=loader.transforms.batch if isinstance(loader.transforms, DrawnSamples) else None,
             )
-            for augmenter, (stream, batches_per_epoch, processes) in zip(plain, streams, strict=True)
+            for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
         )
+        if self.device_augmentation is not None:
+            training = AugmentedBatches(training, self.device_augmentation, self.device, self._num_soft)
         return training, validation
 
+    def _nnunet_transforms(self) -> list[Any]:
+        """The training transforms that nnU-Net gives its loader."""
+        rotation, dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        labels = self.label_manager
+        return self._augmenter.get_training_transforms(
+            self.configuration_manager.patch_size,
+            rotation,
+            self._get_deep_supervision_scales(),
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            is_cascaded=self.is_cascaded,
+            foreground_labels=labels.foreground_labels,
+            regions=labels.foreground_regions if labels.has_regions else None,
+            ignore_label=labels.ignore_label,
+        ).transforms
+
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device_augmentation is not None:
+            return DrawnSamples(self.device_augmentation, self._num_soft)
         return self._with_soft_labels(self._augmenter.get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,6 +362,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "seed": self.seed,
             "iterations per epoch": (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch),
             "augmentation": (self.augmentation, self.mirror_augmentation),
+            "augmented on the device": self.device_augmentation is not None,
             "soft labels": self.soft_labels is not None,
             "unlabelled": self.unlabelled and (self.unlabelled.key, self.unlabelled.share),
         }

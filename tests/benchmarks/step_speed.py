@@ -97,7 +97,7 @@ def looped(trainers: list[Any], steps: int, teachers: Callable[[np.ndarray], np.
             start = time.perf_counter()
             batch = next(leader.dataloader_train)
             if teachers is not None:
-                batch["target"].append(torch.from_numpy(teachers(batch["data"].numpy())))
+                batch["target"].append(torch.from_numpy(teachers(batch["data"].cpu().numpy())))
             for trainer in trainers:
                 trainer.train_step(batch, number)
             synchronize()
