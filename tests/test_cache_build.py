@@ -415,3 +415,23 @@ def test_no_cluster_at_the_address(tmp_path, monkeypatch):
     monkeypatch.setattr(crew_module, "SCHEDULER_TIMEOUT_S", 1)
     with pytest.raises(BuildError, match="no dask scheduler answers"):
         build_cache(make_job(tmp_path), scheduler="tcp://127.0.0.1:1")
+
+
+def test_workers_that_are_slow_to_stop_undo_nothing(monkeypatch, caplog):
+    """On a busy machine dask's patience with its worker processes ends before they do."""
+    import distributed
+
+    from fastnnunet.cache.crew import _client
+
+    class Slow:
+        def __init__(self, **_options):
+            pass
+
+        def close(self):
+            raise TimeoutError
+
+    monkeypatch.setattr(distributed, "LocalCluster", Slow)
+    monkeypatch.setattr(distributed, "Client", lambda cluster: contextlib.nullcontext(cluster))
+    with _client(1, None) as client:
+        assert isinstance(client, Slow)
+    assert "slow to stop" in caplog.text

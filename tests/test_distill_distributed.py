@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.train import run_folder, train_student
 from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.distributed import LossOverValidVoxels, valid_share
 from fastnnunet.nnunet.loading import Share
 from tests.test_distill_seeds import build, make_job
+from tests.test_kinds import prepare
 from tests.tiny import CONFIGURATION, DATASET
 
 OPTIONS = (
@@ -55,6 +58,74 @@ def test_two_processes_are_one(prepared, batch_size, batch_dice):
     np.testing.assert_allclose(two["logging"]["train_losses"], one["logging"]["train_losses"], rtol=1e-4)
     np.testing.assert_allclose(two["logging"]["mean_fg_dice"], one["logging"]["mean_fg_dice"], rtol=1e-2, atol=1e-3)
     assert two["network_weights"].keys() == one["network_weights"].keys()
+    for name, tensor in one["network_weights"].items():
+        torch.testing.assert_close(two["network_weights"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_loss_over_valid_voxels_of_two_processes(monkeypatch, regions):
+    """nnU-Net's own losses on parts of a batch, weighted by their samples, make its loss on the whole batch."""
+    from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": regions, "ddp": False}
+    rng = torch.Generator().manual_seed(1)
+    outputs = [torch.randn(3, 3, n, n, n, generator=rng) for n in (6, 3)]
+    ignored = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1, 1, 1)  # share of each sample's voxels
+    valid = [torch.rand(3, 1, n, n, n, generator=rng) > ignored for n in (6, 3)]
+    labels = [torch.randint(0, 3, v.shape, generator=rng) for v in valid]
+    if regions:
+        target = [torch.cat([*(lab == i for i in range(3)), ~v], 1) for lab, v in zip(labels, valid, strict=True)]
+    else:
+        target = [torch.where(v, lab, 3) for lab, v in zip(labels, valid, strict=True)]
+
+    def loss():
+        own = (
+            DC_and_BCE_loss({}, dict(dice), use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss)
+            if regions
+            else DC_and_CE_loss(dict(dice), {}, ignore_label=3, dice_class=MemoryEfficientSoftDiceLoss)
+        )
+        return DeepSupervisionWrapper(own, [0.7, 0.3])
+
+    def part(of, samples):
+        return [t[samples] for t in of]
+
+    whole = loss()(outputs, target)
+    shares = ((slice(2), 2), (slice(2, 3), 1))  # samples of the two processes
+    of_all_processes(monkeypatch, valid)
+    weighted = LossOverValidVoxels(loss(), lambda t: t[:, -1:] == 0 if regions else t != 3)
+    torch.testing.assert_close(sum(weighted(part(outputs, s), part(target, s)) * n for s, n in shares) / 3, whole)
+    assert abs(sum(loss()(part(outputs, s), part(target, s)) * n for s, n in shares) / 3 - whole) > 0.01
+
+    objective = DistillationObjective(0.3, 2.0, regions)
+    (logits, mask), soft = (outputs[0], valid[0]), outputs[0].flip(1).softmax(1)[:, 0 if regions else 1 :]
+    whole = objective(torch.tensor(0.0), logits, soft, mask)[1]
+    of_all_processes(monkeypatch, [mask])
+    parts = [
+        objective(torch.tensor(0.0), logits[s], soft[s], mask[s], valid_share([mask[s]])[0])[1] * n for s, n in shares
+    ]
+    torch.testing.assert_close(sum(parts) / 3, whole)
+
+
+def of_all_processes(monkeypatch, masks):
+    """Let a sum over processes give the valid voxels and the samples of the whole batch."""
+    total = torch.tensor([*(float(mask.sum()) for mask in masks), len(masks[0])], dtype=torch.float64)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.copy_(total))
+
+
+def test_valid_voxels_count_alike_in_all_processes(prepared):
+    """An ignore label leaves each process other numbers of voxels: cross entropy and KL are means over all of them."""
+    prepare(prepared, "ignore")
+    build()
+    job = make_job(alpha=0.3, soft_on_ignored=False, loss="kl_dice")
+    one = load_checkpoint(train_student(job, validate=False) / "checkpoint_final.pth")
+    done = torchrun(prepared, "--overwrite", "--no-soft-on-ignored", "--loss", "kl_dice")
+    assert done.returncode == 0, done.stderr
+    two = load_checkpoint(run_folder(job) / "checkpoint_final.pth")
+    for name in ("train_losses", "val_losses"):
+        np.testing.assert_allclose(two["logging"][name], one["logging"][name], rtol=1e-4)
     for name, tensor in one["network_weights"].items():
         torch.testing.assert_close(two["network_weights"][name], tensor, rtol=1e-3, atol=1e-4)
 

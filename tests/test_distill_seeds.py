@@ -203,7 +203,7 @@ class TestDivergence:
 
         self.at_second_epoch(monkeypatch, nan_loss)
         message = self.stopped(make_job(), capsys)
-        assert "the loss became nan in epoch 1, iteration 0 (cases tiny_" in message
+        assert "the loss became nan in epoch 2 of 4, iteration 1 of 2 (cases tiny_" in message
 
     def test_gradient(self, world, monkeypatch, capsys):
         def steep(trainer, step):
@@ -211,7 +211,7 @@ class TestDivergence:
             return step()
 
         self.at_second_epoch(monkeypatch, steep)
-        assert "the gradient became nan in epoch 1, iteration 0 (cases" in self.stopped(make_job(), capsys)
+        assert "the gradient became nan in epoch 2 of 4, iteration 1 of 2 (cases" in self.stopped(make_job(), capsys)
 
     def test_weights_after_the_last_step_of_an_epoch(self, world, monkeypatch, capsys):
         def spoil(trainer, step):
@@ -223,4 +223,4 @@ class TestDivergence:
 
         self.seen = []
         self.at_second_epoch(monkeypatch, spoil)
-        assert "weights became nan or inf in epoch 1, iteration 1" in self.stopped(make_job(), capsys)
+        assert "weights became nan or inf in epoch 2 of 4, iteration 2 of 2" in self.stopped(make_job(), capsys)

@@ -14,14 +14,14 @@ import torch
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.distill.soft_labels import cache_for_training
-from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import find_student, reduce_features
-from fastnnunet.nnunet.trainer import _SplitSoftLabels, _StackedCase
+from fastnnunet.nnunet.trainer import _StackedCase, _WithSoftLabels
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -85,7 +85,7 @@ class TestSoftLabelsMoveWithTheImage:
         spatial = SpatialTransform(
             (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4)
         )
-        split = _SplitSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 1)
+        split = _WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 1)
         np.random.seed(3)
         for _ in range(5):
             stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
@@ -95,6 +95,7 @@ class TestSoftLabelsMoveWithTheImage:
 
     def test_intensity_transforms_leave_it_alone(self, pair):
         from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
         class Always:
             def __init__(self, transform):
@@ -105,7 +106,7 @@ class TestSoftLabelsMoveWithTheImage:
 
         brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
         stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
-        out = _SplitSoftLabels(brighter, 1)(stacked.clone(), torch.zeros(1, 20, 22, 24))
+        out = _WithSoftLabels(ComposeTransforms([brighter]), 1)(stacked.clone(), torch.zeros(1, 20, 22, 24))
         torch.testing.assert_close(out["segmentation"][-1], stacked[1:])
         torch.testing.assert_close(out["image"], 2 * stacked[:1])
 
@@ -139,6 +140,28 @@ def test_fold_that_cannot_be_trained(world, change, message):
     with pytest.raises(MismatchError, match=message):
         train_student(job)
     assert not run_folder(job).exists()
+
+
+def test_fold_that_nnunet_draws_itself(world, caplog):
+    check_job(make_job(fold=7), resume=False, overwrite=False)
+    assert "there is no fold 7" in caplog.text
+
+
+def test_continue_with_nothing_to_continue(world, caplog):
+    job = make_job(distill=dataclasses.replace(SHORT, alpha=0.0, epochs=1, iterations_per_epoch=1))
+    assert (train_student(job, resume=True, validate=False) / "checkpoint_final.pth").is_file()
+    assert "holds no checkpoint, the run starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize(("fold", "words"), [(0, "the validation fold: 0.5"), ("all", "the training cases, fold all")])
+def test_dice_says_what_it_was_measured_on(tmp_path, monkeypatch, capsys, fold, words):
+    from fastnnunet.cli.train import run_job
+
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation/summary.json").write_text('{"foreground_mean": {"Dice": 0.5}}')
+    monkeypatch.setattr("fastnnunet.distill.train.train_students", lambda *_args, **_options: [tmp_path])
+    run_job(make_job(fold=fold), resume=False, overwrite=False, validate=True)
+    assert words in capsys.readouterr().out
 
 
 class TestTraining:
@@ -220,7 +243,10 @@ class TestTraining:
         with pytest.raises(MismatchError, match=r"(?s)there is no run .*distill.epochs: 2 -> 3.*distill.initial_lr"):
             train_student(other, resume=True, validate=False)
         assert not run_folder(other).exists()
-        # what the name does not say is compared with the checkpoint
+        # what the name does not say is compared with the checkpoint, before a cache of that teacher is asked for
+        taught = make_job(distill=dataclasses.replace(SHORT, alpha=0.0), teacher=TeacherSpec(dataset="998", folds=(2,)))
+        with pytest.raises(MismatchError, match=r"(?s)trained differently.*teacher.folds: \[0, 1\] -> \[2\]"):
+            train_student(taught, resume=True, validate=False)
         changed = dataclasses.replace(job.distill, val_iterations_per_epoch=7)
         with pytest.raises(MismatchError, match=r"(?s)trained differently.*distill.val_iterations_per_epoch"):
             train_student(make_job(distill=changed), resume=True, validate=False)
@@ -278,6 +304,7 @@ class TestCacheThatDoesNotFit:
         message = self.refused(make_job())
         assert "folds" in message
         assert "-f 0 1" in message
+        assert "checkpoints" not in message
 
     def test_retrained_fold(self, world):
         build()

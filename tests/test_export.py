@@ -1,6 +1,9 @@
 """Bundles: what is in them, that they compute what PyTorch computes, and that nothing is left when they do not."""
 
+import contextlib
+import io
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -8,13 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.onnx import to_onnx
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.plans import build_network
+from fastnnunet.runtime.backends.base import create_backend, is_installed
+from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
+from fastnnunet.specs.graph import GraphSpec
+from tests.test_kinds import nnunet_predictor, read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 
 
@@ -106,12 +113,96 @@ def test_missing_file_and_newer_format_are_refused(bundle):
         load_bundle_spec(bundle)
 
 
+@pytest.fixture
+def network(model_folder):
+    plans, dataset_json = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
+    network = build_network(plans, CONFIGURATION, dataset_json).eval()
+    network.load_state_dict(load_checkpoint(model_folder / "fold_0/checkpoint_final.pth")["network_weights"])
+    return network
+
+
+def run_onnx(bundle, image):
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"image": image})[0]
+
+
+class TestShapesOfTheGraph:
+    def test_other_patch_size_is_what_nnunet_predicts_with_it(self, world, model_folder, tmp_path):
+        export_bundle(model_folder, 0, tmp_path / "bundle", graph=GraphSpec(patch_size=(12, 20, 16)))
+        assert load_bundle_spec(tmp_path / "bundle").patch_size == (12, 20, 16)
+        images = world / "raw" / DATASET / "imagesTs"
+        Predictor.load(tmp_path / "bundle", "onnxruntime").predict_files(images, tmp_path / "ours")
+        other = tmp_path / "other"  # nnU-Net's model with that patch size in its plans
+        shutil.copytree(model_folder, other)
+        plans = json.loads((other / "plans.json").read_text())
+        plans["configurations"][CONFIGURATION]["patch_size"] = [12, 20, 16]
+        (other / "plans.json").write_text(json.dumps(plans))
+        (tmp_path / "theirs").mkdir()
+        with contextlib.redirect_stdout(io.StringIO()):
+            for folder, name in ((other, "other"), (model_folder, "trained")):
+                predictor = nnunet_predictor(folder)
+                predictor.use_mirroring = True
+                image = str(images / "tiny_10_0000.nii.gz")
+                predictor.predict_from_files_sequential([[image]], [str(tmp_path / "theirs" / name)])
+        ours = read(tmp_path / "ours" / "tiny_10.nii.gz")
+        assert (ours == read(tmp_path / "theirs" / "other.nii.gz")).mean() >= 0.9999
+        assert (ours != read(tmp_path / "theirs" / "trained.nii.gz")).any()
+
+    @pytest.mark.parametrize(
+        ("patch_size", "message"),
+        [
+            ((16, 16), r"got \[16, 16\], expected 3 numbers, as in \[16, 16, 16\]"),
+            ((16, 18, 16), "axis 1: got 18, expected a multiple of 4"),
+        ],
+    )
+    def test_patch_sizes_that_cannot_be(self, model_folder, tmp_path, patch_size, message):
+        with pytest.raises(SpecError, match=message):
+            export_bundle(model_folder, 0, tmp_path / "bundle", graph=GraphSpec(patch_size=patch_size))
+        assert not (tmp_path / "bundle").exists()
+
+    def test_dynamic_space(self, network, bundle, model_folder, tmp_path):
+        export_bundle(model_folder, 0, tmp_path / "dynamic", graph=GraphSpec(dynamic_space=True))
+        shape = onnx.load(tmp_path / "dynamic" / "model.onnx").graph.input[0].type.tensor_type.shape
+        assert [bool(d.dim_param) for d in shape.dim] == [True, False, True, True, True]
+        for n, *space in ((1, 16, 16, 16), (3, 12, 8, 32), (1, 40, 20, 24)):
+            image = np.random.default_rng(n).normal(size=(n, 1, *space)).astype(np.float32)
+            with torch.inference_mode():
+                expected = network(torch.from_numpy(image)).numpy()
+            np.testing.assert_allclose(run_onnx(tmp_path / "dynamic", image), expected, atol=1e-3, rtol=1e-3)
+        spec = load_bundle_spec(tmp_path / "dynamic")
+        image = np.load(bundle / "parity.npz")["image"]
+        expected = create_backend("onnxruntime", bundle, spec).run(image)
+        for name in ("openvino", "torch"):
+            if is_installed(name):
+                np.testing.assert_allclose(
+                    create_backend(name, tmp_path / "dynamic", spec).run(image), expected, atol=1e-3, rtol=1e-3
+                )
+
+    def test_fixed_batch(self, bundle, model_folder, tmp_path):
+        export_bundle(model_folder, 0, tmp_path / "fixed", graph=GraphSpec(batch_size=3))
+        model = onnx.load(tmp_path / "fixed" / "model.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        for value, channels in ((model.graph.input[0], 1), (model.graph.output[0], 3)):
+            assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [3, channels, *PATCH]
+        images = np.random.default_rng(0).normal(size=(7, 1, *PATCH)).astype(np.float32)
+        spec = load_bundle_spec(tmp_path / "fixed")
+        backend = create_backend("onnxruntime", tmp_path / "fixed", spec)
+        for count in (1, 3, 7):
+            np.testing.assert_allclose(
+                backend.run(images[:count]), run_onnx(bundle, images[:count]), atol=1e-4, rtol=1e-4
+            )
+
+    def test_values_that_cannot_be(self):
+        with pytest.raises(SpecError, match=r"patch_size: got \(0, 8\).*; batch_size: got 0"):
+            GraphSpec(patch_size=(0, 8), batch_size=0)
+
+
 class TestRefusals:
     def test_mismatch_leaves_nothing(self, model_folder, tmp_path, monkeypatch):
-        def wrong(network, channels, patch_size):
+        def wrong(network, *shape):
             with torch.no_grad():
                 list(network.parameters())[-1].add_(1)
-            return to_onnx(network, channels, patch_size)
+            return to_onnx(network, *shape)
 
         monkeypatch.setattr(bundle_module, "to_onnx", wrong)
         out = tmp_path / "new" / "bundle"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample_labels
 from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.paths import teacher_folder
 from fastnnunet.nnunet.plans import build_network
+from fastnnunet.nnunet.splits import split_of
+from fastnnunet.nnunet.student import student_plans
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
@@ -30,8 +34,16 @@ from tests.tiny import CONFIGURATION, DATASET, FEATURES
 
 RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
 SHORT = DistillSpec(epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
-CASCADE = "3d_cascade_fullres"
+CASCADE, LOWRES = "3d_cascade_fullres", "3d_lowres"
 REGIONS = {"background": 0, "both": [1, 2], "dark": 2}
+CONFIGURATIONS = {"2d": "2d", "cascade": CASCADE, "lowres": LOWRES}  # of kinds; the others have the tiny world's
+TEACHERS = {  # what is not nnU-Net's default
+    "resenc_m": {"plans": "nnUNetResEncUNetMPlans"},
+    "resenc_l": {"plans": "nnUNetResEncUNetLPlans"},
+    "named": {"trainer": "TrainerOfOurOwn", "checkpoint": "checkpoint_best.pth"},
+}
+RESENC_BLOCKS = (1, 3, 4, 6, 6, 6)  # of nnU-Net's M, L and XL plans with six stages
+CHANNELS = {"0": "CT", "1": "MRI", "2": "rescale_to_0_1"}
 
 
 def two_dimensional(config):
@@ -54,9 +66,12 @@ def two_dimensional(config):
 def prepare(world, kind):
     """Turn the tiny world into one of another kind, with one untrained fold; returns the configuration."""
     base = world / "preprocessed" / DATASET
-    plans, dataset_json = (json.loads((base / n).read_text()) for n in ("nnUNetPlans.json", "dataset.json"))
+    if kind in ("resenc_m", "resenc_l"):
+        plan_resenc(base, f"nnUNetPlannerResEnc{kind[-1].upper()}")
+    spec = teacher_spec(kind)
+    plans, dataset_json = (json.loads((base / n).read_text()) for n in (f"{spec.plans}.json", "dataset.json"))
     config = plans["configurations"][CONFIGURATION]
-    name = {"2d": "2d", "cascade": CASCADE}.get(kind, CONFIGURATION)
+    name = spec.configuration
     if kind == "2d":
         config = two_dimensional(config)
     if kind == "anisotropic":
@@ -69,16 +84,31 @@ def prepare(world, kind):
         del architecture["arch_kwargs"]["n_conv_per_stage"]
         architecture["arch_kwargs"]["n_blocks_per_stage"] = [1, 2, 2]
     if kind == "cascade":
-        config = {**config, "previous_stage": "3d_lowres"}
-        plans["configurations"]["3d_lowres"] = {**plans["configurations"][CONFIGURATION], "next_stage": [CASCADE]}
-    if kind == "regions":
-        dataset_json.update(labels=REGIONS, regions_class_order=[1, 2])
-    if kind == "ignore":
+        config = {**config, "previous_stage": LOWRES}
+        plans["configurations"][LOWRES] = {**plans["configurations"][CONFIGURATION], "next_stage": [CASCADE]}
+    if kind == "lowres":
+        plans["configurations"][CASCADE] = {**config, "previous_stage": LOWRES}
+        spacing = [1.5 * s for s in config["spacing"]]
+        config = {**config, "spacing": spacing, "data_identifier": f"nnUNetPlans_{LOWRES}", "next_stage": CASCADE}
+    if kind == "channels":
+        config.update(
+            normalization_schemes=["CTNormalization", "ZScoreNormalization", "RescaleTo01Normalization"],
+            use_mask_for_norm=[False, True, False],
+        )
+        dataset_json["channel_names"] = CHANNELS
+        intensities = plans["foreground_intensity_properties_per_channel"]
+        intensities.update(dict.fromkeys(("1", "2"), intensities["0"]))  # CT alone looks at them
+        for folder in ("imagesTr", "imagesTs"):
+            write_more_channels(world / "raw" / DATASET / folder)
+    if "regions" in kind:
+        dataset_json.update(labels=dict(REGIONS), regions_class_order=[1, 2])
+    if "ignore" in kind:
         dataset_json["labels"]["ignore"] = 3
+        ignore_a_slab(world / "raw" / DATASET / "labelsTr")
     plans["configurations"][name] = config
-    folder = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{name}"
+    folder = world / "results" / DATASET / f"{spec.trainer}__{spec.plans}__{name}"
     (folder / "fold_0").mkdir(parents=True, exist_ok=True)
-    for where in (base / "nnUNetPlans.json", folder / "plans.json"):
+    for where in (base / f"{spec.plans}.json", folder / "plans.json"):
         where.write_text(json.dumps(plans))
     for where in (base, folder):
         (where / "dataset.json").write_text(json.dumps(dataset_json))
@@ -89,33 +119,83 @@ def prepare(world, kind):
     torch.save(
         {
             "network_weights": weights,
-            "trainer_name": "nnUNetTrainer",
+            "trainer_name": spec.trainer,
             "inference_allowed_mirroring_axes": tuple(range(len(config["patch_size"]))),
             "init_args": init,
         },
-        folder / "fold_0/checkpoint_final.pth",
+        folder / "fold_0" / spec.checkpoint,
     )
-    if kind == "ignore":
-        ignore_a_slab(base / config["data_identifier"])
+    if "ignore" in kind or kind in ("lowres", "channels"):
+        preprocess_again(world, plans, name, dataset_json)
     if kind == "cascade":
         write_previous(base / config["data_identifier"], previous_folder(world))
     return name
 
 
+def plan_resenc(base, name):
+    """Plans of nnU-Net's own planner, made narrow and as deep as they are on large images."""
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes as many threads
+        planner = getattr(residual_encoder_unet_planners, name)(DATASET)
+        planner.plan_experiment()
+    file = base / f"{planner.plans_identifier}.json"
+    plans = json.loads(file.read_text())
+    config = plans["configurations"][CONFIGURATION]
+    kwargs, stages = config["architecture"]["arch_kwargs"], len(RESENC_BLOCKS)
+    assert tuple(kwargs["n_blocks_per_stage"]) == RESENC_BLOCKS[: kwargs["n_stages"]]
+    config.update(patch_size=[16] * 3, batch_size=2)
+    kwargs.update(
+        n_stages=stages,
+        features_per_stage=[16] * 3 + [20] * 3,
+        kernel_sizes=[[3, 3, 3]] * stages,
+        strides=[[1] * 3, [2] * 3, [2] * 3] + [[1] * 3] * (stages - 3),
+        n_blocks_per_stage=list(planner.UNet_blocks_per_stage_encoder[:stages]),
+        n_conv_per_stage_decoder=list(planner.UNet_blocks_per_stage_decoder[: stages - 1]),
+    )
+    plans["configurations"] = {CONFIGURATION: config}
+    file.write_text(json.dumps(plans))
+
+
+def write_more_channels(folder):
+    """Channels 1 (zero where the first is small) and 2 beside the first."""
+    import SimpleITK as sitk
+
+    for file in sorted(folder.glob("*_0000.nii.gz")):
+        first = sitk.ReadImage(str(file))
+        values = sitk.GetArrayFromImage(first)
+        for channel, array in ((1, np.where(values > -10, 300 - values, 0)), (2, np.abs(values) + 7)):
+            picture = sitk.GetImageFromArray(array.astype(np.float32))
+            picture.CopyInformation(first)
+            sitk.WriteImage(picture, str(file).replace("_0000", f"_{channel:04d}"))
+
+
 def ignore_a_slab(folder):
-    """Label 3 in the first planes of every case, and the voxel lists nnU-Net's preprocessing makes for it."""
-    import pickle
+    """Label 3 in the first planes of every case, not equally many."""
+    import SimpleITK as sitk
 
-    import blosc2
+    for number, file in enumerate(sorted(folder.glob("*.nii.gz"))):
+        label = sitk.ReadImage(str(file))
+        label[:, :, : 4 + 3 * (number % 3)] = 3
+        sitk.WriteImage(label, str(file))
 
-    for file in sorted(folder.glob("*_seg.b2nd")):
-        label = blosc2.open(str(file))[:]
-        label[:, :6] = 3
-        blosc2.asarray(label, urlpath=str(file), mode="w")
-        properties_file = file.with_name(file.name.replace("_seg.b2nd", ".pkl"))
-        properties = pickle.loads(properties_file.read_bytes())
-        properties["class_locations"] = {key: np.argwhere(np.isin(label, key)) for key in (1, 2, (-1, 0, 1, 2))}
-        properties_file.write_bytes(pickle.dumps(properties))
+
+def preprocess_again(world, plans, name, dataset_json):
+    """By nnU-Net's preprocessor, in this process."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(plans)
+    config = manager.get_configuration(name)
+    out = world / "preprocessed" / DATASET / config.data_identifier
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    raw = world / "raw" / DATASET
+    preprocessor = config.preprocessor_class(verbose=False)
+    for label in sorted((raw / "labelsTr").iterdir()):
+        case = label.name.removesuffix(".nii.gz")
+        images = sorted(str(p) for p in (raw / "imagesTr").glob(f"{case}_*.nii.gz"))
+        preprocessor.run_case_save(str(out / case), images, str(label), manager, config, dataset_json)
 
 
 def previous_folder(world):
@@ -133,66 +213,84 @@ def write_previous(cases, folder):
         dataset.save_seg(np.roll(label, 2, axis=1), str(folder / case))
 
 
-def teacher_spec(kind, name):
+def teacher_spec(kind):
     previous = "teacher" if kind == "cascade" else None
-    return TeacherSpec(dataset="998", configuration=name, folds=(0,), previous=previous)
+    name = CONFIGURATIONS.get(kind, CONFIGURATION)
+    return TeacherSpec(dataset="998", configuration=name, folds=(0,), previous=previous, **TEACHERS.get(kind, {}))
 
 
 def recipe_for(kind):
-    return dataclasses.replace(RECIPE, encoding="sigmoid_u8") if kind == "regions" else RECIPE
+    return dataclasses.replace(RECIPE, encoding="sigmoid_u8") if "regions" in kind else RECIPE
 
 
-def nnunet_predictor(folder):
+def nnunet_predictor(folder, checkpoint="checkpoint_final.pth"):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(folder), (0,))
+    predictor.initialize_from_trained_model_folder(str(folder), (0,), checkpoint)
     return predictor
 
 
-def nnunet_soft_label(world, name, kind, case):
+def nnunet_soft_label(world, spec, regions, case):
     """Of nnU-Net's own data set, one-hot encoding and predictor; where its half-precision sums are good."""
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-    predictor = nnunet_predictor(world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{name}")
+    folder = world / "results" / DATASET / f"{spec.trainer}__{spec.plans}__{spec.configuration}"
+    predictor = nnunet_predictor(folder, spec.checkpoint)
     cases = str(world / "preprocessed" / DATASET / predictor.configuration_manager.data_identifier)
-    previous = str(previous_folder(world)) if kind == "cascade" else None
+    previous = str(previous_folder(world)) if spec.previous else None
     image, _, seg_prev, _ = infer_dataset_class(cases)(cases, None, previous).load_case(case)
     image = image[:]
-    if kind == "cascade":
+    if spec.previous:
         image = np.vstack([image, convert_labelmap_to_one_hot(seg_prev[:], [1, 2], image.dtype)])
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float() / RECIPE.temperature
-    return (logits.sigmoid() if kind == "regions" else logits.softmax(0)).numpy()
+    return (logits.sigmoid() if regions else logits.softmax(0)).numpy()
 
 
-@pytest.mark.parametrize("kind", ["2d", "anisotropic", "regions", "ignore", "cascade", "resenc"])
-def test_cache_train_export_predict(world, tmp_path, kind):
+KINDS = [
+    "2d", "anisotropic", "regions", "ignore", "ignore_regions", "cascade", "lowres", "channels", "resenc", "resenc_l",
+    "named",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_train_export_predict(world, tmp_path, monkeypatch, kind):
+    if kind == "named":  # a trainer that only nnUNet_extTrainer knows
+        own = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n\n\n"
+        (tmp_path / "trainers").mkdir()
+        (tmp_path / "trainers/own.py").write_text(own + "class TrainerOfOurOwn(nnUNetTrainer):\n    pass\n")
+        monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+        shutil.rmtree(world / "results" / DATASET)  # no other teacher to fall back on
     with contextlib.redirect_stdout(io.StringIO()):
         _whole_way(world, tmp_path, kind)
 
 
 def _whole_way(world, tmp_path, kind):
-    name = prepare(world, kind)
-    spec, recipe = teacher_spec(kind, name), recipe_for(kind)
+    prepare(world, kind)
+    spec, recipe = teacher_spec(kind), recipe_for(kind)
     source, factory, root = open_teacher(spec, recipe)
     cache = build_cache(prepare_job(source, factory, recipe, root, command="rebuild"))
     reader = SoftLabelReader(cache.path)
     case = source.case_ids[0]
     got = reader.to_probabilities(reader.read_case(case))
-    expected = nnunet_soft_label(world, name, kind, case)
+    expected = nnunet_soft_label(world, spec, "regions" in kind, case)
     assert got.shape == expected.shape
     assert expected.std() > 0.02
     # nnU-Net sums tiles in half precision: far off at a few voxels in the corners of tiles
     assert np.quantile(np.abs(got - expected), 0.95) < 0.006
 
     seen = []
-    distill = dataclasses.replace(SHORT, soft_on_ignored=kind != "ignore")
+    distill = dataclasses.replace(SHORT, soft_on_ignored="ignore" not in kind)
     job = TrainingJob(
         teacher=spec, student=StudentSpec(r=2), distill=distill, cache=recipe, fold=0, device="cpu", threads=1
     )
-    folder = train_student(job, validate=False, progress=seen.append)
+    folder = train_student(job, validate=kind == "lowres", progress=seen.append)
     assert all(s.soft > 0 and np.isfinite(s.hard) for s in seen)
+    if kind == "lowres":  # what a second stage would take as --previous
+        assert sorted(p.name for p in (folder.parent / "predicted_next_stage" / CASCADE).iterdir()) == [
+            f"{c}.b2nd" for c in sorted(split_of(source.folder.parent, source.case_ids, 0)["val"])
+        ]
 
     bundle = tmp_path / "bundle"
     export_bundle(folder.parent, 0, bundle)
@@ -200,16 +298,36 @@ def _whole_way(world, tmp_path, kind):
     images = world / "raw" / DATASET / "imagesTs"
     previous = world / "raw" / DATASET / "labelsTs" if kind == "cascade" else None
     Predictor.load(bundle, "onnxruntime").predict_files(images, tmp_path / "ours", previous=previous)
-    cases = sorted(p.name.removesuffix("_0000.nii.gz") for p in images.iterdir())
+    cases = sorted(p.name.removesuffix("_0000.nii.gz") for p in images.glob("*_0000.nii.gz"))
     (tmp_path / "theirs").mkdir()
     nnunet_predictor(folder.parent).predict_from_files_sequential(
-        [[str(images / f"{c}_0000.nii.gz")] for c in cases],
+        [sorted(str(p) for p in images.glob(f"{c}_*.nii.gz")) for c in cases],
         [str(tmp_path / "theirs" / c) for c in cases],
         folder_with_segs_from_prev_stage=str(previous) if previous else None,
     )
     for case in cases:
         ours, theirs = (read(tmp_path / who / f"{case}.nii.gz") for who in ("ours", "theirs"))
+        assert len(np.unique(theirs)) > 1
         assert (ours == theirs).mean() >= 0.9999
+
+
+def test_blocks_of_a_resenc_l(world):
+    prepare(world, "resenc_l")
+    folder = teacher_folder(teacher_spec("resenc_l"))
+    teacher, dataset_json = (json.loads((folder / n).read_text()) for n in ("plans.json", "dataset.json"))
+    expected = {
+        "keep": [1, 3, 4, 6, 6, 6],
+        "reduce": [1, 2, 2, 3, 3, 3],
+        "increase": [2, 5, 6, 9, 9, 9],
+        # n (f / (2 g))^2 / sqrt(2), f 16 16 16 20 20 20, g 8 8 8 10 10 10: 0.7, 2.1, 2.8, 4.2
+        "adaptive": [1, 2, 3, 4, 4, 4],
+    }
+    for strategy, blocks in expected.items():
+        plans = student_plans(teacher, CONFIGURATION, StudentSpec(r=2, blocks=strategy), SHORT)
+        network = build_network(plans, CONFIGURATION, dataset_json)
+        assert type(network).__name__ == "ResidualEncoderUNet"
+        assert [len(stage.blocks) for stage in network.encoder.stages] == blocks
+        assert plans["configurations"][CONFIGURATION]["data_identifier"] == "nnUNetPlans_3d_fullres"
 
 
 def read(file: Path):
@@ -222,14 +340,14 @@ class TestCascade:
     def test_other_predictions_make_another_cache(self, world):
         from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-        name = prepare(world, "cascade")
-        cases, _, _ = open_teacher(teacher_spec("cascade", name), RECIPE)
+        prepare(world, "cascade")
+        cases, _, _ = open_teacher(teacher_spec("cascade"), RECIPE)
         before = cases.digest("tiny_00")
         previous = np.asarray(cases._dataset.load_case("tiny_00")[2][:]).copy()
         previous[0, 0, 0] = 1 - previous[0, 0, 0]
         (previous_folder(world) / "tiny_00.b2nd").unlink()
         nnUNetDatasetBlosc2.save_seg(previous, str(previous_folder(world) / "tiny_00"))
-        again, _, _ = open_teacher(teacher_spec("cascade", name), RECIPE)
+        again, _, _ = open_teacher(teacher_spec("cascade"), RECIPE)
         assert again.digest("tiny_00") != before
         assert again.digest("tiny_01") == cases.digest("tiny_01")
 
@@ -240,7 +358,7 @@ class TestCascade:
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-        from fastnnunet.nnunet.trainer import _SplitSoftLabels
+        from fastnnunet.nnunet.trainer import _WithSoftLabels
 
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
         centre = np.array([8, 10, 14])[:, None, None, None]
@@ -249,7 +367,7 @@ class TestCascade:
             (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2)
         )
         one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
-        split = _SplitSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 1)
+        split = _WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 1)
         np.random.seed(3)
         torch.manual_seed(3)
         for _ in range(4):
@@ -264,8 +382,8 @@ class TestCascade:
             assert (inside != is_2.bool()).sum() < 0.1 * inside.sum()
 
     def test_refusals(self, world):
-        name = prepare(world, "cascade")
-        spec = teacher_spec("cascade", name)
+        prepare(world, "cascade")
+        spec = teacher_spec("cascade")
         with pytest.raises(SpecError, match="give --previous teacher"):
             open_teacher(dataclasses.replace(spec, previous=None), RECIPE)
         with pytest.raises(NotFoundError, match=r"(?s)no predictions of 3d_lowres at /nowhere.*nnUNetv2_train 998"):
@@ -307,12 +425,14 @@ def test_soft_loss_of_valid_voxels_only(regions):
 class TestIgnoreLabelInTraining:
     def mask(self, soft_on_ignored):
         """What the trainer makes of a batch of which one half is ignored."""
+        from functools import partial
         from types import SimpleNamespace
 
         from fastnnunet.nnunet.trainer import StudentTrainer
 
         labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)
         me = SimpleNamespace(soft_on_ignored=soft_on_ignored, label_manager=labels)
+        me._labelled = partial(StudentTrainer._labelled, me)
         target = torch.full((1, 1, 2, 2, 2), 3)
         target[:, :, 0] = 1
         return StudentTrainer._valid_mask(me, [target, target[..., :1]]), target

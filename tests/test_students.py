@@ -2,27 +2,32 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
+import pydoc
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
+from fastnnunet.cli import aliases
 from fastnnunet.cli.train import student_specs
-from fastnnunet.distill.train import TrainingJob, train_student
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.plans import build_network, read_json
-from fastnnunet.nnunet.primus import narrower_primus
-from fastnnunet.nnunet.student import student_plans
-from fastnnunet.nnunet.student_fit import check_fit, network_cost
+from fastnnunet.nnunet.plans import build_network, configuration_of, read_json, trainer_class
+from fastnnunet.nnunet.primus import narrower_primus, primus_kwargs, stock_architecture, stock_trainer_of
+from fastnnunet.nnunet.student import student_folder, student_plans
+from fastnnunet.nnunet.student_fit import check_fit, network_cost, patch_problems
+from fastnnunet.runtime.backends.base import create_backend
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
@@ -30,7 +35,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
-from tests.test_kinds import read
+from tests.test_kinds import prepare, read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 
 CONTROL = DistillSpec(alpha=0, epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
@@ -261,8 +266,40 @@ def test_pretrained_weights(world, tmp_path):
     before, after = (load_checkpoint(p)["network_weights"] for p in (start, done / "checkpoint_final.pth"))
     name = "encoder.stages.0.0.convs.0.conv.weight"
     torch.testing.assert_close(after[name], before[name])
+    other = make_job(StudentSpec(r=1), pretrained=start)
     with pytest.raises(MismatchError, match="do not fit this student"):
-        train_student(make_job(StudentSpec(r=1), pretrained=start), validate=False)
+        train_student(other, validate=False)
+    assert not run_folder(other).parent.exists()
+    (tmp_path / "text.pth").write_text("precision: fp32")
+    with pytest.raises(CorruptError, match="something else than tensors"):
+        train_student(dataclasses.replace(other, pretrained=tmp_path / "text.pth"), validate=False)
+
+
+def test_resenc_commands(world, tmp_path, capsys):
+    prepare(world, "resenc_m")
+    flags = ["-d", "998", "-f", "0", "-r", "2"]
+    short = "-e 1 --iterations 2 -d_device cpu -spl small"
+    aliases.resenc_distillation_train([*flags, "-tf", "0", "-bs", "reduce", *short.split()])
+    said = capsys.readouterr()
+    assert "building the soft-label cache first" in said.err
+    assert "mean Dice on the validation fold" in said.out
+    made = read_json(world / "results" / DATASET / f"nnUNetTrainer__small__{CONFIGURATION}" / "plans.json")
+    kwargs = made["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    assert kwargs["n_blocks_per_stage"] == [1, 2, 2, 3, 3, 3]
+    export = [*flags, "-spl", "small", "-o"]
+    aliases.resenc_distillation_export_onnx([*export, str(tmp_path / "a"), "-da", "-sim", "-b", "2"])
+    assert "-b 2 without -fix changes nothing" in capsys.readouterr().err
+    aliases.resenc_distillation_export_onnx([*export, str(tmp_path / "b"), "-is", "20", "16", "24", "-fix", "-b", "2"])
+    a, b = (load_bundle_spec(tmp_path / name) for name in "ab")
+    assert (a.patch_size, a.batch_size, b.patch_size, b.batch_size) == ((16, 16, 16), None, (20, 16, 24), 2)
+    image = np.load(tmp_path / "b" / "parity.npz")["image"]
+    expected = create_backend("torch", tmp_path / "a", a).run(image)
+    for name, spec in (("a", a), ("b", b)):  # the dynamic graph takes the other's patches
+        got = create_backend("onnxruntime", tmp_path / name, spec).run(image)
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(SystemExit):
+        aliases.resenc_distillation_export_onnx([*export, str(tmp_path / "c"), "-da", "-fix"])
+    assert "-da makes shapes dynamic, -fix makes them fixed" in capsys.readouterr().err
 
 
 class TestPrimus:
@@ -332,6 +369,60 @@ class TestPrimus:
         for case in cases:
             got, expected = (read(tmp_path / who / f"{case}.nii.gz") for who in ("ours", "theirs"))
             assert (got == expected).mean() >= 0.9999
+
+    def test_commands(self, primus, tmp_path, capsys):
+        train = "-d 998 -f 0 -t TinyPrimusTrainer -tf 0 -r 2 -e 1 --iterations 2 -d_device cpu"
+        aliases.primus_distillation_train([*train.split(), "-spl", "small"])
+        assert "building the soft-label cache first" in capsys.readouterr().err
+        export = ["-d", "998", "-f", "0", "-t", "TinyPrimusTrainer", "-r", "2", "-spl", "small", "-o"]
+        plain, simple = tmp_path / "plain", tmp_path / "simple"
+        aliases.primus_distillation_export_onnx([*export, str(plain), "-v"])
+        assert "parity with PyTorch" in capsys.readouterr().out
+        aliases.primus_distillation_export_onnx([*export, str(simple), "-sim"])
+        before, after = (onnx.load(folder / "model.onnx").graph for folder in (plain, simple))
+        assert len(after.node) < 0.7 * len(before.node)
+        assert not any("Sequence" in node.op_type for node in after.node)
+        image = np.load(plain / "parity.npz")["image"]
+        logits = [
+            create_backend(name, folder, load_bundle_spec(folder)).run(image)
+            for name, folder in (("onnxruntime", plain), ("onnxruntime", simple), ("torch", simple))
+        ]
+        for got in logits[1:]:  # torch finds the weights in the simplified file by their names
+            np.testing.assert_allclose(got, logits[0], atol=1e-4 * np.abs(logits[0]).max())
+        for flags in (["-is", "24", "16", "16"], ["-da"]):
+            with pytest.raises(SystemExit):
+                aliases.primus_distillation_export_onnx([*export, str(tmp_path / "no"), *flags])
+            assert "PrimusStudent computes on patches of [16, 16, 16] only" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("size", "heads", "depth", "millions"), [
+        ("S", 6, 12, 23.2), ("B", 12, 12, 92.0), ("M", 12, 16, 145.3), ("L", 16, 24, 324.0),
+    ])  # fmt: skip
+    def test_stock_sizes(self, world, size, heads, depth, millions):
+        """What plans and bundle say of a stock size is the network nnU-Net's trainer builds, weight for weight."""
+        plans, dataset_json = plans_of(world)
+        spec = StudentSpec(size=size)
+        stock = f"nnUNet_Primus_{size}_Trainer"
+        made = student_plans(plans, CONFIGURATION, spec, CONTROL, dataset_json)
+        with torch.device("meta"):  # no memory for hundreds of millions of weights
+            theirs = trainer_class(stock).build_network_architecture(
+                *configuration_of(plans, CONFIGURATION), 1, 3, False
+            )
+            architecture = stock_architecture(made["configurations"][CONFIGURATION]["architecture"])
+            kwargs = architecture["arch_kwargs"]
+            ours = pydoc.locate(architecture["network_class_name"])(1, num_classes=3, **kwargs)
+        assert stock_trainer_of(architecture) == stock
+        assert (kwargs["eva_numheads"], kwargs["eva_depth"], kwargs["input_shape"]) == (heads, depth, PATCH)
+        assert f"init_values={kwargs['init_values']}" in inspect.getsource(trainer_class(stock))
+        if size == "S":
+            network = build_network(plans, CONFIGURATION, dataset_json, trainer=stock)
+            assert primus_kwargs(network, PATCH) == kwargs
+        cost = network_cost(made, CONFIGURATION, dataset_json)
+        weights = [{name: tuple(t.shape) for name, t in n.state_dict().items()} for n in (ours, theirs)]
+        assert weights[0] == weights[1]
+        assert cost["parameters"] == pytest.approx(millions * 1e6, rel=0.005)
+        folder = student_folder(DATASET, "nnUNetPlans", CONFIGURATION, spec, CONTROL)
+        assert folder.name.startswith(f"{stock}__nnUNetPlans_primus{size}_a0")
+        assert patch_problems({**made["configurations"][CONFIGURATION], "patch_size": [16, 20, 16]})
 
     def test_stock_size_loads_in_stock_nnunet(self, world, tmp_path):
         """nnU-Net's own Primus S on a patch of 16^3, with nothing of ours importable."""

@@ -17,6 +17,7 @@ from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, Stora
 SCHEDULER_TIMEOUT_S = 30
 WORKERS_TIMEOUT_S = 300  # clusters that grow on demand take their time
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Outcome = tuple[str, Manifest | FastnnUNetError]
 
@@ -173,7 +174,7 @@ def _connection(client: Any) -> Iterator[None]:
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """dask logs every attempt to reconnect; what matters is raised here."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -206,14 +207,21 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
                 ) from e
             yield client
         return
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    cluster = LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        silence_logs=logging.ERROR,
+    )
+    try:
+        with Client(cluster) as client:
+            yield client
+    finally:
+        with _without_tracebacks():
+            try:
+                cluster.close()
+            except (
+                TimeoutError
+            ):  # a busy machine: dask gives them seconds; the work is done, and so is this process soon
+                log.warning("the worker processes are slow to stop; they end with this command")

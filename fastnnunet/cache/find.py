@@ -37,6 +37,8 @@ def find_cache(
         raise NotFoundError(f"no soft-label cache of these cases under {root}\nbuild it with: {build_command}")
     nearest = min(others, key=lambda other: len(differences(other.identity, identity)))
     fields = differences(nearest.identity, identity)
+    if any(field.startswith("teacher.folds:") for field in fields):  # then it goes without saying whose weights differ
+        fields = [f for f in fields if not (f.startswith("teacher.checkpoints.") and "absent" in f)]
     lines = [f"  {field}" for field in fields[:NAMED_AT_MOST]]
     if len(fields) > NAMED_AT_MOST:
         lines.append(f"  and {len(fields) - NAMED_AT_MOST} more")

@@ -81,11 +81,17 @@ def _export_command(variant: str, argv: list[str] | None) -> None:
     parser = _parser(variant, "Export a student as a validated bundle.", example)
     parser.add_argument("-o", type=Path, help="bundle folder [default: beside the student's checkpoint]")
     parser.add_argument("-v", action="store_true", help="say how the exported model was validated (it always is)")
-    parser.add_argument("-is", dest="image_size", nargs="+", type=int, help="refused: a bundle keeps its patch size")
-    parser.add_argument("-da", action="store_true", help="dynamic axes: the batch always is, space never")
-    parser.add_argument("-sim", action="store_true", help="simplify: changes nothing, runtimes do so on loading")
-    parser.add_argument("-b", type=int, default=1, help="batch size: changes nothing, every batch size works")
-    parser.add_argument("-fix", action="store_true", help="fixed shapes: space always is")
+    parser.add_argument(
+        "-is",
+        dest="image_size",
+        nargs="+",
+        type=int,
+        help="patch size z y x, if not the trained one; the window of predictions then has it (U-Nets only)",
+    )
+    parser.add_argument("-da", action="store_true", help="dynamic spatial axes too (U-Nets only); the batch always is")
+    parser.add_argument("-sim", action="store_true", help="simplify the graph: fold constants (matters for Primus)")
+    parser.add_argument("-b", type=int, default=1, help="batch size of -fix; without -fix every batch size works")
+    parser.add_argument("-fix", action="store_true", help="fixed shapes, the batch size of -b among them")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     _run(_export, parser.parse_args(argv))
 
@@ -180,19 +186,18 @@ def _build_cache(job: "TrainingJob", reason: str) -> None:
 def _export(args: argparse.Namespace) -> None:
     from fastnnunet.cli.export import export_student
     from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.graph import GraphSpec
 
-    if args.image_size:
-        raise SpecError(f"-is {args.image_size}: a bundle keeps its student's patch size; leave it out")
-    notes = {
-        "da": "-da changes nothing: the batch axis is dynamic, and the sliding window needs one patch size",
-        "sim": "-sim changes nothing: ONNX Runtime and OpenVINO simplify on loading, and weights keep their names",
-        "fix": "-fix changes nothing: the patch size is fixed in every export",
-        "b": "-b changes nothing: the batch axis is dynamic",
-    }
-    given = {"da": args.da, "sim": args.sim, "fix": args.fix, "b": args.b not in (0, 1)}
-    for flag, note in notes.items():
-        if given[flag]:
-            print(note, file=sys.stderr)
+    if args.da and args.fix:
+        raise SpecError("-da makes shapes dynamic, -fix makes them fixed; give one")
+    if args.b > 1 and not args.fix:
+        print(f"-b {args.b} without -fix changes nothing: the batch axis is dynamic", file=sys.stderr)
+    graph = GraphSpec(
+        patch_size=tuple(args.image_size) if args.image_size else None,
+        dynamic_space=args.da,
+        simplify=args.sim,
+        batch_size=args.b if args.fix else None,
+    )
     export_student(
         dataset=args.d,
         configuration=args.c,
@@ -205,4 +210,5 @@ def _export(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         verbose=args.v,
         student_plans=args.spl,
+        graph=graph,
     )

@@ -9,6 +9,7 @@ from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
     from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.graph import GraphSpec
     from fastnnunet.specs.student import StudentSpec
 
 app = typer.Typer(no_args_is_help=True, help="Export a student for deployment; always validated on real patches.")
@@ -42,6 +43,13 @@ def onnx(
     ] = None,
     checkpoint: Annotated[str, typer.Option("-chk", help="Checkpoint of the student.")] = "checkpoint_final.pth",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+    patch_size: Annotated[
+        list[int] | None,
+        typer.Option("--patch-size", help="Window of another size than the trained one, z y x; U-Nets only."),
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="The graph takes any patch size; U-Nets only.")] = False,
+    simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
+    batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
 ) -> None:
     """Write a bundle: model.onnx with its weights inside, bundle.json, parity.npz.
 
@@ -53,8 +61,15 @@ def onnx(
     """
     from fastnnunet.cli.train import student_specs
     from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.graph import GraphSpec
     from fastnnunet.specs.student import StudentSpec
 
+    graph = GraphSpec(
+        patch_size=tuple(patch_size) if patch_size else None,
+        dynamic_space=dynamic,
+        simplify=simplify,
+        batch_size=batch,
+    )
     choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
     named = student_plans is not None and not reduction and student_file is None and size is None
     students = [StudentSpec()] if named else student_specs(reduction, student_file, choices)
@@ -71,6 +86,7 @@ def onnx(
         checkpoint=checkpoint,
         overwrite=overwrite,
         student_plans=student_plans,
+        graph=graph,
     )
 
 
@@ -87,6 +103,7 @@ def export_student(
     overwrite: bool,
     verbose: bool = True,
     student_plans: str | None = None,
+    graph: "GraphSpec | None" = None,
 ) -> Path:
     """Export a student found by what it was trained with or by its `student_plans`.
 
@@ -96,6 +113,7 @@ def export_student(
     from fastnnunet.export.bundle import export_bundle
     from fastnnunet.nnunet.paths import model_folder, resolve_dataset
     from fastnnunet.nnunet.student import STOCK_TRAINER, find_student
+    from fastnnunet.specs.graph import GraphSpec
 
     name = resolve_dataset(dataset)
     if student_plans is not None:
@@ -114,7 +132,14 @@ def export_student(
                 f"-a {distill.alpha:g} -temp {distill.temperature:g}"
             ) from e
     output = output or folder / f"fold_{fold}" / "bundle"
-    report = export_bundle(folder, parse_folds([fold])[0], output, checkpoint=checkpoint, overwrite=overwrite)
+    report = export_bundle(
+        folder,
+        parse_folds([fold])[0],
+        output,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+        graph=graph or GraphSpec(),
+    )
     print(f"bundle: {output}")
     if verbose:
         print(

@@ -43,7 +43,7 @@ app.add_typer(distill_app, name="distill")
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset(
     {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision"}
-    | {"--keep-largest", "--fill-holes"}
+    | {"--keep-largest", "--fill-holes", "--patch-size"}
 )
 # What an option without a value stands for.
 BARE_VALUE = {"--keep-largest": "all", "--fill-holes": "each"}

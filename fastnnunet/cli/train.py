@@ -269,5 +269,6 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
         summary = folder / "validation" / "summary.json"
         if summary.is_file():
             mean = json.loads(summary.read_text())["foreground_mean"]["Dice"]
-            print(f"mean Dice on the validation fold: {mean:.4f}")
+            judged = "training cases, fold all has no others" if job.fold == "all" else "validation fold"
+            print(f"mean Dice on the {judged}: {mean:.4f}")
     return folders

@@ -92,7 +92,8 @@ def dice_semimetric(q_NC: torch.Tensor, p_NC: torch.Tensor) -> torch.Tensor:
 class DistillationObjective:
     """`(hard, logits, soft) -> (total, soft loss)`; the soft loss already carries T^2.
 
-    `valid_mask`, bool (N, 1, space), restricts the soft loss to some voxels.
+    `valid_mask`, bool (N, 1, space), restricts the soft loss to some voxels; its mean over them is multiplied by
+    `valid_share`, what several processes need whose voxels are not equally many.
 
     `dice` adds the Dice semimetric loss of the tempered probabilities, of foreground classes or of regions, with the
     weight that nnU-Net's own Dice has beside its cross entropy.
@@ -109,9 +110,10 @@ class DistillationObjective:
         logits_NC: torch.Tensor,
         soft_NS: torch.Tensor,
         valid_mask: torch.Tensor | None = None,
+        valid_share: torch.Tensor | float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kl = kl_regions if self.regions else kl_classes
-        soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature, valid_mask)
+        soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature, valid_mask) * valid_share
         if self.dice:
             z_NC = logits_NC / self.temperature
             q_NS = z_NC.sigmoid() if self.regions else z_NC.softmax(1)[:, 1:]

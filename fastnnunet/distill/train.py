@@ -17,12 +17,13 @@ from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
-from fastnnunet.nnunet.checkpoint import load_checkpoint, load_pretrained, weights_digest
+from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_pretrained, weights_digest
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.primus import stock_trainer_of
 from fastnnunet.nnunet.splits import split_of
-from fastnnunet.nnunet.student import publish_plans, student_folder, student_plans, trainer_of
+from fastnnunet.nnunet.student import STOCK_TRAINER, publish_plans, student_folder, student_plans, trainer_of
 from fastnnunet.nnunet.student_fit import check_fit
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
@@ -173,6 +174,7 @@ def _resume(trainer: "StudentTrainer", fold_folder: Path) -> bool:
             if name != FINAL:
                 log.info("continuing from %s at epoch %d", name, trainer.current_epoch)
             return name == FINAL
+    log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
     return False
 
 
@@ -188,6 +190,9 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
+    if job.pretrained is not None and not resume:
+        trainer = stock_trainer_of(plans["configurations"][job.teacher.configuration]["architecture"]) or STOCK_TRAINER
+        load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder
 
 
@@ -197,6 +202,8 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
     split = split_of(base, cases, job.fold)
     if split is None:
+        if isinstance(job.fold, int):
+            log.warning("there is no fold %d in %s: nnU-Net draws 80 %% of the cases at random", job.fold, base)
         return
     empty = [words for part, words in (("train", "training"), ("val", "validation")) if not split[part]]
     if empty:
@@ -227,6 +234,10 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
             f"{fold_folder} holds a {state} run\n"
             "continue or validate it with --continue, or replace it with --overwrite"
         )
+    if resume and existing:  # before a cache is asked for, which another teacher would need
+        path = fold_folder / existing[0]
+        now, there = _provenance(job, None), load_checkpoint(path).get("fastnnunet", {})
+        check_same_run(path, {**there, "cache_key": None}, now)
     if resume and not existing and (others := _runs_beside(job, fold_folder)):
         shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
         raise MismatchError(

@@ -250,11 +250,12 @@ def unlabelled_for_training(
 
     job = open_images(teacher, spec, None, name, root, spec_file)
     cases = require_current(job.target, job.labelled, job.command)
-    _, config = configuration_of(job.target.plans, teacher.configuration)
-    if config.batch_dice and distributed.share().world_size > 1:
+    manager, config = configuration_of(job.target.plans, teacher.configuration)
+    ignores = label_manager_of(manager, job.target.dataset_json).has_ignore_label
+    if (config.batch_dice or ignores) and distributed.share().world_size > 1:
         raise SpecError(
-            "--unlabelled: several processes cannot gather batch Dice where they have different numbers of labelled "
-            "samples\nstart one process, without torchrun"
+            "--unlabelled: with batch Dice or an ignore label several processes cannot join their losses when they "
+            "have different numbers of labelled samples\nstart one process, without torchrun"
         )
     cache = find_for_training(job.cache_job(cases))
     soft_labels = CachedSoftLabels(cache, spec.temperature)

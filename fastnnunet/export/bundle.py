@@ -11,6 +11,7 @@ import numpy as np
 
 from fastnnunet import __version__
 from fastnnunet.errors import MismatchError, NotFoundError, ParityError
+from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, larger_patches, plans_for
 from fastnnunet.export.onnx import INPUT, OUTPUT, to_onnx
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
@@ -18,6 +19,7 @@ from fastnnunet.nnunet.plans import build_network, configuration_of, label_manag
 from fastnnunet.nnunet.primus import stock_architecture
 from fastnnunet.specs.bundle import BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
+from fastnnunet.specs.graph import GraphSpec
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +42,13 @@ class ParityReport:
 
 
 def export_bundle(
-    model_folder: Path, fold: int | str, out: Path, *, checkpoint: str = "checkpoint_final.pth", overwrite: bool = False
+    model_folder: Path,
+    fold: int | str,
+    out: Path,
+    *,
+    checkpoint: str = "checkpoint_final.pth",
+    overwrite: bool = False,
+    graph: GraphSpec = GraphSpec(),
 ) -> ParityReport:
     """Export one fold of an nnU-Net model folder as a bundle at `out`.
 
@@ -56,6 +64,7 @@ def export_bundle(
         raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
     stored = load_checkpoint(path)
     configuration = stored["init_args"]["configuration"]
+    plans = plans_for(plans, configuration, graph)
     plans_manager, config = configuration_of(plans, configuration)
     weights = strip_prefix(stored["network_weights"])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"])
@@ -65,13 +74,24 @@ def export_bundle(
     previous_labels = _previous_labels(plans, configuration, dataset_json)
     image_NCZYX = real_patches(plans, configuration, tuple(config.patch_size), previous_labels)
     logits_NKZYX = _run_torch(network, image_NCZYX)
-    model = to_onnx(network, num_input_channels(plans_manager, config, dataset_json), tuple(config.patch_size))
+    multiples = dynamic_multiples(config.configuration, graph)
+    channels = num_input_channels(plans_manager, config, dataset_json)
+    model = to_onnx(network, channels, tuple(config.patch_size), multiples)
+    if graph.simplify:
+        fold_constants(model, network)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         (temporary / MODEL_FILE).write_bytes(model.SerializeToString())
         report = _compare(temporary / MODEL_FILE, image_NCZYX, logits_NKZYX)
+        if multiples:
+            larger = larger_patches(image_NCZYX, multiples)
+            _compare(temporary / MODEL_FILE, larger, _run_torch(network, larger))
+        if graph.batch_size is not None:
+            fix_batch(temporary / MODEL_FILE, graph.batch_size)
+            images, logits = (np.resize(a, (graph.batch_size, *a.shape[1:])) for a in (image_NCZYX, logits_NKZYX))
+            _compare(temporary / MODEL_FILE, images, logits, alone=False)
         np.savez_compressed(temporary / PARITY_FILE, image=image_NCZYX, logits=logits_NKZYX)
         provenance = {
             "fastnnunet": __version__,
@@ -83,7 +103,7 @@ def export_bundle(
             "parameters": int(sum(p.numel() for p in network.parameters())),
         }
         files = {name: sha256_of_file(temporary / name) for name in (MODEL_FILE, PARITY_FILE)}
-        spec = _bundle_spec(plans, configuration, dataset_json, stored, provenance, files)
+        spec = _bundle_spec(plans, configuration, dataset_json, stored, provenance, files, graph)
         write_bundle_json(spec, temporary / "bundle.json")
         temporary.chmod(0o755)
         if out.exists():
@@ -149,13 +169,16 @@ def _run_torch(network: "torch.nn.Module", image_NCZYX: np.ndarray) -> np.ndarra
         return network(torch.from_numpy(image_NCZYX)).float().numpy()
 
 
-def _compare(model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray) -> ParityReport:
+def _compare(model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray, alone: bool = True) -> ParityReport:
+    """In one batch and, with `alone`, one by one. Raises ParityError."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(model_file), providers=["CPUExecutionProvider"])
     together = session.run([OUTPUT], {INPUT: image_NCZYX})[0]
-    alone = np.concatenate([session.run([OUTPUT], {INPUT: image[None]})[0] for image in image_NCZYX])
-    difference = max(float(np.abs(got - expected).max()) for got in (together, alone))
+    results = [together]
+    if alone:
+        results.append(np.concatenate([session.run([OUTPUT], {INPUT: image[None]})[0] for image in image_NCZYX]))
+    difference = max(float(np.abs(got - expected).max()) for got in results)
     scale = float(np.abs(expected).max())
     agreement = float((together.argmax(1) == expected.argmax(1)).mean())
     if not difference <= RELATIVE_TOLERANCE * scale or agreement < LABEL_AGREEMENT:
@@ -176,6 +199,7 @@ def _bundle_spec(
     checkpoint: dict[str, Any],
     provenance: dict[str, Any],
     files: dict[str, str],
+    graph: GraphSpec,
 ) -> BundleSpec:
     plans_manager, config = configuration_of(plans, configuration)
     channels = dataset_json.get("channel_names") or dataset_json["modality"]  # nnU-Net accepts both keys
@@ -206,6 +230,7 @@ def _bundle_spec(
             for kind in ("data", "seg", "probabilities")
         },
         mirror_axes=tuple(mirror_axes) if mirror_axes else None,
+        batch_size=graph.batch_size,
         architecture=stock_architecture(config.configuration["architecture"]),
         plans=plans,
         dataset_json=dataset_json,

@@ -14,8 +14,12 @@ INPUT, OUTPUT = "image", "logits"
 OPSET = 18
 
 
-def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ...]) -> "onnx.ModelProto":
+def to_onnx(
+    network: "torch.nn.Module", channels: int, patch_size: tuple[int, ...], multiples: tuple[int, ...] | None = None
+) -> "onnx.ModelProto":
     """Export `network` (eval, no deep supervision): image (N, C, *patch) -> logits (N, heads, *patch), N dynamic.
+
+    With `multiples` the patch is dynamic too: any multiple of each along its axis.
 
     Weights stay inside the model under their state_dict names. Raises ParityError when the graph lost what makes it
     fast and exact: InstanceNormalization nodes taken apart, or parameters folded away.
@@ -24,7 +28,12 @@ def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ..
 
     network = network.float().eval().to(memory_format=torch.contiguous_format)
     # a batch of two for the trace: a batch of one would be taken for a constant
-    example = torch.zeros(2, channels, *patch_size)
+    # and a dynamic axis of one multiple likewise
+    shape = [max(n, 2 * m) for n, m in zip(patch_size, multiples, strict=True)] if multiples else patch_size
+    example = torch.zeros(2, channels, *shape)
+    dynamic: dict[int, object] = {0: torch.export.Dim("batch", min=1, max=1024)}
+    for axis, multiple in enumerate(multiples or (), start=2):
+        dynamic[axis] = multiple * torch.export.Dim(f"axis{axis}", min=1 if multiple == 1 else 2, max=4096)
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -32,7 +41,7 @@ def to_onnx(network: "torch.nn.Module", channels: int, patch_size: tuple[int, ..
             (example,),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},),
+            dynamic_shapes=(dynamic,),
             opset_version=OPSET,
             dynamo=True,
             external_data=False,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.specs.canonical import differences, to_plain
+from fastnnunet.specs.distill import DistillSpec
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError, KeyError) as e:
         reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        if "Weights only load failed" in reason:  # torch goes on about its own options
+            reason = "it holds something else than tensors, numbers, text and lists or dicts of them"
         raise CorruptError(
             f"checkpoint {path} cannot be read ({path.stat().st_size} bytes): {reason}\n"
             "it is truncated, damaged, or not an nnU-Net checkpoint; copy it again or retrain that fold"
@@ -88,6 +92,21 @@ def load_pretrained(network: "torch.nn.Module", path: Path) -> None:
             "give a checkpoint of the same architecture and width"
         )
     network.load_state_dict({**own, **{name: given[name] for name in wanted}}, strict=True)
+
+
+def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings. Raises MismatchError naming those that differ.
+
+    Settings that the checkpoint does not know were added later and were at their default then.
+    """
+    settings = {**to_plain(DistillSpec()), **there.get("distill", {})}
+    changed = differences({**there, "distill": settings}, now)
+    if changed:
+        raise MismatchError(
+            f"--continue: {path} was trained differently (there -> now):\n"
+            + "\n".join(f"  - {c}" for c in changed)
+            + "\ngive the same options, or start over with --overwrite"
+        )
 
 
 def weights_digest(weights: Weights) -> str:

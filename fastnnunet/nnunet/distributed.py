@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,51 @@ def loss_weight(batch_size: int) -> float:
     """Share of the samples times processes: the mean of losses so weighted is the loss of the whole batch."""
     mine = share()
     return len(mine.of(batch_size)) * mine.world_size / batch_size
+
+
+def valid_share(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Valid voxels per sample here, divided by those per sample in all processes: a number for each mask.
+
+    `masks`, bool (N, 1, space), say which voxels of this process's N samples count. A mean over the valid voxels here
+    times this number and the weight of the samples (`loss_weight`) gives, averaged over processes, the mean over the
+    valid voxels of the whole batch. 0 where no process has any.
+    """
+    counts = torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
+    total = torch.cat([counts, counts.new_tensor([len(masks[0])])])
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+    everywhere = total[:-1] / total[-1]
+    return torch.where(everywhere > 0, counts / len(masks[0]) / everywhere, 0).float()
+
+
+class LossOverValidVoxels(torch.nn.Module):  # type: ignore[misc]
+    """nnU-Net's loss for data with an ignore label, so that its cross entropy counts every valid voxel alike.
+
+    nnU-Net averages it over the valid voxels of a process. `valid_mask` makes bool (N, 1, space) of a target.
+    """
+
+    def __init__(self, loss: torch.nn.Module, valid_mask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._loss, self._valid_mask = loss, valid_mask
+        self._shares: dict[tuple[int, ...], torch.Tensor] = {}  # by shape, which tells the resolution
+        for module in list(loss.modules()):
+            if hasattr(module, "ce"):
+                module.ce = _Weighted(module.ce, self._shares)
+
+    def forward(self, outputs: Any, target: Any) -> torch.Tensor:
+        masks = [self._valid_mask(t) for t in (target if isinstance(target, list) else [target])]
+        for mask, value in zip(masks, valid_share(masks), strict=True):
+            self._shares[tuple(mask.shape[2:])] = value
+        return self._loss(outputs, target)
+
+
+class _Weighted(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, loss: torch.nn.Module, shares: dict[tuple[int, ...], torch.Tensor]) -> None:
+        super().__init__()
+        self._loss, self._shares = loss, shares
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self._loss(logits, target) * self._shares[tuple(logits.shape[2:])]
 
 
 def average_gradients(network: torch.nn.Module) -> None:

@@ -48,7 +48,7 @@ def run_epochs(trainers: "Sequence[StudentTrainer]", report: StepReport | None =
                         report(n, iteration + 1, step, pseudo_dice[n])
             for n in active:
                 if not all(bool(torch.isfinite(p).all()) for p in trainers[n].network.parameters()):
-                    raise _diverged(trainers[n], "weights became nan or inf", str(iteration))
+                    raise _diverged(trainers[n], "weights became nan or inf", iteration)
                 trainers[n].on_train_epoch_end(losses[n])
             _validate_epoch(leader, [trainers[n] for n in active])
             for n in active:
@@ -93,15 +93,16 @@ def _require_same_batches(trainers: "Sequence[StudentTrainer]") -> None:
 def _require_finite(trainer: "StudentTrainer", step: dict[str, float], iteration: int, cases: Sequence[str]) -> None:
     for name in ("loss", "gradient"):
         if not np.isfinite(step[name]):
-            where = f"{iteration} (cases {', '.join(map(str, cases))})"
-            raise _diverged(trainer, f"the {name} became {step[name]}", where)
+            raise _diverged(trainer, f"the {name} became {step[name]}", iteration, cases)
 
 
-def _diverged(trainer: "StudentTrainer", what: str, iteration: str) -> BuildError:
+def _diverged(trainer: "StudentTrainer", what: str, iteration: int, cases: Sequence[str] = ()) -> BuildError:
     folder = Path(trainer.output_folder)
     kept = [n for n in ("checkpoint_latest.pth", "checkpoint_best.pth") if os.path.isfile(folder / n)]
     state = f"the last good checkpoint is {folder / kept[0]}" if kept else "no checkpoint yet"
-    return BuildError(
-        f"{what} in epoch {trainer.current_epoch}, iteration {iteration}, of {trainer.plans_manager.plans_name}\n"
+    batch = f" (cases {', '.join(map(str, cases))})" if cases else ""
+    return BuildError(  # counted from 1, as the progress line does
+        f"{what} in epoch {trainer.current_epoch + 1} of {trainer.num_epochs}, iteration {iteration + 1} of "
+        f"{trainer.num_iterations_per_epoch}{batch}, of {trainer.plans_manager.plans_name}\n"
         f"{state}; start over with a lower learning rate (--lr) or --precision fp32"
     )

@@ -18,6 +18,7 @@ PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
 OURS = "fastnnunet.nnunet.primus.PrimusStudent"
 STOCK_SIZES = ("S", "B", "M", "L")
 PATCH_EMBED = 8  # voxels of a token along each axis
+STOCK_INIT_VALUES = 0.1  # of nnU-Net's Primus trainers; a network built without data does not tell
 
 
 class PrimusStudent(Primus):  # type: ignore[misc]
@@ -66,8 +67,12 @@ def primus_kwargs(network: torch.nn.Module, patch_size: list[int]) -> dict[str, 
         "input_shape": list(patch_size),
         "drop_path_rate": float(getattr(last.drop_path1, "drop_prob", 0.0) or 0.0),
         "scale_attn_inner": not isinstance(first.attn.norm, torch.nn.Identity),
-        "init_values": None if gamma is None else round(float(gamma.detach().flatten()[0]), 6),
+        "init_values": None if gamma is None else _first_value(gamma),
     }
+
+
+def _first_value(gamma: torch.Tensor) -> float:
+    return STOCK_INIT_VALUES if gamma.is_meta else round(float(gamma.detach().flatten()[0]), 6)
 
 
 def narrower_primus(teacher: dict[str, Any], student: StudentSpec) -> dict[str, Any]:

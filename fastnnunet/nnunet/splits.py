@@ -14,7 +14,7 @@ def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict
             splits = json.loads(path.read_text())
             return [{"train": list(s["train"]), "val": list(s["val"])} for s in splits]
         except (ValueError, TypeError, KeyError) as e:
-            raise CorruptError(f"{path} is no nnU-Net splits file: {e}") from e
+            raise CorruptError(f"{path} is no nnU-Net splits file: {e}\ncorrect it, or delete it for five folds") from e
     if len(case_ids) < 5:
         raise MismatchError(
             f"five folds need at least 5 cases, got {len(case_ids)}\n"

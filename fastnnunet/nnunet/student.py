@@ -142,6 +142,8 @@ def _primus(
     dataset_json: dict[str, Any] | None,
     trainer: str,
 ) -> dict[str, Any]:
+    import torch
+
     from fastnnunet.nnunet.primus import OURS, PRIMUS, narrower_primus, primus_kwargs, stock_trainer
 
     if dataset_json is None:
@@ -149,7 +151,9 @@ def _primus(
     patch_size = [int(p) for p in plans["configurations"][configuration]["patch_size"]]
     if student.size is not None:
         stock = stock_trainer(student.size)
-        kwargs = primus_kwargs(build_network(plans, configuration, dataset_json, trainer=stock), patch_size)
+        with torch.device("meta"):  # an L is 1.3 GB
+            network = build_network(plans, configuration, dataset_json, trainer=stock)
+        kwargs = primus_kwargs(network, patch_size)
         return _written(PRIMUS, kwargs) | {"stock_trainer": stock}
     kwargs = primus_kwargs(build_network(plans, configuration, dataset_json, trainer=trainer), patch_size)
     return _written(OURS, narrower_primus(kwargs, student))
@@ -200,7 +204,9 @@ def _builds_its_own(trainer: str) -> bool:
 
 def student_trainer(student: StudentSpec) -> str:
     """The trainer in the name of a student's folder."""
-    return STOCK_TRAINER if student.size is None else f"nnUNet_Primus_{student.size}_Trainer"
+    from fastnnunet.nnunet.primus import stock_trainer
+
+    return STOCK_TRAINER if student.size is None else stock_trainer(student.size)
 
 
 def publish_plans(dataset_name: str, plans: dict[str, Any]) -> None:

@@ -34,19 +34,27 @@ def patch_problems(config: dict[str, Any]) -> list[str]:
             for axis, n in enumerate(patch)
             if n % PATCH_EMBED
         ]
-    strides = architecture["arch_kwargs"].get("strides")
-    if not isinstance(strides, list) or not all(isinstance(s, list) for s in strides):
+    total = stride_products(config)
+    if total is None:
         return []
+    strides = architecture["arch_kwargs"]["strides"]
     if len(strides) < 3:
         return [f"strides: got {len(strides)} stages, expected at least 3: nnU-Net's deep supervision divides by zero"]
     if any(len(s) != len(patch) for s in strides):
         return [f"strides: got {strides}, expected {len(patch)} numbers a stage for patch {patch}"]
-    total = [math.prod(s[axis] for s in strides) for axis in range(len(patch))]
     return [
         f"patch_size axis {axis}: got {n}, expected a multiple of {t} (the product of the strides)"
         for axis, (n, t) in enumerate(zip(patch, total, strict=True))
         if n % t
     ]
+
+
+def stride_products(config: dict[str, Any]) -> tuple[int, ...] | None:
+    """What each axis of a patch has to be a multiple of; None for a network without a list of strides."""
+    strides = config["architecture"]["arch_kwargs"].get("strides")
+    if not isinstance(strides, list) or not all(isinstance(s, list) for s in strides):
+        return None
+    return tuple(math.prod(along_axis) for along_axis in zip(*strides, strict=False))
 
 
 def _data_problems(teacher: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> list[str]:
@@ -84,7 +92,8 @@ def network_cost(
 
     config = plans["configurations"][configuration]
     name = stock_trainer_of(config["architecture"]) or trainer
-    network = build_network(plans, configuration, dataset_json, trainer=name).eval().to("meta")
+    with torch.device("meta"):
+        network = build_network(plans, configuration, dataset_json, trainer=name).eval()
     channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
     activations = 0
 

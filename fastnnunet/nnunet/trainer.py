@@ -23,11 +23,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
 from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, device_augmentation
 from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.distributed import (
+    LossOverValidVoxels,
     average_gradients,
     is_first,
     local_device,
@@ -35,6 +35,7 @@ from fastnnunet.nnunet.distributed import (
     mean_over_processes,
     prepare_loss,
     share,
+    valid_share,
 )
 from fastnnunet.nnunet.loading import (
     STEP,
@@ -46,8 +47,6 @@ from fastnnunet.nnunet.loading import (
 )
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
-from fastnnunet.specs.canonical import differences, to_plain
-from fastnnunet.specs.distill import DistillSpec
 
 
 class SoftLabels(Protocol):
@@ -68,9 +67,10 @@ class Objective(Protocol):
         logits_NCZYX: torch.Tensor,
         soft_NSZYX: torch.Tensor,
         valid_mask: torch.Tensor | None = None,
+        valid_share: torch.Tensor | float = 1.0,
         /,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (total loss, soft loss), both scalars."""
+        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`."""
 
 
 class _StackedCase:
@@ -148,6 +148,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     seed = 0
     is_ddp: bool
     network: Any
+    loss: Any
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
@@ -163,6 +164,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.network.register_forward_hook(_outputs_to_float32)
         if self.is_ddp:
             prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
+            if self.label_manager.has_ignore_label:
+                self.loss = LossOverValidVoxels(self.loss, self._labelled)
         self._loss_weight = loss_weight(self.batch_size)
         if self.augment_on_device:
             self.device_augmentation = device_augmentation(self._nnunet_transforms())
@@ -284,10 +287,13 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Where the soft loss counts, bool (N, 1, space); None: everywhere."""
         if self.soft_on_ignored or not self.label_manager.has_ignore_label:
             return None
-        finest = target[0] if isinstance(target, list) else target
+        return self._labelled(target[0] if isinstance(target, list) else target)
+
+    def _labelled(self, target: torch.Tensor) -> torch.Tensor:
+        """Where a target of nnU-Net's loss does not say ignore, bool (N, 1, space)."""
         if self.label_manager.has_regions:  # nnU-Net's transform puts the ignore label into the last channel
-            return finest[:, -1:] == 0
-        return finest != self.label_manager.ignore_label
+            return target[:, -1:] == 0
+        return target != self.label_manager.ignore_label
 
     def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
         """One optimiser step, the `iteration`-th of its epoch.
@@ -312,7 +318,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
-                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, self._valid_mask(target))
+                mask = self._valid_mask(target)
+                valid = 1.0 if mask is None else valid_share([mask])[0]
+                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, mask, valid)
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
@@ -410,15 +418,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
-        there = checkpoint.get("fastnnunet", {})
-        settings = {**to_plain(DistillSpec()), **there.get("distill", {})}  # those added since were at their default
-        changed = differences({**there, "distill": settings}, self.provenance)
-        if changed:
-            raise MismatchError(
-                f"--continue: {path} was trained differently (there -> now):\n"
-                + "\n".join(f"  - {c}" for c in changed)
-                + "\ngive the same options, or start over with --overwrite"
-            )
+        check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
         load_weights(self.network, strip_prefix(checkpoint["network_weights"]), path)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:

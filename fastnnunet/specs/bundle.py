@@ -1,7 +1,8 @@
 """The bundle: the folder a student is deployed as.
 
 BUNDLE/
-  model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32
+  model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32;
+                N is `batch_size` where that is set, else any
   bundle.json   this spec, with the SHA-256 of every other file and of itself
   parity.npz    `image` (N, C, *patch) real patches and `logits` (N, heads, *patch) expected in fp32
 """
@@ -42,6 +43,7 @@ class BundleSpec:
     resampling: dict[str, Any]  # "data" | "seg" | "probabilities" -> {"fn": name, "kwargs": {...}}
     step_size: float = 0.5
     mirror_axes: tuple[int, ...] | None = None
+    batch_size: int | None = None  # the model takes exactly so many patches at once; None: any number
     architecture: dict[str, Any]  # network_class_name, arch_kwargs, _kw_requires_import: for the torch backend
     plans: dict[str, Any]  # the student's whole plans.json, copied beside predictions as nnU-Net does
     dataset_json: dict[str, Any]

@@ -78,7 +78,12 @@ def create_backend(
         install = f"fastnnunet[{entry.extra}]" if entry.extra else entry.requires
         raise BackendError(f"backend {name} needs the package {entry.requires}\ninstall it: pip install '{install}'")
     backend_class = cast(BackendClass, getattr(importlib.import_module(entry.module), entry.class_name))
-    return backend_class(bundle_dir, spec, threads or available_cores(), precision)
+    backend = backend_class(bundle_dir, spec, threads or available_cores(), precision)
+    if spec.batch_size is None:
+        return backend
+    from fastnnunet.runtime.backends.fixed_batch import FixedBatch
+
+    return FixedBatch(backend, spec.batch_size)
 
 
 def available_cores() -> int:

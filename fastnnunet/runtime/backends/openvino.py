@@ -20,9 +20,14 @@ class OpenVINOBackend:
         import openvino
 
         self.precision = precision
+        core = openvino.Core()
         try:
-            compiled = openvino.Core().compile_model(
-                str(bundle_dir / MODEL_FILE),
+            model = core.read_model(str(bundle_dir / MODEL_FILE))
+            batch, channels, *space = model.input(0).partial_shape
+            if any(axis.is_dynamic for axis in space):  # kernels are made for the patch size
+                model.reshape([batch, channels, *spec.patch_size])
+            compiled = core.compile_model(
+                model,
                 "CPU",
                 {
                     "INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision],
