@@ -1,7 +1,7 @@
 """`fastnnunet benchmark`: the ensemble, a single fold and bundles on the same images."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, cast, get_args
 
 import typer
 

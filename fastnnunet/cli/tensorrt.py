@@ -57,5 +57,5 @@ def tensorrt(
     parity = built[0].stored.info.parity
     print(
         f"the graph on a CPU, {parity['patches']} real patches: same label on {parity['label_agreement']:.3%} of "
-        f"voxels, largest logit difference {parity['max_abs_difference']:.2g} (logits up to {parity['max_abs_logit']:.3g})"
+        f"voxels, largest difference {parity['max_abs_difference']:.2g} in logits up to {parity['max_abs_logit']:.3g}"
     )

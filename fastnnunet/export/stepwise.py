@@ -1,8 +1,8 @@
 """Running an ONNX graph node by node, every tensor in between rounded to the type the graph gives it.
 
-ONNX Runtime has next to no float16 kernels for CPUs: it computes such nodes in float32, and drops the casts between them,
-so that nothing in the middle of a graph is rounded or overflows. One node at a time it has to hand out float16, which is
-what a GPU does: float32 sums inside an operator, float16 between operators.
+ONNX Runtime has next to no float16 kernels for CPUs: it computes such nodes in float32 and drops the casts between
+them, so that nothing in the middle of a graph is rounded or overflows. One node at a time it has to hand out float16,
+which is what a GPU does: sums in float32 inside an operator, float16 between operators.
 """
 
 from collections import Counter

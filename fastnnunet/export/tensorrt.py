@@ -4,6 +4,7 @@ Batches are dynamic from 1 to `max_batch`, space is fixed to the patch. What a l
 what it should be, or a precision that loses too much is one error, and nothing is stored.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ PARITY_FILE = "parity.npz"
 DEFAULT_BATCH = {2: 16, 3: 4}  # dimensions of the patch -> largest batch
 # operators an InstanceNormalization becomes when an exporter takes it apart; slower, and in fp16 wrong
 _TAKEN_APART = ("BatchNormalization", "GroupNormalization", "Sqrt", "Reciprocal")
+# what torch exports of Primus and TensorRT does not take
+_FOR_OPTIMIZER = ("SplitToSequence", "SequenceAt")
 # share of voxels that keep their label, of logits near each other in float16 or 8 bits; less is a wrong graph
 _LABEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.995, "int8": 0.9}
 
@@ -124,9 +127,24 @@ def make_graph(model_file: Path, spec: BundleSpec, precision: EnginePrecision) -
     except Exception as e:  # protobuf's DecodeError and onnx's own errors share no base class
         raise CorruptError(f"cannot read {model_file}: {e}") from e
     check_norms(model, spec)
+    if any(node.op_type in _FOR_OPTIMIZER for node in model.graph.node):
+        model = _simplify(model)
     if precision == "fp16":
         return to_half(model)
     return prepare_quantized(model) if precision == "int8" else model
+
+
+def _simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same graph without sequences of tensors and type casts that turn out to do nothing."""
+    from onnxscript import optimizer
+
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every constant it leaves alone
+    try:
+        return optimizer.optimize(model)
+    finally:
+        logger.setLevel(level)
 
 
 def check_norms(model: "onnx.ModelProto", spec: BundleSpec) -> None:
@@ -140,13 +158,13 @@ def check_norms(model: "onnx.ModelProto", spec: BundleSpec) -> None:
         raise MismatchError(
             f"the bundle's network has {norm}, its graph {nodes['InstanceNormalization']} InstanceNormalization nodes"
             + (f" and {', '.join(apart)}" if apart else "")
-            + "\nexpected nothing but InstanceNormalization for them; export the bundle again with a torch version that "
-            "exports instance_norm as one node"
+            + "\nexpected InstanceNormalization alone; export the bundle again with a torch version that exports "
+            "instance_norm as one node"
         )
 
 
 def check_parity(graph: "onnx.ModelProto", parity_file: Path, precision: EnginePrecision) -> GraphParity:
-    """Run the graph on the bundle's patches. Raises ParityError when labels differ too often or logits are not finite."""
+    """Run the graph on the bundle's patches. Raises ParityError for NaN or when too many labels differ."""
     with np.load(parity_file) as stored:
         image_NCX, expected = stored["image"], stored["logits"]
     got = run_stepwise(graph, {graph.graph.input[0].name: image_NCX})[graph.graph.output[0].name]
@@ -218,8 +236,8 @@ def _check_network(network: Any, graph: "onnx.ModelProto", key: EngineKey, modul
 def _refusal(key: EngineKey, reasons: Sequence[str]) -> str:
     listed = "\n".join(f"  - {reason}" for reason in list(reasons)[:5]) or "  - (it gave no reason)"
     return (
-        f"{key.library} {key.library_version} cannot build the model in {key.precision} for {key.architecture}:\n{listed}"
-        "\nno engine was written; try another --precision or --arch, or predict with another backend"
+        f"{key.library} {key.library_version} cannot build the model in {key.precision} for {key.architecture}:\n"
+        f"{listed}\nno engine was written; try another --precision or --arch, or predict with another backend"
     )
 
 

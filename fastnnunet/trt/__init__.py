@@ -1,1 +1,1 @@
-"""TensorRT for export and runtime alike: which library is there, where its engines lie, memory and streams of the GPU."""
+"""TensorRT for export and runtime alike: the library that is there, where its engines lie, the GPU's memory."""

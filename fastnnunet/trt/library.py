@@ -1,8 +1,8 @@
 """The seam between this package and NVIDIA's two TensorRT libraries; nothing else imports either.
 
-`tensorrt` (11 and later) times kernels on the GPU it builds for, so it builds for that GPU alone. `tensorrt_rtx` needs no
-GPU to build, for any architecture it knows (SM75 to SM121 without SM90), and compiles kernels where an engine is loaded.
-Both build strongly typed networks only: precision lives in the ONNX graph, there are no precision flags.
+`tensorrt` (11 and later) times kernels on the GPU it builds for, so it builds for that GPU alone. `tensorrt_rtx` builds
+for any architecture it knows (SM75 to SM121 without SM90), needs no GPU to, and compiles kernels where an engine is
+loaded. Both build strongly typed networks only: precision lives in the ONNX graph, there are no precision flags.
 """
 
 import importlib
@@ -98,7 +98,9 @@ class TensorRTRTX:
         return tuple(sorted(names, key=lambda name: int(name[2:])))
 
     def set_target(self, config: Any, architecture: str) -> None:
-        _check_target(self, architecture, "tensorrt_rtx has no such target")
+        _check_target(
+            self, architecture, "tensorrt_rtx has no other targets; tensorrt on that machine has"
+        )
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(self.module.ComputeCapability, architecture.upper()), 0)
         config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # stream capture needs it

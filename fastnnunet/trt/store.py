@@ -80,8 +80,8 @@ class StoredEngine:
         if not file.is_file() or (got := sha256_of_file(file)) != self.info.plan_sha256:
             found = f"sha256 {got}" if file.is_file() else "no file"
             raise CorruptError(
-                f"{file} was changed after it was built\n  got      {found}\n  expected sha256 {self.info.plan_sha256}\n"
-                f"remove {self.path} and export again"
+                f"{file} was changed after it was built\n"
+                f"  got      {found}\n  expected sha256 {self.info.plan_sha256}\nremove {self.path} and export again"
             )
         return file.read_bytes()
 
