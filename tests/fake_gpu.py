@@ -16,7 +16,7 @@ import numpy as np
 
 
 class CudaError(enum.IntEnum):
-    cudaSuccess = 0  # noqa: N815
+    cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
@@ -42,14 +42,14 @@ class _Stream:
 class FakeCuda(types.ModuleType):
     """cuda.bindings.runtime. Failing calls return an error, as the real ones do."""
 
-    cudaError_t = CudaError  # noqa: N815
-    cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})  # noqa: N815
-    cudaDeviceAttr = enum.IntEnum(  # noqa: N815
+    cudaError_t = CudaError
+    cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+    cudaDeviceAttr = enum.IntEnum(
         "cudaDeviceAttr", {"cudaDevAttrComputeCapabilityMajor": 75, "cudaDevAttrComputeCapabilityMinor": 76}
     )
-    cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})  # noqa: N815
-    cudaHostAllocDefault = 0  # noqa: N815
-    cudaStreamNonBlocking = 1  # noqa: N815
+    cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
+    cudaHostAllocDefault = 0
+    cudaStreamNonBlocking = 1
 
     def __init__(self, capability: tuple[int, int] = (8, 6), memory_bytes: int = 1 << 30) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -203,11 +203,11 @@ class FakeTensorRT(types.ModuleType):
     """Either library, as far as running an engine goes. A plan is a JSON line and an ONNX model (see `plan`)."""
 
     float32, float16 = "float32", "float16"
-    TensorIOMode = _enum("TensorIOMode", "NONE", "INPUT", "OUTPUT")  # noqa: N815
-    ExecutionContextAllocationStrategy = _enum("Strategy", "STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED")  # noqa: N815
+    TensorIOMode = _enum("TensorIOMode", "NONE", "INPUT", "OUTPUT")
+    ExecutionContextAllocationStrategy = _enum("Strategy", "STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED")
 
     class ILogger:
-        Severity = _enum("Severity", "INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")  # noqa: N815
+        Severity = _enum("Severity", "INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 
         def __init__(self) -> None: ...
 

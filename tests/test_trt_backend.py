@@ -3,9 +3,11 @@
 What no fake can show, that real kernels compute the right thing, is what pipelines/gpu_check.py is for.
 """
 
+import argparse
 import gc
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import numpy as np
 import pytest
 
 from fastnnunet.errors import BackendError, CorruptError, SpecError
+from fastnnunet.export.tensorrt import BuiltEngine
 from fastnnunet.runtime.backends.base import Backend, create_backend
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.trt import library as seam
 from fastnnunet.trt.store import EngineKey, StoredEngine, write_engine
+from pipelines import gpu_check
 from tests import fake_gpu
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
 from tests.fake_gpu import CudaError, FakeCuda, FakeTensorRT
@@ -248,7 +252,9 @@ class TestRefusals:
         other = make_toy_model(Toy(channels=2), tmp_path / "other")
         plan = rtx.plan((other.bundle / "model.onnx").read_bytes(), "sm86", MAX_BATCH)
         write_engine(bundle / "engines", engine.key, plan, {})
-        with pytest.raises(BackendError, match=r"inputs and outputs image .*\(-1, 2, 16, 20, 24\).*expected one of each"):
+        with pytest.raises(
+            BackendError, match=r"inputs and outputs image .*\(-1, 2, 16, 20, 24\).*expected one of each"
+        ):
             create_backend("tensorrt", bundle, model.spec)
 
     def test_damaged_plan(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path) -> None:
@@ -287,9 +293,7 @@ class TestRefusals:
 
 
 class TestChoice:
-    def test_engine_in_the_cache_folder(
-        self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, tmp_path: Path
-    ) -> None:
+    def test_engine_in_the_cache_folder(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, tmp_path: Path) -> None:
         store(model, rtx, tmp_path / "home")
         assert create_backend("tensorrt", bundle, model.spec).precision == "fp32"
 
@@ -327,7 +331,7 @@ class TestChoice:
 
     def test_old_tensorrt(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         use_libraries(monkeypatch, FakeTensorRT(cuda, "tensorrt", "10.13.3"))
-        with pytest.raises(BackendError, match="10.13.3 is too old, expected 11"):
+        with pytest.raises(BackendError, match=r"10\.13\.3 is too old, expected 11"):
             seam.find_library()
 
     def test_a_library_that_does_not_load(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +343,37 @@ class TestChoice:
     def test_unknown_library(self) -> None:
         with pytest.raises(SpecError, match="'torch', expected tensorrt or tensorrt_rtx"):
             seam.find_library("torch")
+
+
+def test_gpu_check(
+    rtx: FakeTensorRT, cuda: FakeCuda, model: ToyModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script a person with a GPU runs, with everything but the building of the engine."""
+
+    def export(where: Path, *, precision: str, architectures: list[str], library_name: str | None):
+        assert architectures == ["sm86"]
+        return [BuiltEngine(stored=store(model, rtx, where, precision=precision), was_there=False)]
+
+    monkeypatch.setattr(gpu_check, "export_engines", export)
+    record = bundle.parent / "record.json"
+    args = argparse.Namespace(bundle=bundle, output=record, precision=["fp32", "fp16"], library=None, repeat=2)
+    gpu_check.main(args)
+    written = json.loads(record.read_text())
+    assert written["hardware"]["gpu"] == "Fake GPU"
+    for precision in ("fp32", "fp16"):
+        part = written["precisions"][precision]
+        assert part["passed"]
+        assert part["replay_equals_first_run"]
+        assert part["label_agreement"] == 1
+        assert part["max_abs_difference"] < 1e-3 * part["max_abs_logit"]
+        assert part["cuda_graphs_for_batches"] == [1, 2, 3]
+        assert part["median_ms_by_batch"].keys() == {"1", "3"}
+
+    monkeypatch.setattr(gpu_check.TensorRTBackend, "run", lambda self, batch: np.zeros((len(batch), 3, *PATCH_3D)))
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main(args)
+    assert caught.value.code == 1
+    assert not json.loads(record.read_text())["precisions"]["fp16"]["passed"]
 
 
 class TestTheFakesAreHonest:

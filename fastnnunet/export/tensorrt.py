@@ -34,7 +34,7 @@ _TAKEN_APART = ("BatchNormalization", "GroupNormalization", "Sqrt", "Reciprocal"
 # what torch exports of Primus and TensorRT does not take
 _FOR_OPTIMIZER = ("SplitToSequence", "SequenceAt")
 # share of voxels that keep their label, of logits near each other in float16 or 8 bits; less is a wrong graph
-_LABEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.995, "int8": 0.9}
+LABEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.995, "int8": 0.9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +174,10 @@ def check_parity(graph: "onnx.ModelProto", parity_file: Path, precision: EngineP
         max_abs_logit=float(np.abs(expected).max()),
         label_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
     )
-    if not np.isfinite(got).all() or parity.label_agreement < _LABEL_AGREEMENT[precision]:
+    if not np.isfinite(got).all() or parity.label_agreement < LABEL_AGREEMENT[precision]:
         raise ParityError(
             f"in {precision} the network gives the same label on {parity.label_agreement:.3%} of the voxels of "
-            f"{parity.patches} real patches, expected at least {_LABEL_AGREEMENT[precision]:.2%} and finite logits\n"
+            f"{parity.patches} real patches, expected at least {LABEL_AGREEMENT[precision]:.2%} and finite logits\n"
             f"  largest logit difference {parity.max_abs_difference:.3g}, logits up to {parity.max_abs_logit:.3g}\n"
             "no engine was built; build it with --precision fp32"
         )

@@ -21,9 +21,8 @@ class Cuda:
     Every method raises BackendError with CUDA's name for what went wrong.
     """
 
-    def __init__(self, runtime: Any | None = None) -> None:
-        """`runtime`: cuda.bindings.runtime, or what behaves like it."""
-        self._runtime = import_runtime() if runtime is None else runtime
+    def __init__(self) -> None:
+        self._runtime = _import_runtime()
 
     def why_no_device(self) -> str | None:
         """None when there is a GPU that can be used, else CUDA's reason."""
@@ -120,7 +119,7 @@ class Cuda:
         return f"{error.name} ({text.decode()})"
 
 
-def import_runtime() -> Any:
+def _import_runtime() -> Any:
     """cuda.bindings.runtime. Raises BackendError where cuda-python is missing."""
     try:
         return importlib.import_module("cuda.bindings.runtime")

@@ -98,9 +98,7 @@ class TensorRTRTX:
         return tuple(sorted(names, key=lambda name: int(name[2:])))
 
     def set_target(self, config: Any, architecture: str) -> None:
-        _check_target(
-            self, architecture, "tensorrt_rtx has no other targets; tensorrt on that machine has"
-        )
+        _check_target(self, architecture, "tensorrt_rtx has no other targets; tensorrt on that machine has")
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(self.module.ComputeCapability, architecture.upper()), 0)
         config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)  # stream capture needs it

@@ -85,6 +85,10 @@ class TensorRTBackend:
             logits_NHX[first : first + most] = self._run_once(batch_NCX[first : first + most])
         return logits_NHX
 
+    def captured(self) -> list[int]:
+        """Batch sizes that are replayed as CUDA graphs."""
+        return sorted(size for size, one in self._prepared.items() if one.graph is not None)
+
     def _run_once(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits in the pinned buffer."""
         size = len(batch_NCX)
