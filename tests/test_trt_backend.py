@@ -287,7 +287,7 @@ class TestRefusals:
         cuda.left_bytes = needed
         create_backend("tensorrt", bundle, model.spec)
 
-    def test_precision_it_has_not(self, model: ToyModel) -> None:
+    def test_precision_it_has_not(self, rtx: FakeTensorRT, model: ToyModel) -> None:
         with pytest.raises(BackendError, match="fp32 or fp16 or int8 only, got precision 'bf16'"):
             create_backend("tensorrt", model.bundle, model.spec, precision="bf16")
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import importlib.util
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +130,8 @@ def _import_runtime() -> Any:
 
 def gpu_architecture() -> str | None:
     """Architecture of the first GPU, None where there is none or no cuda-python."""
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    try:
+        cuda = Cuda()
+    except BackendError:
         return None
-    cuda = Cuda()
     return cuda.architecture() if cuda.why_no_device() is None else None
