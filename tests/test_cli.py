@@ -55,7 +55,8 @@ def test_help_is_fast_and_light():
 
 
 @pytest.mark.parametrize(
-    "command", ["cache build", "cache plan", "train", "export onnx", "predict", "evaluate", "benchmark"]
+    "command",
+    ["cache build", "cache plan", "train", "export onnx", "export tensorrt", "predict", "evaluate", "benchmark"],
 )
 def test_every_help_has_an_example(command):
     done = run(*command.split(), "--help")

@@ -149,7 +149,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(
         ((*given, "--repeat", 0), {}, "expected at least 1"),
         ((*given, "-i", tmp_path / "none"), {}, "input not found"),
         ((*given, "-m", changed), {}, "was changed after export"),
-        ((*given, "--precision", "fp8"), {}, "expected fp32 or bf16"),
+        ((*given, "--precision", "fp8"), {}, "expected one of fp32, bf16, fp16, int8"),
         (given, too_many, "nnUNet_def_n_proc"),
     ]
     for args, how, expected in cases:

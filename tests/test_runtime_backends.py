@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, SpecError
+from fastnnunet.export.tensorrt import export_engines
 from fastnnunet.runtime.backends import base
 from fastnnunet.runtime.backends.base import BACKENDS, Backend, create_backend, is_installed
+from fastnnunet.trt.cuda import gpu_architecture
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
 
 
@@ -37,12 +39,21 @@ def _expected(model: ToyModel, batch: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(batch)).numpy()
 
 
+def _needed(name: str, model: ToyModel) -> None:
+    """Skip where a backend cannot run; make the engine of one that runs no ONNX."""
+    if not is_installed(name):
+        pytest.skip(f"{' or '.join(BACKENDS[name].requires)} is not installed")
+    if BACKENDS[name].needs_gpu:
+        if (architecture := gpu_architecture()) is None:
+            pytest.skip("there is no GPU that CUDA can use")
+        export_engines(model.bundle, precision="fp32", architectures=[architecture])
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 class TestBackendContract:
     @pytest.fixture
     def backend(self, name: str, model: ToyModel) -> Backend:
-        if not is_installed(name):
-            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        _needed(name, model)
         return create_backend(name, model.bundle, model.spec, threads=1)
 
     def test_name(self, name: str, backend: Backend) -> None:
@@ -80,16 +91,16 @@ class TestBackendContract:
             backend.run(np.zeros((1, 2, *PATCH_3D), np.float32))
 
     def test_2d(self, name: str, model_2d: ToyModel) -> None:
-        if not is_installed(name):
-            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        _needed(name, model_2d)
         batch = np.random.default_rng(3).standard_normal((4, 1, *model_2d.spec.patch_size)).astype(np.float32)
         expected = _expected(model_2d, batch)
         got = create_backend(name, model_2d.bundle, model_2d.spec, threads=1).run(batch)
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
     def test_damaged_model(self, name: str, model: ToyModel, tmp_path: Path) -> None:
-        if not is_installed(name):
-            pytest.skip(f"{BACKENDS[name].requires} is not installed")
+        _needed(name, model)
+        if name == "tensorrt":
+            pytest.skip("it reads engines, whose damage tests/test_trt_backend.py sees to")
         (tmp_path / "model.onnx").write_bytes((model.bundle / "model.onnx").read_bytes()[:2000])
         with pytest.raises((BackendError, CorruptError), match=r"model\.onnx"):
             create_backend(name, tmp_path, model.spec, threads=1)

@@ -14,7 +14,7 @@ from fastnnunet.bench.record import hardware, now_utc, versions
 from fastnnunet.bench.segmentations import LabelSet, make_label_set, read_segmentation
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.paths import resolve_dataset, teacher_folder
-from fastnnunet.runtime.backends.base import BACKENDS, Precision, available_cores, is_installed
+from fastnnunet.runtime.backends.base import Precision, available_cores, installed_cpu_backends
 from fastnnunet.runtime.cases import Case, find_cases
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -32,7 +32,7 @@ class BenchmarkJob:
     images: Path
     labels: Path | None
     output: Path
-    backends: tuple[str, ...] = ()  # empty: every installed one
+    backends: tuple[str, ...] = ()  # empty: every installed one that needs no GPU
     precisions: tuple[Precision, ...] = ("fp32",)
     threads: int | None = None  # None: all cores, for every arm alike
     cases: int | None = None
@@ -166,7 +166,7 @@ def _reference_arms(job: BenchmarkJob, folder: Path, threads: int) -> list[Refer
 
 
 def _bundle_arms(job: BenchmarkJob, specs: Mapping[Path, BundleSpec], threads: int) -> list[BundleArm]:
-    backends = job.backends or tuple(name for name in BACKENDS if is_installed(name))
+    backends = job.backends or installed_cpu_backends()
     arms = []
     for path, spec in specs.items():
         short = path.name if [p.name for p in specs].count(path.name) == 1 else spec.name

@@ -11,7 +11,10 @@ from typing import Any
 
 from fastnnunet.specs.canonical import to_plain
 
-PACKAGES = ("fastnnunet", "numpy", "scipy", "torch", "nnunetv2", "onnxruntime", "openvino", "tensorrt", "zarr")
+PACKAGES = (
+    *("fastnnunet", "numpy", "scipy", "torch", "nnunetv2", "onnxruntime", "openvino", "zarr"),
+    *("tensorrt", "tensorrt-rtx", "cuda-python"),
+)
 
 
 def now_utc() -> str:

@@ -14,9 +14,10 @@ from fastnnunet.cache.durable import write_error
 from fastnnunet.cache.folder import CacheFolder
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.shard import SHARD_NAME
-from fastnnunet.cache.storage import HOME_VARIABLE, ObjectPath, Place, local_home
+from fastnnunet.cache.storage import ObjectPath, Place
 from fastnnunet.errors import CorruptError, FastnnUNetError
 from fastnnunet.specs.canonical import sha256_of_file
+from fastnnunet.specs.home import HOME_VARIABLE, local_home
 
 
 def shard_file(case_dir: Place, manifest: Manifest, folder: Path | None = None) -> Path:

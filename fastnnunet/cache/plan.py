@@ -12,9 +12,10 @@ from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import MAX_PENDING_BLOCKS
 from fastnnunet.cache.shard import chunk_for
-from fastnnunet.cache.storage import HOME_VARIABLE, Place, local_home
+from fastnnunet.cache.storage import Place
 from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
+from fastnnunet.specs.home import HOME_VARIABLE, local_home
 
 # Rule used until one case is measured. uint8: 0.33 on hippocampus at T = 3, less when T is lower; the mantissas of
 # float16 are noise to a compressor.

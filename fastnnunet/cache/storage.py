@@ -22,7 +22,6 @@ from fastnnunet.errors import FastnnUNetError, SpecError, StorageError
 from fastnnunet.specs.canonical import sha256_of_file
 
 READ_BYTES = 8 << 20
-HOME_VARIABLE = "FASTNNUNET_CACHE_HOME"
 PROBE_NAME = ".partial/probe"  # written and deleted to find out whether that is possible
 
 
@@ -236,13 +235,6 @@ def require_writable(root: Place) -> None:
         raise NotADirectoryError(20, "Not a directory", str(existing))
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(13, "Permission denied", str(existing))
-
-
-def local_home() -> Path:
-    """The folder of this machine for what belongs to remote caches: cases being written, and shards being read."""
-    if folder := os.environ.get(HOME_VARIABLE):
-        return Path(folder).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnnunet"
 
 
 def _failed(url: str, what: str, error: Exception) -> str:

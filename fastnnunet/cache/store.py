@@ -35,9 +35,10 @@ from fastnnunet.cache.shard import (
     layout_for,
     parse_index,
 )
-from fastnnunet.cache.storage import ObjectPath, Place, local_home
+from fastnnunet.cache.storage import ObjectPath, Place
 from fastnnunet.errors import BuildError
 from fastnnunet.specs.canonical import canonical_json, sha256_of_file
+from fastnnunet.specs.home import local_home
 
 PARTIAL = ".partial"
 

@@ -1,7 +1,7 @@
 """`fastnnunet benchmark`: the ensemble, a single fold and bundles on the same images."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -49,9 +49,9 @@ def benchmark(
     from fastnnunet.runtime.backends.base import Precision
     from fastnnunet.specs.teacher import TeacherSpec
 
-    wrong = [p for p in precisions or [] if p not in ("fp32", "bf16")]
+    wrong = [p for p in precisions or [] if p not in get_args(Precision)]
     if wrong:
-        raise SpecError(f"--precision: got {wrong[0]!r}, expected fp32 or bf16")
+        raise SpecError(f"--precision: got {wrong[0]!r}, expected one of {', '.join(get_args(Precision))}")
     job = BenchmarkJob(
         teacher=TeacherSpec(
             dataset=dataset,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Export a student for deployment; always validated on real patches.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `export` a group while it has one command."""
+app.command("tensorrt")(tensorrt)
 
 
 @app.command("onnx")

@@ -16,6 +16,8 @@ EXTRA_OF = {
     "openvino": "openvino",
     **dict.fromkeys(("nibabel", "tifffile"), "images"),
     **dict.fromkeys(("highdicom", "pydicom"), "dicom"),
+    **dict.fromkeys(("tensorrt_rtx", "cuda"), "rtx"),
+    "tensorrt": "gpu",
 }
 
 

@@ -42,7 +42,7 @@ app.add_typer(distill_app, name="distill")
 
 # Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
 MULTI_VALUE = frozenset(
-    {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision"}
+    {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision", "--arch"}
     | {"--keep-largest", "--fill-holes", "--patch-size"}
 )
 # What an option without a value stands for.

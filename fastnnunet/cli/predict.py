@@ -25,7 +25,7 @@ def predict(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
     model: Annotated[Path, typer.Option("-m", "--model", help="Bundle folder of `fastnnunet export onnx`.")],
     backend: Annotated[
-        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino or torch.")
+        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.")
     ] = "auto",
     step_size: Annotated[
         float | None,
@@ -47,8 +47,11 @@ def predict(
         int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
     ] = None,
     precision: Annotated[
-        Literal["fp32", "bf16"],
-        typer.Option("--precision", help="fp32 (as nnU-Net), or bf16: faster where the CPU has it, not exact."),
+        Literal["fp32", "bf16", "fp16", "int8"],
+        typer.Option(
+            "--precision",
+            help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; fp16, int8: engines of tensorrt.",
+        ),
     ] = "fp32",
     disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar")] = False,
     series: Annotated[

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
-from fastnnunet.runtime.backends.base import BACKENDS, is_installed
+from fastnnunet.runtime.backends.base import installed_cpu_backends
 from fastnnunet.runtime.predict import Predictor
 
 STOCK = (
@@ -68,7 +68,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         stock = Path(folder) / "stock"
         run_stock(dataset, configuration, plans, fold, images, stock)
-        for backend in backends or [b for b in BACKENDS if is_installed(b)]:
+        for backend in backends or installed_cpu_backends():
             predictor = Predictor.load(bundle, backend)
             out = Path(folder) / backend
             predictor.predict_files(images, out)

@@ -14,7 +14,7 @@ from fastnnunet.errors import BackendError, SpecError
 from fastnnunet.specs.bundle import BundleSpec
 
 MODEL_FILE = "model.onnx"
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class Backend(Protocol):
@@ -43,21 +43,40 @@ class BackendEntry:
 
     module: str  # imported when chosen, never before
     class_name: str
-    requires: str  # top-level package
+    requires: tuple[str, ...]  # top-level packages, one of which must be there
     extra: str | None  # of this package's optional dependencies; None: part of the base install
+    precisions: tuple[Precision, ...]
+    needs_gpu: bool = False
 
 
 BACKENDS: dict[str, BackendEntry] = {
-    "openvino": BackendEntry("fastnnunet.runtime.backends.openvino", "OpenVINOBackend", "openvino", "openvino"),
-    "onnxruntime": BackendEntry("fastnnunet.runtime.backends.onnxruntime", "OnnxRuntimeBackend", "onnxruntime", None),
-    "torch": BackendEntry("fastnnunet.runtime.backends.torch", "TorchBackend", "torch", "train"),
+    "openvino": BackendEntry(
+        "fastnnunet.runtime.backends.openvino", "OpenVINOBackend", ("openvino",), "openvino", ("fp32", "bf16")
+    ),
+    "onnxruntime": BackendEntry(
+        "fastnnunet.runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("onnxruntime",), None, ("fp32",)
+    ),
+    "torch": BackendEntry("fastnnunet.runtime.backends.torch", "TorchBackend", ("torch",), "train", ("fp32", "bf16")),
+    "tensorrt": BackendEntry(
+        "fastnnunet.runtime.backends.tensorrt",
+        "TensorRTBackend",
+        ("tensorrt", "tensorrt_rtx"),
+        "rtx",
+        ("fp32", "fp16", "int8"),
+        needs_gpu=True,
+    ),
 }
 _AUTO_ORDER = ("openvino", "onnxruntime")  # fastest first
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package that backend needs can be imported (without importing it)."""
-    return importlib.util.find_spec(BACKENDS[name].requires) is not None
+    """Whether a package that backend needs can be imported (without importing it)."""
+    return any(importlib.util.find_spec(package) is not None for package in BACKENDS[name].requires)
+
+
+def installed_cpu_backends() -> tuple[str, ...]:
+    """Backends that run any bundle on this machine: installed, and without a GPU."""
+    return tuple(name for name, entry in BACKENDS.items() if not entry.needs_gpu and is_installed(name))
 
 
 def create_backend(
@@ -75,8 +94,12 @@ def create_backend(
         raise SpecError(f"threads: got {threads}, expected at least 1")
     entry = BACKENDS[name]
     if not is_installed(name):
-        install = f"fastnnunet[{entry.extra}]" if entry.extra else entry.requires
-        raise BackendError(f"backend {name} needs the package {entry.requires}\ninstall it: pip install '{install}'")
+        install = f"fastnnunet[{entry.extra}]" if entry.extra else entry.requires[0]
+        packages = " or ".join(entry.requires)
+        raise BackendError(f"backend {name} needs the package {packages}\ninstall it: pip install '{install}'")
+    if precision not in entry.precisions:
+        known = " or ".join(entry.precisions)
+        raise BackendError(f"backend {name} computes in {known} only, got precision {precision!r}")
     backend_class = cast(BackendClass, getattr(importlib.import_module(entry.module), entry.class_name))
     backend = backend_class(bundle_dir, spec, threads or available_cores(), precision)
     if spec.batch_size is None:

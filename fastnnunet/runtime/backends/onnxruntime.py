@@ -16,8 +16,6 @@ class OnnxRuntimeBackend:
     def __init__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> None:
         import onnxruntime
 
-        if precision != "fp32":
-            raise BackendError(f"backend onnxruntime computes in fp32 only, got precision {precision!r}")
         self.precision = precision
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
