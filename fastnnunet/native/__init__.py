@@ -131,7 +131,7 @@ def add_halves(values_HZYX: HalfArray, sums_HZYX: HalfArray, *, threads: int | N
 
 
 def divide(
-    sums_HZYX: HalfArray, total_ZYX: Array, *, threads: int | None = None
+    sums_HZYX: HalfArray, total_ZYX: HalfArray, *, threads: int | None = None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """sums = half(sums / total). Returns (lowest, highest) of the sums before and of the quotients; NaN if any is."""
     return _core.divide(sums_HZYX, _readable(total_ZYX), threads or 0)
@@ -216,8 +216,8 @@ def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A contiguous array as a volume of rows that are long enough to be worth a call and short enough to share out."""
-    flat = array.reshape(-1)
-    if not np.shares_memory(flat, array) and array.size:
+    flat = array.ravel(order="K")
+    if array.size and not np.may_share_memory(flat, array):
         raise ValueError(f"a contiguous array is needed, got strides {array.strides} of shape {array.shape}")
     row = 2**14
     return flat.reshape(1, -1, row) if flat.size and flat.size % row == 0 else flat.reshape(1, 1, -1)
@@ -225,7 +225,7 @@ def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _axes_by_stride(array: npt.NDArray[Any]) -> list[int]:
     """The axes so that neighbours along the last are neighbours in memory: what works per voxel need not care."""
-    return sorted(range(array.ndim), key=lambda axis: (-abs(array.strides[axis]), axis))
+    return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
 
 
 def _memory_order(array: npt.NDArray[Any], mask: Mask | None = None) -> tuple[npt.NDArray[Any], Mask | None]:

@@ -4,6 +4,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -180,9 +181,9 @@ void bind_accumulate(nb::module_& module) {
         nb::arg("values").noconvert(), nb::arg("sums").noconvert(), nb::arg("threads"));
     module.def(
         "divide",
-        [](const Array4<Half>& sums, const Array3<const float>& total, int threads) {
+        [](const Array4<Half>& sums, const Array3<const Half>& total, int threads) {
             const Volumes<Half> to = volumes(sums);
-            const Volume<const float> by = volume(total);
+            const Volume<const Half> by = volume(total);
             QuotientLimits limits{};
             {
                 const nb::gil_scoped_release unlocked;

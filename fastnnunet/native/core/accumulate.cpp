@@ -31,8 +31,8 @@ void add_halves(const Half* __restrict values, Half* __restrict sums, std::int64
 }
 
 FASTNNUNET_CLONES
-void divide(Half* __restrict sums, const float* __restrict total, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) sums[i] = to_half(to_float(sums[i]) / total[i]);
+void divide(Half* __restrict sums, const Half* __restrict total, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) sums[i] = to_half(to_float(sums[i]) / to_float(total[i]));
 }
 
 FASTNNUNET_CLONES
@@ -76,7 +76,7 @@ void add_halves(const Volumes<const Half>& values, const Volumes<Half>& sums, in
     });
 }
 
-QuotientLimits divide(const Volumes<Half>& sums, const Volume<const float>& total, int threads) {
+QuotientLimits divide(const Volumes<Half>& sums, const Volume<const Half>& total, int threads) {
     require_equal_shapes(total, sums);
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const QuotientLimits none{kInfinity, -kInfinity, kInfinity, -kInfinity};

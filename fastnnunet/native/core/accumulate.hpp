@@ -22,7 +22,7 @@ struct QuotientLimits {
 };
 
 // sums = half(sums / total), for every head
-QuotientLimits divide(const Volumes<Half>& sums, const Volume<const float>& total, int threads);
+QuotientLimits divide(const Volumes<Half>& sums, const Volume<const Half>& total, int threads);
 
 // out = the float32 values nearest to `values` that float16 can hold; see round_to_half of one value
 void round_to_half(const Volume<const float>& values, const Volume<float>& out, int threads);

@@ -113,6 +113,7 @@ AxisOperator::AxisOperator(std::int64_t size_in, std::int64_t size_out, int orde
     taps_ = order == 1 && size_in == 1 ? 1 : order + 1;
     first_.resize(size_out);
     weights_.resize(size_out * taps_);
+    if (order > 1) sample_.assign(size_out, -1);
     double gain = 1;  // of the recursions; scipy multiplies the samples by it, here it is part of the weights
     for (const double pole : poles_) gain *= (1 - pole) * (1 - 1 / pole);
     const double last = static_cast<double>(size_in - 1);
@@ -127,7 +128,9 @@ AxisOperator::AxisOperator(std::int64_t size_in, std::int64_t size_out, int orde
             position = order == 0 ? std::floor(centre) : std::max(centre - 0.5f, 0.0f);
             position = std::min(position, last);
         } else {
-            position = std::clamp((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0, last);
+            position = (static_cast<double>(i) + 0.5) * scale - 0.5;
+            // a spline goes on into its padding
+            if (order <= 1) position = std::clamp(position, 0.0, last);
         }
         double* weight = &weights_[i * taps_];
         if (order <= 1) {
@@ -144,6 +147,7 @@ AxisOperator::AxisOperator(std::int64_t size_in, std::int64_t size_out, int orde
             const double in_padded = position + kSplinePadding;
             const double start = std::floor(order % 2 ? in_padded : in_padded + 0.5) - order / 2;
             first_[i] = static_cast<std::int32_t>(start);
+            if (position == std::floor(position)) sample_[i] = static_cast<std::int32_t>(position);
             for (int tap = 0; tap < taps_; ++tap) weight[tap] = gain * b_spline(order, in_padded - start - tap);
         }
     }

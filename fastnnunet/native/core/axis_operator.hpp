@@ -33,6 +33,10 @@ public:
     const std::int32_t* first() const { return first_.data(); }
     const double* weights() const { return weights_.data(); }
 
+    // The input that output i coincides with, or -1. A spline passes through its samples, but its filter rounds: taking
+    // the sample itself keeps exact what is exact (means of two planes are ties in float32).
+    std::int32_t sample(std::int64_t i) const { return sample_.empty() ? -1 : sample_[i]; }
+
     // samples: (padded_size, lanes), inputs from row `padding` on. Fills the padding and filters, if it is a spline.
     void prefilter(double* samples, std::int64_t lanes) const;
 
@@ -47,6 +51,7 @@ private:
     int taps_ = 1;
     std::vector<double> poles_;
     std::vector<std::int32_t> first_;
+    std::vector<std::int32_t> sample_;
     std::vector<double> weights_;
 };
 

@@ -60,7 +60,11 @@ void along_columns(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std
         op.prefilter(samples, lanes);
         op.combine(samples, combined, lanes);
         for (std::int64_t i = 0; i < op.size_out(); ++i) {
-            const double* from = combined + i * lanes;
+            double* from = combined + i * lanes;
+            if (op.sample(i) >= 0) {
+                const In* sample = in.data + op.sample(i) * in.stride + x;
+                for (std::int64_t lane = 0; lane < lanes; ++lane) from[lane] = to_double(sample[lane]);
+            }
             Out* to = out.data + i * out.stride + x;
             for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = static_cast<Out>(limits.apply(from[lane]));
         }
@@ -85,7 +89,9 @@ void along_rows(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std::i
         for (std::int64_t lane = 0; lane < lanes; ++lane) {
             Out* row = out.data + (y + lane) * out.stride;
             for (std::int64_t i = 0; i < op.size_out(); ++i) {
-                row[i] = static_cast<Out>(limits.apply(combined[i * lanes + lane]));
+                const std::int32_t sample = op.sample(i);
+                const double value = sample >= 0 ? to_double(from[lane * in.stride + sample]) : combined[i * lanes + lane];
+                row[i] = static_cast<Out>(limits.apply(value));
             }
         }
     }
