@@ -93,9 +93,7 @@ def resample_planes(
 ) -> Array:
     """Only the planes `planes` (start and stop given) of the resampled logits of all heads, float32 arithmetic."""
     out = np.empty((len(logits_HZYX), planes.stop - planes.start, *shape_out[1:]), np.float32)
-    _core.resample_planes(
-        _readable(logits_HZYX), out, shape_out[0], planes.start, orders, torch, to_half, threads or 0
-    )
+    _core.resample_planes(_readable(logits_HZYX), out, shape_out[0], planes.start, orders, torch, to_half, threads or 0)
     return out
 
 
@@ -106,9 +104,7 @@ def label_head(
     _core.label_head(_readable(values_ZYX), to_half, head, best_ZYX, labels_ZYX, threads or 0)
 
 
-def paint_head(
-    values_ZYX: Array, label: int, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None
-) -> None:
+def paint_head(values_ZYX: Array, label: int, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None) -> None:
     """Write `label` where the sigmoid in float32 of a head's value is above 0.5."""
     _core.paint_head(_readable(values_ZYX), to_half, label, labels_ZYX, threads or 0)
 

@@ -42,7 +42,7 @@ using Sizes = std::vector<std::int64_t>;
 template <class A>
 void require_contiguous_rows(const A& array) {
     const std::size_t last = array.ndim() - 1;
-    if (array.shape(last) > 1 && array.stride(last) != 1) {
+    if (array.size() > 0 && array.shape(last) > 1 && array.stride(last) != 1) {
         throw std::invalid_argument("the last axis of an array must be contiguous");
     }
 }

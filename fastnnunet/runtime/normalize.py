@@ -1,7 +1,8 @@
 """nnU-Net's intensity normalisation schemes, one function each, in place on one float32 channel (z, y, x).
 
-The operations and their order are nnU-Net's own (`default_normalization_schemes.py`), so results are bit-identical; of a
-cropped channel, which NumPy adds up in pieces that depend on its version, mean and deviation may differ in the last bits.
+The operations and their order are nnU-Net's own (`default_normalization_schemes.py`), so results are bit-identical.
+NumPy adds up a cropped channel in pieces that depend on its version: there mean and deviation may differ in the last
+bits.
 """
 
 from collections.abc import Callable, Mapping

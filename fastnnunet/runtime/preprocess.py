@@ -66,7 +66,9 @@ def preprocess(
     _check_previous(previous_ZYX, image_CZYX.shape[1:], spec)
     data = image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward))
     if not any(n > 1 and s == data.itemsize for n, s in zip(data.shape[1:], data.strides[1:], strict=True)):
-        data = np.ascontiguousarray(data)  # colours side by side in memory, for one; the core wants neighbouring voxels so
+        data = np.ascontiguousarray(
+            data
+        )  # colours side by side in memory, for one; the core wants neighbouring voxels so
     spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
     shape_before_cropping = data.shape[1:]
     bbox = nonzero_bbox(data, threads)

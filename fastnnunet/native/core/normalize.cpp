@@ -162,6 +162,7 @@ Moments moments(const Channel& channel, const std::optional<Mask>& mask, int thr
         const auto values = [&](std::int64_t start, std::int64_t, float*) { return inside.data() + start; };
         return moments_of(static_cast<std::int64_t>(inside.size()), values, threads);
     }
+    if (channel.size() == 0) return {std::nanf(""), std::nanf("")};
     const auto values = [&](std::int64_t start, std::int64_t count, float* buffer) -> const float* {
         return channel.is_contiguous() ? channel.data + start : fetch(channel, start, count, buffer);
     };
