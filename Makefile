@@ -16,8 +16,8 @@ export PYTHONUNBUFFERED = 1
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
-# One environment for everything; the stamp makes a second run start at once.
-$(VENV)/.installed: pyproject.toml
+# One environment for everything; the stamp makes a second run start at once. The native core is part of the install.
+$(VENV)/.installed: pyproject.toml $(shell find fastnnunet/native -name '*.?pp' -o -name CMakeLists.txt)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -12,6 +12,7 @@ from tests.benchmarks import (
     bit_flips,
     cache_layout,
     kills,
+    pre_post_speed,
     reader_speed,
     soft_maps,
     stage1_speed,
@@ -52,6 +53,15 @@ def test_stage1_speed(world):
         "precision": "fp32",
         "engine": "torch",
     }
+
+
+def test_pre_post_speed():
+    record = pre_post_speed.measure(None, shape=(24, 40, 44), few=3, many=7, repeats=1, threads=1)
+    assert record["largest_difference_of_range"] < 1e-6
+    assert record["label_agreement"] > 0.999
+    assert record["grid"].startswith("(16, 21, 23)")
+    assert all(seconds > 0 for stage in record["median_s"].values() for seconds in stage.values())
+    assert record["peak_bytes"]["7"] > record["logits_bytes"]["7"] == 2 * 7 * 16 * 21 * 23
 
 
 def test_reader_speed():

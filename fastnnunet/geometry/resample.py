@@ -4,6 +4,7 @@
 input range; slice by slice and order `order_z` between slices where the spacing is anisotropic.
 `resample_torch_fornnunet`: torch's linear `interpolate` in float32; `nearest-exact` between slices.
 `no_resampling_hack`: nothing.
+Here is what to do per axis; the arithmetic is `fastnnunet.native`'s.
 Axis order is nnU-Net's internal one (after transpose_forward); spacings in mm.
 """
 
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import SpecError
-from fastnnunet.geometry.axis_operators import AxisOperator, Convention, Dense, axis_operator
 
+Convention = Literal["scipy", "torch"]
 _ANISOTROPY_THRESHOLD = 3.0
 _KNOWN_KWARGS: dict[str, frozenset[str]] = {
     "resample_data_or_seg_to_shape": frozenset(
@@ -44,39 +46,22 @@ class ResampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class ResamplePlan:
-    """Operators for one pair of shapes: `in_plane` first, then (if separate) the one along the coarse axis."""
+    """What one pair of shapes needs along each spatial axis."""
 
     convention: Convention
-    in_plane: tuple[tuple[int, AxisOperator], ...]  # (spatial axis, operator)
-    between_planes: tuple[int, AxisOperator] | None
-    clip_axes: tuple[int, ...]  # the result is clipped to the input range over these axes; empty: cannot leave it
+    orders: native.Orders  # 0 where an axis keeps its size
+    separate_axis: int | None  # planes across it are resampled each by itself, then along it
+    clip: native.Clip  # what the range of the result is clipped to; order 1 cannot leave the input's
     shape_out: tuple[int, ...]
 
     @property
-    def steps(self) -> tuple[tuple[int, AxisOperator], ...]:
-        return self.in_plane if self.between_planes is None else (*self.in_plane, self.between_planes)
+    def is_local(self) -> bool:
+        """Every output value depends on at most two input samples per axis, so it can be made wherever it is needed."""
+        return max(self.orders) <= 1
 
     @property
-    def is_local(self) -> bool:
-        """Every output value depends on at most two input samples per axis, so planes can be made one by one."""
-        return not any(isinstance(operator, Dense) for _, operator in self.steps)
-
-    def resample_planes(self, array_CX: npt.NDArray[np.float32], planes: slice) -> npt.NDArray[np.float32]:
-        """Only the output planes `planes` (along the first spatial axis) of a local plan, in float32.
-
-        The planes come first, then the other axes: interpolations along different axes commute.
-        """
-        along_first = next((operator for axis, operator in self.steps if axis == 0), None)
-        if along_first is None:
-            out = array_CX[:, planes]
-        elif isinstance(along_first, Dense):
-            raise TypeError("planes cannot be resampled alone by an operator that is not local")
-        else:
-            out = along_first.rows(planes.start, planes.stop).apply(array_CX, 1)
-        for axis, operator in self.steps:
-            if axis != 0:
-                out = operator.apply(out, axis + 1)
-        return out
+    def is_torch(self) -> bool:
+        return self.convention == "torch"
 
     @property
     def keeps_dtype(self) -> bool:
@@ -153,51 +138,47 @@ def plan_resampling(
     spacing_mm: Sequence[float],
     spacing_out_mm: Sequence[float],
 ) -> ResamplePlan | None:
-    """Operators that take `shape` to `shape_out`; None where nnU-Net leaves the array alone (equal shapes)."""
+    """How to take `shape` (three axes) to `shape_out`; None where nnU-Net leaves the array alone (equal shapes)."""
     if spec.convention == "none" or tuple(shape) == tuple(shape_out):
         return None
     separate = coarse_axis(spacing_mm, spacing_out_mm, spec.force_separate_z, spec.anisotropy_threshold)
-    in_plane = []
-    between: tuple[int, AxisOperator] | None = None
-    for axis, (size, size_out) in enumerate(zip(shape, shape_out, strict=True)):
-        if size == size_out:
-            continue
-        if axis == separate:
-            between = (axis, axis_operator(size, size_out, spec.order_z, spec.convention))
-        else:
-            in_plane.append((axis, axis_operator(size, size_out, spec.order, spec.convention)))
-    # the axis that shrinks most first: less work for the others
-    in_plane.sort(key=lambda step: shape_out[step[0]] / shape[step[0]])
-    clip_axes = tuple(a for a in range(len(shape)) if a != separate) if spec.order > 1 and in_plane else ()
-    return ResamplePlan(spec.convention, tuple(in_plane), between, clip_axes, tuple(int(s) for s in shape_out))
+    orders = [
+        0 if size == size_out else spec.order_z if axis == separate else spec.order
+        for axis, (size, size_out) in enumerate(zip(shape, shape_out, strict=True))
+    ]
+    in_plane = max(order for axis, order in enumerate(orders) if axis != separate)
+    clip: native.Clip = "none" if in_plane <= 1 else "whole" if separate is None else "per_plane"
+    z, y, x = orders
+    return ResamplePlan(spec.convention, (z, y, x), separate, clip, tuple(int(s) for s in shape_out))
 
 
-def resample(array_CX: npt.NDArray[np.float32], plan: ResamplePlan | None) -> npt.NDArray[np.float32]:
-    """Resample every channel of a float32 (C, spatial...) array; the array itself where there is nothing to do."""
+def resample(
+    array_CZYX: native.Logits, plan: ResamplePlan | None, *, threads: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Resample every channel to float32; the array itself where there is nothing to do."""
     if plan is None:
-        return array_CX
-    out = np.empty((array_CX.shape[0], *plan.shape_out), np.float32)
-    for channel, values in enumerate(array_CX):
-        # nnU-Net resamples in float64; torch in float32
-        out[channel] = _resample_one(values.astype(np.float64) if plan.convention == "scipy" else values, plan)
-    return out
+        return array_CZYX  # type: ignore[return-value]
+    if plan.clip != "per_plane" or not plan.separate_axis:
+        return native.resample(
+            array_CZYX, plan.shape_out, plan.orders, torch=plan.is_torch, clip=plan.clip, threads=threads
+        )
+    # the core takes planes across its first axis
+    axes = [plan.separate_axis, *(axis for axis in range(3) if axis != plan.separate_axis)]
+    z, y, x = (plan.orders[axis] for axis in axes)
+    out = native.resample(
+        array_CZYX.transpose(0, *(axis + 1 for axis in axes)),
+        [plan.shape_out[axis] for axis in axes],
+        (z, y, x),
+        torch=plan.is_torch,
+        clip=plan.clip,
+        threads=threads,
+    )
+    return np.ascontiguousarray(out.transpose(0, *(axes.index(axis) + 1 for axis in range(3))))
 
 
-def _resample_one(values: npt.NDArray[Any], plan: ResamplePlan) -> npt.NDArray[Any]:
-    limits = None
-    if plan.clip_axes:
-        limits = (values.min(axis=plan.clip_axes, keepdims=True), values.max(axis=plan.clip_axes, keepdims=True))
-    for axis, operator in plan.in_plane:
-        values = operator.apply(values, axis)
-    if limits is not None:
-        np.clip(values, *limits, out=values)
-    if plan.between_planes is not None:
-        axis, operator = plan.between_planes
-        values = operator.apply(values, axis)
-    return values
-
-
-def resample_labels(labels_ZYX: npt.NDArray[Any], plan: ResamplePlan | None) -> npt.NDArray[Any]:
+def resample_labels(
+    labels_ZYX: npt.NDArray[Any], plan: ResamplePlan | None, *, threads: int | None = None
+) -> npt.NDArray[Any]:
     """Resample a label map as nnU-Net does: every label's indicator in plane, the largest wins, nearest between planes.
 
     Of labels that tie the nearest neighbour's is taken, else the lowest. `plan` is one of order 1 and order_z 0 in the
@@ -205,24 +186,24 @@ def resample_labels(labels_ZYX: npt.NDArray[Any], plan: ResamplePlan | None) -> 
     """
     if plan is None:
         return labels_ZYX
-    best: npt.NDArray[np.float64] | None = None
-    nearest = labels_ZYX.astype(np.float64)
-    for axis, _ in plan.in_plane:
-        order_0 = axis_operator(labels_ZYX.shape[axis], plan.shape_out[axis], 0, "scipy")
-        nearest = order_0.apply(nearest, axis)
-    out = nearest
-    if plan.in_plane:
+    in_plane = list(plan.shape_out)
+    if plan.separate_axis is not None:
+        in_plane[plan.separate_axis] = labels_ZYX.shape[plan.separate_axis]
+
+    def resampled(values: npt.NDArray[Any], shape: Sequence[int], orders: native.Orders) -> npt.NDArray[np.float64]:
+        """float64, in which nnU-Net compares the indicators"""
+        single = values[None].astype(np.float32)
+        return native.resample(single, shape, orders, dtype=np.float64, threads=threads)[0]
+
+    nearest = out = resampled(labels_ZYX, in_plane, (0, 0, 0))
+    if in_plane != list(labels_ZYX.shape):
+        best: npt.NDArray[np.float64] | None = None
         for label in np.unique(labels_ZYX):
-            score = (labels_ZYX == label).astype(np.float64)
-            for axis, operator in plan.in_plane:
-                score = operator.apply(score, axis)
+            score = resampled(labels_ZYX == label, in_plane, plan.orders)
             if best is None:
                 best, out = score, np.full(score.shape, label, np.float64)
                 continue
             wins = (score > best) | ((score == best) & (nearest == label))
             out[wins] = label
             np.maximum(best, score, out=best)
-    if plan.between_planes is not None:
-        axis, operator = plan.between_planes
-        out = operator.apply(out, axis)
-    return out.astype(labels_ZYX.dtype)
+    return resampled(out, plan.shape_out, (0, 0, 0)).astype(labels_ZYX.dtype)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
+
 Labels = npt.NDArray[Any]
 SizeUnit = Literal["voxels", "mm3"]
 
@@ -72,23 +74,21 @@ def fill_holes(labels_ZYX: Labels, labels: Sequence[int]) -> None:
     inside each other a hole goes to the innermost, whose bounding box is the smallest, so the order of `labels` does
     not matter.
     """
-    from scipy import ndimage
-
-    if labels_ZYX.shape[0] == 1:
-        labels_ZYX = labels_ZYX[0]  # a picture: above and below it is no way out
+    is_picture = labels_ZYX.shape[0] == 1
     wanted = [(box, label) for label, box in _boxes(labels_ZYX) if label in labels]
     for box, label in sorted(wanted, key=lambda item: math.prod(s.stop - s.start for s in item[0])):
         inside = labels_ZYX[box]
-        filled = ndimage.binary_fill_holes(inside == label)
-        inside[filled & (inside == 0)] = label
+        filled = inside == label
+        if is_picture:  # above and below it is no way out
+            filled = np.pad(filled, ((1, 1), (0, 0), (0, 0)), constant_values=True)
+        native.fill_holes(filled)
+        inside[(filled[1:2] if is_picture else filled) & (inside == 0)] = label
 
 
 def _components(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
     """Component numbers from 1 (0 outside) and the size of each."""
-    from scipy import ndimage
-
-    components, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
-    return components, np.bincount(components.ravel(), minlength=count + 1)[1:]
+    components, sizes = native.label_components(mask, connectivity=3)
+    return components, np.array(sizes, np.intp)
 
 
 def _boxes(labels_ZYX: Labels) -> list[tuple[int, tuple[slice, ...]]]:

@@ -1,6 +1,8 @@
 """nnU-Net's intensity normalisation schemes, one function each, in place on one float32 channel (z, y, x).
 
 The operations and their order are nnU-Net's own (`default_normalization_schemes.py`), so results are bit-identical.
+NumPy adds up a cropped channel in pieces that depend on its version: there mean and deviation may differ in the last
+bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,47 +11,44 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import ImageError, SpecError
 
 Channel = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
-_EPSILON = 1e-8
+Threads = int | None  # None: all cores
 
 
-def _z_score(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any]) -> None:
-    if mask is None:
-        mean = channel.mean()
-        std = channel.std()
-        channel -= mean
-        channel /= max(std, _EPSILON)
-    else:
-        inside = channel[mask]
-        channel[mask] = (inside - inside.mean()) / max(inside.std(), _EPSILON)
+def _z_score(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
+    native.z_score(channel, mask, threads=threads)
 
 
-def _ct(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any]) -> None:
-    np.clip(channel, intensity["percentile_00_5"], intensity["percentile_99_5"], out=channel)
-    channel -= intensity["mean"]
-    channel /= max(intensity["std"], _EPSILON)
+def _ct(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
+    native.clip_and_scale(
+        channel,
+        intensity["percentile_00_5"],
+        intensity["percentile_99_5"],
+        intensity["mean"],
+        intensity["std"],
+        threads=threads,
+    )
 
 
-def _rescale_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any]) -> None:
-    channel -= channel.min()
-    channel /= np.clip(channel.max(), a_min=_EPSILON, a_max=None)
+def _rescale_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
+    native.rescale_to_01(channel, threads=threads)
 
 
-def _rgb_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any]) -> None:
-    low, high = channel.min(), channel.max()
+def _rgb_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
+    low, high = native.rgb_to_01(channel, threads=threads)
     if low < 0 or high > 255:
         raise ImageError(f"the model expects colour values from 0 to 255, got {low:g} to {high:g}")
-    channel /= 255.0
 
 
-def _none(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any]) -> None:
+def _none(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
     return
 
 
-SCHEMES: dict[str, Callable[[Channel, Mask | None, Mapping[str, Any]], None]] = {
+SCHEMES: dict[str, Callable[..., None]] = {
     "ZScoreNormalization": _z_score,
     "CTNormalization": _ct,
     "RescaleTo01Normalization": _rescale_to_01,

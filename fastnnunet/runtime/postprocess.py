@@ -1,7 +1,8 @@
 """From logits back to the image: resample, label, uncrop, transpose back. As nnU-Net 2.8 exports a prediction.
 
 nnU-Net resamples all heads to the cropped shape, casts them to float16 and only then takes the argmax. Here that
-happens a few planes at a time, so the resampled logits of all heads never exist at once.
+happens block by block (linear resampling) or head by head (splines), so the resampled logits of all heads never exist
+at once unless probabilities are asked for.
 Axes: H head, Z Y X nnU-Net's internal order after transpose_forward.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import SpecError
 from fastnnunet.geometry.half import round_to_half
 from fastnnunet.geometry.resample import ResamplePlan, ResampleSpec, plan_resampling, resample
@@ -54,17 +56,18 @@ def label_rule(spec: BundleSpec) -> LabelRule:
 
 
 def postprocess(
-    logits_HZYX: Array,
+    logits_HZYX: native.Logits,
     case: Preprocessed,
     spec: BundleSpec,
     resample_spec: ResampleSpec,
     rule: LabelRule,
     return_probabilities: bool = False,
+    threads: int | None = None,
 ) -> tuple[npt.NDArray[Any], Array | None]:
     """Segmentation in the axes of the image as read and, if wanted, float32 probabilities (H, those axes).
 
-    `logits_HZYX`: float32 holding float16 values, of the preprocessed shape. With probabilities the labels come from
-    them, as in nnU-Net (softmax can make two float16 logits equal).
+    `logits_HZYX`: float16 values (or float32 that hold such) of the preprocessed shape. With probabilities the labels
+    come from them, as in nnU-Net (softmax can make two float16 logits equal). `threads`: None for all cores.
     """
     plan = plan_resampling(
         resample_spec, logits_HZYX.shape[1:], case.cropped_shape, case.target_spacing_mm, case.spacing_mm
@@ -72,63 +75,86 @@ def postprocess(
     segmentation = np.zeros(case.shape_before_cropping, rule.dtype)
     cropped = segmentation[case.crop]
     probabilities = None
-    if return_probabilities:
-        probabilities = np.zeros((rule.num_heads, *case.shape_before_cropping), np.float32)
+    if not return_probabilities:
+        _label(logits_HZYX, plan, rule, cropped, threads)
+        return segmentation.transpose(spec.transpose_backward), None
+
+    probabilities = np.zeros((rule.num_heads, *case.shape_before_cropping), np.float32)
+    if rule.regions_class_order is None:
+        probabilities[0] = 1  # outside the crop is background
+    for planes, logits in _resampled_slabs(logits_HZYX, plan, threads):
+        values = _sigmoid(logits) if rule.regions_class_order else _softmax(logits)
+        probabilities[(slice(None), *case.crop)][:, planes] = values
+        _label(logits if rule.regions_class_order else values, None, rule, cropped[planes], threads)
+    return (
+        segmentation.transpose(spec.transpose_backward),
+        probabilities.transpose(0, *(axis + 1 for axis in spec.transpose_backward)),
+    )
+
+
+def _label(
+    logits_HZYX: native.Logits,
+    plan: ResamplePlan | None,
+    rule: LabelRule,
+    labels_ZYX: npt.NDArray[Any],
+    threads: int | None,
+) -> None:
+    """Resample and write the labels, zero before; logits are rounded to float16 where nnU-Net casts back to it."""
+    to_half = plan is not None and plan.keeps_dtype
+    if plan is None or plan.is_local:
+        native.label_logits(
+            logits_HZYX,
+            labels_ZYX,
+            (0, 0, 0) if plan is None else plan.orders,
+            torch=plan is not None and plan.is_torch,
+            to_half=to_half,
+            regions=rule.regions_class_order,
+            threads=threads,
+        )
+        return
+    best = np.full(plan.shape_out, -np.inf, np.float32)
+    for head in range(len(logits_HZYX)):
+        values = resample(logits_HZYX[head : head + 1], plan, threads=threads)[0]
         if rule.regions_class_order is None:
-            probabilities[0] = 1  # outside the crop is background
-
-    for planes, logits in _resampled_slabs(logits_HZYX, plan):
-        if probabilities is not None:
-            values = _sigmoid(logits) if rule.regions_class_order else _softmax(logits)
-            probabilities[(slice(None), *case.crop)][:, planes] = values
+            native.label_head(values, head, best, labels_ZYX, to_half=to_half, threads=threads)
         else:
-            values = _sigmoid(logits) if rule.regions_class_order else logits
-        if rule.regions_class_order:
-            _paint_regions(values, rule.regions_class_order, cropped[planes])
-        else:
-            argmax_heads(values, cropped[planes])
-
-    segmentation = segmentation.transpose(spec.transpose_backward)
-    if probabilities is not None:
-        probabilities = probabilities.transpose(0, *(axis + 1 for axis in spec.transpose_backward))
-    return segmentation, probabilities
+            native.paint_head(values, rule.regions_class_order[head], labels_ZYX, to_half=to_half, threads=threads)
 
 
-def _resampled_slabs(logits_HZYX: Array, plan: ResamplePlan | None) -> Iterator[tuple[slice, Array]]:
+def _resampled_slabs(
+    logits_HZYX: native.Logits, plan: ResamplePlan | None, threads: int | None
+) -> Iterator[tuple[slice, Array]]:
     """Consecutive planes of the resampled logits, rounded to float16 where nnU-Net casts back to it."""
     if plan is not None and not plan.is_local:
-        logits_HZYX = resample(logits_HZYX, plan)
+        logits_HZYX = resample(logits_HZYX, plan, threads=threads)
         if plan.keeps_dtype:
-            round_to_half(logits_HZYX, out=logits_HZYX)
+            round_to_half(logits_HZYX, out=logits_HZYX, threads=threads)
         plan = None
     shape_out = logits_HZYX.shape[1:] if plan is None else plan.shape_out
     step = max(1, _SLAB_VALUES // (logits_HZYX.shape[0] * int(np.prod(shape_out[1:]))))
     for start in range(0, shape_out[0], step):
         planes = slice(start, min(start + step, shape_out[0]))
         if plan is None:
-            yield planes, logits_HZYX[:, planes]
-            continue
-        slab = plan.resample_planes(logits_HZYX, planes)
-        yield planes, round_to_half(slab, out=slab) if plan.keeps_dtype else slab
+            yield planes, logits_HZYX[:, planes].astype(np.float32)
+        else:
+            yield (
+                planes,
+                native.resample_planes(
+                    logits_HZYX,
+                    plan.shape_out,
+                    planes,
+                    plan.orders,
+                    torch=plan.is_torch,
+                    to_half=plan.keeps_dtype,
+                    threads=threads,
+                ),
+            )
 
 
-def argmax_heads(values_HX: Array, out: npt.NDArray[Any]) -> None:
+def argmax_heads(values_HX: Array, out: npt.NDArray[Any], threads: int | None = None) -> None:
     """Index of the largest head into `out` (unsigned, shape of one head); ties go to the lowest index."""
-    if len(values_HX) == 1:
-        out[...] = 0
-        return
-    labels = (values_HX[1] > values_HX[0]).astype(out.dtype)
-    if len(values_HX) > 2:
-        best = np.maximum(values_HX[0], values_HX[1])
-        for head in range(2, len(values_HX)):
-            np.putmask(labels, values_HX[head] > best, head)
-            np.maximum(best, values_HX[head], out=best)
-    out[...] = labels
-
-
-def _paint_regions(probabilities_HX: Array, order: tuple[int, ...], out: npt.NDArray[Any]) -> None:
-    for probability, label in zip(probabilities_HX, order, strict=True):
-        out[probability > 0.5] = label
+    shape = (1,) * (3 - out.ndim) + out.shape
+    native.label_logits(values_HX.reshape(-1, *shape), out.reshape(shape), (0, 0, 0), to_half=False, threads=threads)
 
 
 def _softmax(logits_HX: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
 from fastnnunet.runtime.backends.base import Backend, Precision, create_backend
@@ -79,13 +80,18 @@ class CaseResult:
 class Predictor:
     """A loaded bundle. Not for use from several threads at once."""
 
-    def __init__(self, spec: BundleSpec, backend: Backend, *, step_size: float | None = None) -> None:
+    def __init__(
+        self, spec: BundleSpec, backend: Backend, *, step_size: float | None = None, threads: int | None = None
+    ) -> None:
         """`step_size`: largest step between tiles as a fraction of the patch; None: the bundle's.
+
+        `threads`: of what is done before and after the network; None: all cores.
 
         Raises SpecError when the bundle needs something this runtime cannot reproduce, naming it.
         """
         self.spec = spec
         self.backend = backend
+        self.threads = threads
         self.step_size = spec.step_size if step_size is None else step_size
         if not 0 < self.step_size <= 1:
             raise SpecError(f"step_size: got {self.step_size}, expected a number in (0, 1]")
@@ -124,6 +130,7 @@ class Predictor:
             spec,
             create_backend(backend, bundle, spec, threads=threads, precision=precision),
             step_size=step_size,
+            threads=threads,
         )
 
     def predict_array(
@@ -140,7 +147,8 @@ class Predictor:
         `properties` needs only `spacing` (z, y, x) in mm. The input is left as it is.
         `previous_ZYX`: of a cascade stage, the previous stage's segmentation in the axes of the image.
         """
-        if not np.isfinite(image := np.array(image_CZYX, dtype=np.float32)).all():
+        image = np.array(image_CZYX, dtype=np.float32)
+        if image.size and not np.isfinite(native.limits(image, threads=self.threads)).all():
             raise ImageError("the image has NaN or infinite voxels, expected numbers")
         return self._predict(image, properties, StageTimes(), return_probabilities, on_tiles, previous_ZYX)
 
@@ -156,7 +164,9 @@ class Predictor:
         """`predict_array` that overwrites its image and adds to `times`."""
         spec = self.spec
         with times.stage("preprocess"):
-            case = preprocess(image_CZYX, properties, spec, self._resample_data, previous_ZYX, self._resample_seg)
+            case = preprocess(
+                image_CZYX, properties, spec, self._resample_data, previous_ZYX, self._resample_seg, self.threads
+            )
         with times.stage("infer"):
             logits_HZYX = sliding_window_logits(
                 case.data_CZYX,
@@ -166,10 +176,11 @@ class Predictor:
                 step_size=self.step_size,
                 mirror_axes=spec.mirror_axes,
                 on_tiles=on_tiles,
+                threads=self.threads,
             )
         with times.stage("postprocess"):
             segmentation, probabilities = postprocess(
-                logits_HZYX, case, spec, self._resample_logits, self._label_rule, return_probabilities
+                logits_HZYX, case, spec, self._resample_logits, self._label_rule, return_probabilities, self.threads
             )
         return Prediction(segmentation, probabilities, case.properties, times)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import ImageError
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
 from fastnnunet.runtime.normalize import SCHEMES
@@ -44,8 +45,11 @@ def preprocess(
     resample_spec: ResampleSpec,
     previous_ZYX: npt.NDArray[Any] | None = None,
     resample_seg: ResampleSpec | None = None,
+    threads: int | None = None,
 ) -> Preprocessed:
     """Preprocess an image as the reader returned it (C, axes of the file); `image_CZYX` is overwritten.
+
+    `threads`: None for all cores.
 
     A cascade stage needs `previous_ZYX`, the previous stage's segmentation in the axes of the file, and how to resample
     it; its labels follow the image as one-hot channels.
@@ -61,9 +65,13 @@ def preprocess(
         raise ImageError(f"the image is empty: shape {image_CZYX.shape}")
     _check_previous(previous_ZYX, image_CZYX.shape[1:], spec)
     data = image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward))
+    if not any(n > 1 and s == data.itemsize for n, s in zip(data.shape[1:], data.strides[1:], strict=True)):
+        data = np.ascontiguousarray(
+            data
+        )  # colours side by side in memory, for one; the core wants neighbouring voxels so
     spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
     shape_before_cropping = data.shape[1:]
-    bbox = nonzero_bbox(data)
+    bbox = nonzero_bbox(data, threads)
     data = data[(slice(None), *(slice(start, stop) for start, stop in bbox))]
     cropped_shape = data.shape[1:]
 
@@ -73,16 +81,16 @@ def preprocess(
     if previous_ZYX is not None:
         previous = previous_ZYX.transpose(spec.transpose_forward)[tuple(slice(*limits) for limits in bbox)]
         # as nnU-Net's crop_to_nonzero: what was predicted outside the non-zero region counts as inside
-        inside = _filled_nonzero_mask(data)
+        inside = _filled_nonzero_mask(data, threads)
         previous = np.where((previous == 0) & ~inside, -1, previous.astype(np.int32))
-    _normalize(data, spec, None if previous is None else previous >= 0)
+    _normalize(data, spec, None if previous is None else previous >= 0, threads)
     plan = plan_resampling(
         resample_spec, cropped_shape, resampled_shape(cropped_shape, spacing, target), spacing, target
     )
-    data = resample(data, plan)
+    data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
         plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)
-        previous = resample_labels(previous, plan)
+        previous = resample_labels(previous, plan, threads=threads)
         one_hot = np.stack([previous == label for label in spec.previous_labels])
         data = np.concatenate([data, one_hot.astype(np.float32)])
     return Preprocessed(
@@ -100,21 +108,9 @@ def preprocess(
     )
 
 
-def nonzero_bbox(data_CZYX: npt.NDArray[np.float32]) -> tuple[tuple[int, int], ...]:
-    """Half-open box around the voxels that are non-zero in any channel; the whole image when there are none.
-
-    Planes are looked at from both ends until one is not empty, so a full image costs six planes.
-    """
-    limits = []
-    for axis in range(1, data_CZYX.ndim):
-        size = data_CZYX.shape[axis]
-        filled = (i for i in range(size) if data_CZYX.take(i, axis=axis).any())
-        start = next(filled, None)
-        if start is None:
-            return tuple((0, s) for s in data_CZYX.shape[1:])
-        stop = next(i for i in range(size - 1, -1, -1) if data_CZYX.take(i, axis=axis).any()) + 1
-        limits.append((start, stop))
-    return tuple(limits)
+def nonzero_bbox(data_CZYX: npt.NDArray[np.float32], threads: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Half-open box around the voxels that are non-zero in any channel; the whole image when there are none."""
+    return native.nonzero_box(data_CZYX, threads=threads)
 
 
 def _check_previous(previous_ZYX: npt.NDArray[Any] | None, shape: tuple[int, ...], spec: BundleSpec) -> None:
@@ -125,30 +121,24 @@ def _check_previous(previous_ZYX: npt.NDArray[Any] | None, shape: tuple[int, ...
         raise ImageError(f"the previous segmentation has shape {previous_ZYX.shape}, expected the image's {shape}")
 
 
-def _normalize(data_CZYX: npt.NDArray[np.float32], spec: BundleSpec, mask: npt.NDArray[np.bool_] | None = None) -> None:
+def _normalize(
+    data_CZYX: npt.NDArray[np.float32], spec: BundleSpec, mask: npt.NDArray[np.bool_] | None, threads: int | None
+) -> None:
     if mask is None and any(spec.use_mask_for_norm):
-        mask = _filled_nonzero_mask(data_CZYX)
+        mask = _filled_nonzero_mask(data_CZYX, threads)
     for index, (channel, scheme, use_mask) in enumerate(
         zip(data_CZYX, spec.normalization_schemes, spec.use_mask_for_norm, strict=True)
     ):
-        SCHEMES[scheme](channel, mask if use_mask else None, spec.intensity_properties.get(str(index), {}))
+        intensity = spec.intensity_properties.get(str(index), {})
+        SCHEMES[scheme](channel, mask if use_mask else None, intensity, threads)
 
 
-def _filled_nonzero_mask(data_CZYX: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _filled_nonzero_mask(data_CZYX: npt.NDArray[np.float32], threads: int | None) -> npt.NDArray[np.bool_]:
     """Non-zero voxels and the holes they enclose.
 
     Equal to `binary_fill_holes` of the uncropped mask: everything outside the box is connected to the border, so a
     zero region that touches the box is no hole.
     """
-    from scipy.ndimage import label
-
-    mask = (data_CZYX != 0).any(axis=0)
-    regions, count = label(~mask)
-    if not count:
-        return mask
-    is_hole = np.ones(count + 1, bool)
-    is_hole[0] = False
-    for axis in range(mask.ndim):
-        for border in (0, -1):
-            is_hole[regions.take(border, axis=axis)] = False
-    return mask | is_hole[regions]
+    mask = native.nonzero_mask(data_CZYX, threads=threads)
+    native.fill_holes(mask, threads=threads)
+    return mask

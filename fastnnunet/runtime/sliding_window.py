@@ -1,24 +1,26 @@
 """Tiles in, logits out: nnU-Net's sliding window with Gaussian weights, its float16 roundings included.
 
 nnU-Net adds `logits * gaussian` (float32) to a float16 array, sums the weights in float16 and divides in float16.
-Here the arrays are float32 but hold only values float16 has (see geometry.half), rounded at the same places.
 Axes: C channel, H head, N tile in a batch, Z Y X space; 2d patches are tiles of single planes Z.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
 from fastnnunet.errors import BackendError
 from fastnnunet.geometry.gaussian import gaussian_weights
 from fastnnunet.geometry.grid import tile_slices
-from fastnnunet.geometry.half import check_half_range, round_to_half, row_blocks
+from fastnnunet.geometry.half import check_half_limits
 from fastnnunet.geometry.padding import centre_padding, inner_slices, pad_spatial
 
 Array = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
 Tile = tuple[int | slice, ...]
 Network = Callable[[Array], Array]
 # Small (2d) patches go through the network several at a time; a 3d patch fills the machine by itself.
@@ -35,8 +37,9 @@ def sliding_window_logits(
     step_size: float,
     mirror_axes: Sequence[int] | None,
     on_tiles: Callable[[int, int], None] | None = None,
-) -> Array:
-    """Logits (H, Z, Y, X) of the data's shape: float32 holding float16 values.
+    threads: int | None = None,
+) -> HalfArray:
+    """Logits (H, Z, Y, X) of the data's shape.
 
     `network` maps (N, C, *patch) to (N, H, *patch), float32; what it returns is used before it is called again.
     `on_tiles(done, total)` reports progress. Raises BackendError when the logits leave the range of float16.
@@ -53,46 +56,31 @@ def sliding_window_logits(
         # nothing overlaps: work only on the voxels that are kept
         logits = next(tile_logits)[0]
         kept = inner[-len(patch_size) :]
-        summed = np.empty((num_heads, *shape), np.float32)
-        total: Array = weights[kept]
-        _add_weighted(logits[:, *kept], total, summed.reshape(num_heads, *total.shape), is_first=True)
-        total = total.reshape(shape)
+        summed = np.empty((num_heads, *shape), np.float16)
+        total = _half_weights(tuple(patch_size))[kept].reshape(shape)
+        native.add_weighted(
+            _volumes(logits[:, *kept]), weights[kept].reshape(shape), summed, is_first=True, threads=threads
+        )
         if on_tiles:
             on_tiles(1, 1)
     else:
-        accumulated = np.zeros((num_heads, *padded.shape[1:]), np.float32)
+        accumulated = np.zeros((num_heads, *padded.shape[1:]), np.float16)
+        weights_ZYX = weights.reshape((1,) * (3 - weights.ndim) + weights.shape)
         for done, (tile, logits) in enumerate(zip(tiles, _each(tile_logits), strict=True), 1):
-            _add_weighted(logits, weights, accumulated[:, *tile], is_first=False)
+            native.add_weighted(_volumes(logits), weights_ZYX, _volumes(accumulated[:, *tile]), threads=threads)
             if on_tiles:
                 on_tiles(done, len(tiles))
         summed = accumulated[:, *inner]
         total = _summed_weights(padded.shape[1:], tuple(patch_size), step_size)[inner]
-    _divide(summed, total)
+    sum_limits, quotient_limits = native.divide(summed, total, threads=threads)
+    check_half_limits(sum_limits, "the weighted logits")
+    check_half_limits(quotient_limits, "the logits")
     return summed
 
 
-def _add_weighted(logits_HX: Array, weights_X: Array, target_HX: Array, is_first: bool) -> None:
-    """target = half(target + logits * weights), block by block; the first tile has nothing to add to."""
-    scratch: dict[int, tuple[Array, npt.NDArray[np.uint32]]] = {}
-    for head, rows in row_blocks(target_HX.shape):
-        target = target_HX[head, rows]
-        if len(target) not in scratch:
-            scratch[len(target)] = np.empty(target.shape, np.float32), np.empty(target.shape, np.uint32)
-        weighted, magic = scratch[len(target)]
-        np.multiply(logits_HX[head, rows], weights_X[rows], out=weighted)
-        if not is_first:
-            weighted += target
-        round_to_half(weighted, out=target, scratch=magic)
-
-
-def _divide(summed_HX: Array, total_X: Array) -> None:
-    """summed = half(summed / total), block by block. Raises BackendError where float16 would overflow."""
-    for head, rows in row_blocks(summed_HX.shape):
-        block = summed_HX[head, rows]
-        check_half_range(block, "the weighted logits")
-        logits = block / total_X[rows]
-        round_to_half(logits, out=block)
-        check_half_range(block, "the logits")
+def _volumes(values_HX: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(H, Z, Y, X) of a tile of two or three axes."""
+    return values_HX[:, None] if values_HX.ndim == 3 else values_HX
 
 
 def _each(batches: Iterator[Array]) -> Iterator[Array]:
@@ -135,11 +123,18 @@ def mirrored(network: Network, batch_NCX: Array, mirror_axes: Sequence[int] | No
 
 
 @lru_cache(maxsize=2)
-def _summed_weights(image_shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float) -> Array:
-    """The sum of the weights of all tiles at every voxel, rounded to float16 after each one."""
-    weights = gaussian_weights(patch_size)
-    total = np.zeros(image_shape, np.float32)
+def _half_weights(patch_size: tuple[int, ...]) -> HalfArray:
+    weights = gaussian_weights(patch_size).astype(np.float16)  # exact
+    weights.setflags(write=False)
+    return weights
+
+
+@lru_cache(maxsize=2)
+def _summed_weights(image_shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float) -> HalfArray:
+    """The sum of the weights of all tiles at every voxel, rounded after each one."""
+    weights = _half_weights(patch_size)
+    total = np.zeros((1, *image_shape), np.float16)
     for tile in tile_slices(image_shape, patch_size, step_size):
-        total[tile] = round_to_half(total[tile] + weights)
+        native.add_halves(_volumes(weights[None]), _volumes(total[:, *tile]))
     total.setflags(write=False)
-    return total
+    return total[0]

@@ -1,0 +1,229 @@
+"""The compiled core: the arithmetic before and after the network, in C++ (`core/`), for NumPy arrays.
+
+Arrays are C, Z, Y, X (or without C); whatever a function writes into may be a view whose last axis is contiguous, and
+what it reads is copied only where its last axis is not. Every function lets other Python threads run while it works and
+takes `threads`: None for all cores this process may use (or OMP_NUM_THREADS). A process forked after its parent used
+more than one thread works on one.
+Raises ValueError and TypeError for arrays of wrong shapes and types, which are mistakes of the caller.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.errors import BackendError
+
+try:
+    import _fastnnunet_core as _core
+except ImportError as error:
+    raise BackendError(
+        f"the compiled core of fastnnunet cannot be loaded ({error})\n"
+        "install the package (again): pip install . (or -e .) in its folder, which needs a C++ compiler"
+    ) from error
+
+_INTERFACE = 1
+if _core.INTERFACE != _INTERFACE:
+    raise BackendError(
+        f"the compiled core of fastnnunet has interface {_core.INTERFACE}, these Python files need {_INTERFACE}\n"
+        "install the package again: pip install . (or -e .) in its folder"
+    )
+
+Array = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
+Logits = Array | HalfArray
+Mask = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Shape = tuple[int, ...]
+Orders = tuple[int, int, int]  # of the spline along z, y, x
+Clip = Literal["none", "whole", "per_plane"]
+
+
+def resample(
+    values_CZYX: Logits,
+    shape_out: Sequence[int],
+    orders: Orders,
+    *,
+    torch: bool = False,
+    clip: Clip = "none",
+    dtype: type[np.float32] | type[np.float64] = np.float32,
+    threads: int | None = None,
+) -> npt.NDArray[Any]:
+    """Every channel resampled to `shape_out`, half-pixel centres, border values repeated, float64 inside.
+
+    `orders`: 0 nearest, 1 linear, 2 to 5 splines as SciPy filters and pads them; an axis that keeps its size is left
+    alone. `torch`: coordinates in float32 and "nearest-exact". `clip`: to the range of the whole channel, or of each
+    plane z before planes are combined. float64 results only of float32 input.
+    """
+    out = np.empty((len(values_CZYX), *shape_out), dtype)
+    _core.resample(_readable(values_CZYX), out, orders, torch, clip, threads or 0)
+    return out
+
+
+def label_logits(
+    logits_HZYX: Logits,
+    labels_ZYX: Labels,
+    orders: Orders,
+    *,
+    torch: bool = False,
+    to_half: bool,
+    regions: Sequence[int] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Resample logits (orders 0 and 1) and write the label of every voxel into `labels_ZYX`, whose shape is the target.
+
+    `to_half`: logits are rounded to float16 before they are compared. Without `regions` the largest logit wins, ties go
+    to the lowest head. `regions`: a label per head, painted in turn where its sigmoid in float32 is above 0.5.
+    Memory beyond the arrays does not depend on the number of heads.
+    """
+    order = None if regions is None else list(regions)
+    _core.label_logits(_readable(logits_HZYX), labels_ZYX, orders, torch, to_half, order, threads or 0)
+
+
+def resample_planes(
+    logits_HZYX: Logits,
+    shape_out: Sequence[int],
+    planes: slice,
+    orders: Orders,
+    *,
+    torch: bool = False,
+    to_half: bool,
+    threads: int | None = None,
+) -> Array:
+    """Only the planes `planes` (start and stop given) of the resampled logits of all heads, float32 arithmetic."""
+    out = np.empty((len(logits_HZYX), planes.stop - planes.start, *shape_out[1:]), np.float32)
+    _core.resample_planes(_readable(logits_HZYX), out, shape_out[0], planes.start, orders, torch, to_half, threads or 0)
+    return out
+
+
+def label_head(
+    values_ZYX: Array, head: int, best_ZYX: Array, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None
+) -> None:
+    """Where a head's value is above `best_ZYX` (-infinity at first), it becomes the best and `head` the label."""
+    _core.label_head(_readable(values_ZYX), to_half, head, best_ZYX, labels_ZYX, threads or 0)
+
+
+def paint_head(values_ZYX: Array, label: int, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None) -> None:
+    """Write `label` where the sigmoid in float32 of a head's value is above 0.5."""
+    _core.paint_head(_readable(values_ZYX), to_half, label, labels_ZYX, threads or 0)
+
+
+def add_weighted(
+    logits_HZYX: Array,
+    weights_ZYX: Array,
+    sums_HZYX: HalfArray,
+    *,
+    is_first: bool = False,
+    threads: int | None = None,
+) -> None:
+    """sums = half(sums + logits * weights); `is_first`: half(logits * weights), whatever sums held."""
+    _core.add_weighted(_readable(logits_HZYX), _readable(weights_ZYX), sums_HZYX, is_first, threads or 0)
+
+
+def add_halves(values_HZYX: HalfArray, sums_HZYX: HalfArray, *, threads: int | None = None) -> None:
+    """sums = half(sums + values)"""
+    _core.add_halves(_readable(values_HZYX), sums_HZYX, threads or 0)
+
+
+def divide(
+    sums_HZYX: HalfArray, total_ZYX: HalfArray, *, threads: int | None = None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """sums = half(sums / total). Returns (lowest, highest) of the sums before and of the quotients; NaN if any is."""
+    return _core.divide(sums_HZYX, _readable(total_ZYX), threads or 0)
+
+
+def round_to_half(values: Array, out: Array, *, threads: int | None = None) -> None:
+    """The float32 values nearest to `values` that float16 can hold; `out` may be `values`, both contiguous.
+
+    Magnitudes of 65520 and above, where float16 has only infinity, stay finite.
+    """
+    _core.round_to_half(_rows(values), _rows(out), threads or 0)
+
+
+def limits(values: Array, *, threads: int | None = None) -> tuple[float, float]:
+    """Lowest and highest of contiguous values; NaN if any is, infinities the wrong way round if there are none."""
+    return _core.limits(_rows(values), threads or 0)
+
+
+def moments(channel_ZYX: Array, mask_ZYX: Mask | None = None, *, threads: int | None = None) -> tuple[float, float]:
+    """Mean and standard deviation (inside the mask) as NumPy computes them in float32."""
+    return _core.moments(*_memory_order(channel_ZYX, mask_ZYX), threads or 0)
+
+
+def z_score(channel_ZYX: Array, mask_ZYX: Mask | None = None, *, threads: int | None = None) -> None:
+    """In place: (value - mean) / max(std, 1e-8); with a mask of the voxels inside, the others left alone."""
+    _core.z_score(*_memory_order(channel_ZYX, mask_ZYX), threads or 0)
+
+
+def clip_and_scale(
+    channel_ZYX: Array, low: float, high: float, mean: float, std: float, *, threads: int | None = None
+) -> None:
+    """In place: (clip(value, low, high) - mean) / max(std, 1e-8), in float32."""
+    _core.clip_and_scale(_memory_order(channel_ZYX)[0], low, high, mean, std, threads or 0)
+
+
+def rescale_to_01(channel_ZYX: Array, *, threads: int | None = None) -> None:
+    """In place: (value - lowest) / max(highest - lowest, 1e-8)."""
+    _core.rescale_to_01(_memory_order(channel_ZYX)[0], threads or 0)
+
+
+def rgb_to_01(channel_ZYX: Array, *, threads: int | None = None) -> tuple[float, float]:
+    """In place: value / 255 if all are from 0 to 255, else nothing. Returns the lowest and highest value before."""
+    return _core.rgb_to_01(_memory_order(channel_ZYX)[0], threads or 0)
+
+
+def nonzero_box(channels_CZYX: Array, *, threads: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Half-open (start, stop) per axis around what is not zero in any channel; the whole image where nothing is."""
+    axes = _axes_by_stride(channels_CZYX[0])
+    start, stop = _core.nonzero_box(_readable(channels_CZYX.transpose(0, *(a + 1 for a in axes))), threads or 0)
+    return tuple((start[axes.index(axis)], stop[axes.index(axis)]) for axis in range(3))
+
+
+def nonzero_mask(channels_CZYX: Array, *, threads: int | None = None) -> Mask:
+    """True where any channel is not zero, in the axes of `channels_CZYX` and its order in memory."""
+    axes = _axes_by_stride(channels_CZYX[0])
+    ordered = channels_CZYX.transpose(0, *(a + 1 for a in axes))
+    mask = np.empty(ordered.shape[1:], np.bool_)
+    _core.nonzero_mask(_readable(ordered), mask, threads or 0)
+    return mask.transpose([axes.index(axis) for axis in range(3)])
+
+
+def label_components(
+    mask_ZYX: Mask, connectivity: int = 1, *, threads: int | None = None
+) -> tuple[npt.NDArray[np.int32], list[int]]:
+    """Labels 1, 2, ... as scipy.ndimage.label gives them, and the number of voxels of each.
+
+    `connectivity`: the most axes in which neighbours differ (1: 6 neighbours, 2: 18, 3: 26).
+    """
+    labels = np.empty(mask_ZYX.shape, np.int32)
+    return labels, _core.label_components(_readable(mask_ZYX), connectivity, labels, threads or 0)
+
+
+def fill_holes(mask_ZYX: Mask, *, threads: int | None = None) -> None:
+    """In place: True where False voxels are enclosed (over faces), as scipy.ndimage.binary_fill_holes."""
+    _core.fill_holes(mask_ZYX.transpose(_axes_by_stride(mask_ZYX)), threads or 0)
+
+
+def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, or a copy where its last axis is not contiguous."""
+    return array if array.strides[-1] == array.itemsize or array.shape[-1] <= 1 else np.ascontiguousarray(array)
+
+
+def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A contiguous array as a volume of rows that are long enough to be worth a call and short enough to share out."""
+    flat = array.ravel(order="K")
+    if array.size and not np.may_share_memory(flat, array):
+        raise ValueError(f"a contiguous array is needed, got strides {array.strides} of shape {array.shape}")
+    row = 2**14
+    return flat.reshape(1, -1, row) if flat.size and flat.size % row == 0 else flat.reshape(1, 1, -1)
+
+
+def _axes_by_stride(array: npt.NDArray[Any]) -> list[int]:
+    """The axes so that neighbours along the last are neighbours in memory: what works per voxel need not care."""
+    return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
+
+
+def _memory_order(array: npt.NDArray[Any], mask: Mask | None = None) -> tuple[npt.NDArray[Any], Mask | None]:
+    axes = _axes_by_stride(array)
+    return array.transpose(axes), None if mask is None else _readable(mask.transpose(axes))

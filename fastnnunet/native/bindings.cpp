@@ -1,0 +1,333 @@
+// The core for Python: checks of arrays, no arithmetic. Works without the interpreter's lock; arrays are never copied.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "core/accumulate.hpp"
+#include "core/axis_operator.hpp"
+#include "core/components.hpp"
+#include "core/half.hpp"
+#include "core/label.hpp"
+#include "core/nonzero.hpp"
+#include "core/normalize.hpp"
+#include "core/resample.hpp"
+
+namespace nb = nanobind;
+using namespace fastnnunet;
+
+template <>
+struct nanobind::detail::dtype_traits<Half> {
+    static constexpr dlpack::dtype value{static_cast<std::uint8_t>(dlpack::dtype_code::Float), 16, 1};
+    static constexpr auto name = const_name("float16");
+};
+
+namespace {
+
+template <class T>
+using Array3 = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
+template <class T>
+using Array4 = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
+
+using Shape3 = std::array<std::int64_t, 3>;
+using Sizes = std::vector<std::int64_t>;
+
+template <class A>
+void require_contiguous_rows(const A& array) {
+    const std::size_t last = array.ndim() - 1;
+    if (array.size() > 0 && array.shape(last) > 1 && array.stride(last) != 1) {
+        throw std::invalid_argument("the last axis of an array must be contiguous");
+    }
+}
+
+template <class T>
+Volume<T> volume(const Array3<T>& array) {
+    require_contiguous_rows(array);
+    const auto size = [&](int axis) { return static_cast<std::int64_t>(array.shape(axis)); };
+    return {array.data(), {size(0), size(1), size(2)}, {array.stride(0), array.stride(1)}};
+}
+
+template <class T>
+Volumes<T> volumes(const Array4<T>& array) {
+    require_contiguous_rows(array);
+    const auto size = [&](int axis) { return static_cast<std::int64_t>(array.shape(axis)); };
+    return {array.data(), size(0), array.stride(0), {size(1), size(2), size(3)}, {array.stride(1), array.stride(2)}};
+}
+
+// NumPy's booleans are bytes that are 0 or 1
+template <class Byte, class Bool>
+Volume<Byte> bytes(const Array3<Bool>& array) {
+    const Volume<Bool> booleans = volume(array);
+    return {reinterpret_cast<Byte*>(booleans.data), booleans.shape, booleans.stride};
+}
+
+std::optional<Mask> mask_of(const std::optional<Array3<const bool>>& array) {
+    if (!array) return std::nullopt;
+    return bytes<const std::uint8_t>(*array);
+}
+
+AxisOperators operators(const Shape3& size_in, const Shape3& size_out, const std::array<int, 3>& orders, bool torch) {
+    const Convention convention = torch ? Convention::torch : Convention::scipy;
+    const auto along = [&](int axis) { return AxisOperator(size_in[axis], size_out[axis], orders[axis], convention); };
+    return {along(0), along(1), along(2)};
+}
+
+template <class In, class Out>
+void bind_resample(nb::module_& module) {
+    module.def(
+        "resample",
+        [](const Array4<const In>& in, const Array4<Out>& out, const std::array<int, 3>& orders, bool torch,
+           const std::string& clip, int threads) {
+            const Volumes<const In> from = volumes(in);
+            const Volumes<Out> to = volumes(out);
+            if (from.count != to.count) throw std::invalid_argument("resampling: different numbers of channels");
+            const Clip limits = clip == "whole" ? Clip::whole : clip == "per_plane" ? Clip::per_plane : Clip::none;
+            const nb::gil_scoped_release unlocked;
+            const AxisOperators along = operators(from.shape, to.shape, orders, torch);
+            for (std::int64_t i = 0; i < from.count; ++i) resample(from[i], to[i], along, limits, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("out").noconvert(), nb::arg("orders"), nb::arg("torch"), nb::arg("clip"),
+        nb::arg("threads"));
+}
+
+template <class Logit, class Label>
+void bind_label_logits(nb::module_& module) {
+    module.def(
+        "label_logits",
+        [](const Array4<const Logit>& logits, const Array3<Label>& labels, const std::array<int, 3>& orders, bool torch,
+           bool to_half, const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
+            const Volumes<const Logit> from = volumes(logits);
+            const Volume<Label> to = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            const LogitPlan plan{operators(from.shape, to.shape, orders, torch), to_half};
+            label_logits(from, to, plan, regions, threads);
+        },
+        nb::arg("logits").noconvert(), nb::arg("labels").noconvert(), nb::arg("orders"), nb::arg("torch"),
+        nb::arg("to_half"), nb::arg("regions").none(), nb::arg("threads"));
+}
+
+template <class Logit>
+void bind_resample_planes(nb::module_& module) {
+    module.def(
+        "resample_planes",
+        [](const Array4<const Logit>& logits, const Array4<float>& out, std::int64_t depth_out, std::int64_t first_plane,
+           const std::array<int, 3>& orders, bool torch, bool to_half, int threads) {
+            const Volumes<const Logit> from = volumes(logits);
+            const Volumes<float> to = volumes(out);
+            const nb::gil_scoped_release unlocked;
+            const Shape3 whole{depth_out, to.shape[1], to.shape[2]};
+            const LogitPlan plan{operators(from.shape, whole, orders, torch), to_half};
+            resample_planes(from, to, plan, first_plane, threads);
+        },
+        nb::arg("logits").noconvert(), nb::arg("out").noconvert(), nb::arg("depth_out"), nb::arg("first_plane"),
+        nb::arg("orders"), nb::arg("torch"), nb::arg("to_half"), nb::arg("threads"));
+}
+
+template <class Label>
+void bind_head_by_head(nb::module_& module) {
+    module.def(
+        "label_head",
+        [](const Array3<const float>& values, bool to_half, std::uint32_t head, const Array3<float>& best,
+           const Array3<Label>& labels, int threads) {
+            const Volume<const float> from = volume(values);
+            const Volume<float> largest = volume(best);
+            const Volume<Label> to = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            label_head(from, to_half, head, largest, to, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("to_half"), nb::arg("head"), nb::arg("best").noconvert(),
+        nb::arg("labels").noconvert(), nb::arg("threads"));
+    module.def(
+        "paint_head",
+        [](const Array3<const float>& values, bool to_half, std::uint32_t label, const Array3<Label>& labels,
+           int threads) {
+            const Volume<const float> from = volume(values);
+            const Volume<Label> to = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            paint_head(from, to_half, label, to, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("to_half"), nb::arg("label"), nb::arg("labels").noconvert(),
+        nb::arg("threads"));
+}
+
+void bind_accumulate(nb::module_& module) {
+    module.def(
+        "add_weighted",
+        [](const Array4<const float>& logits, const Array3<const float>& weights, const Array4<Half>& sums,
+           bool is_first, int threads) {
+            const Volumes<const float> from = volumes(logits);
+            const Volume<const float> by = volume(weights);
+            const Volumes<Half> to = volumes(sums);
+            const nb::gil_scoped_release unlocked;
+            add_weighted(from, by, to, is_first, threads);
+        },
+        nb::arg("logits").noconvert(), nb::arg("weights").noconvert(), nb::arg("sums").noconvert(), nb::arg("is_first"),
+        nb::arg("threads"));
+    module.def(
+        "add_halves",
+        [](const Array4<const Half>& values, const Array4<Half>& sums, int threads) {
+            const Volumes<const Half> from = volumes(values);
+            const Volumes<Half> to = volumes(sums);
+            const nb::gil_scoped_release unlocked;
+            add_halves(from, to, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("sums").noconvert(), nb::arg("threads"));
+    module.def(
+        "divide",
+        [](const Array4<Half>& sums, const Array3<const Half>& total, int threads) {
+            const Volumes<Half> to = volumes(sums);
+            const Volume<const Half> by = volume(total);
+            QuotientLimits limits{};
+            {
+                const nb::gil_scoped_release unlocked;
+                limits = divide(to, by, threads);
+            }
+            return std::pair(std::pair(limits.sum_low, limits.sum_high),
+                             std::pair(limits.quotient_low, limits.quotient_high));
+        },
+        nb::arg("sums").noconvert(), nb::arg("total").noconvert(), nb::arg("threads"));
+    module.def(
+        "round_to_half",
+        [](const Array3<const float>& values, const Array3<float>& out, int threads) {
+            const Volume<const float> from = volume(values);
+            const Volume<float> to = volume(out);
+            const nb::gil_scoped_release unlocked;
+            round_to_half(from, to, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("out").noconvert(), nb::arg("threads"));
+}
+
+void bind_normalize(nb::module_& module) {
+    module.def(
+        "moments",
+        [](const Array3<float>& channel, const std::optional<Array3<const bool>>& mask, int threads) {
+            const Channel values = volume(channel);
+            const std::optional<Mask> inside = mask_of(mask);
+            Moments found{};
+            {
+                const nb::gil_scoped_release unlocked;
+                found = moments(values, inside, threads);
+            }
+            return std::pair(found.mean, found.std);
+        },
+        nb::arg("channel").noconvert(), nb::arg("mask").noconvert().none(), nb::arg("threads"));
+    module.def(
+        "z_score",
+        [](const Array3<float>& channel, const std::optional<Array3<const bool>>& mask, int threads) {
+            const Channel values = volume(channel);
+            const std::optional<Mask> inside = mask_of(mask);
+            const nb::gil_scoped_release unlocked;
+            z_score(values, inside, threads);
+        },
+        nb::arg("channel").noconvert(), nb::arg("mask").noconvert().none(), nb::arg("threads"));
+    module.def(
+        "clip_and_scale",
+        [](const Array3<float>& channel, float low, float high, float mean, float std, int threads) {
+            const Channel values = volume(channel);
+            const nb::gil_scoped_release unlocked;
+            clip_and_scale(values, low, high, mean, std, threads);
+        },
+        nb::arg("channel").noconvert(), nb::arg("low"), nb::arg("high"), nb::arg("mean"), nb::arg("std"),
+        nb::arg("threads"));
+    module.def(
+        "rescale_to_01",
+        [](const Array3<float>& channel, int threads) {
+            const Channel values = volume(channel);
+            const nb::gil_scoped_release unlocked;
+            rescale_to_01(values, threads);
+        },
+        nb::arg("channel").noconvert(), nb::arg("threads"));
+    module.def(
+        "rgb_to_01",
+        [](const Array3<float>& channel, int threads) {
+            const Channel values = volume(channel);
+            Range range{};
+            {
+                const nb::gil_scoped_release unlocked;
+                range = rgb_to_01(values, threads);
+            }
+            return std::pair(range.low, range.high);
+        },
+        nb::arg("channel").noconvert(), nb::arg("threads"));
+    module.def(
+        "limits",
+        [](const Array3<const float>& values, int threads) {
+            const Volume<const float> from = volume(values);
+            Range range{};
+            {
+                const nb::gil_scoped_release unlocked;
+                range = range_of(from, threads);
+            }
+            return std::pair(range.low, range.high);
+        },
+        nb::arg("values").noconvert(), nb::arg("threads"));
+}
+
+void bind_masks(nb::module_& module) {
+    module.def(
+        "nonzero_box",
+        [](const Array4<const float>& channels, int threads) {
+            const Volumes<const float> from = volumes(channels);
+            Box box{};
+            {
+                const nb::gil_scoped_release unlocked;
+                box = nonzero_box(from, threads);
+            }
+            return std::pair(box.start, box.stop);
+        },
+        nb::arg("channels").noconvert(), nb::arg("threads"));
+    module.def(
+        "nonzero_mask",
+        [](const Array4<const float>& channels, const Array3<bool>& mask, int threads) {
+            const Volumes<const float> from = volumes(channels);
+            const Volume<std::uint8_t> to = bytes<std::uint8_t>(mask);
+            const nb::gil_scoped_release unlocked;
+            nonzero_mask(from, to, threads);
+        },
+        nb::arg("channels").noconvert(), nb::arg("mask").noconvert(), nb::arg("threads"));
+    module.def(
+        "label_components",
+        [](const Array3<const bool>& mask, int connectivity, const Array3<std::int32_t>& labels, int threads) {
+            const Volume<const std::uint8_t> from = bytes<const std::uint8_t>(mask);
+            const Volume<std::int32_t> to = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            return label_components(from, connectivity, to, threads);
+        },
+        nb::arg("mask").noconvert(), nb::arg("connectivity"), nb::arg("labels").noconvert(), nb::arg("threads"));
+    module.def(
+        "fill_holes",
+        [](const Array3<bool>& mask, int threads) {
+            const Volume<std::uint8_t> to = bytes<std::uint8_t>(mask);
+            const nb::gil_scoped_release unlocked;
+            fill_holes(to, threads);
+        },
+        nb::arg("mask").noconvert(), nb::arg("threads"));
+}
+
+}  // namespace
+
+NB_MODULE(_fastnnunet_core, module) {
+    // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
+    module.attr("INTERFACE") = 1;
+    bind_resample<float, float>(module);
+    bind_resample<float, double>(module);
+    bind_resample<Half, float>(module);
+    bind_label_logits<float, std::uint8_t>(module);
+    bind_label_logits<float, std::uint16_t>(module);
+    bind_label_logits<Half, std::uint8_t>(module);
+    bind_label_logits<Half, std::uint16_t>(module);
+    bind_resample_planes<float>(module);
+    bind_resample_planes<Half>(module);
+    bind_head_by_head<std::uint8_t>(module);
+    bind_head_by_head<std::uint16_t>(module);
+    bind_accumulate(module);
+    bind_normalize(module);
+    bind_masks(module);
+}
