@@ -140,7 +140,7 @@ def _train_students(
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
-        trainer = _configure(job, plans, dataset_json, soft_labels, unlabelled, resume, device)
+        trainer = _configure(job, plans, dataset_json, soft_labels, resume, device, unlabelled)
         trainers.append(trainer)
         finished = resume and _resume(trainer, fold_folder)
         if not finished:
@@ -283,9 +283,9 @@ def _configure(
     plans: dict[str, Any],
     dataset_json: dict[str, Any],
     soft_labels: CachedSoftLabels | None,
-    unlabelled: "Unlabelled | None",
     resume: bool,
     device: str,
+    unlabelled: "Unlabelled | None" = None,
 ) -> "StudentTrainer":
     from fastnnunet.distill.losses import DistillationObjective
     from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
