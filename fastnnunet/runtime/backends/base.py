@@ -76,9 +76,6 @@ BACKENDS: dict[str, BackendEntry] = {
 }
 # fastest first
 _AUTO_ORDER: dict[Device, tuple[str, ...]] = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt",)}
-    "cpu": ("openvino", "onnxruntime"),
-    "cuda": ("tensorrt",),
-}  # fastest first
 
 
 def is_installed(name: str) -> bool:
