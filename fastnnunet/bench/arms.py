@@ -9,7 +9,7 @@ import numpy as np
 
 from fastnnunet.bench.measure import Runner
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import Precision, create_backend
+from fastnnunet.runtime.backends.base import Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.bundle import load_bundle_spec
 
@@ -67,7 +67,7 @@ class ReferenceArm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleArm:
-    """A student's bundle on one backend."""
+    """A bundle on one backend."""
 
     name: str
     bundle: Path
@@ -88,7 +88,7 @@ class BundleArm:
         return run
 
     def describe(self) -> dict[str, Any]:
-        """For the record, with the parity of this backend on the bundle's own patches; `size_bytes` of model.onnx."""
+        """For the record, with the parity of this backend on the bundle's own patches; `size_bytes` of all folds."""
         spec = load_bundle_spec(self.bundle)
         return {
             "kind": "bundle",
@@ -96,7 +96,7 @@ class BundleArm:
             "backend": self.backend,
             "precision": self.precision,
             "parameters": spec.provenance.get("parameters"),
-            "size_bytes": (self.bundle / "model.onnx").stat().st_size,
+            "size_bytes": sum((self.bundle / name).stat().st_size for name in spec.model_files),
             "parity": self.parity(),
         }
 
@@ -108,8 +108,11 @@ class BundleArm:
                 image_NCX, expected_NHX = stored["image"], stored["logits"]
         except (OSError, ValueError, KeyError) as e:
             raise CorruptError(f"{self.bundle / 'parity.npz'} cannot be read ({e}); export the bundle again") from e
-        backend = create_backend(self.backend, self.bundle, spec, threads=self.threads, precision=self.precision)
-        got_NHX = np.concatenate([np.array(backend.run(np.ascontiguousarray(i[None]))) for i in image_NCX])
+        backends = create_ensemble(self.backend, self.bundle, spec, threads=self.threads, precision=self.precision)
+        got_NHX = np.zeros_like(expected_NHX)
+        for backend in backends:
+            got_NHX += np.concatenate([np.array(backend.run(np.ascontiguousarray(i[None]))) for i in image_NCX])
+        got_NHX /= len(backends)
         if spec.regions_class_order is not None:
             same = (got_NHX > 0) == (expected_NHX > 0)
         else:

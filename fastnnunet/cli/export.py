@@ -1,5 +1,6 @@
-"""`fastnnunet export`: a student as a bundle."""
+"""`fastnnunet export`: a student, or a trained nnU-Net ensemble, as a bundle."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,12 @@ from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
+    from fastnnunet.export.bundle import ParityReport
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
     from fastnnunet.specs.student import StudentSpec
 
-app = typer.Typer(no_args_is_help=True, help="Export a student for deployment; always validated on real patches.")
+app = typer.Typer(no_args_is_help=True, help="Export a student or an ensemble for deployment; always validated.")
 
 
 app.command("tensorrt")(tensorrt)
@@ -21,9 +23,14 @@ app.command("tensorrt")(tensorrt)
 
 @app.command("onnx")
 def onnx(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
-    fold: Annotated[str, typer.Option("-f", "--fold", help="The student's fold.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The bundle folder to write.")],
+    folds: Annotated[list[str], typer.Option("-f", "--fold", help="Fold; several make an ensemble.")],
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Instead of -d: any nnU-Net model folder, as it is.")
+    ] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="With -d: the trained model itself, no student.")] = False,
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With --teacher: its trainer.")] = "nnUNetTrainer",
     reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Student size.")] = None,
     student_file: Annotated[
         Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
@@ -50,18 +57,20 @@ def onnx(
     simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
     batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
 ) -> None:
-    """Write a bundle: model.onnx with its weights inside, bundle.json, parity.npz.
+    """Write a bundle: model.onnx (or one for each fold) with its weights inside, bundle.json, parity.npz.
 
-    The exported model must compute what PyTorch computes on real patches, else nothing is written.
+    The exported model must compute what PyTorch computes on real patches, else nothing is written; a model folder whose
+    preprocessed cases are not there is compared on noise.
 
-    Example:
+    Examples:
 
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 -r 4 -o hippocampus_r4
+
+      fastnnunet export onnx -d 4 -c 3d_fullres -f 0 1 2 3 4 --teacher -o hippocampus_ensemble
+
+      fastnnunet export onnx -m MODEL_FOLDER -f 0 1 2 3 4 -o ensemble
     """
-    from fastnnunet.cli.train import student_specs
-    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
-    from fastnnunet.specs.student import StudentSpec
 
     graph = GraphSpec(
         patch_size=tuple(patch_size) if patch_size else None,
@@ -69,6 +78,20 @@ def onnx(
         simplify=simplify,
         batch_size=batch,
     )
+    if model is not None or teacher:
+        if model is not None and (teacher or dataset is not None):
+            raise SpecError("give either -m, or -d with --teacher")
+        if reduction or student_file or size or student_plans:
+            raise SpecError("-m and --teacher export a model as it is: leave out -r, --student, -ts and -spl")
+        folder = _teacher(model, dataset, trainer, plans, configuration)
+        export_teacher(folder, folds, output, checkpoint, overwrite=overwrite, graph=graph)
+        return
+    if dataset is None:
+        raise SpecError("which model? give -d for a student or, with --teacher, a trained model; or -m MODEL_FOLDER")
+    from fastnnunet.cli.train import student_specs
+    from fastnnunet.specs.distill import DistillSpec
+    from fastnnunet.specs.student import StudentSpec
+
     choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
     named = student_plans is not None and not reduction and student_file is None and size is None
     students = [StudentSpec()] if named else student_specs(reduction, student_file, choices)
@@ -78,7 +101,7 @@ def onnx(
         dataset=dataset,
         configuration=configuration,
         plans=plans,
-        fold=fold,
+        fold=folds,
         student=students[0],
         distill=DistillSpec(alpha=alpha, temperature=temperature),
         output=output,
@@ -89,12 +112,51 @@ def onnx(
     )
 
 
+def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
+    from fastnnunet.nnunet.paths import trained_model_folder
+
+    if model is not None:
+        return model
+    if dataset is None:
+        raise SpecError("--teacher needs -d, the data set of the trained model")
+    return trained_model_folder(dataset, trainer, plans, configuration)
+
+
+def export_teacher(
+    folder: Path, folds: Sequence[str], output: Path, checkpoint: str, *, overwrite: bool, graph: "GraphSpec"
+) -> None:
+    """Export folds of a model folder as it is, and say how well that went."""
+    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.export.bundle import export_bundle
+
+    report = export_bundle(
+        folder,
+        parse_folds(list(folds)),
+        output,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+        graph=graph,
+        needs_real_patches=False,
+    )
+    print(f"bundle: {output}")
+    print(_parity(report))
+
+
+def _parity(report: "ParityReport") -> str:
+    kind = "real" if report.real else "noise"
+    return (
+        f"parity with PyTorch on {report.patches} {kind} patches: largest logit difference "
+        f"{report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
+        f"same label on {report.label_agreement:.3%} of voxels"
+    )
+
+
 def export_student(
     *,
     dataset: str,
     configuration: str,
     plans: str,
-    fold: str,
+    fold: str | Sequence[str],
     student: "StudentSpec",
     distill: "DistillSpec",
     output: Path | None,
@@ -104,7 +166,7 @@ def export_student(
     student_plans: str | None = None,
     graph: "GraphSpec | None" = None,
 ) -> Path:
-    """Export a student found by what it was trained with or by its `student_plans`.
+    """Export a student found by what it was trained with or by its `student_plans`; several folds as an ensemble.
 
     `output` None puts `bundle/` beside its checkpoint.
     """
@@ -114,6 +176,7 @@ def export_student(
     from fastnnunet.nnunet.student import STOCK_TRAINER, find_student
     from fastnnunet.specs.graph import GraphSpec
 
+    folds = [fold] if isinstance(fold, str) else list(fold)
     name = resolve_dataset(dataset)
     if student_plans is not None:
         folder = model_folder(name, STOCK_TRAINER, student_plans, configuration)
@@ -127,13 +190,13 @@ def export_student(
             folder = find_student(name, plans, configuration, student, distill)
         except NotFoundError as e:
             raise NotFoundError(
-                f"{e}\ntrain it with: fastnnunet train -d {dataset} -c {configuration} -f {fold} -r {student.r} "
-                f"-a {distill.alpha:g} -temp {distill.temperature:g}"
+                f"{e}\ntrain it with: fastnnunet train -d {dataset} -c {configuration} -f {' '.join(folds)} "
+                f"-r {student.r} -a {distill.alpha:g} -temp {distill.temperature:g}"
             ) from e
-    output = output or folder / f"fold_{fold}" / "bundle"
+    output = output or folder / f"fold_{folds[0]}" / "bundle"
     report = export_bundle(
         folder,
-        parse_folds([fold])[0],
+        parse_folds(folds),
         output,
         checkpoint=checkpoint,
         overwrite=overwrite,
@@ -141,9 +204,5 @@ def export_student(
     )
     print(f"bundle: {output}")
     if verbose:
-        print(
-            f"parity with PyTorch on {report.patches} real patches: largest logit difference "
-            f"{report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
-            f"same label on {report.label_agreement:.3%} of voxels"
-        )
+        print(_parity(report))
     return output

@@ -11,6 +11,7 @@ from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
 from fastnnunet.cli.guard import guarded
 from fastnnunet.cli.postprocess import postprocess
+from fastnnunet.cli.predict import EXAMPLES as PREDICT_EXAMPLES
 from fastnnunet.cli.predict import predict
 from fastnnunet.cli.student import app as student_app
 from fastnnunet.cli.train import train
@@ -33,7 +34,7 @@ def _group() -> None:
 app.command("evaluate")(evaluate)
 app.command("benchmark")(benchmark)
 app.command("train")(train)
-app.command("predict")(predict)
+app.command("predict", epilog=PREDICT_EXAMPLES)(predict)
 app.command("postprocess")(postprocess)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
@@ -45,6 +46,11 @@ MULTI_VALUE = frozenset(
     {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision", "--arch"}
     | {"--keep-largest", "--fill-holes", "--patch-size"}
 )
+# ... but not for these commands, where a second value is a mistake
+SINGLE_VALUE = {
+    "predict": frozenset({"--backend", "-m", "--model", "--precision"}),
+    "export": frozenset({"-m", "--model"}),
+}
 # What an option without a value stands for.
 BARE_VALUE = {"--keep-largest": "all", "--fill-holes": "each"}
 
@@ -53,12 +59,13 @@ def spread_multi_values(argv: list[str]) -> list[str]:
     """Rewrite `-f 0 1 2` as `-f 0 -f 1 -f 2` for the options in MULTI_VALUE, and give those in BARE_VALUE their value
     where they stand alone; everything else is left as it is.
     """
+    several = MULTI_VALUE - SINGLE_VALUE.get(argv[0] if argv else "", frozenset())
     out: list[str] = []
     option: str | None = None
     taken = 0
     for token, following in zip(argv, [*argv[1:], "-"], strict=True):
         if token.startswith("-") and not token[1:2].isdigit():
-            option, taken = (token, 0) if token in MULTI_VALUE else (None, 0)
+            option, taken = (token, 0) if token in several else (None, 0)
             out.append(token)
             if token in BARE_VALUE and following.startswith("-"):
                 out.append(BARE_VALUE[token])

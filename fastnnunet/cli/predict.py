@@ -1,18 +1,35 @@
-"""`fastnnunet predict`: a bundle on an image or a folder of images."""
+"""`fastnnunet predict`: nnU-Net's predict commands, on a bundle or on an nnU-Net model."""
 
+import os
 import sys
 import time
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.runtime.cases import Case
-    from fastnnunet.runtime.predict import CaseResult
+    from fastnnunet.runtime.predict import CaseResult, Predictor
+
+EXAMPLES = """Examples:
+
+fastnnunet predict -i imagesTs -o predictions -m hippocampus_r4
+
+fastnnunet predict -i imagesTs -o predictions -d 4 -c 3d_fullres -f 0 1 2 3 4
+
+fastnnunet predict -i imagesTs -o predictions -m MODEL_FOLDER -f all --disable_tta
+
+fastnnunet predict -i imagesTs -o predictions -d 4 -c 3d_fullres -num_parts 2 -part_id 0
+
+fastnnunet predict -i FOLDER_OF_DICOM -o out -m bundle --output-format dicom-seg --keep-largest
+
+fastnnunet predict -i patient_0000.nii.gz -o liver.nii.gz -m liver_r4 --profile
+"""
+PROFILE_FILE = "fastnnunet_profile.json"
 
 
 def predict(
@@ -23,29 +40,66 @@ def predict(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
-    model: Annotated[Path, typer.Option("-m", "--model", help="Bundle folder of `fastnnunet export onnx`.")],
-    backend: Annotated[
-        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.")
-    ] = "auto",
-    step_size: Annotated[
-        float | None,
-        typer.Option("-step_size", "--step_size", help="Step between tiles / patch; default: the bundle's."),
+    model: Annotated[
+        Path | None,
+        typer.Option("-m", "--model", help="Bundle of `fastnnunet export`, or nnU-Net model folder."),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("-d", "--dataset", help="Instead of -m: data set id or name in nnUNet_results.")
+    ] = None,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="With -d: plans.")] = "nnUNetPlans",
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With -d: trainer.")] = "nnUNetTrainer",
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="With -d: configuration, such as 3d_fullres.")
+    ] = None,
+    folds: Annotated[
+        list[str] | None,
+        typer.Option("-f", "--fold", help="Folds; default: 0 1 2 3 4, of a bundle all that it has."),
+    ] = None,
+    step_size: Annotated[
+        float | None, typer.Option("-step_size", "--step_size", help="Step between tiles / patch; default: 0.5.")
+    ] = None,
+    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="A line for each case: its shapes and times.")] = False,
     save_probabilities: Annotated[
         bool, typer.Option("--save_probabilities", help="Also write CASE.npz and CASE.pkl.")
     ] = False,
     continue_prediction: Annotated[
-        bool, typer.Option("--continue_prediction", help="Leave out cases that are predicted already.")
+        bool, typer.Option("--continue_prediction", "--c", help="Leave out cases that are predicted already.")
     ] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option("-chk", help="Of a model folder; default: checkpoint_final.pth.")
+    ] = None,
+    npp: Annotated[
+        int, typer.Option("-npp", envvar="nnUNet_npp", help="One thread reads; none where this and -nps are 0.")
+    ] = 3,
+    nps: Annotated[
+        int, typer.Option("-nps", envvar="nnUNet_nps", help="One thread writes; none where this and -npp are 0.")
+    ] = 3,
     prev_stage_predictions: Annotated[
         Path | None,
         typer.Option(
             "-prev_stage_predictions", "--prev_stage_predictions", help="Cascades: segmentations of the previous stage."
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
+    num_parts: Annotated[
+        int, typer.Option("-num_parts", help="Number of commands that share the folder, each with its -part_id.")
+    ] = 1,
+    part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "-device",
+            help="cpu, cuda, or mps (computed on the CPU); default: where the backend computes, of auto the CPU.",
+        ),
     ] = None,
+    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bar.")] = False,
+    not_on_device: Annotated[
+        bool, typer.Option("--not_on_device", help="Changes nothing: tiles are always summed in main memory.")
+    ] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.")
+    ] = "auto",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "int8"],
         typer.Option(
@@ -53,7 +107,9 @@ def predict(
             help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; fp16, int8: engines of tensorrt.",
         ),
     ] = "fp32",
-    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar")] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
+    ] = None,
     series: Annotated[
         str | None, typer.Option("--series", help="SeriesInstanceUID, where a DICOM folder holds several.")
     ] = None,
@@ -65,80 +121,165 @@ def predict(
     min_size: MinSize = None,
     fill_holes: FillHoles = None,
     pp_pkl_file: PostprocessingFile = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
+    profile_json: Annotated[
+        bool, typer.Option("--profile_json", help=f"Write it beside the output, as {PROFILE_FILE}.")
+    ] = False,
 ) -> None:
-    """Predict with a bundle: nnU-Net's preprocessing, sliding window, geometry and file names, without nnU-Net.
+    """Predict as `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` do: their flags, names and files.
 
-    In a folder a case that cannot be predicted is reported and left out, and the exit code is 1.
-
-    Example:
-
-      fastnnunet predict -i imagesTs -o predictions -m hippocampus_r4
-
-      fastnnunet predict -i FOLDER_OF_DICOM -o out -m bundle --output-format dicom-seg --keep-largest
+    Runs a bundle, or a trained nnU-Net model with all its folds and mirrored. The latter is exported on first use (this
+    needs torch) and kept in ~/.cache/fastnnunet (FASTNNUNET_CACHE_HOME). The next case is read and the last written
+    meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from fastnnunet.api.conversions import device_name
+    from fastnnunet.api.models import load_model
+    from fastnnunet.api.progress import RunProgress
     from fastnnunet.runtime.label_rules import cleanup_from_words
-    from fastnnunet.runtime.predict import Predictor
+    from fastnnunet.runtime.output import RunArguments
 
-    start = time.perf_counter()
-    predictor = Predictor.load(model, backend, threads=threads, step_size=step_size, precision=precision)
-    load_s = time.perf_counter() - start
-    cleanup = cleanup_from_words(
-        predictor.spec.labels,
-        keep_largest=keep_largest or (),
-        min_size=min_size,
-        fill_holes=fill_holes or (),
-        postprocessing_file=pp_pkl_file,
-    )
-
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("remaining"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=disable_progress_bar,
-    )
-    with progress:
-        all_cases = progress.add_task("cases", total=None)
-        one_case = progress.add_task("tiles", total=None, visible=False)
-
-        def on_start(case: "Case", index: int, total: int) -> None:
-            progress.update(all_cases, total=total, completed=index)
-            progress.update(one_case, description=case.case_id, visible=False)
-
-        def on_tiles(done: int, total: int) -> None:
-            progress.update(one_case, completed=done, total=total, visible=total > 1)
+    begin = time.perf_counter()
+    with RunProgress(disable=disable_progress_bar) as progress:
+        predictor = load_model(
+            _model_folder(model, dataset, configuration, plans, trainer),
+            _folds(folds, model),
+            checkpoint,
+            tell=progress.tell,
+            backend=backend,
+            threads=threads,
+            precision=precision,
+            device=device_name(device),
+            step_size=step_size,
+            mirroring=not disable_tta,
+        )
+        load_s = time.perf_counter() - begin
+        cleanup = cleanup_from_words(
+            predictor.spec.labels,
+            keep_largest=keep_largest or (),
+            min_size=min_size,
+            fill_holes=fill_holes or (),
+            postprocessing_file=pp_pkl_file,
+        )
 
         def on_done(result: "CaseResult") -> None:
-            progress.advance(all_cases)
+            progress.case_done()
             if result.error is not None:
-                message = f"failed: {result.case_id}: {result.error}"
-                progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+                progress.tell(f"failed: {result.case_id}: {result.error}")
+            elif verbose:
+                progress.tell(_describe(result))
 
-        results = predictor.predict_files(
-            source,
-            output,
-            save_probabilities=save_probabilities,
-            overwrite=not continue_prediction,
-            previous=prev_stage_predictions,
-            cleanup=cleanup,
-            dicom_series=series,
-            dicom_seg=output_format == "dicom-seg",
-            on_start=on_start,
-            on_tiles=on_tiles,
-            on_done=on_done,
-        )
+        begin = time.perf_counter()
+        try:
+            results = predictor.predict_files(
+                source,
+                output,
+                arguments=RunArguments(
+                    num_processes_preprocessing=npp,
+                    num_processes_segmentation_export=nps,
+                    num_parts=num_parts,
+                    part_id=part_id,
+                ),
+                save_probabilities=save_probabilities,
+                overwrite=not continue_prediction,
+                previous=prev_stage_predictions,
+                cleanup=cleanup,
+                dicom_series=series,
+                dicom_seg=output_format == "dicom-seg",
+                on_start=progress.on_start,
+                on_tiles=progress.on_tiles,
+                on_done=on_done,
+            )
+        except KeyboardInterrupt:
+            _leave_interrupted(progress)
+        wall_s = time.perf_counter() - begin
 
     done = [r for r in results if r.error is None]
     print(f"{len(done)} case(s) predicted with {predictor.backend.name} into {output} (model loaded in {load_s:.2f} s)")
     if done:
-        stages = ("read", "preprocess", "infer", "postprocess", "write")
-        parts = ", ".join(f"{s} {1e3 * mean(getattr(r.times, f'{s}_s') for r in done):.1f}" for s in stages)
-        print(f"mean per case: {1e3 * mean(r.times.total_s for r in done):.1f} ms ({parts})")
+        stages = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means(done).items())
+        print(f"{1e3 * wall_s / len(results):.1f} ms per case; mean of its stages: {stages}")
+    if profile:
+        _print_profile(done)
+    if profile_json:
+        _write_profile(predictor, results, output, load_s, wall_s)
     if len(done) < len(results):
         print(f"{len(results) - len(done)} case(s) failed, see above", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _model_folder(model: Path | None, dataset: str | None, configuration: str | None, plans: str, trainer: str) -> Path:
+    """The folder that -m, or -d with -c, -p and -tr, name. Raises SpecError when it is both or neither."""
+    if (model is None) == (dataset is None):
+        raise SpecError("which model? give either -m (a bundle or a model folder) or -d with -c (as in nnUNet_results)")
+    if model is not None:
+        return model
+    if configuration is None:
+        raise SpecError("-d needs a configuration too, such as -c 3d_fullres")
+    from fastnnunet.nnunet.paths import trained_model_folder
+
+    return trained_model_folder(str(dataset), trainer, plans, configuration)
+
+
+def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...] | None":
+    """nnU-Net's default for model folders; None, all there are, for bundles."""
+    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.specs.bundle import is_bundle
+
+    if given:
+        return parse_folds(given)
+    return None if model is not None and is_bundle(model) else (0, 1, 2, 3, 4)
+
+
+def _leave_interrupted(progress: Any) -> None:
+    """Exit code 130 at once: threads that read or compute are not waited for, and what they hold is not torn down."""
+    progress.__exit__(None, None, None)
+    print("interrupted; finished cases are kept, --continue_prediction goes on after them", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+def _describe(result: "CaseResult") -> str:
+    times = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means([result]).items())
+    return f"{result.case_id}: image {result.image_shape}, network sees {result.network_shape}; ms: {times}"
+
+
+def _means(results: "list[CaseResult]") -> dict[str, float]:
+    """Mean seconds of every stage."""
+    from fastnnunet.runtime.times import STAGES
+
+    return {stage: mean(getattr(r.times, f"{stage}_s") for r in results) for stage in STAGES}
+
+
+def _print_profile(done: "list[CaseResult]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="milliseconds (cases overlap: the time on the clock is shorter than the sum)")
+    table.add_column("case")
+    for stage in (*_means(done[:1]), "total") if done else ():
+        table.add_column(stage, justify="right")
+    for result in done:
+        values = [*_means([result]).values(), result.times.total_s]
+        table.add_row(result.case_id, *(f"{1e3 * value:.1f}" for value in values))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def _write_profile(
+    predictor: "Predictor", results: "list[CaseResult]", output: Path, load_s: float, wall_s: float
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from fastnnunet.runtime.files import atomic_output
+
+    record = {
+        **predictor.describe(),
+        "load_s": load_s,
+        "wall_s": wall_s,
+        "cases": [{"case": r.case_id, **asdict(r.times)} for r in results if r.error is None],
+        "failed": {r.case_id: str(r.error) for r in results if r.error is not None},
+    }
+    folder = output if output.is_dir() else output.parent
+    with atomic_output(folder / PROFILE_FILE) as partial:
+        partial.write_text(json.dumps(record, indent=1))

@@ -1,8 +1,12 @@
-"""Student folder -> bundle, written only when ONNX Runtime computes what PyTorch computes on real patches."""
+"""Model folder -> bundle, written only when ONNX Runtime computes what PyTorch computes.
+
+One fold gives the bundle of a student (or of a teacher without its siblings), several give that of an ensemble.
+"""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +16,20 @@ import numpy as np
 from fastnnunet import __version__
 from fastnnunet.errors import MismatchError, NotFoundError, ParityError
 from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, larger_patches, plans_for
-from fastnnunet.export.onnx import INPUT, OUTPUT, to_onnx
-from fastnnunet.nnunet.cases import open_cases
+from fastnnunet.export.onnx import INPUT, OUTPUT, put_weights, to_onnx
+from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
 from fastnnunet.nnunet.primus import stock_architecture
-from fastnnunet.specs.bundle import BundleSpec, write_bundle_json
+from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec
 
 if TYPE_CHECKING:
     import torch
 
-MODEL_FILE, PARITY_FILE = "model.onnx", "parity.npz"
-PARITY_PATCHES = 2
+Fold = int | str
+PARITY_FILE = "parity.npz"
 # fp32 convolutions summed in another order differ in the last digits; anything more is a wrong graph
 RELATIVE_TOLERANCE = 1e-3
 LABEL_AGREEMENT = 0.9999
@@ -33,9 +37,10 @@ LABEL_AGREEMENT = 0.9999
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """How far the exported model is from PyTorch on the parity patches."""
+    """How far the exported model is from PyTorch on the parity patches; of an ensemble, its worst fold."""
 
     patches: int
+    real: bool  # patches of preprocessed cases, else noise
     max_abs_difference: float  # in logits
     max_abs_logit: float
     label_agreement: float  # share of voxels with the same argmax
@@ -43,72 +48,97 @@ class ParityReport:
 
 def export_bundle(
     model_folder: Path,
-    fold: int | str,
+    folds: Fold | Sequence[Fold],
     out: Path,
     *,
     checkpoint: str = "checkpoint_final.pth",
     overwrite: bool = False,
     graph: GraphSpec = GraphSpec(),
+    needs_real_patches: bool = True,
+    on_fold: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """Export one fold of an nnU-Net model folder as a bundle at `out`.
+    """Export one fold of an nnU-Net model folder, or several as an ensemble, as a bundle at `out`.
 
-    Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit),
-    CorruptError (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` in any
-    of these cases.
+    Without `needs_real_patches` noise takes the place of preprocessed cases that are not there.
+    `on_fold(done, total)` reports progress.
+    Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit, a
+    network that ONNX cannot express), CorruptError (checkpoint), ParityError (the exported model computes something
+    else); leaves nothing at `out` in any of these cases.
     """
+    folds = (folds,) if isinstance(folds, int | str) else tuple(folds)
     _check_target(out, overwrite)
     plans, dataset_json = read_json(model_folder / "plans.json"), read_json(model_folder / "dataset.json")
-    path = model_folder / f"fold_{fold}" / checkpoint
-    if not path.is_file():
-        there = sorted(p.parent.name.removeprefix("fold_") for p in model_folder.glob(f"fold_*/{checkpoint}"))
-        raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
-    stored = load_checkpoint(path)
+    paths = [model_folder / f"fold_{fold}" / checkpoint for fold in folds]
+    for path in paths:
+        if not path.is_file():
+            there = sorted(p.parent.name.removeprefix("fold_") for p in model_folder.glob(f"fold_*/{checkpoint}"))
+            raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
+    stored = load_checkpoint(paths[0])  # as nnU-Net, which takes configuration, trainer and mirrors from the first
     configuration = stored["init_args"]["configuration"]
     plans = plans_for(plans, configuration, graph)
-    plans_manager, config = configuration_of(plans, configuration)
-    weights = strip_prefix(stored["network_weights"])
-    network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"])
-    load_weights(network, weights, path)
-    network.eval()
-
-    previous_labels = _previous_labels(plans, configuration, dataset_json)
-    image_NCZYX = real_patches(plans, configuration, tuple(config.patch_size), previous_labels)
-    logits_NKZYX = _run_torch(network, image_NCZYX)
-    multiples = dynamic_multiples(config.configuration, graph)
-    channels = num_input_channels(plans_manager, config, dataset_json)
-    model = to_onnx(network, channels, tuple(config.patch_size), multiples)
-    if graph.simplify:
-        fold_constants(model, network)
+    multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
+    image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        (temporary / MODEL_FILE).write_bytes(model.SerializeToString())
-        report = _compare(temporary / MODEL_FILE, image_NCZYX, logits_NKZYX)
-        if multiples:
-            larger = larger_patches(image_NCZYX, multiples)
-            _compare(temporary / MODEL_FILE, larger, _run_torch(network, larger))
-        if graph.batch_size is not None:
-            fix_batch(temporary / MODEL_FILE, graph.batch_size)
-            images, logits = (np.resize(a, (graph.batch_size, *a.shape[1:])) for a in (image_NCZYX, logits_NKZYX))
-            _compare(temporary / MODEL_FILE, images, logits, alone=False)
-        np.savez_compressed(temporary / PARITY_FILE, image=image_NCZYX, logits=logits_NKZYX)
+        model_files = [MODEL_FILE] if len(folds) == 1 else [f"model_{i}.onnx" for i in range(len(folds))]
+        total_NKZYX = np.zeros(())
+        reports, digests = [], {}
+        model = None
+        for number, (fold, path, name) in enumerate(zip(folds, paths, model_files, strict=True)):
+            weights = strip_prefix((load_checkpoint(path) if number else stored)["network_weights"])
+            load_weights(network, weights, path)
+            digests[str(fold)] = weights_digest(weights)
+            logits_NKZYX = _run_torch(network, image_NCZYX)
+            if model is None:
+                model = to_onnx(network, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
+                if graph.simplify:
+                    fold_constants(model, network)
+            else:
+                put_weights(model, weights)
+            (temporary / name).write_bytes(model.SerializeToString())
+            reports.append(_compare(temporary / name, image_NCZYX, logits_NKZYX, is_real))
+            if multiples:
+                larger = larger_patches(image_NCZYX, multiples)
+                _compare(temporary / name, larger, _run_torch(network, larger), is_real)
+            if graph.batch_size is not None:
+                fix_batch(temporary / name, graph.batch_size)
+                images, logits = (np.resize(a, (graph.batch_size, *a.shape[1:])) for a in (image_NCZYX, logits_NKZYX))
+                _compare(temporary / name, images, logits, is_real, alone=False)
+            total_NKZYX = total_NKZYX + logits_NKZYX
+            if on_fold:
+                on_fold(number + 1, len(folds))
+        report = max(reports, key=lambda r: r.max_abs_difference / r.max_abs_logit)
+        np.savez_compressed(
+            temporary / PARITY_FILE, image=image_NCZYX, logits=(total_NKZYX / len(folds)).astype(np.float32)
+        )
         provenance = {
             "fastnnunet": __version__,
-            "fold": str(fold),
+            "fold": " ".join(map(str, folds)),
             "checkpoint": checkpoint,
-            "weights_sha256": weights_digest(weights),
+            "trainer": stored["trainer_name"],
+            "weights_sha256": digests,
             "training": stored.get("fastnnunet", {}),
-            "parity": {"max_abs_difference": report.max_abs_difference, "label_agreement": report.label_agreement},
+            "parity": {
+                "patches": "real" if is_real else "noise",
+                "max_abs_difference": report.max_abs_difference,
+                "label_agreement": min(r.label_agreement for r in reports),
+            },
             "parameters": int(sum(p.numel() for p in network.parameters())),
         }
-        files = {name: sha256_of_file(temporary / name) for name in (MODEL_FILE, PARITY_FILE)}
-        spec = _bundle_spec(plans, configuration, dataset_json, stored, provenance, files, graph)
+        files = {name: sha256_of_file(temporary / name) for name in (*model_files, PARITY_FILE)}
+        spec = _bundle_spec(plans, configuration, dataset_json, stored, provenance, tuple(model_files), files, graph)
         write_bundle_json(spec, temporary / "bundle.json")
         temporary.chmod(0o755)
-        if out.exists():
+        if overwrite and out.exists():
             shutil.rmtree(out)
-        os.replace(temporary, out)
+        try:
+            os.replace(temporary, out)
+        except OSError:
+            _check_target(out, overwrite)  # somebody else was faster
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -123,34 +153,20 @@ def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: di
     return tuple(int(label) for label in label_manager_of(manager, dataset_json).foreground_labels)
 
 
-def real_patches(
-    plans: dict[str, Any], configuration: str, patch_size: tuple[int, ...], previous_labels: tuple[int, ...] = ()
-) -> np.ndarray:
-    """Centre patches of the first preprocessed cases, zero padded: float32 (N, C, *patch).
-
-    In a cascade the label of the case stands in for the previous stage's segmentation.
-    """
-    cases = open_cases(plans, configuration)
-    size = patch_size if len(patch_size) == 3 else (1, *patch_size)
-    patches = []
-    for case_id in cases.case_ids[:PARITY_PATCHES]:
-        image_CZYX = cases.image_CZYX(case_id)
-        if previous_labels:
-            label_ZYX = cases.label_ZYX(case_id)
-            one_hot = np.stack([label_ZYX == label for label in previous_labels])
-            image_CZYX = np.concatenate([image_CZYX, one_hot.astype(np.float32)])
-        patch = np.zeros((image_CZYX.shape[0], *size), np.float32)
-        source, target = zip(*(_centred(n, p) for n, p in zip(image_CZYX.shape[1:], size, strict=True)), strict=True)
-        patch[(slice(None), *target)] = image_CZYX[(slice(None), *source)]
-        patches.append(patch.reshape(image_CZYX.shape[0], *patch_size))
-    return np.stack(patches)
-
-
-def _centred(length: int, window: int) -> tuple[slice, slice]:
-    """Slices (in the image, in the window) that put the image's centre into the window's centre."""
-    common = min(length, window)
-    start, offset = (length - common) // 2, (window - common) // 2
-    return slice(start, start + common), slice(offset, offset + common)
+def _patches(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], needs_real: bool
+) -> tuple[np.ndarray, bool]:
+    """Patches to compare on, float32 (N, C, *patch), and whether they are real."""
+    manager, config = configuration_of(plans, configuration)
+    patch_size = tuple(int(p) for p in config.patch_size)
+    previous_labels = _previous_labels(plans, configuration, dataset_json)
+    try:
+        return real_patches(plans, configuration, patch_size, previous_labels), True
+    except (NotFoundError, MismatchError):
+        if needs_real:
+            raise
+    channels = num_input_channels(manager, config, dataset_json)
+    return noise_patches(channels, patch_size, len(previous_labels)), False
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -169,7 +185,9 @@ def _run_torch(network: "torch.nn.Module", image_NCZYX: np.ndarray) -> np.ndarra
         return network(torch.from_numpy(image_NCZYX)).float().numpy()
 
 
-def _compare(model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray, alone: bool = True) -> ParityReport:
+def _compare(
+    model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray, is_real: bool, alone: bool = True
+) -> ParityReport:
     """In one batch and, with `alone`, one by one. Raises ParityError."""
     import onnxruntime
 
@@ -183,12 +201,16 @@ def _compare(model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray, al
     agreement = float((together.argmax(1) == expected.argmax(1)).mean())
     if not difference <= RELATIVE_TOLERANCE * scale or agreement < LABEL_AGREEMENT:
         raise ParityError(
-            f"the exported model differs from PyTorch on {len(image_NCZYX)} real patches:\n"
+            f"the exported model differs from PyTorch on {len(image_NCZYX)} {'real' if is_real else 'noise'} patches:\n"
             f"  largest logit difference {difference:.3g}, allowed {RELATIVE_TOLERANCE * scale:.3g}\n"
             f"  same label on {agreement:.4%} of voxels, expected at least {LABEL_AGREEMENT:.2%}\nno bundle was written"
         )
     return ParityReport(
-        patches=len(image_NCZYX), max_abs_difference=difference, max_abs_logit=scale, label_agreement=agreement
+        patches=len(image_NCZYX),
+        real=is_real,
+        max_abs_difference=difference,
+        max_abs_logit=scale,
+        label_agreement=agreement,
     )
 
 
@@ -198,6 +220,7 @@ def _bundle_spec(
     dataset_json: dict[str, Any],
     checkpoint: dict[str, Any],
     provenance: dict[str, Any],
+    model_files: tuple[str, ...],
     files: dict[str, str],
     graph: GraphSpec,
 ) -> BundleSpec:
@@ -205,8 +228,10 @@ def _bundle_spec(
     channels = dataset_json.get("channel_names") or dataset_json["modality"]  # nnU-Net accepts both keys
     order = dataset_json.get("regions_class_order")
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
+    folds = tuple(provenance["weights_sha256"])
     return BundleSpec(
-        name=f"{plans['dataset_name']} {plans['plans_name']} {configuration} fold {provenance['fold']}",
+        name=f"{plans['dataset_name']} {plans['plans_name']} {configuration} "
+        f"fold{'s' if len(folds) > 1 else ''} {provenance['fold']}",
         configuration=configuration,
         channel_names=tuple(channels[k] for k in sorted(channels, key=int)),
         labels=dataset_json["labels"],
@@ -234,6 +259,8 @@ def _bundle_spec(
         architecture=stock_architecture(config.configuration["architecture"]),
         plans=plans,
         dataset_json=dataset_json,
+        model_files=model_files,
+        folds=folds,
         provenance=provenance,
         files=files,
     )

@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from fastnnunet.errors import ParityError
+from fastnnunet.errors import MismatchError, ParityError
 
 if TYPE_CHECKING:
     import onnx
@@ -21,8 +21,9 @@ def to_onnx(
 
     With `multiples` the patch is dynamic too: any multiple of each along its axis.
 
-    Weights stay inside the model under their state_dict names. Raises ParityError when the graph lost what makes it
-    fast and exact: InstanceNormalization nodes taken apart, or parameters folded away.
+    Weights stay inside the model under their state_dict names. Raises MismatchError for a network that ONNX cannot
+    express, ParityError when the graph lost what makes it fast and exact: InstanceNormalization nodes taken apart, or
+    parameters folded away.
     """
     import torch
 
@@ -36,23 +37,39 @@ def to_onnx(
         dynamic[axis] = multiple * torch.export.Dim(f"axis{axis}", min=1 if multiple == 1 else 2, max=4096)
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=(dynamic,),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            optimize=False,  # its optimiser merges parameters that happen to be equal, and their names are lost
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                (example,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=(dynamic,),
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=False,
+                optimize=False,  # its optimiser merges parameters that happen to be equal, and their names are lost
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as e:
+            reason = str(e.__cause__ or e).strip().splitlines()[0][:200]
+            raise MismatchError(
+                f"the network {type(network).__name__} cannot be exported to ONNX: {reason}\n"
+                "predict with nnU-Net itself (nnUNetv2_predict), or distil it into a student"
+            ) from e
     model = program.model_proto
     _drop_zero_biases(model)
     _drop_trace_metadata(model)
     _check_graph(model, network)
     return model
+
+
+def put_weights(model: "onnx.ModelProto", weights: "dict[str, torch.Tensor]") -> None:
+    """Replace the weights in an exported model by those of another checkpoint of the same network."""
+    from onnx import numpy_helper
+
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name].float().contiguous().numpy(), tensor.name))
 
 
 def _check_graph(model: "onnx.ModelProto", network: "torch.nn.Module") -> None:

@@ -70,6 +70,11 @@ def export_engines(
     graph is wrong or has what the library does not support), ParityError (the precision loses too much).
     """
     spec = load_bundle_spec(bundle)
+    if len(spec.model_files) > 1:
+        raise MismatchError(
+            f"{bundle} is an ensemble of {len(spec.model_files)} folds, engines are built of one network\n"
+            "export one fold by itself, or distil the ensemble into a student"
+        )
     library = find_library(library_name)
     targets = tuple(architectures) or default_architectures(library)
     for architecture in targets:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,27 +53,37 @@ def model_folder(dataset_name: str, trainer: str, plans: str, configuration: str
     return nnunet_folder("nnUNet_results") / dataset_name / f"{trainer}__{plans}__{configuration}"
 
 
-def teacher_folder(spec: TeacherSpec) -> Path:
-    """The teacher's model folder. Raises NotFoundError when it, or a fold of it, is missing."""
-    dataset_name = resolve_dataset(spec.dataset)
-    folder = model_folder(dataset_name, spec.trainer, spec.plans, spec.configuration)
+def trained_model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """The folder of a trained model. Raises NotFoundError with those that exist when it is missing."""
+    folder = model_folder(resolve_dataset(dataset), trainer, plans, configuration)
     if not folder.is_dir():
         there = sorted(p.name for p in folder.parent.glob("*__*__*")) if folder.parent.is_dir() else []
         raise NotFoundError(
             f"no trained model at {folder}\nthere is: {', '.join(there) or '(nothing)'}\n"
             f"train it with nnUNetv2_train, or correct -d, -c, -p or -tr"
         )
+    return folder
+
+
+def teacher_folder(spec: TeacherSpec) -> Path:
+    """The teacher's model folder. Raises NotFoundError when it, or a fold of it, is missing."""
+    folder = trained_model_folder(spec.dataset, spec.trainer, spec.plans, spec.configuration)
+    check_model_folder(folder, spec.folds, spec.checkpoint)
+    return folder
+
+
+def check_model_folder(folder: Path, folds: Sequence[int | str], checkpoint: str) -> None:
+    """Raise NotFoundError unless these folds of a model folder are trained and its descriptions are there."""
     for name in ("plans.json", "dataset.json"):
         if not (folder / name).is_file():
             raise NotFoundError(f"{folder / name} is missing; nnU-Net writes it when training starts")
-    missing = [f for f in spec.folds if not (folder / f"fold_{f}" / spec.checkpoint).is_file()]
+    missing = [f for f in folds if not (folder / f"fold_{f}" / checkpoint).is_file()]
     if missing:
-        there = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{spec.checkpoint}"))
+        there = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}"))
         unfinished = [f for f in missing if (folder / f"fold_{f}" / "checkpoint_latest.pth").is_file()]
         training = f"still training, or stopped early: {', '.join(map(str, unfinished))}\n" if unfinished else ""
         raise NotFoundError(
-            f"fold(s) {', '.join(map(str, missing))} have no {spec.checkpoint} in {folder}\n{training}"
+            f"fold(s) {', '.join(map(str, missing))} have no {checkpoint} in {folder}\n{training}"
             f"folds that have one: {', '.join(there) or '(none)'}\n"
             f"finish their training, or name the folds to use with -f"
         )
-    return folder

@@ -3,11 +3,13 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
 from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
 from fastnnunet.specs.bundle import BundleSpec
 
+T = TypeVar("T")
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 DICOM_SEG_ENDING = ".dcm"
 _IMAGE_ENDINGS = (
@@ -126,6 +128,16 @@ def _by_case(source: Path, names: list[str], ending: str, *, numbered: bool) -> 
             problem = f"{case_id} has no {case_id}_{gap:04d}{ending} in {source} but later channels"
         cases.append(Case(case_id, tuple(files[channel] for channel in sorted(files)), problem))
     return sorted(cases, key=lambda case: case.case_id)
+
+
+def take_part(cases: list[T], part_id: int, num_parts: int) -> list[T]:
+    """Every `num_parts`-th case from `part_id` on, as nnU-Net shares a folder among machines. Raises SpecError."""
+    if num_parts < 1 or not 0 <= part_id < num_parts:
+        raise SpecError(
+            f"-part_id {part_id} of -num_parts {num_parts}: parts are counted from 0, expected -part_id from 0 to "
+            "-num_parts minus 1"
+        )
+    return cases[part_id::num_parts]
 
 
 def output_file(source: Path, output: Path, case: Case, spec: BundleSpec, ending: str | None = None) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError
 
+_under_way: set[Path] = set()  # partial files of this process
+
 
 @contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
@@ -19,6 +21,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
     """
     # the whole name after a prefix: writers choose the format by the ending
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    _under_way.add(partial)
     try:
         yield partial
         partial.replace(path)
@@ -28,6 +31,25 @@ def atomic_output(path: Path) -> Iterator[Path]:
         raise FastnnUNetError(f"cannot write {path}: {e}") from e
     finally:
         partial.unlink(missing_ok=True)
+        _under_way.discard(partial)
+
+
+def abandon_output() -> None:
+    """Remove what another thread has written of files that are not finished; it cannot finish them then."""
+    for partial in list(_under_way):
+        partial.unlink(missing_ok=True)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Find out before any work that nothing can be written into a folder, which need not exist yet.
+
+    Raises FastnnUNetError saying why.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is a file; give another one")
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise FastnnUNetError(f"cannot write to the output folder {folder}: no permission; give another one")
 
 
 def make_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,48 @@ def write_probabilities(
         partial.write_bytes(pickle.dumps(properties))
 
 
-def write_run_files(
-    spec: BundleSpec,
-    source: Path,
-    folder: Path,
-    *,
-    save_probabilities: bool,
-    overwrite: bool,
-    run: dict[str, Any],
-) -> None:
-    """predict_from_raw_data_args.json, dataset.json and plans.json, which nnU-Net's later steps look for."""
-    arguments = {
-        "list_of_lists_or_source_folder": str(source),
-        "output_folder_or_list_of_truncated_output_files": str(folder),
-        "save_probabilities": save_probabilities,
-        "overwrite": overwrite,
-        "num_processes_preprocessing": 1,
-        "num_processes_segmentation_export": 1,
-        "folder_with_segs_from_prev_stage": None,
-        "num_parts": 1,
-        "part_id": 0,
-        "fastnnunet": {"version": __version__, **run},
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunArguments:
+    """Arguments of nnU-Net's predict command that concern the run as a whole, as it records them."""
+
+    num_processes_preprocessing: int = 3
+    num_processes_segmentation_export: int = 3
+    num_parts: int = 1
+    part_id: int = 0
+
+    @property
+    def threaded(self) -> bool:
+        """nnU-Net works in one process when both counts are 0; here then everything happens in one thread."""
+        return self.num_processes_preprocessing > 0 or self.num_processes_segmentation_export > 0
+
+    def describe(
+        self, source: object, output: object, save_probabilities: bool, overwrite: bool, previous: object | None
+    ) -> dict[str, Any]:
+        """The content of predict_from_raw_data_args.json."""
+        return {
+            "list_of_lists_or_source_folder": _plain(source),
+            "output_folder_or_list_of_truncated_output_files": _plain(output),
+            "save_probabilities": save_probabilities,
+            "overwrite": overwrite,
+            **asdict(self),
+            "folder_with_segs_from_prev_stage": _plain(previous),
+        }
+
+
+def _plain(value: object) -> Any:
+    """Names of files, and lists of them, as JSON takes them."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if value is None else str(value)
+
+
+def write_run_files(spec: BundleSpec, arguments: dict[str, Any], folder: Path, run: dict[str, Any]) -> None:
+    """predict_from_raw_data_args.json, dataset.json and plans.json, which nnU-Net's later steps look for.
+
+    `run`: what predicted, recorded beside nnU-Net's own `arguments`.
+    """
     for name, content, sort_keys in (
-        ("predict_from_raw_data_args.json", arguments, True),
+        ("predict_from_raw_data_args.json", {**arguments, "fastnnunet": {"version": __version__, **run}}, True),
         ("dataset.json", spec.dataset_json, False),
         ("plans.json", spec.plans, False),
     ):

@@ -36,6 +36,7 @@ def sliding_window_logits(
     patch_size: Sequence[int],
     step_size: float,
     mirror_axes: Sequence[int] | None,
+    use_gaussian: bool = True,
     on_tiles: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> HalfArray:
@@ -49,7 +50,7 @@ def sliding_window_logits(
     padded = pad_spatial(data_CZYX, padding)
     inner = inner_slices(shape, padding)
     tiles = tile_slices(padded.shape[1:], patch_size, step_size)
-    weights = gaussian_weights(patch_size)
+    weights = _tile_weights(tuple(patch_size), use_gaussian)
     tile_logits = _predict_tiles(padded, tiles, network, num_heads, tuple(patch_size), mirror_axes)
 
     if len(tiles) == 1:
@@ -57,7 +58,7 @@ def sliding_window_logits(
         logits = next(tile_logits)[0]
         kept = inner[-len(patch_size) :]
         summed = np.empty((num_heads, *shape), np.float16)
-        total = _half_weights(tuple(patch_size))[kept].reshape(shape)
+        total = _half_weights(tuple(patch_size), use_gaussian)[kept].reshape(shape)
         native.add_weighted(
             _volumes(logits[:, *kept]), weights[kept].reshape(shape), summed, is_first=True, threads=threads
         )
@@ -71,7 +72,7 @@ def sliding_window_logits(
             if on_tiles:
                 on_tiles(done, len(tiles))
         summed = accumulated[:, *inner]
-        total = _summed_weights(padded.shape[1:], tuple(patch_size), step_size)[inner]
+        total = _summed_weights(padded.shape[1:], tuple(patch_size), step_size, use_gaussian)[inner]
     sum_limits, quotient_limits = native.divide(summed, total, threads=threads)
     check_half_limits(sum_limits, "the weighted logits")
     check_half_limits(quotient_limits, "the logits")
@@ -122,17 +123,23 @@ def mirrored(network: Network, batch_NCX: Array, mirror_axes: Sequence[int] | No
     return total
 
 
+def _tile_weights(patch_size: tuple[int, ...], use_gaussian: bool) -> Array:
+    return gaussian_weights(patch_size) if use_gaussian else np.ones(patch_size, np.float32)
+
+
 @lru_cache(maxsize=2)
-def _half_weights(patch_size: tuple[int, ...]) -> HalfArray:
-    weights = gaussian_weights(patch_size).astype(np.float16)  # exact
+def _half_weights(patch_size: tuple[int, ...], use_gaussian: bool) -> HalfArray:
+    weights = _tile_weights(patch_size, use_gaussian).astype(np.float16)  # exact
     weights.setflags(write=False)
     return weights
 
 
 @lru_cache(maxsize=2)
-def _summed_weights(image_shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float) -> HalfArray:
+def _summed_weights(
+    image_shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float, use_gaussian: bool
+) -> HalfArray:
     """The sum of the weights of all tiles at every voxel, rounded after each one."""
-    weights = _half_weights(patch_size)
+    weights = _half_weights(patch_size, use_gaussian)
     total = np.zeros((1, *image_shape), np.float16)
     for tile in tile_slices(image_shape, patch_size, step_size):
         native.add_halves(_volumes(weights[None]), _volumes(total[:, *tile]))

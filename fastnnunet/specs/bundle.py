@@ -1,10 +1,11 @@
-"""The bundle: the folder a student is deployed as.
+"""The bundle: the folder a model is deployed as, a student or an ensemble of folds.
 
 BUNDLE/
   model.onnx    weights inside; input `image` (N, C, *patch) float32, output `logits` (N, heads, *patch) float32;
                 N is `batch_size` where that is set, else any
+                an ensemble has one for each fold instead: model_0.onnx, model_1.onnx, ...
   bundle.json   this spec, with the SHA-256 of every other file and of itself
-  parity.npz    `image` (N, C, *patch) real patches and `logits` (N, heads, *patch) expected in fp32
+  parity.npz    `image` (N, C, *patch) patches and `logits` (N, heads, *patch) expected in fp32, the folds' mean
 """
 
 import json
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.errors import CorruptError, NewerFormatError, NotFoundError
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.load import build_spec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
+MODEL_FILE = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,20 @@ class BundleSpec:
     architecture: dict[str, Any]  # network_class_name, arch_kwargs, _kw_requires_import: for the torch backend
     plans: dict[str, Any]  # the student's whole plans.json, copied beside predictions as nnU-Net does
     dataset_json: dict[str, Any]
+    model_files: tuple[str, ...] = (MODEL_FILE,)  # an ensemble's logits are averaged over these
+    folds: tuple[str, ...] = ()  # the fold of each model file; empty in bundles of format 1
     provenance: dict[str, Any]  # versions, checkpoint digest, cache key, distillation settings
     files: dict[str, Any]  # file name -> SHA-256
+
+    @property
+    def model_file(self) -> str:
+        """The one model file of a bundle, or of the part of an ensemble that a backend is made for."""
+        return self.model_files[0]
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (folder / "bundle.json").is_file()
 
 
 def write_bundle_json(spec: BundleSpec, path: Path) -> None:
@@ -63,7 +77,7 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     """Read and check a bundle folder.
 
     Raises NotFoundError when it is not a bundle, CorruptError when any file in it was changed, truncated or removed,
-    or when it was written by a newer format.
+    NewerFormatError when it was written by a later version of this package.
     """
     path = folder / "bundle.json"
     if not path.is_file():
@@ -76,9 +90,9 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     except (ValueError, KeyError, AttributeError) as e:
         raise CorruptError(f"{path} is damaged ({e}); export the bundle again") from e
     if raw.get("format_version", 0) > FORMAT_VERSION:
-        raise CorruptError(
-            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}; "
-            "update fastnnunet"
+        raise NewerFormatError(
+            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}\n"
+            "update it: pip install --upgrade fastnnunet, or export the bundle again with this version"
         )
     if sha256_of(raw) != declared:
         raise CorruptError(f"{path} was changed after export (its digest does not match); export the bundle again")

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
-from fastnnunet.runtime.backends.base import MODEL_FILE, Precision
+from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.specs.bundle import BundleSpec
 
 
@@ -23,10 +23,10 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(
-                str(bundle_dir / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+                str(bundle_dir / spec.model_file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as e:  # the engine's exceptions share no base class but Exception
-            raise BackendError(f"onnxruntime cannot load {bundle_dir / MODEL_FILE}: {e}") from e
+            raise BackendError(f"onnxruntime cannot load {bundle_dir / spec.model_file}: {e}") from e
         self._input = self._session.get_inputs()[0].name
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
-from fastnnunet.runtime.backends.base import MODEL_FILE, Precision
+from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.specs.bundle import BundleSpec
 
 # Without the hint OpenVINO chooses bf16 by itself on CPUs that have it, and parity with nnU-Net is gone.
@@ -22,7 +22,7 @@ class OpenVINOBackend:
         self.precision = precision
         core = openvino.Core()
         try:
-            model = core.read_model(str(bundle_dir / MODEL_FILE))
+            model = core.read_model(str(bundle_dir / spec.model_file))
             batch, channels, *space = model.input(0).partial_shape
             if any(axis.is_dynamic for axis in space):  # kernels are made for the patch size
                 model.reshape([batch, channels, *spec.patch_size])
@@ -40,7 +40,7 @@ class OpenVINOBackend:
             )
             self._request = compiled.create_infer_request()
         except RuntimeError as e:
-            raise BackendError(f"openvino cannot load {bundle_dir / MODEL_FILE}: {e}") from e
+            raise BackendError(f"openvino cannot load {bundle_dir / spec.model_file}: {e}") from e
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         try:

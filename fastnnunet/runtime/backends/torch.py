@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError, CorruptError, MismatchError
-from fastnnunet.runtime.backends.base import MODEL_FILE, Precision
+from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.specs.bundle import BundleSpec
 
 _TRUSTED_PACKAGE = "dynamic_network_architectures."
@@ -31,7 +31,7 @@ class TorchBackend:
         self.precision = precision
         self._threads = threads
         self._network = build_network(spec).eval()
-        load_onnx_weights(self._network, bundle_dir / MODEL_FILE)
+        load_onnx_weights(self._network, bundle_dir / spec.model_file)
         self._torch = torch
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,91 @@
+"""Between what callers of nnU-Net's predictor hand over and what this runtime works on."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.errors import SpecError
+from fastnnunet.runtime.backends.base import Device
+from fastnnunet.runtime.cases import Case, find_cases
+from fastnnunet.runtime.predict import Planned
+from fastnnunet.runtime.preprocess import Preprocessed
+from fastnnunet.specs.bundle import BundleSpec
+
+
+def device_name(device: Any) -> Device | None:
+    """`cpu` or `cuda` of a name or a torch.device; Apple's `mps` has no backend here and becomes `cpu`.
+
+    Raises SpecError for other names.
+    """
+    name = getattr(device, "type", device)
+    if name not in (None, "cpu", "cuda", "mps"):
+        raise SpecError(f"device: got {device!r}, expected cpu, cuda or mps")
+    return "cpu" if name == "mps" else cast("Device | None", name)
+
+
+def is_tensor(data: Any) -> bool:
+    """Whether something is a torch tensor, found out without torch."""
+    return type(data).__module__.split(".")[0] == "torch"
+
+
+def as_float32(data: Any) -> npt.NDArray[np.float32]:
+    """An array or tensor as a float32 array of this process's memory."""
+    return np.asarray(data.detach().cpu().numpy() if is_tensor(data) else data, dtype=np.float32)
+
+
+def listed(value: Any, count: int) -> list[Any]:
+    """A list as it is, None as `count` times None, anything else as a list of one."""
+    return value if isinstance(value, list) else [value] * (count if value is None else 1)
+
+
+def plan_cases(
+    spec: BundleSpec,
+    source: str | Path | Sequence[Sequence[str | Path]],
+    output: str | Path | Sequence[str | Path] | None,
+    previous: Path | None,
+    save_probabilities: bool,
+) -> list[Planned]:
+    """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None."""
+    if isinstance(source, str | Path):
+        cases = find_cases(Path(source), spec)
+    else:
+        crop = len(spec.file_ending) + len("_0000")
+        cases = [Case(os.path.basename(files[0])[:-crop], tuple(Path(f) for f in files)) for files in source]
+    if output is None:
+        outputs: list[Path | None] = [None] * len(cases)
+    elif isinstance(output, str | Path):
+        outputs = [Path(output) / f"{case.case_id}{spec.file_ending}" for case in cases]
+    else:
+        if len(output) != len(cases):
+            raise SpecError(f"got {len(cases)} cases and {len(output)} output files, expected as many")
+        outputs = [Path(f"{name}{spec.file_ending}") for name in output]
+    return [
+        Planned(
+            case=case,
+            output=file,
+            previous=None if previous is None else previous / f"{case.case_id}{spec.file_ending}",
+            save_probabilities=save_probabilities,
+        )
+        for case, file in zip(cases, outputs, strict=True)
+    ]
+
+
+def as_preprocessed(spec: BundleSpec, data: Any, properties: dict[str, Any]) -> Preprocessed:
+    """What nnU-Net's preprocessing hands on, as this runtime's stages take it."""
+    if isinstance(data, str | Path):
+        file = Path(data)
+        data = np.load(file)
+        file.unlink()
+    spacing = tuple(float(properties["spacing"][axis]) for axis in spec.transpose_forward)
+    return Preprocessed(
+        data_CZYX=as_float32(data),
+        spacing_mm=spacing,
+        target_spacing_mm=(*spacing[: len(spacing) - len(spec.spacing_mm)], *spec.spacing_mm),
+        shape_before_cropping=tuple(properties["shape_before_cropping"]),
+        bbox=tuple((int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]),
+        properties=properties,
+    )

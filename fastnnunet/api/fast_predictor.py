@@ -1,0 +1,349 @@
+"""`FastPredictor`: the methods of nnU-Net 2.8's `nnUNetPredictor` on this runtime.
+
+Arguments and return values are nnU-Net's, except that arrays take the place of torch tensors where a tensor was not
+given. What needs a torch module of the caller's (`manual_initialization`) is not there.
+Axes: C channel, H head, Z Y X space.
+"""
+
+import logging
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.api.conversions import as_float32, as_preprocessed, device_name, is_tensor, listed, plan_cases
+from fastnnunet.api.models import CHECKPOINT, Fold, load_model, trained_folds
+from fastnnunet.api.progress import RunProgress
+from fastnnunet.errors import FastnnUNetError, SpecError
+from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.cases import take_part
+from fastnnunet.runtime.files import check_output_folder, make_folder
+from fastnnunet.runtime.output import RunArguments, write_run_files
+from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
+from fastnnunet.runtime.predict import Predictor
+from fastnnunet.runtime.preprocess import Preprocessed
+
+_log = logging.getLogger(__name__)
+Array = npt.NDArray[Any]
+# a segmentation, with its probabilities if asked for; None: written to a file
+Result = Array | tuple[Array, Array] | None
+
+
+class FastPredictor:
+    """A drop-in for `nnUNetPredictor`: initialise once, then predict any number of images."""
+
+    def __init__(
+        self,
+        tile_step_size: float = 0.5,
+        use_gaussian: bool = True,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        device: Any = None,
+        verbose: bool = False,
+        verbose_preprocessing: bool = False,
+        allow_tqdm: bool = True,
+        *,
+        backend: str = "auto",
+        precision: Precision = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        """`device`: `cpu`, `cuda`, a torch.device, or None for a GPU where there is one and a backend for it.
+
+        `perform_everything_on_device` changes nothing: sums over tiles are kept where the backend leaves its logits.
+        """
+        self.tile_step_size = tile_step_size
+        self.use_gaussian = use_gaussian
+        self.use_mirroring = use_mirroring
+        self.perform_everything_on_device = perform_everything_on_device
+        self.device = device
+        self.verbose = verbose
+        self.verbose_preprocessing = verbose_preprocessing
+        self.allow_tqdm = allow_tqdm
+        self.backend = backend
+        self.precision = precision
+        self.threads = threads
+        self._predictor: Predictor | None = None
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str | Path,
+        use_folds: Sequence[Fold] | Fold | None = None,
+        checkpoint_name: str = CHECKPOINT,
+    ) -> None:
+        """Load an nnU-Net model folder, or a bundle (whose folds are all used unless `use_folds` names some).
+
+        Raises NotFoundError, SpecError, BackendError, CorruptError, MismatchError and ParityError.
+        """
+        folds = (use_folds,) if isinstance(use_folds, str | int) else use_folds
+        self._predictor = load_model(
+            Path(model_training_output_dir),
+            folds,
+            None if checkpoint_name == CHECKPOINT else checkpoint_name,
+            tell=_log.warning if self.verbose else _log.info,
+            backend=self.backend,
+            threads=self.threads,
+            precision=self.precision,
+            device=device_name(self.device),
+            step_size=self.tile_step_size,
+        )
+
+    @staticmethod
+    def auto_detect_available_folds(
+        model_training_output_dir: str | Path, checkpoint_name: str = CHECKPOINT
+    ) -> list[int]:
+        """The numbered folds of a model folder that have this checkpoint. Raises NotFoundError when none has."""
+        return list(trained_folds(Path(model_training_output_dir), checkpoint_name))
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        """The data set description of the model."""
+        return self._loaded().spec.dataset_json
+
+    @property
+    def plans(self) -> dict[str, Any]:
+        """The plans of the model."""
+        return self._loaded().spec.plans
+
+    @property
+    def allowed_mirroring_axes(self) -> tuple[int, ...] | None:
+        """Axes the model was trained to be mirrored along."""
+        return self._loaded().spec.mirror_axes
+
+    def _loaded(self) -> Predictor:
+        """The predictor with the settings of this moment. Raises SpecError before initialisation."""
+        if self._predictor is None:
+            raise SpecError("no model is loaded: call initialize_from_trained_model_folder first")
+        if not 0 < self.tile_step_size <= 1:
+            raise SpecError(f"tile_step_size: got {self.tile_step_size}, expected a number in (0, 1]")
+        self._predictor.step_size = self.tile_step_size
+        self._predictor.use_gaussian = self.use_gaussian
+        self._predictor.mirror_axes = self._predictor.spec.mirror_axes if self.use_mirroring else None
+        return self._predictor
+
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: str | Path | Sequence[Sequence[str | Path]],
+        output_folder_or_list_of_truncated_output_files: str | Path | Sequence[str | Path] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = 3,
+        num_processes_segmentation_export: int = 3,
+        folder_with_segs_from_prev_stage: str | Path | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> list[Result]:
+        """Predict a folder or lists of channel files; one result a case, None where it was written to a file.
+
+        Counts of processes both 0: one case after another, in this thread; else one thread reads and one writes.
+        Cases that fail leave the others alone; they are told together in an error of the first one's class at the end.
+        """
+        predictor = self._loaded()
+        previous = None if folder_with_segs_from_prev_stage is None else Path(folder_with_segs_from_prev_stage)
+        predictor.check_previous(previous)
+        arguments = RunArguments(
+            num_processes_preprocessing=num_processes_preprocessing,
+            num_processes_segmentation_export=num_processes_segmentation_export,
+            num_parts=num_parts,
+            part_id=part_id,
+        )
+        source, output = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
+        planned = [
+            plan
+            for plan in take_part(
+                plan_cases(predictor.spec, source, output, previous, save_probabilities), part_id, num_parts
+            )
+            if overwrite or plan.output is None or not predictor.is_done(plan.output, save_probabilities)
+        ]
+        folder = Path(output) if isinstance(output, str | Path) else None
+        if folder is None and planned and planned[0].output is not None:
+            folder = planned[0].output.parent
+        if folder is not None:
+            check_output_folder(folder)
+            make_folder(folder)
+            described = arguments.describe(source, output, save_probabilities, overwrite, previous)
+            write_run_files(predictor.spec, described, folder, predictor.describe())
+        results: list[Result] = []
+        failed: dict[str, FastnnUNetError] = {}
+        with RunProgress(disable=not self.allow_tqdm) as progress:
+            for result in predictor.predict_planned(
+                planned,
+                threaded=arguments.threaded,
+                on_start=progress.on_start,
+                on_tiles=progress.on_tiles,
+            ):
+                progress.case_done()
+                if result.error is not None:
+                    failed[result.case_id] = result.error
+                kept = result.prediction
+                probabilities = None if kept is None else kept.probabilities_HZYX
+                results.append(None if kept is None else _result(kept.segmentation_ZYX, probabilities))
+        _raise_failures(failed, len(planned))
+        return results
+
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: str | Path | Sequence[Sequence[str | Path]],
+        output_folder_or_list_of_truncated_output_files: str | Path | Sequence[str | Path] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | Path | None = None,
+    ) -> list[Result]:
+        """`predict_from_files` in one thread; as nnU-Net's, it returns only what was not written to files."""
+        results = self.predict_from_files(
+            list_of_lists_or_source_folder,
+            output_folder_or_list_of_truncated_output_files,
+            save_probabilities,
+            overwrite,
+            0,
+            0,
+            folder_with_segs_from_prev_stage,
+        )
+        return [result for result in results if result is not None]
+
+    def get_data_iterator_from_raw_npy_data(
+        self,
+        image_or_list_of_images: Array | list[Array],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: Array | list[Array] | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+    ) -> Generator[dict[str, Any]]:
+        """Preprocessed images one by one: `data` (C, Z, Y, X) float32, `data_properties`, `ofile`.
+
+        `num_processes` changes nothing: whoever iterates does the work.
+        """
+        images = listed(image_or_list_of_images, 1)
+        count = len(images)
+        for image, previous, properties, ofile in zip(
+            images,
+            listed(segs_from_prev_stage_or_list_of_segs_from_prev_stage, count),
+            listed(properties_or_list_of_properties, count),
+            listed(truncated_ofname, count),
+            strict=True,
+        ):
+            case = self._preprocess(image, properties, previous)
+            yield {"data": case.data_CZYX, "data_properties": case.properties, "ofile": ofile}
+
+    def predict_from_list_of_npy_arrays(
+        self,
+        image_or_list_of_images: Array | list[Array],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: Array | list[Array] | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = 3,
+    ) -> list[Result]:
+        """Predict images (C, z, y, x) as nnU-Net's reader returns them; `properties` need `spacing` (z, y, x) in mm.
+
+        Previous segmentations, of a cascade, are (1, z, y, x). With `truncated_ofname` results are None, and the
+        properties must hold what the writer needs.
+        """
+        iterator = self.get_data_iterator_from_raw_npy_data(
+            image_or_list_of_images,
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname,
+            num_processes,
+        )
+        return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[dict[str, Any]],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = 3,
+    ) -> list[Result]:
+        """Predict preprocessed images: dicts of `data` (array, tensor, or a .npy file, which is deleted),
+        `data_properties` and `ofile` (a file name without its ending, or None for a result in memory).
+
+        The iterator is advanced in one thread and results are written in another (0: in the calling thread).
+        Any case that fails ends the run with its error.
+        """
+        predictor, gate = self._loaded(), WriteGate()
+        results: list[Result] = []
+
+        def finish(item: dict[str, Any], inferred: tuple[Preprocessed, Array]) -> Result:
+            case, logits_HZYX = inferred
+            return self._finish(case, logits_HZYX, item["ofile"], save_probabilities, gate)
+
+        outcomes = run_pipeline(
+            data_iterator,
+            lambda item: as_preprocessed(predictor.spec, item["data"], item["data_properties"]),
+            lambda item, case: (case, predictor.logits(case.data_CZYX)),
+            finish,
+            gate,
+            threaded=num_processes_segmentation_export > 0,
+        )
+        for _, outcome in outcomes:
+            if isinstance(outcome, FastnnUNetError):
+                raise outcome
+            results.append(outcome)
+        return results
+
+    def predict_single_npy_array(
+        self,
+        input_image: Array,
+        image_properties: dict[str, Any],
+        segmentation_previous_stage: Array | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,
+    ) -> Result:
+        """Predict one image (C, z, y, x): a segmentation in its axes, with probabilities (H, z, y, x) if asked for.
+
+        With `output_file_truncated` these are written to files and None is returned.
+        """
+        predictor = self._loaded()
+        case = self._preprocess(input_image, image_properties, segmentation_previous_stage)
+        logits_HZYX = predictor.logits(case.data_CZYX)
+        return self._finish(case, logits_HZYX, output_file_truncated, save_or_return_probabilities, WriteGate())
+
+    def predict_logits_from_preprocessed_data(self, data: Any) -> Any:
+        """float16 logits (H, Z, Y, X), averaged over folds, of a preprocessed image (C, Z, Y, X): an array for an
+        array, a tensor for a tensor.
+        """
+        return self._logits(data, slice(None))
+
+    def predict_sliding_window_return_logits(self, input_image: Any) -> Any:
+        """The same of one network: of an ensemble, its first fold, which nnU-Net has loaded after initialisation."""
+        return self._logits(input_image, slice(0, 1))
+
+    def _logits(self, data: Any, folds: slice) -> Any:
+        logits_HZYX = np.ascontiguousarray(self._loaded().logits(as_float32(data), folds=folds))
+        if not is_tensor(data):
+            return logits_HZYX
+        import torch
+
+        return torch.from_numpy(logits_HZYX)
+
+    def _preprocess(self, image: Any, properties: dict[str, Any], previous: Any) -> Preprocessed:
+        previous_ZYX = None if previous is None else np.asarray(previous)[0]
+        case = self._loaded().preprocess_array(image, properties, previous_ZYX)
+        if self.verbose or self.verbose_preprocessing:
+            _log.warning("image %s preprocessed to %s", image.shape, case.data_CZYX.shape)
+        return case
+
+    def _finish(
+        self, case: Preprocessed, logits_HZYX: Array, ofile: str | None, save_probabilities: bool, gate: WriteGate
+    ) -> Result:
+        predictor = self._loaded()
+        segmentation, probabilities = predictor.postprocess(logits_HZYX, case, save_probabilities)
+        if ofile is None:
+            return _result(segmentation, probabilities)
+        with gate.writing():
+            predictor.write(segmentation, probabilities, case.properties, Path(f"{ofile}{predictor.spec.file_ending}"))
+        return None
+
+
+def _result(segmentation_ZYX: Array, probabilities_HZYX: Array | None) -> Result:
+    return segmentation_ZYX if probabilities_HZYX is None else (segmentation_ZYX, probabilities_HZYX)
+
+
+def _raise_failures(failed: dict[str, FastnnUNetError], total: int) -> None:
+    if not failed:
+        return
+    first = next(iter(failed.values()))
+    lines = "\n".join(f"  - {case_id}: {error}" for case_id, error in failed.items())
+    raise type(first)(f"{len(failed)} of {total} case(s) failed:\n{lines}") from first

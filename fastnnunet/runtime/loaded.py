@@ -1,0 +1,215 @@
+"""A bundle in memory and its stages on arrays, each as nnU-Net 2.8 would."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet import native
+from fastnnunet.errors import ImageError, NotFoundError, SpecError
+from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
+from fastnnunet.runtime.backends.base import Backend, Device, Precision, create_ensemble
+from fastnnunet.runtime.ensemble import ensemble_logits
+from fastnnunet.runtime.normalize import check_normalization
+from fastnnunet.runtime.postprocess import label_rule, postprocess
+from fastnnunet.runtime.preprocess import Preprocessed, preprocess
+from fastnnunet.runtime.times import StageTimes
+from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
+
+OnTiles = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Prediction:
+    """Segmentation in the axes of the image as read; probabilities (heads, those axes) float32 if asked for."""
+
+    segmentation_ZYX: npt.NDArray[Any]
+    probabilities_HZYX: npt.NDArray[np.float32] | None
+    properties: dict[str, Any]  # nnU-Net's: what was read plus the crop
+    times: StageTimes
+
+
+class LoadedBundle:
+    """A loaded bundle. Not for use from several threads at once.
+
+    `step_size`, `mirror_axes` and `use_gaussian` may be changed between predictions.
+    """
+
+    def __init__(
+        self,
+        spec: BundleSpec,
+        backends: Sequence[Backend],
+        *,
+        step_size: float | None = None,
+        mirroring: bool = True,
+        use_gaussian: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        """`backends`: one for each model file of the bundle.
+
+        `step_size`: largest step between tiles as a fraction of the patch; None: the bundle's. `mirroring`: along the
+        axes the model was trained with. `use_gaussian`: tiles weigh less towards their rim.
+        `threads`: of what is done before and after the network; None: all cores.
+        Raises SpecError when the bundle needs something this runtime cannot reproduce, naming it.
+        """
+        self.spec = spec
+        self.backends = backends
+        self.step_size = spec.step_size if step_size is None else step_size
+        if not 0 < self.step_size <= 1:
+            raise SpecError(f"step_size: got {self.step_size}, expected a number in (0, 1]")
+        self.mirror_axes = spec.mirror_axes if mirroring else None
+        self.use_gaussian = use_gaussian
+        self.threads = threads
+        check_normalization(spec.normalization_schemes, spec.intensity_properties)
+        self._resample_data = parse_resample_spec(spec.resampling["data"], "the image")
+        self._resample_logits = parse_resample_spec(spec.resampling["probabilities"], "the logits")
+        self._resample_seg: ResampleSpec | None = None
+        if spec.previous_labels:
+            kwargs = {**spec.resampling["seg"].get("kwargs", {}), "is_seg": False}
+            self._resample_seg = parse_resample_spec(
+                {**spec.resampling["seg"], "kwargs": kwargs}, "the previous segmentation"
+            )
+            if self._resample_seg.convention == "torch" or self._resample_seg.order_z != 0:
+                raise SpecError(
+                    "the bundle resamples segmentations in a way this runtime does not have (torch, or order_z not 0)"
+                    "\npredict with nnU-Net itself"
+                )
+        self._label_rule = label_rule(spec)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Path,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        step_size: float | None = None,
+        precision: Precision = "fp32",
+        device: Device | None = None,
+        folds: Sequence[str | int] | None = None,
+        mirroring: bool = True,
+        use_gaussian: bool = True,
+    ) -> Self:
+        """Check a bundle folder and load its model, of an ensemble all `folds` or those named.
+
+        Raises NotFoundError, CorruptError (see load_bundle_spec), BackendError and SpecError.
+        """
+        spec = load_bundle_spec(bundle)
+        if folds is not None:
+            spec = _with_folds(spec, [str(fold) for fold in folds])
+        backends = create_ensemble(backend, bundle, spec, threads=threads, precision=precision, device=device)
+        return cls(spec, backends, step_size=step_size, mirroring=mirroring, use_gaussian=use_gaussian, threads=threads)
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the network (of an ensemble, the first; the others are of its kind)."""
+        return self.backends[0]
+
+    def predict_array(
+        self,
+        image_CZYX: npt.NDArray[Any],
+        properties: dict[str, Any],
+        *,
+        previous_ZYX: npt.NDArray[Any] | None = None,
+        return_probabilities: bool = False,
+        on_tiles: OnTiles | None = None,
+    ) -> Prediction:
+        """Predict an image (C, z, y, x) as nnU-Net's reader returns it; 2d images have z = 1.
+
+        `properties` needs only `spacing` (z, y, x) in mm. The input is left as it is.
+        `previous_ZYX`: of a cascade stage, the previous stage's segmentation in the axes of the image.
+        """
+        times = StageTimes()
+        with times.stage("preprocess"):
+            case = self.preprocess_array(image_CZYX, properties, previous_ZYX)
+        with times.stage("infer"):
+            logits_HZYX = self.logits(case.data_CZYX, on_tiles)
+        with times.stage("postprocess"):
+            segmentation, probabilities = self.postprocess(logits_HZYX, case, return_probabilities)
+        return Prediction(segmentation, probabilities, case.properties, times)
+
+    def preprocess(
+        self,
+        image_CZYX: npt.NDArray[np.float32],
+        properties: dict[str, Any],
+        previous_ZYX: npt.NDArray[Any] | None = None,
+    ) -> Preprocessed:
+        """What the network sees of an image (C, z, y, x) as read, which is overwritten. Raises ImageError."""
+        return preprocess(
+            image_CZYX, properties, self.spec, self._resample_data, previous_ZYX, self._resample_seg, self.threads
+        )
+
+    def preprocess_array(
+        self, image_CZYX: npt.NDArray[Any], properties: dict[str, Any], previous_ZYX: npt.NDArray[Any] | None = None
+    ) -> Preprocessed:
+        """`preprocess` of an array of the caller's, which is checked and left as it is. Raises ImageError."""
+        image = np.array(image_CZYX, dtype=np.float32)
+        if image.size and not np.isfinite(native.limits(image, threads=self.threads)).all():
+            raise ImageError("the image has NaN or infinite voxels, expected numbers")
+        return self.preprocess(image, properties, previous_ZYX)
+
+    def logits(
+        self, data_CZYX: npt.NDArray[np.float32], on_tiles: OnTiles | None = None, folds: slice = slice(None)
+    ) -> native.HalfArray:
+        """Logits (heads, Z, Y, X) of a preprocessed image. Raises BackendError."""
+        return ensemble_logits(
+            data_CZYX,
+            self.backends[folds],
+            num_heads=self.spec.num_heads,
+            patch_size=self.spec.patch_size,
+            step_size=self.step_size,
+            mirror_axes=self.mirror_axes,
+            use_gaussian=self.use_gaussian,
+            on_tiles=on_tiles,
+            threads=self.threads,
+        )
+
+    def postprocess(
+        self, logits_HZYX: native.Logits, case: Preprocessed, return_probabilities: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        """Segmentation and, if wanted, probabilities in the axes of the image as read."""
+        return postprocess(
+            logits_HZYX,
+            case,
+            self.spec,
+            self._resample_logits,
+            self._label_rule,
+            return_probabilities,
+            self.threads,
+        )
+
+    def check_previous(self, previous: Path | None) -> None:
+        """Raise SpecError or NotFoundError unless a cascade stage, and only one, gets a folder that exists."""
+        if (previous is None) != (not self.spec.previous_labels):
+            raise SpecError(
+                "this bundle is a cascade stage, it needs the segmentations of the previous stage\n"
+                "predict them first and give their folder with -prev_stage_predictions"
+                if self.spec.previous_labels
+                else "-prev_stage_predictions: this bundle is no cascade stage; leave it out"
+            )
+        if previous is not None and not previous.is_dir():
+            raise NotFoundError(f"-prev_stage_predictions: {previous} is no folder; give the previous stage's output")
+
+    def describe(self) -> dict[str, Any]:
+        """What predicts, for records."""
+        return {
+            "bundle": self.spec.name,
+            "folds": list(self.spec.folds),
+            "backend": self.backend.name,
+            "precision": self.backend.precision,
+            "step_size": self.step_size,
+            "mirror_axes": list(self.mirror_axes or ()),
+            "use_gaussian": self.use_gaussian,
+        }
+
+
+def _with_folds(spec: BundleSpec, folds: list[str]) -> BundleSpec:
+    """The part of a bundle that consists of these folds. Raises SpecError when it lacks one."""
+    known = spec.folds or (str(spec.provenance.get("fold", "0")),)
+    if missing := [fold for fold in folds if fold not in known]:
+        raise SpecError(f"-f {' '.join(missing)}: the bundle {spec.name} has fold(s) {' '.join(known)}")
+    file_of = dict(zip(known, spec.model_files, strict=True))
+    return replace(spec, folds=tuple(folds), model_files=tuple(file_of[fold] for fold in folds))

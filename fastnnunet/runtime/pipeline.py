@@ -1,0 +1,140 @@
+"""Cases one after another, with the next being read and the last being written meanwhile.
+
+Three cases are in memory at most: one in each thread and one in the network, which stays in the calling thread.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, TypeAlias, TypeVar
+
+from fastnnunet.errors import FastnnUNetError
+from fastnnunet.runtime.files import abandon_output
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+Inferred = TypeVar("Inferred")
+Finished = TypeVar("Finished")
+Outcome: TypeAlias = Finished | FastnnUNetError
+_GRACE_S = 2.0  # for the file that is being written when the run is interrupted
+
+
+class WriteGate:
+    """Lets the writing thread write until it is closed; closing waits for the file that is being written."""
+
+    def __init__(self, first: Callable[[], None] | None = None) -> None:
+        """`first` is called once, before anything else is written."""
+        self._lock = Lock()
+        self._closed = False
+        self._first = first
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around everything that puts files into place."""
+        with self._lock:
+            if self._closed:
+                raise FastnnUNetError("interrupted")
+            if self._first:
+                self._first()
+                self._first = None
+            yield
+
+    def close(self) -> None:
+        """Nothing is written afterwards. A file that takes long is given up, and what there is of it removed."""
+        self._closed = True
+        if self._lock.acquire(timeout=_GRACE_S):
+            self._lock.release()
+        else:
+            abandon_output()
+
+
+def run_pipeline(
+    items: Iterable[Item],
+    load: Callable[[Item], Loaded],
+    infer: Callable[[Item, Loaded], Inferred],
+    finish: Callable[[Item, Inferred], Finished],
+    gate: WriteGate,
+    *,
+    threaded: bool,
+) -> Iterator[tuple[Item, Outcome[Finished]]]:
+    """Each item with what `finish` made of it, or with the error that stopped it, in order.
+
+    `load` (and iterating over `items`) and `finish` run in a thread each. FastnnUNetError and MemoryError of one item
+    leave the others alone, every other exception ends the run. When it ends early, by an exception (Ctrl-C) or by
+    closing the iterator, the gate is closed and the threads are left to themselves.
+    """
+
+    def complete(item: Item, inferred: Outcome[Inferred]) -> Finished:
+        if isinstance(inferred, FastnnUNetError):
+            raise inferred
+        return finish(item, inferred)
+
+    if not threaded:
+        for item in items:
+            loaded = _attempt(load, item)
+            inferred = loaded if isinstance(loaded, FastnnUNetError) else _attempt(infer, item, loaded)
+            yield item, _attempt(complete, item, inferred)
+        return
+
+    iterator = iter(items)
+
+    def load_next() -> tuple[Item, Outcome[Loaded]] | None:
+        for item in iterator:
+            return item, _attempt(load, item)
+        return None
+
+    reader, writer = _Worker("read"), _Worker("write")
+    try:
+        behind: tuple[Item, Future[Finished]] | None = None
+        ahead = reader.submit(load_next)
+        while (following := ahead.result()) is not None:
+            ahead = reader.submit(load_next)
+            item, loaded = following
+            inferred = loaded if isinstance(loaded, FastnnUNetError) else _attempt(infer, item, loaded)
+            if behind is not None:  # its memory is free before the next one is written
+                yield behind[0], _attempt(behind[1].result)
+            behind = item, writer.submit(complete, item, inferred)
+            del following, loaded, inferred
+        if behind is not None:
+            yield behind[0], _attempt(behind[1].result)
+    finally:
+        gate.close()
+        reader.close()
+        writer.close()
+
+
+def _attempt(call: Callable[..., Finished], *arguments: Any) -> Outcome[Finished]:
+    try:
+        return call(*arguments)
+    except FastnnUNetError as e:
+        return e
+    except MemoryError as e:
+        return FastnnUNetError(f"not enough memory ({e})\nclose other programs, or crop the image")
+
+
+class _Worker:
+    """A thread that runs one call after another; a daemon, so that a process that is interrupted need not wait."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        Thread(target=self._run, name=f"fastnnunet-{name}", daemon=True).start()
+
+    def submit(self, call: Callable[..., Finished], *arguments: Any) -> "Future[Finished]":
+        future: Future[Finished] = Future()
+        self._calls.put((future, partial(call, *arguments)))
+        return future
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            try:
+                future.set_result(call())
+            except BaseException as e:  # whoever waits for the result gets it
+                future.set_exception(e)
+            del entry, future, call  # a case is not kept until the next one comes

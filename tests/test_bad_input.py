@@ -1,0 +1,261 @@
+"""What users get wrong, one by one: a message that says how to mend it, exit code, nothing half-written."""
+
+import gzip
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fastnnunet.cli.main import main
+from fastnnunet.errors import BackendError, FastnnUNetError, NewerFormatError, SpecError
+from fastnnunet.runtime.backends import base, devices
+from fastnnunet.runtime.backends.base import choose_backend
+from fastnnunet.runtime.files import check_output_folder
+from fastnnunet.specs.bundle import load_bundle_spec
+from tests.bundles import Toy, ToyModel, make_toy_model, nnunet_predict, smooth_noise, write_image
+from tests.readonly import read_only
+
+SHAPE = (12, 18, 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
+    return make_toy_model(Toy(channels=2), tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "has_cuda_device", lambda: False)
+
+
+def _predict(model: ToyModel, source: Path, out: Path, *words: str) -> int:
+    with pytest.raises(SystemExit) as done:
+        main(
+            ["predict", "-i", str(source), "-o", str(out), "-m", str(model.bundle), "--backend", "onnxruntime", *words]
+        )
+    assert isinstance(done.value.code, int)
+    return done.value.code
+
+
+def _image(file: Path, seed: int = 0, shape: tuple[int, ...] = SHAPE, **geometry: tuple[float, ...]) -> Path:
+    return write_image(smooth_noise(shape, seed), file, **geometry)
+
+
+def _edit_header(file: Path, offset: int, values: bytes) -> None:
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[offset : offset + len(values)] = values
+    file.write_bytes(gzip.compress(bytes(content)))
+
+
+def _missing_channel(folder: Path) -> None:
+    (folder / "bad_0001.nii.gz").unlink()
+
+
+def _missing_first_channel(folder: Path) -> None:
+    (folder / "bad_0000.nii.gz").unlink()
+
+
+def _other_shape(folder: Path) -> None:
+    _image(folder / "bad_0001.nii.gz", 1, (12, 18, 21))
+
+
+def _other_spacing(folder: Path) -> None:
+    _image(folder / "bad_0001.nii.gz", 1, spacing_xyz=(1.0, 1.0, 2.0))
+
+
+def _zero_sized(folder: Path) -> None:
+    _edit_header(folder / "bad_0000.nii.gz", 42, struct.pack("<h", 0))  # dim[1]
+
+
+def _not_a_number(folder: Path) -> None:
+    image = smooth_noise(SHAPE, 0)
+    image[3, 4, 5] = np.nan
+    write_image(image, folder / "bad_0000.nii.gz")
+
+
+def _infinite(folder: Path) -> None:
+    write_image(np.full(SHAPE, np.inf, np.float32), folder / "bad_0000.nii.gz")
+
+
+def _broken_offset(folder: Path) -> None:
+    _edit_header(folder / "bad_0000.nii.gz", 108, struct.pack("<f", np.nan))  # vox_offset
+
+
+def _broken_dimensions(folder: Path) -> None:
+    _edit_header(folder / "bad_0000.nii.gz", 40, struct.pack("<4h", 3, 20, -18, 12))
+
+
+def _broken_datatype(folder: Path) -> None:
+    _edit_header(folder / "bad_0000.nii.gz", 70, struct.pack("<h", 9999))
+
+
+def _header_only(folder: Path) -> None:
+    (folder / "bad_0000.nii.gz").write_bytes(gzip.compress(bytes(100)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_missing_channel, r"1 channel\(s\).*the model needs 2 channel\(s\) \(channel0, channel1\)"),
+        (_missing_first_channel, r"bad has no bad_0000\.nii\.gz"),
+        (_other_shape, "channels do not fit together: shape"),
+        (_other_spacing, "channels do not fit together: spacing"),
+        (_zero_sized, "damaged NIfTI header"),
+        (_not_a_number, "1 of 8640 voxels are NaN or infinite"),
+        (_infinite, "4320 of 8640 voxels are NaN or infinite"),
+        (_broken_offset, "damaged NIfTI header"),
+        (_broken_dimensions, "damaged NIfTI header"),
+        (_broken_datatype, "cannot read|truncated"),
+        (_header_only, "is not a NIfTI image"),
+    ],
+)
+def test_a_bad_case_is_told_and_the_others_are_predicted(
+    spoil: Callable[[Path], None],
+    words: str,
+    model: ToyModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("bad", "good"):
+        for channel in (0, 1):
+            _image(tmp_path / "in" / f"{name}_{channel:04d}.nii.gz", channel)
+    spoil(tmp_path / "in")
+    assert _predict(model, tmp_path / "in", tmp_path / "out", "--disable_progress_bar") == 1
+    shown = capsys.readouterr()
+    failure = pytest.raises(FastnnUNetError, match=words)
+    with failure:
+        raise FastnnUNetError(" ".join(shown.err.split()))
+    assert "failed: bad:" in shown.err
+    assert "1 case(s) predicted" in shown.out
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"good.nii.gz", "plans.json", "dataset.json", "predict_from_raw_data_args.json"}
+
+
+def test_a_constant_image_as_nnunet(model: ToyModel, tmp_path: Path) -> None:
+    files = [write_image(np.full(SHAPE, 7 - 7 * c, np.float32), tmp_path / f"a_000{c}.nii.gz") for c in (0, 1)]
+    nnunet_predict(model, {"a": files}, tmp_path / "theirs")
+    assert _predict(model, files[0], tmp_path / "ours") == 0
+    ours, theirs = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / who / "a.nii.gz"))) for who in ("ours", "theirs")
+    )
+    assert (ours == theirs).mean() >= 0.999  # the network sees zeros: labels hang on its last digits
+
+
+def test_an_empty_image_of_another_format(tmp_path: Path) -> None:
+    """NRRD may have an axis of no voxels."""
+    nrrd = make_toy_model(Toy(file_ending=".nrrd"), tmp_path)
+    (tmp_path / "in").mkdir()
+    header = "NRRD0004\ntype: float\ndimension: 3\nsizes: 0 4 5\nencoding: raw\nendian: little\n\n"
+    (tmp_path / "in" / "a_0000.nrrd").write_bytes(header.encode())
+    assert _predict(nrrd, tmp_path / "in", tmp_path / "out") == 1
+    assert not (tmp_path / "out").exists()
+
+
+class TestOutputFolder:
+    def test_without_permission(self, model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for channel in (0, 1):
+            _image(tmp_path / "in" / f"a_{channel:04d}.nii.gz", channel)
+        (tmp_path / "closed").mkdir()
+        for out in (tmp_path / "closed", tmp_path / "closed" / "new"):
+            with read_only(tmp_path / "closed"):
+                assert _predict(model, tmp_path / "in", out) == 2
+            assert "cannot write to the output folder" in capsys.readouterr().err
+        assert list((tmp_path / "closed").iterdir()) == []
+
+    def test_a_file_in_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(FastnnUNetError, match="is a file"):
+                check_output_folder(folder)
+        check_output_folder(tmp_path / "not" / "there" / "yet")
+
+
+def test_a_bundle_of_a_newer_version(model: ToyModel, tmp_path: Path) -> None:
+    raw = json.loads((model.bundle / "bundle.json").read_text())
+    raw |= {"format_version": 99, "something_new": True}
+    (tmp_path / "bundle.json").write_text(json.dumps(raw))
+    with pytest.raises(NewerFormatError, match=r"(?s)format version 99, this fastnnunet reads up to \d+.*pip install"):
+        load_bundle_spec(tmp_path)
+    assert _predict(replace(model, bundle=tmp_path), tmp_path, tmp_path / "out") == 2
+
+
+def test_a_bundle_of_the_first_format_is_read(model: ToyModel, tmp_path: Path) -> None:
+    """Written before there were ensembles."""
+    from fastnnunet.specs.canonical import sha256_of
+
+    for file in ("model.onnx", "parity.npz"):
+        (tmp_path / file).write_bytes((model.bundle / file).read_bytes())
+    raw = json.loads((model.bundle / "bundle.json").read_text())
+    for later in ("model_files", "folds", "self_sha256"):
+        del raw[later]
+    raw["format_version"] = 1
+    (tmp_path / "bundle.json").write_text(json.dumps({**raw, "self_sha256": sha256_of(raw)}))
+    assert load_bundle_spec(tmp_path).model_files == ("model.onnx",)
+
+
+class TestDevices:
+    def test_a_gpu_that_is_not_there(
+        self, model: ToyModel, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        for words in (["-device", "cuda"], ["-device", "cuda", "--backend", "auto"]):
+            assert _predict(model, tmp_path / "in", tmp_path / "out", *words) == 2
+            assert "a GPU is asked for (-device cuda) but there is none" in capsys.readouterr().err
+        assert _predict(model, tmp_path / "in", tmp_path / "out", "-device", "gpu0") == 2
+        assert "expected cpu, cuda or mps" in capsys.readouterr().err
+
+    def test_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+        monkeypatch.setattr(base, "is_installed", lambda name: name != "openvino")
+        assert choose_backend("auto") == choose_backend("auto", "cpu") == "onnxruntime"
+        assert choose_backend("auto", "cuda") == choose_backend("tensorrt") == "tensorrt"
+        with pytest.raises(BackendError, match="torch computes on cpu, not on cuda"):
+            choose_backend("torch", "cuda")
+        with pytest.raises(BackendError, match="tensorrt computes on cuda, not on cpu"):
+            choose_backend("tensorrt", "cpu")
+        monkeypatch.setattr(base, "is_installed", lambda name: name != "tensorrt")
+        with pytest.raises(BackendError, match=r"pip install 'fastnnunet\[rtx\]'"):
+            choose_backend("auto", "cuda")
+        with pytest.raises(SpecError, match="device: got 'tpu'"):
+            choose_backend("auto", "tpu")  # type: ignore[arg-type]
+
+    def test_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(name: str) -> None:
+            raise OSError(name)
+
+        monkeypatch.setattr(devices.ctypes, "CDLL", absent)
+        assert not devices.has_cuda_device.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "x", "-d", "4"], "either -m .* or -d"),
+        ([], "either -m .* or -d"),
+        (["-d", "4"], "-d needs a configuration"),
+        (["-m", "BUNDLE", "-part_id", "2", "-num_parts", "2"], "-part_id 2 of -num_parts 2"),
+        (["-m", "BUNDLE", "-part_id", "-1"], "-part_id -1 of -num_parts 1"),
+        (["-m", "BUNDLE", "-chk", "checkpoint_best.pth"], "has one checkpoint"),
+        (["-m", "BUNDLE", "-f", "x"], "'x' is no fold"),
+        (["-m", "BUNDLE", "-step_size", "0"], "step_size"),
+    ],
+)
+def test_flags_that_contradict(
+    words: list[str], message: str, model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for channel in (0, 1):
+        _image(tmp_path / "in" / f"a_{channel:04d}.nii.gz", channel)
+    words = [str(model.bundle) if word == "BUNDLE" else word for word in words]
+    with pytest.raises(SystemExit) as done:
+        main(["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *words])
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    with pytest.raises(FastnnUNetError, match=message):
+        raise FastnnUNetError(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
