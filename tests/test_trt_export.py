@@ -181,13 +181,17 @@ class TestBuilding:
         assert "sm75" not in targets
         assert "sm90" not in targets
 
-    def test_fp32_engines_multiply_in_fp32(self, float_graph: onnx.ModelProto) -> None:
-        """TF32, on by default, is switched off: another engine than with it."""
+    def test_configuration(self) -> None:
+        """One target, memory from the caller, and TF32, which is on by default, off where fp32 is asked for."""
         library = find_library("tensorrt_rtx")
-        exact = build_plan(float_graph, rtx_key(), library)
-        assert build_plan(float_graph, rtx_key(), library) == exact
-        # the precision in the key decides about nothing but the flag
-        assert build_plan(float_graph, rtx_key(precision="int8"), library) != exact
+        module, builder = library.module, library.module.Builder(library.logger)
+        for precision, tf32 in (("fp32", False), ("fp16", True)):
+            config = export.builder_config(builder, rtx_key("sm120", precision), library)
+            assert config.get_flag(module.BuilderFlag.TF32) == tf32
+            assert config.get_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            assert config.num_compute_capabilities == 1
+            assert config.get_compute_capability(0) == module.ComputeCapability.SM120
+            assert config.num_optimization_profiles == 1
 
 
 @needs_rtx

@@ -200,18 +200,23 @@ def build_plan(graph: "onnx.ModelProto", key: EngineKey, library: Library) -> by
         errors = (parser.get_error(i) for i in range(parser.num_errors))
         raise MismatchError(_refusal(key, [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]))
     _check_network(network, graph, key, module)
-    config = builder.create_builder_config()
-    library.set_target(config, key.architecture)
-    if key.precision == "fp32":
-        config.clear_flag(module.BuilderFlag.TF32)  # on by default, rounds what convolutions multiply to 11 bits
-    profile = builder.create_optimization_profile()
-    smallest, largest = (1, *key.input_shape), (key.max_batch, *key.input_shape)
-    profile.set_shape(network.get_input(0).name, smallest, largest, largest)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
+    plan = builder.build_serialized_network(network, builder_config(builder, key, library))
     if plan is None:
         raise MismatchError(_refusal(key, library.logger.errors))
     return bytes(plan)
+
+
+def builder_config(builder: Any, key: EngineKey, library: Library) -> Any:
+    """Target, range of batches and what little of precision is not in the graph."""
+    config = builder.create_builder_config()
+    library.set_target(config, key.architecture)
+    if key.precision == "fp32":
+        config.clear_flag(library.module.BuilderFlag.TF32)  # on by default; rounds factors of convolutions to 11 bits
+    profile = builder.create_optimization_profile()
+    smallest, largest = (1, *key.input_shape), (key.max_batch, *key.input_shape)
+    profile.set_shape(INPUT, smallest, largest, largest)
+    config.add_optimization_profile(profile)
+    return config
 
 
 def _check_network(network: Any, graph: "onnx.ModelProto", key: EngineKey, module: Any) -> None:
