@@ -14,6 +14,7 @@ from fastnnunet.distill.train import run_folder, train_student
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.distributed import LossOverValidVoxels, valid_share
 from fastnnunet.nnunet.loading import Share
+from fastnnunet.nnunet.mixing import loss_of_samples
 from tests.test_distill_seeds import build, make_job
 from tests.test_kinds import prepare
 from tests.tiny import CONFIGURATION, DATASET
@@ -97,6 +98,11 @@ def test_loss_over_valid_voxels_of_two_processes(monkeypatch, regions):
     weighted = LossOverValidVoxels(loss(), lambda t: t[:, -1:] == 0 if regions else t != 3)
     torch.testing.assert_close(sum(weighted(part(outputs, s), part(target, s)) * n for s, n in shares) / 3, whole)
     assert abs(sum(loss()(part(outputs, s), part(target, s)) * n for s, n in shares) / 3 - whole) > 0.01
+
+    told = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: told.append(counts.tolist()))
+    assert loss_of_samples(weighted, outputs, target, [], 3) == 0  # of a process with unlabelled samples only
+    assert told == [[0, 0, 0]]
 
     objective = DistillationObjective(0.3, 2.0, regions)
     (logits, mask), soft = (outputs[0], valid[0]), outputs[0].flip(1).softmax(1)[:, 0 if regions else 1 :]

@@ -236,8 +236,9 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         )
     if resume and existing:  # before a cache is asked for, which another teacher would need
         path = fold_folder / existing[0]
-        now, there = _provenance(job, None), load_checkpoint(path).get("fastnnunet", {})
-        check_same_run(path, {**there, "cache_key": None}, now)
+        now, stored = _provenance(job, None), load_checkpoint(path).get("fastnnunet", {})
+        there = {name: value for name, value in stored.items() if name in {*now, "pretrained_sha256"}}
+        check_same_run(path, {**there, "cache_key": None}, now)  # caches and the rest are compared on loading
     if resume and not existing and (others := _runs_beside(job, fold_folder)):
         shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
         raise MismatchError(

@@ -67,19 +67,20 @@ def loss_weight(batch_size: int) -> float:
     return len(mine.of(batch_size)) * mine.world_size / batch_size
 
 
-def valid_share(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+def valid_share(masks: Sequence[torch.Tensor], samples: int | None = None) -> torch.Tensor:
     """Valid voxels per sample here, divided by those per sample in all processes: a number for each mask.
 
     `masks`, bool (N, 1, space), say which voxels of this process's N samples count. A mean over the valid voxels here
     times this number and the weight of the samples (`loss_weight`) gives, averaged over processes, the mean over the
-    valid voxels of the whole batch. 0 where no process has any.
+    valid voxels of the whole batch. 0 where no process has any. `samples` says how many of them count, if not all.
     """
+    samples = len(masks[0]) if samples is None else samples
     counts = torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
-    total = torch.cat([counts, counts.new_tensor([len(masks[0])])])
+    total = torch.cat([counts, counts.new_tensor([samples])])
     if distributed.is_initialized():
         distributed.all_reduce(total)
     everywhere = total[:-1] / total[-1]
-    return torch.where(everywhere > 0, counts / len(masks[0]) / everywhere, 0).float()
+    return torch.where(everywhere > 0, counts / max(1, samples) / everywhere, 0).float()
 
 
 class LossOverValidVoxels(torch.nn.Module):  # type: ignore[misc]
@@ -97,8 +98,15 @@ class LossOverValidVoxels(torch.nn.Module):  # type: ignore[misc]
                 module.ce = _Weighted(module.ce, self._shares)
 
     def forward(self, outputs: Any, target: Any) -> torch.Tensor:
-        masks = [self._valid_mask(t) for t in (target if isinstance(target, list) else [target])]
-        for mask, value in zip(masks, valid_share(masks), strict=True):
+        return self._of(outputs, target, counts=True)
+
+    def of_no_sample(self, outputs: Any, target: Any) -> torch.Tensor:
+        """0 with a gradient of zeros: none of this process's samples counts, while others wait for its numbers."""
+        return self._of(outputs, target, counts=False) * 0
+
+    def _of(self, outputs: Any, target: Any, *, counts: bool) -> torch.Tensor:
+        masks = [self._valid_mask(t) & counts for t in (target if isinstance(target, list) else [target])]
+        for mask, value in zip(masks, valid_share(masks, None if counts else 0), strict=True):
             self._shares[tuple(mask.shape[2:])] = value
         return self._loss(outputs, target)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastnnunet.errors import NotFoundError
+from fastnnunet.nnunet.distributed import LossOverValidVoxels
 from fastnnunet.nnunet.foreground import read_locations
 from fastnnunet.nnunet.unlabelled import UnlabelledCases
 
@@ -113,7 +114,9 @@ def loss_of_samples(
     find one.
     """
     if not places:
-        return loss(outputs, target) * 0
+        return (
+            loss.of_no_sample(outputs, target) if isinstance(loss, LossOverValidVoxels) else loss(outputs, target) * 0
+        )
     if len(places) == batch_size:
         return loss(outputs, target)
     return loss(_samples(outputs, places), _samples(target, places))
