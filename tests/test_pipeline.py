@@ -166,6 +166,8 @@ def test_ctrl_c(tmp_path: Path) -> None:
         [sys.executable, "-m", "fastnnunet.cli.main", "predict", *map(str, words), "--disable_progress_bar"],
         stderr=subprocess.PIPE,
         text=True,
+        # a suite started in the background of a shell ignores interrupts, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(out.glob("*.nii.gz")):
@@ -173,7 +175,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted" in stderr
     assert "Traceback" not in stderr

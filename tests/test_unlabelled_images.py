@@ -266,6 +266,6 @@ class TestBadImages:
     def test_cascade(self, world):
         from tests.test_kinds import prepare, teacher_spec
 
-        name = prepare(world, "cascade")
+        prepare(world, "cascade")
         with pytest.raises(SpecError, match="is a cascade stage and needs predictions of 3d_lowres"):
-            open_images(teacher_spec("cascade", name), RECIPE, image_folder(world, "tiny_00"))
+            open_images(teacher_spec("cascade"), RECIPE, image_folder(world, "tiny_00"))

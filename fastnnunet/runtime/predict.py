@@ -24,6 +24,7 @@ from fastnnunet.runtime.cases import (
     single_case,
     take_part,
 )
+from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import check_output_folder, make_folder
 from fastnnunet.runtime.image_io import image_io
 from fastnnunet.runtime.labels import Cleanup, clean
@@ -64,6 +65,15 @@ class _Loaded:
     times: StageTimes
 
 
+def _check_series(output: Path, case: Case | None) -> DicomSeries | None:
+    """The series a DICOM SEG refers to; None for other outputs. Raises ImageError when there is none to refer to."""
+    if not output.name.endswith(DICOM_SEG_ENDING):
+        return None
+    if case is None or not case.series:
+        raise ImageError(f"{output.stem} is no DICOM series, which a DICOM SEG has to refer to")
+    return case.series[0]
+
+
 class Predictor(LoadedBundle):
     """A loaded bundle that reads and writes image files."""
 
@@ -90,6 +100,8 @@ class Predictor(LoadedBundle):
     def _load(self, plan: Planned) -> _Loaded:
         if plan.case.problem:
             raise ImageError(plan.case.problem)
+        if plan.output is not None:
+            _check_series(plan.output, plan.case)  # before hours of inference, not when writing
         io = image_io(self.spec.reader_writer)
         times = StageTimes()
         with times.stage("read"):
@@ -150,13 +162,11 @@ class Predictor(LoadedBundle):
         if probabilities_HZYX is not None:
             write_probabilities(probabilities_HZYX, properties, output, self._ending(output))
         # last: where a segmentation is, its probabilities are
-        if output.name.endswith(DICOM_SEG_ENDING):
+        if (series := _check_series(output, case)) is not None:
             from fastnnunet.runtime.dicom_seg import write_dicom_seg
 
-            if case is None or not case.series:
-                raise ImageError(f"{output.stem} is no DICOM series, which a DICOM SEG has to refer to")
             on_slices_ZYX = io.to_file_axes(segmentation_ZYX, properties)
-            write_dicom_seg(on_slices_ZYX, case.series[0], output, labels=self.spec.labels, model=self.spec.name)
+            write_dicom_seg(on_slices_ZYX, series, output, labels=self.spec.labels, model=self.spec.name)
         else:
             io.write(segmentation_ZYX, output, properties)
 
