@@ -22,7 +22,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             console=Console(stderr=True),
             disable=disable,
         )
-        self._cases = self._progress.add_task("cases", total=None)
+        self._cases = self._progress.add_task("cases", total=None, visible=False)
         self._tiles = self._progress.add_task("tiles", total=None, visible=False)
 
     def __enter__(self) -> "RunProgress":
@@ -35,7 +35,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._progress.stop()
 
     def on_start(self, case: Case, index: int, total: int) -> None:
-        self._progress.update(self._cases, total=total)
+        self._progress.update(self._cases, total=total, visible=True)
         self._progress.update(self._tiles, description=case.case_id, visible=False)
 
     def on_tiles(self, done: int, total: int) -> None:
