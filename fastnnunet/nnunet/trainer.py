@@ -264,7 +264,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return self._with_soft_labels(super().get_validation_transforms(*args, **kwargs))
 
     def _with_soft_labels(self, transforms: Any) -> Any:
-        return transforms if self.soft_labels is None else _WithSoftLabels(transforms, self.soft_labels.num_channels)
+        return transforms if self.soft_labels is None else _WithSoftLabels(transforms, self._num_soft)
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":

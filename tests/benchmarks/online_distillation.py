@@ -36,9 +36,7 @@ def train_online(job: TrainingJob) -> Path:
     factory = open_teacher(job.teacher, replace(job.cache, mirroring=False))[1]
     labels = teacher_labels(factory.load(torch.get_num_threads()), job.teacher.folds, spec.temperature)
     objective = DistillationObjective(spec.alpha, spec.temperature, dice=spec.loss == "kl_dice")
-
-    trainer = make_trainer(job, None)
-    trainer = online_trainer(job, trainer, objective, factory.num_heads - 1)
+    trainer = online_trainer(make_trainer(job, None), objective, factory.num_heads - 1)
     trainer.provenance = {**trainer.provenance, ONLINE: True}
     step, validate = trainer.train_step, trainer.validation_step
 

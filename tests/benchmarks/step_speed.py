@@ -138,9 +138,8 @@ class OnlineLabels:
         self.num_channels = num_channels
 
 
-def online_trainer(job: TrainingJob, hard_trainer: Any, objective: Any, num_channels: int) -> Any:
-    """A trainer whose loaders load labels only and whose steps take a soft label."""
-    trainer = hard_trainer
+def online_trainer(trainer: Any, objective: Any, num_channels: int) -> Any:
+    """`trainer`, whose loaders then load labels only and whose steps take a soft label."""
     loaders = trainer.get_dataloaders
 
     def without_soft_labels() -> Any:
@@ -228,7 +227,7 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
         labels = teacher_labels(teacher, job.teacher.folds, job.distill.temperature)
 
         def online() -> list[float]:
-            learner = online_trainer(control, make_trainer(control, None), trainer.objective, soft.num_channels)
+            learner = online_trainer(make_trainer(control, None), trainer.objective, soft.num_channels)
             return looped([learner], max(2, steps // 4), labels)
 
         arms: dict[str, Callable[[], list[float]]] = {

@@ -25,6 +25,7 @@ from fastnnunet.bench.evaluate import evaluate_cases
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.runtime.backends.base import Precision, available_cores, create_backend
+from fastnnunet.runtime.cases import Case
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.distill import DistillSpec
@@ -114,14 +115,9 @@ def ensemble_dice(model: Path, folds: tuple[int, ...], images: Path, labels: Pat
         (out / "dataset.json").write_text(json.dumps(dataset))
         for file in sorted(images.glob(f"*_0000{dataset['file_ending']}")):
             case = file.name.removesuffix(f"_0000{dataset['file_ending']}")
-            run(_case(images, case), out / f"{case}{dataset['file_ending']}")
+            channels = tuple(sorted(images.glob(f"{case}_[0-9][0-9][0-9][0-9]{dataset['file_ending']}")))
+            run(Case(case, channels), out / f"{case}{dataset['file_ending']}")
         return dice_per_case(out, labels)
-
-
-def _case(images: Path, case_id: str) -> Any:
-    from fastnnunet.runtime.cases import Case
-
-    return Case(case_id, tuple(sorted(images.glob(f"{case_id}_[0-9][0-9][0-9][0-9].*"))))
 
 
 def measure(
