@@ -194,6 +194,18 @@ class TestBuild:
         assert [digests(cache) for cache in caches] == [digests(local)] * 2
         assert {r.status for r in verify_cache(caches[0])} == {"ok"}
 
+    def test_an_object_is_never_seen_half_written(self, memory_root, tmp_path):
+        shard, new = memory_root / "shard", tmp_path / "shard"
+        new.write_bytes(bytes(1 << 20))
+        shard.put(b"old")
+        with ThreadPoolExecutor(1) as pool:
+            uploads = pool.submit(lambda: [shard.upload(new) for _ in range(200)])
+            seen = set()
+            while not uploads.done():
+                seen.add(shard.size_bytes())
+            uploads.result()
+        assert seen <= {3, 1 << 20}
+
     def test_damage_is_found_and_mended(self, root, local):
         cache = build_cache(make_job(root))
         flip_a_bit(cache.case_dir("large") / "c/0/0/0/0")
