@@ -2,23 +2,31 @@
 
 import numpy as np
 import pytest
+import torch
 
+from fastnnunet.distill.train import train_student
 from fastnnunet.export.bundle import export_bundle
+from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests import test_distill_seeds
 from tests.benchmarks import (
+    agreement,
     augmentation_speed,
     bit_flips,
     cache_layout,
     kills,
+    large_volume,
+    online_distillation,
     pre_post_speed,
     reader_speed,
     soft_maps,
     stage1_speed,
     step_speed,
     stock_agreement,
+    student_table,
 )
+from tests.bundles import smooth_noise, write_image
 from tests.tiny import CONFIGURATION, DATASET
 
 
@@ -62,6 +70,20 @@ def test_pre_post_speed():
     assert record["grid"].startswith("(16, 21, 23)")
     assert all(seconds > 0 for stage in record["median_s"].values() for seconds in stage.values())
     assert record["peak_bytes"]["7"] > record["logits_bytes"]["7"] == 2 * 7 * 16 * 21 * 23
+
+
+def test_large_volume():
+    record = large_volume.measure(
+        None, shape=(24, 50, 44), patch=(16, 16, 16), features=(8, 16, 32), precisions=("fp32",), repeats=1, threads=1
+    )
+    assert record["patches"] == 1 * 3 * 2  # of a grid of 16 x 27 x 23
+    assert record["parameters"]["student"] < record["parameters"]["teacher"]
+    assert min(record["label_shares"]) > 0.01
+    fold, ours = record["nnunetv2"], record["fastnnunet"]["openvino fp32"]
+    rest = fold["single_fold_s"] - fold["stages_s"]["infer_s"]
+    assert fold["ensemble_s"] == pytest.approx(rest + 40 * fold["stages_s"]["infer_s"])
+    assert ours["agreement_with_nnunetv2"] > 0.999
+    assert ours["times_faster_than_ensemble"] > ours["times_faster_than_single_fold"] > 0
 
 
 def test_reader_speed():
@@ -161,3 +183,46 @@ def test_augmentation_speed(world):
     each_s = sum(record["seconds"]["device"]) / 2
     assert record["samples_per_s"]["device"] == pytest.approx(record["batch_size"] / each_s)
     assert record["device_over_loader"] == record["samples_per_s"]["device"] / record["samples_per_s"]["loader"]
+
+
+def test_students_taught_online_in_the_table(world, tmp_path, monkeypatch):
+    """One student with teachers in every step, one without soft labels; both in one table."""
+    teacher = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    folders = {}
+    for name, alpha in (("online", 0.3), ("control", 0.0)):
+        root = tmp_path / name
+        (root / DATASET).mkdir(parents=True)
+        (root / DATASET / teacher.name).symlink_to(teacher)
+        monkeypatch.setenv("nnUNet_results", str(root))
+        job = test_distill_seeds.make_job(alpha, epochs=1)
+        if alpha:
+            folders[name] = online_distillation.train_online(job)
+        else:
+            folders[name] = train_student(job, validate=False)
+    assert set(student_table.find_students([tmp_path / "online", tmp_path / "control"])) == set(folders.values())
+
+    raw = world / "raw" / DATASET
+    rows = student_table.measure(
+        [tmp_path / "online", tmp_path / "control"], teacher, raw / "imagesTs", raw / "labelsTs", (0,), rounds=1
+    )
+    assert 0 <= rows["ensemble"]["mean_dice"] <= 1
+    table = {row["soft_loss"]: row for row in rows["table"].values()}
+    assert set(table) == {"kl online", "none"}
+    for name, row in table.items():
+        assert (row["r"], row["family"], row["seeds"]) == (2, "width", [5])
+        assert row["points_below_ensemble"] == pytest.approx(100 * (rows["ensemble"]["mean_dice"] - row["dice"][0]))
+        assert row["parameters"] == table["none"]["parameters"], name
+        assert row["against_control"] is None, "one seed says nothing about a difference"
+    weights = [load_checkpoint(f / "checkpoint_final.pth")["network_weights"] for f in folders.values()]
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0]), "the soft loss trains"
+
+
+def test_agreement(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path))
+    ct = write_image(smooth_noise((20, 24, 28), 3, mean=-150, spread=300), tmp_path / "ct.nii.gz", (1.5, 1.5, 1.5))
+    record = agreement.measure(ct, backends=("onnxruntime",), kinds=("cascade", "regions"))
+    assert set(record["rows"]) == {f"{k}, {arm}" for k in ("cascade", "regions") for arm in ("ensemble", "one fold")}
+    for row in record["rows"].values():
+        assert row["agreement"]["onnxruntime"]["voxels"] == 20 * 24 * 28
+        assert row["agreement"]["onnxruntime"]["agreement"] >= record["least_agreement"] > 0.999
+        assert max(row["label_shares"]) < 0.97, "there is something to agree on"

@@ -139,8 +139,12 @@ def test_valid_voxels_count_alike_in_all_processes(prepared):
 def test_batch_dice_wants_equal_shares(prepared):
     change_plans(prepared, batch_size=3, batch_dice=True)
     build()
-    done = torchrun(prepared)
+    old = run_folder(make_job(alpha=0.3)) / "checkpoint_final.pth"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"an earlier run")
+    done = torchrun(prepared, "--overwrite")
     assert done.returncode != 0
+    assert old.read_bytes() == b"an earlier run", "what cannot run replaces nothing"
     assert "2 processes: the batch of 3 cannot be divided among them" in done.stderr
     assert "Traceback" not in done.stderr.split("cannot be divided")[0]
 

@@ -127,10 +127,11 @@ class ObjectPath:
 
     def upload(self, file: Path) -> None:
         """Write an object from a file; on an object store it is there whole or not at all."""
-        if self._parts[0] == "memory":
-            return self.put(file.read_bytes())  # its put_file shows others an empty object first
         with self._store("write") as (store, path):
-            store.put_file(str(file), path)
+            if self._parts[0] == "memory":  # its put_file shows others an empty object first
+                store.pipe_file(path, file.read_bytes())
+            else:
+                store.put_file(str(file), path)
 
     def download(self, file: Path) -> None:
         with self._store("read") as (store, path):

@@ -132,11 +132,6 @@ def _train_students(
         )
     if first.threads:
         torch.set_num_threads(first.threads)
-    wait_for_all()  # before the first process changes what the others look at
-    if overwrite and is_first():
-        for _, _, fold_folder in checked:
-            shutil.rmtree(fold_folder, ignore_errors=True)
-    wait_for_all()
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
@@ -145,6 +140,11 @@ def _train_students(
         finished = resume and _resume(trainer, fold_folder)
         if not finished:
             unfinished.append(trainer)
+    wait_for_all()  # before the first process changes what the others look at
+    if overwrite and is_first():  # only now that nothing refuses any more
+        for _, _, fold_folder in checked:
+            shutil.rmtree(fold_folder, ignore_errors=True)
+    wait_for_all()
     if unfinished:
         _run_epochs(unfinished, [jobs[trainers.index(t)] for t in unfinished], progress)
     if is_first():
