@@ -23,6 +23,7 @@ from fastnnunet.nnunet.device_augmentation import CHANGES, device_augmentation, 
 from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.device_spatial import sample_labels, sampling_grid
 from fastnnunet.nnunet.loading import generators_kept, seed_generators
+from fastnnunet.nnunet.soft_channels import opinions
 
 ROTATION = (-np.pi / 6, np.pi / 6)
 KINDS = {  # patch, what is loaded for it, whether planes are rotated
@@ -32,6 +33,7 @@ KINDS = {  # patch, what is loaded for it, whether planes are rotated
     "2d": ((22, 18), (31, 28), False),
 }
 CHANNELS = 2
+STACKED = 3  # under the image: two soft channels and their coverage
 
 
 def nnunet_transforms(kind, trainer=nnUNetTrainer, scales=None, **options):
@@ -66,7 +68,7 @@ def _own_generators():
 
 
 def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
-    """Image, label in blocks of 3, so that several labels meet, and a soft label of two channels."""
+    """Image, label in blocks of 3, so that several labels meet, and a soft label of two channels with its coverage."""
     _, space, _ = KINDS[kind]
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(CHANNELS, *space)).astype(np.float32)
@@ -74,7 +76,8 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
     for axis in range(len(space)):
         blocks = blocks.repeat(3, axis)
     label = blocks[tuple(slice(n) for n in space)].astype(np.int16)
-    soft = rng.dirichlet([0.3] * 3, space).astype(np.float32)[..., 1:]
+    soft = rng.dirichlet([0.3] * 3, space).astype(np.float32)
+    soft[..., 0], soft = 1, np.roll(soft, -1, -1)
     return (
         torch.from_numpy(image),
         torch.from_numpy(label[None].copy()),
@@ -85,12 +88,12 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
 def on_device(transforms, samples, seeds, device="cpu"):
     """The way of a training: drawn and cropped by the loader, the rest with the whole batch."""
     augmentation = recognise(transforms)
-    loader = DrawnSamples(augmentation, 2)
+    loader = DrawnSamples(augmentation, STACKED)
     for (image, label, soft), seed in zip(samples, seeds, strict=True):
         seed_generators(seed)
         loader(torch.cat([image, soft]), label)
     batch = loader.batch(data=None, target=None, keys=["case"] * len(samples))
-    return next(AugmentedBatches(iter([batch]), augmentation, torch.device(device), 2))
+    return next(AugmentedBatches(iter([batch]), augmentation, torch.device(device), STACKED))
 
 
 def by_nnunet(transforms, sample, seed):
@@ -247,7 +250,8 @@ class TestWhole:
         for n, seed in enumerate(seeds):
             image, label, soft = by_nnunet(transforms, samples[n], seed)
             torch.testing.assert_close(batch["data"][n], image, rtol=1e-4, atol=5e-5)
-            torch.testing.assert_close(soft_NSZYX[n], soft, rtol=0, atol=1e-5)
+            same_side = (soft[-1] - 0.5).abs() > 1e-4
+            torch.testing.assert_close(soft_NSZYX[n][:, same_side], opinions(soft)[:, same_side], rtol=0, atol=2e-5)
             for ours, expected in zip(targets, label if scales is not None else [label], strict=True):
                 assert ours.dtype == expected.dtype
                 assert ours[n].shape == expected.shape
@@ -291,7 +295,7 @@ class TestWhole:
         with FakeTensorMode():
             stacked = [torch.empty(shapes[0], device="cuda")]
             labels = [torch.empty(shapes[1], dtype=torch.int16, device="cuda")]
-            data, targets = augmentation.apply(stacked, labels, [draws], 2)
+            data, targets = augmentation.apply(stacked, labels, [draws], STACKED)
             assert {t.device.type for t in (data, *targets)} == {"cuda"}
             assert len(targets) == 3
 

@@ -9,6 +9,7 @@ import torch
 from fastnnunet.distill.train import _configure, check_job
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.loading import generators_kept, seed_generators
+from fastnnunet.nnunet.soft_channels import NO_OPINION
 from fastnnunet.specs.distill import DistillSpec
 from tests.test_distill_seeds import make_job
 
@@ -25,7 +26,7 @@ class LabelAsSoftLabel:
     def stacked(self):
         soft = np.stack([self.label == c for c in (1, 2)]).astype(np.float32)
         image = np.random.default_rng(0).normal(size=(1, *self.label.shape)).astype(np.float32)
-        return torch.from_numpy(np.concatenate([image, soft])), torch.from_numpy(self.label[None])
+        return torch.from_numpy(np.concatenate([image, soft, np.ones_like(image)])), torch.from_numpy(self.label[None])
 
 
 def transforms(job):
@@ -49,7 +50,7 @@ def test_soft_label_stays_on_the_label(world, augmentation):
             assert out["image"].shape[0] == 1
             label_ZYX, soft_SZYX = out["segmentation"][0][0], out["segmentation"][-1]
             expected_SZYX = torch.stack([label_ZYX == c for c in (1, 2)]).float()
-            inside = soft_SZYX.sum(0) > 0.999  # interpolated borders are soft, padding has no label
+            inside = soft_SZYX.sum(0) > 0.999  # interpolated borders are soft, what is beyond has no soft label
             inside |= soft_SZYX.sum(0) == 0
             difference = (soft_SZYX - expected_SZYX).abs().amax(0)[inside]
             assert (difference < 0.501).float().mean() > 0.999
@@ -73,7 +74,11 @@ def test_one_grid_is_nnunets_own_sampling(world, augmentation):
             seed_generators(seed, 0, 0)
             expected = alone(image=stacked[:1].clone(), segmentation=label, regression_target=stacked[1:].clone())
             assert torch.equal(got["image"], expected["image"])
-            assert torch.equal(got["segmentation"][-1], expected["regression_target"])
+            *soft, coverage = expected["regression_target"]
+            for ours, nnunets in zip(got["segmentation"][-1], soft, strict=True):
+                torch.testing.assert_close(ours[coverage >= 0.5] * coverage[coverage >= 0.5], nnunets[coverage >= 0.5])
+                assert torch.equal(ours[coverage == 1], nnunets[coverage == 1])
+                assert (ours[coverage < 0.5] == NO_OPINION).all()
 
 
 def test_without_mirrored_patches(world):

@@ -13,15 +13,16 @@ import torch
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
+from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
+from fastnnunet.nnunet.soft_channels import NO_OPINION, SoftLabelDataset, WithSoftLabels, has_opinion, opinions
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import find_student, reduce_features
-from fastnnunet.nnunet.trainer import _StackedCase, _WithSoftLabels
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -66,7 +67,13 @@ class TestSoftLabelsMoveWithTheImage:
             def read(self, _case, lower, upper):
                 return image[(slice(None), *(slice(a, b) for a, b in zip(lower, upper, strict=True)))]
 
-        return image, _StackedCase(image, ImageAsSoftLabel(), "case")
+        class Images:
+            identifiers = ("case",)
+
+            def load_case(self, _identifier):
+                return (image,)
+
+        return image, SoftLabelDataset(Images(), ImageAsSoftLabel()).load_case("case")[0]
 
     def test_crop_and_padding(self, pair):
         from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
@@ -74,8 +81,9 @@ class TestSoftLabelsMoveWithTheImage:
         image, stacked = pair
         box = [[-3, 15], [4, 30], [0, 24]]
         patch = crop_and_pad_nd(stacked, box, 0)
-        np.testing.assert_array_equal(patch[:1], patch[1:])
+        np.testing.assert_array_equal(patch[:1], patch[1:2])
         np.testing.assert_array_equal(patch[:1], crop_and_pad_nd(image, box, 0))
+        np.testing.assert_array_equal(patch[2:], crop_and_pad_nd(np.ones_like(image), box, 0))
 
     def test_rotation_scaling_and_mirrors(self, pair):
         from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -85,13 +93,21 @@ class TestSoftLabelsMoveWithTheImage:
         spatial = SpatialTransform(
             (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4)
         )
-        split = _WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 1)
+        split = WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 2)
         np.random.seed(3)
         for _ in range(5):
             stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
             out = split(stacked, torch.zeros(1, 20, 22, 24, dtype=torch.int16))
-            torch.testing.assert_close(out["segmentation"][-1], out["image"])
-            assert out["image"].shape == (1, 16, 16, 16)
+            soft = out["segmentation"][-1]
+            assert out["image"].shape == soft.shape == (1, 16, 16, 16)
+            inside = soft >= 0
+            assert inside.float().mean() > 0.8
+            assert inside.equal(has_opinion(soft[None])[0])
+            # linear interpolation with zeros around: at the border the image is darkened, the soft label is not
+            assert (soft[inside] >= out["image"][inside] - 1e-6).all()
+            deep = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
+            deep[:, 6:10, 6:10, 6:10] = True
+            torch.testing.assert_close(soft[deep], out["image"][deep])
 
     def test_intensity_transforms_leave_it_alone(self, pair):
         from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -106,9 +122,57 @@ class TestSoftLabelsMoveWithTheImage:
 
         brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
         stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
-        out = _WithSoftLabels(ComposeTransforms([brighter]), 1)(stacked.clone(), torch.zeros(1, 20, 22, 24))
-        torch.testing.assert_close(out["segmentation"][-1], stacked[1:])
+        out = WithSoftLabels(ComposeTransforms([brighter]), 2)(stacked.clone(), torch.zeros(1, 20, 22, 24))
+        torch.testing.assert_close(out["segmentation"][-1], stacked[1:2])
         torch.testing.assert_close(out["image"], 2 * stacked[:1])
+
+    def test_no_opinion_beyond_the_volume(self, pair):
+        """A box half beyond the volume, by hand: the soft label inside, nothing outside; rotated, SciPy's shares."""
+        from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+        from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+        from scipy.ndimage import map_coordinates
+
+        image, stacked = pair
+        patch = torch.from_numpy(crop_and_pad_nd(stacked, [[-8, 12], [0, 22], [0, 24]], 0))
+        label = torch.zeros(1, *patch.shape[1:], dtype=torch.int16)
+        soft = WithSoftLabels(ComposeTransforms([]), 2)(patch, label)["segmentation"][-1]
+        assert (soft[:, :8] == NO_OPINION).all()
+        np.testing.assert_array_equal(soft[:, 8:], image[:, :12])
+
+        spatial = SpatialTransform((16, 16, 16), 0, False, p_rotation=1, rotation=(0.4, 0.4), p_scaling=0)
+        soft = WithSoftLabels(ComposeTransforms([spatial]), 2)(patch, label)["segmentation"][-1][0].numpy()
+        grid = spatial.get_parameters(image=patch)["grid"].numpy()
+        positions = [((grid[..., -1 - a] + 1.0) * n - 1) / 2 for a, n in enumerate(patch.shape[1:])]
+        values, share = (
+            map_coordinates(patch[c].double().numpy(), positions, order=1, mode="grid-constant") for c in (1, 2)
+        )
+        clear = abs(share - 0.5) > 1e-4
+        assert ((share > 0.01) & (share < 0.99)).any()
+        expected = np.where(share > 0.5, values / np.maximum(share, 0.5), -1)
+        np.testing.assert_allclose(soft[clear], expected[clear], atol=1e-4)
+
+    def test_tempered_background_is_not_certain_beyond_the_volume(self):
+        """Where nothing is known the loss is 0 with no gradient; what is known weighs as if the rest were not there."""
+        logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        soft = torch.softmax(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)), 1)[:, 1:]
+        padded = soft.clone()
+        padded[:, :, 2:] = NO_OPINION
+        for regions, dice in ((False, False), (True, False), (False, True)):
+            objective = DistillationObjective(1.0, 3.0, regions, dice)
+            heads = logits[:, 1:] if regions else logits
+            _, loss = objective(torch.zeros(()), heads, padded, has_opinion(padded))
+            _, inside = objective(torch.zeros(()), heads[:, :, :2], soft[:, :, :2])
+            torch.testing.assert_close(loss, inside)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            assert not gradient[:, :, 2:].any()
+            assert gradient[:, :, :2].any()
+
+    def test_coverage_is_taken_out_again(self):
+        stacked = torch.tensor([[0.4, 0.3, 0.1, 0.0], [0.2, 0.1, 0.1, 0.0], [1.0, 0.5, 0.4, 0.0]])
+        expected = torch.tensor([[0.4, 0.6, -1.0, -1.0], [0.2, 0.2, -1.0, -1.0]])
+        torch.testing.assert_close(opinions(stacked), expected)
+        torch.testing.assert_close(opinions(stacked[None], 1), expected[None])
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ class TestCascade:
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-        from fastnnunet.nnunet.trainer import _WithSoftLabels
+        from fastnnunet.nnunet.soft_channels import WithSoftLabels
 
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
         centre = np.array([8, 10, 14])[:, None, None, None]
@@ -367,13 +367,13 @@ class TestCascade:
             (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2)
         )
         one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
-        split = _WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 1)
+        split = WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 2)
         np.random.seed(3)
         torch.manual_seed(3)
         for _ in range(4):
-            out = split(torch.cat([ball, ball]), torch.cat([ball, 2 * ball]).to(torch.int16))
+            out = split(torch.cat([ball, ball, torch.ones_like(ball)]), torch.cat([ball, 2 * ball]).to(torch.int16))
             (image, is_1, is_2), (label, soft) = out["image"], out["segmentation"]
-            torch.testing.assert_close(soft[0], image)
+            torch.testing.assert_close(soft[0].clamp(min=0), image)  # -1 beyond the volume
             assert label.shape == (1, 20, 20, 20)
             assert not is_1.any()
             assert is_2.equal(label[0].float())

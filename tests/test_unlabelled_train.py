@@ -22,7 +22,8 @@ from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.foreground import read_locations
 from fastnnunet.nnunet.loading import NumberedBatches, Share
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled, loss_of_samples
-from fastnnunet.nnunet.trainer import StudentTrainer, _SoftLabelDataset
+from fastnnunet.nnunet.soft_channels import SoftLabelDataset
+from fastnnunet.nnunet.trainer import StudentTrainer
 from fastnnunet.nnunet.unlabelled import UnlabelledCases
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -278,7 +279,7 @@ class TestTraining:
         class Labelled:
             identifiers = ("tiny_00",)
 
-        joined = JoinedDataset(Labelled(), _SoftLabelDataset(unlabelled, unlabelled.soft_labels))
+        joined = JoinedDataset(Labelled(), SoftLabelDataset(unlabelled, unlabelled.soft_labels))
         assert joined.identifiers == ("tiny_00",)
         stacked, segmentation, previous, properties = joined.load_case("tiny_11")
         everything = tuple(slice(0, n) for n in stacked.shape)
@@ -286,7 +287,8 @@ class TestTraining:
         np.testing.assert_array_equal(stacked[everything][:1], image)
         folder = next(p.parent for p in (prepared / "preprocessed").rglob("tiny_11/zarr.json")).parent
         stored = SoftLabelReader(folder).read_case("tiny_11")
-        np.testing.assert_allclose(stacked[everything][1:], stored / np.float32(255), atol=1e-6)
+        np.testing.assert_array_equal(stacked[everything][-1], 1, err_msg="coverage")
+        np.testing.assert_allclose(stacked[everything][1:-1], stored / np.float32(255), atol=1e-6)
         assert previous is None
         assert segmentation.shape[1:] == image.shape[1:]
         assert set(properties["class_locations"]) == {1, 2}

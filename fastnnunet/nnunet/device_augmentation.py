@@ -41,6 +41,7 @@ from fastnnunet.nnunet.device_intensity import (
 )
 from fastnnunet.nnunet.device_label import downsampled, regions_of
 from fastnnunet.nnunet.device_spatial import reach, sample_labels, sample_linear, sampling_grid
+from fastnnunet.nnunet.soft_channels import opinions
 
 log = logging.getLogger(__name__)
 
@@ -183,16 +184,16 @@ class DeviceAugmentation:
         stacked_NCZYX: Sequence[torch.Tensor],
         label_NKZYX: Sequence[torch.Tensor],
         draws: Sequence[SampleDraws],
-        num_soft: int,
+        stacked_channels: int,
     ) -> tuple[torch.Tensor, Any]:
-        """Augment what `needed` left of each sample, image and soft label (last `num_soft` channels) stacked.
+        """Augment what `needed` left of each sample; under its image lie `stacked_channels`, soft label and coverage.
 
         Returns images float32 (N, C, patch) and what nnU-Net's loader gives as target: the label (N, K, patch) or with
         deep supervision a list of labels; with soft labels always a list, whose last entry they are.
         """
         samples = [self._sampled(*sample) for sample in zip(stacked_NCZYX, label_NKZYX, draws, strict=True)]
         stacked, label = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
-        image, soft = stacked.split([stacked.shape[1] - num_soft, num_soft], 1)
+        image, soft = stacked.split([stacked.shape[1] - stacked_channels, stacked_channels], 1)
         image = image.contiguous()
         for image_CZYX, draw in zip(image, draws, strict=True):
             for change in draw.changes:
@@ -206,8 +207,8 @@ class DeviceAugmentation:
         if self.regions is not None:
             label = regions_of(label, self.regions)
         targets = [label] if self.downsample is None else downsampled(label, self.downsample.ds_scales)
-        if num_soft:
-            return image, [*targets, soft]
+        if stacked_channels:
+            return image, [*targets, opinions(soft, 1)]
         return image, targets if self.downsample is not None else label
 
     def _sampled(

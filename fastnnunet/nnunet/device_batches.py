@@ -16,14 +16,14 @@ from fastnnunet.nnunet.device_augmentation import DeviceAugmentation
 class DrawnSamples:
     """Stands for the transforms of nnU-Net's loader, which makes a batch of them; `batch` puts the samples into it."""
 
-    def __init__(self, augmentation: DeviceAugmentation, num_soft: int) -> None:
-        self._augmentation, self._num_soft = augmentation, num_soft
+    def __init__(self, augmentation: DeviceAugmentation, stacked_channels: int) -> None:
+        self._augmentation, self._stacked_channels = augmentation, stacked_channels
         self._samples: list[tuple[Any, ...]] = []
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, torch.Tensor]:
         """Draw and crop one sample. nnU-Net's loader wants samples of one shape, and gets empty ones."""
         augmentation = self._augmentation
-        draws = augmentation.draw(len(image) - self._num_soft, image.shape[1:])
+        draws = augmentation.draw(len(image) - self._stacked_channels, image.shape[1:])
         stacked = augmentation.needed(image, draws.affine, 0).clone(memory_format=torch.contiguous_format)
         label = augmentation.needed(segmentation, draws.affine, augmentation.outside)
         self._samples.append((stacked, label.clone(memory_format=torch.contiguous_format), draws))
@@ -39,8 +39,11 @@ class DrawnSamples:
 class AugmentedBatches:
     """An endless iterator of batches as nnU-Net's loader gives them, augmented on the device."""
 
-    def __init__(self, batches: Any, augmentation: DeviceAugmentation, device: torch.device, num_soft: int) -> None:
-        self._batches, self._augmentation, self._device, self._num_soft = batches, augmentation, device, num_soft
+    def __init__(
+        self, batches: Any, augmentation: DeviceAugmentation, device: torch.device, stacked_channels: int
+    ) -> None:
+        self._batches, self._augmentation, self._device = batches, augmentation, device
+        self._stacked_channels = stacked_channels
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
@@ -50,7 +53,7 @@ class AugmentedBatches:
         draws = batch.pop("draws")
         stacked, labels = ([t.to(self._device, non_blocking=True) for t in batch[k]] for k in ("data", "target"))
         with torch.no_grad():
-            data, target = self._augmentation.apply(stacked, labels, draws, self._num_soft)
+            data, target = self._augmentation.apply(stacked, labels, draws, self._stacked_channels)
         return {**batch, "data": data, "target": target}
 
     def _finish(self) -> None:

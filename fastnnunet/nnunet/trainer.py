@@ -1,9 +1,8 @@
 """nnU-Net's own trainer with soft labels beside the labels.
 
 Sampling, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's. Three hooks add
-the soft label: the data set stacks it under the image, so that nnU-Net's loader crops and pads both alike and its
-spatial transform samples both on one grid; then it is split off as a `regression_target`; the training step hands it to
-the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
+the soft label: data sets and transforms that carry it along (`soft_channels.py`), and the training step, which hands it
+to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
 """
 
 import contextlib
@@ -15,9 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
@@ -46,16 +42,14 @@ from fastnnunet.nnunet.loading import (
     seed_generators,
 )
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
+from fastnnunet.nnunet.soft_channels import (
+    SoftLabelDataset,
+    SoftLabels,
+    WithSoftLabels,
+    has_opinion,
+    stacked_channels,
+)
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
-
-
-class SoftLabels(Protocol):
-    """Random access to soft labels of preprocessed cases; opened lazily in each loader process."""
-
-    num_channels: int
-
-    def read(self, case_id: str, lower_zyx: tuple[int, ...], upper_zyx: tuple[int, ...]) -> np.ndarray:
-        """Float32 (S, z, y, x) probabilities inside the volume."""
 
 
 class Objective(Protocol):
@@ -71,64 +65,6 @@ class Objective(Protocol):
         /,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`."""
-
-
-class _StackedCase:
-    """Image and soft label of one case as one array-like (C + S, Z, Y, X), read only where it is sliced."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, image: Any, soft: SoftLabels, case_id: str) -> None:
-        self._image, self._soft, self._case_id = image, soft, case_id
-        self.shape = (image.shape[0] + soft.num_channels, *image.shape[1:])
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        lower, upper = zip(
-            *((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index[1:], self.shape[1:], strict=True)), strict=True
-        )
-        return np.concatenate([self._image[index], self._soft.read(self._case_id, lower, upper)])
-
-
-class _SoftLabelDataset:
-    """An nnU-Net data set whose images carry their soft label as extra channels."""
-
-    def __init__(self, base: Any, soft: SoftLabels) -> None:
-        self._base, self._soft = base, soft
-        self.identifiers = base.identifiers
-
-    def load_case(self, identifier: str) -> tuple[Any, ...]:
-        image, *rest = self._base.load_case(identifier)
-        return (_StackedCase(image, self._soft, identifier), *rest)
-
-
-class _WithSoftLabels:
-    """nnU-Net's transforms on image and soft label, which is then appended to the list of targets.
-
-    As channels of the image the soft label is sampled on one grid with it, in one call; after that it is a
-    `regression_target`, which mirroring moves and intensity transforms leave alone.
-    """
-
-    def __init__(self, transforms: ComposeTransforms, soft_channels: int) -> None:
-        together = _sampling_transforms(transforms.transforms)
-        self._soft_channels = soft_channels
-        self._sample = ComposeTransforms(transforms.transforms[:together])
-        self._rest = ComposeTransforms(transforms.transforms[together:])
-
-    def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, Any]:
-        sampled = self._sample(image=image, segmentation=segmentation)
-        image, soft = sampled["image"].split([len(sampled["image"]) - self._soft_channels, self._soft_channels])
-        out = self._rest(image=image, segmentation=sampled["segmentation"], regression_target=soft)
-        targets = out["segmentation"] if isinstance(out["segmentation"], list) else [out["segmentation"]]
-        return {"image": out["image"], "segmentation": [*targets, out["regression_target"]]}
-
-
-def _sampling_transforms(transforms: list[Any]) -> int:
-    """How many of the first transforms resample an image and change no intensity."""
-    kinds = [type(t) for t in transforms]
-    for pipeline in ([SpatialTransform], [Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform]):
-        if kinds[: len(pipeline)] == pipeline:
-            return len(pipeline)
-    return 0
 
 
 class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
@@ -187,8 +123,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return len(self.configuration_manager.patch_size) == 3
 
     @property
-    def _num_soft(self) -> int:
-        return 0 if self.soft_labels is None else self.soft_labels.num_channels
+    def stacked_channels(self) -> int:
+        """Channels under the image in what the loaders read."""
+        return stacked_channels(self.soft_labels)
 
     @property
     def _augmenter(self) -> Any:
@@ -205,9 +142,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         datasets = super().get_tr_and_val_datasets()
         if self.soft_labels is None:
             return datasets
-        training, validation = (_SoftLabelDataset(d, self.soft_labels) for d in datasets)
+        training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
         if self.unlabelled is not None:
-            unlabelled = _SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
+            unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
             return JoinedDataset(training, unlabelled), validation
         return training, validation
 
@@ -235,7 +172,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
         )
         if self.device_augmentation is not None:
-            training = AugmentedBatches(training, self.device_augmentation, self.device, self._num_soft)
+            training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
         return training, validation
 
     def _nnunet_transforms(self) -> list[Any]:
@@ -257,14 +194,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
         if self.device_augmentation is not None:
-            return DrawnSamples(self.device_augmentation, self._num_soft)
+            return DrawnSamples(self.device_augmentation, self.stacked_channels)
         return self._with_soft_labels(self._augmenter.get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_soft_labels(super().get_validation_transforms(*args, **kwargs))
 
     def _with_soft_labels(self, transforms: Any) -> Any:
-        return transforms if self.soft_labels is None else _WithSoftLabels(transforms, self._num_soft)
+        return transforms if self.soft_labels is None else WithSoftLabels(transforms, self.stacked_channels)
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":
@@ -283,11 +220,12 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         *hard, soft_NSZYX = self._to_device(target)
         return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
 
-    def _valid_mask(self, target: Any) -> torch.Tensor | None:
-        """Where the soft loss counts, bool (N, 1, space); None: everywhere."""
+    def _valid_mask(self, target: Any, soft_NSZYX: torch.Tensor) -> torch.Tensor:
+        """Where the soft loss counts, bool (N, 1, space)."""
+        valid = has_opinion(soft_NSZYX)
         if self.soft_on_ignored or not self.label_manager.has_ignore_label:
-            return None
-        return self._labelled(target[0] if isinstance(target, list) else target)
+            return valid
+        return valid & self._labelled(target[0] if isinstance(target, list) else target)
 
     def _labelled(self, target: torch.Tensor) -> torch.Tensor:
         """Where a target of nnU-Net's loss does not say ignore, bool (N, 1, space)."""
@@ -318,9 +256,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
-                mask = self._valid_mask(target)
-                valid = 1.0 if mask is None else valid_share([mask])[0]
-                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, mask, valid)
+                mask = self._valid_mask(target, soft_NSZYX)
+                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, mask, valid_share([mask])[0])
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()

@@ -79,7 +79,7 @@ def drawn_batches(trainer: Any, count: int) -> list[dict[str, Any]]:
 def augmented(trainer: Any, batches: list[dict[str, Any]]) -> list[float]:
     """Seconds for each of these batches; one more, the first, is not timed."""
     ready = AugmentedBatches(
-        iter([*batches[:1], *batches]), trainer.device_augmentation, trainer.device, trainer._num_soft
+        iter([*batches[:1], *batches]), trainer.device_augmentation, trainer.device, trainer.stacked_channels
     )
     next(ready)
     seconds = []

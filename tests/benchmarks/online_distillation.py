@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.train import TrainingJob, run_folder
+from fastnnunet.distill.train import TrainingJob, _seed_everything, run_folder
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.epochs import run_epochs
 from fastnnunet.specs.cache import CacheSpec
@@ -36,6 +36,7 @@ def train_online(job: TrainingJob) -> Path:
     factory = open_teacher(job.teacher, replace(job.cache, mirroring=False))[1]
     labels = teacher_labels(factory.load(torch.get_num_threads()), job.teacher.folds, spec.temperature)
     objective = DistillationObjective(spec.alpha, spec.temperature, dice=spec.loss == "kl_dice")
+    _seed_everything(spec.seed)  # the same first weights as a student from the cache has
     trainer = online_trainer(make_trainer(job, None), objective, factory.num_heads - 1)
     trainer.provenance = {**trainer.provenance, ONLINE: True}
     step, validate = trainer.train_step, trainer.validation_step
