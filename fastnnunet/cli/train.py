@@ -33,6 +33,9 @@ def train(
     size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
     student_plans: Annotated[str | None, typer.Option("-spl", help="Name for the student's plans.")] = None,
     pretrained: Annotated[Path | None, typer.Option("-w", help="nnU-Net checkpoint to start from.")] = None,
+    start: Annotated[
+        str, typer.Option("--start", help="First weights: teacher (its most important channels) or random.")
+    ] = "teacher",
     configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
     alpha: Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")] = 0.3,
     temperature: Annotated[float, typer.Option("-temp", "--temperature", help="T of cache and loss.")] = 3.0,
@@ -138,6 +141,7 @@ def train(
             "seed": seed,
             "precision": precision,
             "mirroring": mirroring,
+            "start": start,
             "loss": loss,
             "augmentation": augmentation,
             "mirror_augmentation": mirror_augmentation,

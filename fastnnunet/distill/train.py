@@ -17,7 +17,13 @@ from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
-from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_pretrained, weights_digest
+from fastnnunet.nnunet.checkpoint import (
+    check_same_run,
+    load_checkpoint,
+    load_pretrained,
+    strip_prefix,
+    weights_digest,
+)
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
@@ -323,8 +329,23 @@ def _configure(
     if trainer.device_augmentation is not None:  # as a setting it may be `auto`, and other bits come of it
         trainer.provenance["augmented_on"] = "device"
     if job.pretrained is not None and not resume:
-        load_pretrained(trainer.network, job.pretrained)
+        load_pretrained(trainer.plain_network, job.pretrained)
+    elif spec.start == "teacher" and not resume:
+        _start_from_teacher(trainer, job)
     return trainer
+
+
+def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob) -> None:
+    """First weights from the teacher's model of the student's own fold, or its first."""
+    from fastnnunet.nnunet.inherit import inherit_weights
+
+    fold = job.fold if job.fold in job.teacher.folds else job.teacher.folds[0]
+    path = teacher_folder(job.teacher) / f"fold_{fold}" / job.teacher.checkpoint
+    share = inherit_weights(trainer.plain_network, strip_prefix(load_checkpoint(path)["network_weights"]))
+    if share == 0:
+        log.info("student %s starts from random weights: its network has no layers of the teacher's", job.student.tag)
+    elif share < 1:
+        log.info("student %s takes %.0f %% of its first weights from the teacher", job.student.tag, 100 * share)
 
 
 def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Progress | None) -> None:

@@ -119,6 +119,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             self.network.decoder.deep_supervision = enabled
 
     @property
+    def plain_network(self) -> Any:
+        """The network the plans describe; on GPUs nnU-Net compiles it, which puts a prefix to the names of weights."""
+        return getattr(self.network, "_orig_mod", self.network)
+
+    @property
     def _is_3d(self) -> bool:
         return len(self.configuration_manager.patch_size) == 3
 
@@ -337,7 +342,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         if not is_first():
             return
         checkpoint = {
-            "network_weights": self.network.state_dict(),
+            "network_weights": self.plain_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -356,7 +361,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
         check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
-        load_weights(self.network, strip_prefix(checkpoint["network_weights"]), path)
+        load_weights(self.plain_network, strip_prefix(checkpoint["network_weights"]), path)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -25,6 +25,7 @@ class DistillSpec:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     mirroring: bool = False  # test-time mirroring stored in the student's checkpoint
+    start: Literal["teacher", "random"] = "teacher"  # first weights: the teacher's, or nnU-Net's
     loss: Literal["kl", "kl_dice"] = "kl"  # soft loss: KL, or KL plus the Dice semimetric loss
     augmentation: Literal["default", "da5"] = "default"  # nnU-Net's own, or that of its nnUNetTrainerDA5
     mirror_augmentation: bool = True  # mirrored patches in training; without them nothing may mirror at test time
@@ -88,6 +89,8 @@ class DistillSpec:
         for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("b", "batch_size"), ("s", "seed")):
             if getattr(self, name) != getattr(default, name):
                 words.append(f"{letter}{getattr(self, name)}")
+        if self.start != default.start:
+            words.append("fromscratch")
         if self.loss != default.loss:
             words.append(self.loss.replace("_", ""))
         if self.augmentation != default.augmentation:

@@ -73,11 +73,12 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[s
     loss = soft_loss(distill, bool(made.get(ONLINE)))
     teacher = f"{len(made['teacher']['folds'])} fold(s)"
     return {
-        "group": f"{student.tag} {loss} {teacher}",
+        "group": f"{student.tag} {loss} {teacher} from {distill.start}",
         "family": student.family,
         "r": student.r,
         "soft_loss": loss,
         "teacher": teacher,
+        "start": distill.start,
         "seed": distill.seed,
         "distill": made["distill"],
         "cache_key": made["cache_key"],
@@ -143,7 +144,7 @@ def measure(
         control = groups.get(name.replace(first["soft_loss"], "none", 1)) if first["soft_loss"] != "none" else None
         several = control is not None and min(len(members), len(control)) > 1
         table[name] = {
-            **{k: first[k] for k in ("family", "r", "soft_loss", "teacher", "parameters")},
+            **{k: first[k] for k in ("family", "r", "soft_loss", "teacher", "start", "parameters")},
             "seeds": [m["seed"] for m in members],
             "dice": means,
             "mean_dice": statistics.mean(means),
@@ -181,7 +182,7 @@ if __name__ == "__main__":
     for name, row in sorted(record["table"].items()):
         spread = "" if row["stdev"] is None else f" +- {row['stdev']:.4f}"
         print(
-            f"{name:32} {row['mean_dice']:.4f}{spread} ({len(row['seeds'])} seeds, "
+            f"{name:44} {row['mean_dice']:.4f}{spread} ({len(row['seeds'])} seeds, "
             f"{row['points_below_ensemble']:+.2f} points below) fp32 {row['ms_per_patch']['fp32']:.1f} ms, "
             f"bf16 {row['ms_per_patch']['bf16']:.1f} ms, {row['parameters'] / 1e6:.2f} M"
         )
