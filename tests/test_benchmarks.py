@@ -203,7 +203,13 @@ def test_students_taught_online_in_the_table(world, tmp_path, monkeypatch):
 
     raw = world / "raw" / DATASET
     rows = student_table.measure(
-        [tmp_path / "online", tmp_path / "control"], teacher, raw / "imagesTs", raw / "labelsTs", (0,), rounds=1
+        [tmp_path / "online", tmp_path / "control"],
+        teacher,
+        raw / "imagesTs",
+        raw / "labelsTs",
+        (0,),
+        rounds=1,
+        threads=1,
     )
     assert 0 <= rows["ensemble"]["mean_dice"] <= 1
     table = {row["soft_loss"]: row for row in rows["table"].values()}

@@ -428,6 +428,7 @@ class TestIgnoreLabelInTraining:
         from functools import partial
         from types import SimpleNamespace
 
+        from fastnnunet.nnunet.soft_channels import NO_OPINION
         from fastnnunet.nnunet.trainer import StudentTrainer
 
         labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)
@@ -435,9 +436,12 @@ class TestIgnoreLabelInTraining:
         me._labelled = partial(StudentTrainer._labelled, me)
         target = torch.full((1, 1, 2, 2, 2), 3)
         target[:, :, 0] = 1
-        return StudentTrainer._valid_mask(me, [target, target[..., :1]]), target
+        soft = torch.full((1, 2, 2, 2, 2), 0.3)
+        soft[..., 0] = NO_OPINION
+        return StudentTrainer._valid_mask(me, [target, target[..., :1]], soft), target, soft[:, :1] == 0.3
 
     def test_mask(self):
-        mask, target = self.mask(False)
-        assert mask.equal(target == 1)
-        assert self.mask(True)[0] is None
+        mask, target, opinion = self.mask(False)
+        assert mask.equal((target == 1) & opinion)
+        mask, _, opinion = self.mask(True)
+        assert mask.equal(opinion)

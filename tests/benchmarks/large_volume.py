@@ -82,7 +82,7 @@ def write_model(plans: dict[str, Any], folder: Path) -> int:
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset_json))
-    save_checkpoint(folder / "fold_0" / "checkpoint_final.pth", network.state_dict(), CONFIGURATION, (0, 1, 2))
+    save_checkpoint(folder / "fold_0" / "checkpoint_final.pth", network.state_dict(), CONFIGURATION, None)
     return sum(p.numel() for p in network.parameters())
 
 

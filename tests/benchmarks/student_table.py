@@ -106,10 +106,10 @@ def milliseconds(bundles: dict[str, Path], rounds: int) -> dict[str, dict[str, f
     return {name: {p: statistics.median(times[name, p][3:]) for p in PRECISIONS} for name in bundles}
 
 
-def ensemble_dice(model: Path, folds: tuple[int, ...], images: Path, labels: Path) -> dict[str, float]:
+def ensemble_dice(model: Path, folds: tuple[int, ...], images: Path, labels: Path, threads: int) -> dict[str, float]:
     """The mirrored ensemble in nnU-Net's own predictor."""
     dataset = json.loads((model / "dataset.json").read_text())
-    arm = ReferenceArm(name="ensemble", model_folder=model, folds=folds, mirroring=True, threads=available_cores())
+    arm = ReferenceArm(name="ensemble", model_folder=model, folds=folds, mirroring=True, threads=threads)
     run = arm.load()
     with tempfile.TemporaryDirectory() as work:
         out = Path(work)
@@ -122,9 +122,15 @@ def ensemble_dice(model: Path, folds: tuple[int, ...], images: Path, labels: Pat
 
 
 def measure(
-    roots: Sequence[Path], model: Path, images: Path, labels: Path, folds: tuple[int, ...], rounds: int = 30
+    roots: Sequence[Path],
+    model: Path,
+    images: Path,
+    labels: Path,
+    folds: tuple[int, ...],
+    rounds: int = 30,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """The record."""
+    """The record. `threads` of the ensemble, None for all cores."""
     with tempfile.TemporaryDirectory() as work:
         rows = [
             score(folder, Path(work) / str(number), images, labels)
@@ -132,7 +138,7 @@ def measure(
         ]
         sizes = {f"{r['family']} {r['r']}": r["bundle"] for r in rows}
         ms = milliseconds(sizes, rounds)
-    ensemble = ensemble_dice(model, folds, images, labels)
+    ensemble = ensemble_dice(model, folds, images, labels, threads or available_cores())
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         del row["bundle"]
