@@ -91,9 +91,7 @@ def label_logits(
     labels are those they would be in the whole. Memory beyond the arrays does not depend on the number of heads.
     """
     order = None if regions is None else list(regions)
-    whole = part or Part(
-        shape_in=logits_HZYX.shape[1:], shape_out=labels_ZYX.shape, first_in=(0, 0), first_out=(0, 0)
-    )
+    whole = part or Part(shape_in=logits_HZYX.shape[1:], shape_out=labels_ZYX.shape, first_in=(0, 0), first_out=(0, 0))
     _core.label_logits(
         _readable(logits_HZYX),
         labels_ZYX,
@@ -110,7 +108,7 @@ def label_logits(
 
 
 def last_inputs(size_in: int, size_out: int, order: int, *, torch: bool = False) -> list[int]:
-    """For each output of an axis resampled with order 0 or 1: the last input it needs; the first is at most one less."""
+    """The last input that each output of an axis needs with order 0 or 1; the first is at most one before it."""
     return _core.last_inputs(size_in, size_out, order, torch)
 
 
