@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
-from fastnnunet.runtime.backends.base import Backend, Device, Precision, create_ensemble
+from fastnnunet.runtime.backends.base import Backend, Precision, create_ensemble
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.label_stream import stream_labels
 from fastnnunet.runtime.normalize import check_normalization
@@ -103,7 +103,7 @@ class LoadedBundle:
         threads: int | None = None,
         step_size: float | None = None,
         precision: Precision = "fp32",
-        device: Device | None = None,
+        device: str | None = None,
         folds: Sequence[str | int] | None = None,
         mirroring: bool = True,
         use_gaussian: bool = True,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.trt.cuda import Cuda
 from fastnnunet.trt.library import Library, find_library, installed_names
@@ -36,10 +37,12 @@ class _Prepared:
 class TensorRTBackend:
     name = "tensorrt"
 
-    def __init__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> None:
-        """Load the engine for this machine's GPU and allocate its memory. `threads` means nothing here."""
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device("cuda")
+    ) -> None:
+        """Load the engine for a GPU of this machine and allocate its memory. `threads` means nothing here."""
         self.precision = precision
-        self._cuda = cuda = Cuda()
+        self._cuda = cuda = Cuda(device.index)
         if (reason := cuda.why_no_device()) is not None:
             raise BackendError(
                 f"backend tensorrt needs an NVIDIA GPU with a current driver; CUDA says: {reason}\n"
