@@ -6,6 +6,7 @@ Engines are built with tensorrt_rtx, which needs no GPU, and run on the simulate
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ def write_spec(bundle: Path, spec: BundleSpec, **changes: Any) -> BundleSpec:
     return load_bundle_spec(bundle)
 
 
-def make_dynamic(bundle: Path, spec: BundleSpec) -> BundleSpec:
+@cache
+def dynamic_model() -> bytes:
     network, _ = _network(3, 1, 3)
-    onnx.save(to_onnx(network, 1, PATCH_3D, (4, 4, 4)), str(bundle / "model.onnx"))
+    return to_onnx(network, 1, PATCH_3D, (4, 4, 4)).SerializeToString()
+
+
+def make_dynamic(bundle: Path, spec: BundleSpec) -> BundleSpec:
+    (bundle / "model.onnx").write_bytes(dynamic_model())
     return write_spec(bundle, spec)
 
 
