@@ -56,6 +56,7 @@ class FakeCuda(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec("cuda.bindings.runtime", None)
         self.capability = capability
         self.device_error = OK
+        self.devices, self.device = 1, 0  # how many there are, which is current
         self.left_bytes = memory_bytes
         self.memory: dict[int, tuple[str, ctypes.Array]] = {}
         self.streams: dict[int, _Stream] = {}
@@ -75,13 +76,16 @@ class FakeCuda(types.ModuleType):
 
     # the device
     def cudaGetDeviceCount(self):
-        return self.device_error, 1 if self.device_error == OK else None
+        return self.device_error, self.devices if self.device_error == OK else None
 
     def cudaSetDevice(self, device):
-        return (OK if device == 0 else CudaError.cudaErrorInvalidValue,)
+        if not 0 <= device < self.devices:
+            return (CudaError.cudaErrorInvalidValue,)
+        self.device = device
+        return (OK,)
 
     def cudaDeviceGetAttribute(self, attribute, device):
-        assert device == 0
+        assert 0 <= device < self.devices
         return OK, self.capability[attribute - 75]
 
     def cudaGetDeviceProperties(self, device):
@@ -264,7 +268,8 @@ class FakeEngine:
         return self.tensors[name][0]
 
     def get_tensor_shape(self, name):
-        return (-1, *self.tensors[name][1][1:])
+        batch, *shape = self.tensors[name][1]
+        return (batch if isinstance(batch, int) else -1, *shape)
 
     def get_tensor_dtype(self, name):
         return self.library.float32
@@ -299,7 +304,8 @@ class FakeContext:
         self._changes += 1
         self._shape = tuple(shape)
         expected = self._engine.get_tensor_shape(name)
-        return shape[1:] == expected[1:] and 1 <= shape[0] <= self._engine.max_batch
+        fits = 1 <= shape[0] <= self._engine.max_batch if expected[0] == -1 else shape[0] == expected[0]
+        return shape[1:] == expected[1:] and fits
 
     def set_tensor_address(self, name, address):
         self._changes += 1

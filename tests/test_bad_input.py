@@ -6,15 +6,19 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
+from fastnnunet.api.conversions import device_name
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, FastnnUNetError, NewerFormatError, SpecError
 from fastnnunet.runtime.backends import base, devices
 from fastnnunet.runtime.backends.base import choose_backend
+from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.runtime.files import check_output_folder
 from fastnnunet.specs.bundle import load_bundle_spec
 from tests.bundles import Toy, ToyModel, make_toy_model, nnunet_predict, smooth_noise, write_image
@@ -30,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "has_cuda_device", lambda: False)
+    monkeypatch.setattr(base, "cuda_device_count", lambda: 0)
 
 
 def _predict(model: ToyModel, source: Path, out: Path, *words: str) -> int:
@@ -207,29 +211,60 @@ class TestDevices:
             assert _predict(model, tmp_path / "in", tmp_path / "out", *words) == 2
             assert "a GPU is asked for (-device cuda) but there is none" in capsys.readouterr().err
         assert _predict(model, tmp_path / "in", tmp_path / "out", "-device", "gpu0") == 2
-        assert "expected cpu, cuda or mps" in capsys.readouterr().err
+        assert "got 'gpu0', expected cpu, cuda, or cuda:1" in capsys.readouterr().err
 
     def test_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(base, "has_cuda_device", lambda: True)
+        cpu, gpu, other_gpu = Device(), Device("cuda"), Device("cuda", 1)
+        monkeypatch.setattr(base, "cuda_device_count", lambda: 2)
         monkeypatch.setattr(base, "is_installed", lambda name: name != "openvino")
-        assert choose_backend("auto") == choose_backend("auto", "cpu") == "onnxruntime"
-        assert choose_backend("auto", "cuda") == choose_backend("tensorrt") == "tensorrt"
+        assert choose_backend("auto") == choose_backend("auto", "cpu") == ("onnxruntime", cpu)
+        assert choose_backend("auto", "cuda") == choose_backend("tensorrt") == ("tensorrt", gpu)
+        assert choose_backend("onnxruntime") == ("onnxruntime", cpu)
+        assert choose_backend("onnxruntime", "cuda:0") == ("onnxruntime", gpu)
+        assert choose_backend("tensorrt", "cuda:1") == ("tensorrt", other_gpu)
+        with pytest.raises(
+            BackendError, match=r"-device cuda:2: this process sees 2 GPU\(s\), expected cuda to cuda:1"
+        ):
+            choose_backend("auto", "cuda:2")
         with pytest.raises(BackendError, match="torch computes on cpu, not on cuda"):
             choose_backend("torch", "cuda")
         with pytest.raises(BackendError, match="tensorrt computes on cuda, not on cpu"):
             choose_backend("tensorrt", "cpu")
+        for device in ("tpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0"):
+            with pytest.raises(SpecError, match=f"device: got '{device}'"):
+                choose_backend("auto", device)
+
+    def test_fastest_on_a_gpu_without_tensorrt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        monkeypatch.setattr(base, "cuda_device_count", lambda: 1)
         monkeypatch.setattr(base, "is_installed", lambda name: name != "tensorrt")
-        with pytest.raises(BackendError, match=r"pip install 'fastnnunet\[rtx\]'"):
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        with pytest.raises(BackendError, match=r"(?s)pip install 'fastnnunet\[rtx\]'.*pip install onnxruntime-gpu"):
             choose_backend("auto", "cuda")
-        with pytest.raises(SpecError, match="device: got 'tpu'"):
-            choose_backend("auto", "tpu")  # type: ignore[arg-type]
+        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+        assert choose_backend("auto", "cuda") == ("onnxruntime", Device("cuda"))
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            (None, None),
+            ("mps", "cpu"),
+            ("cuda:0", "cuda"),
+            (torch.device("cuda", 1), "cuda:1"),
+            (torch.device("mps"), "cpu"),
+        ],
+    )
+    def test_names(self, given: Any, expected: str | None) -> None:
+        assert device_name(given) == expected
 
     def test_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def absent(name: str) -> None:
             raise OSError(name)
 
         monkeypatch.setattr(devices.ctypes, "CDLL", absent)
-        assert not devices.has_cuda_device.__wrapped__()
+        assert devices.cuda_device_count.__wrapped__() == 0
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.benchmarks import (
     cache_layout,
     kills,
     large_volume,
+    many_classes_prediction,
     online_distillation,
     pre_post_speed,
     reader_speed,
@@ -232,3 +233,13 @@ def test_agreement(tmp_path, monkeypatch):
         assert row["agreement"]["onnxruntime"]["voxels"] == 20 * 24 * 28
         assert row["agreement"]["onnxruntime"]["agreement"] >= record["least_agreement"] > 0.999
         assert max(row["label_shares"]) < 0.97, "there is something to agree on"
+
+
+def test_many_classes_prediction():
+    record = many_classes_prediction.measure((40, 60, 62), 20, (16, 16, 16), threads=1, compare=True)
+    assert record["grid"].startswith("(27, 32, 33)")
+    assert record["labels_equal"]
+    assert record["classes_in_the_label_map"] > 5
+    assert record["nnunetv2_bytes"]["total"] == 20 * (2 * 27 * 32 * 33 + 2 * 40 * 60 * 62 + 4 * 16**3)
+    assert record["peak_bytes"] > record["sums_of_the_window_bytes"]
+    assert "1 case(s) predicted with onnxruntime" in record["printed"]

@@ -187,7 +187,7 @@ class TestLabels:
         from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
         from fastnnunet.geometry.resample import parse_resample_spec
-        from fastnnunet.runtime.postprocess import label_rule, postprocess
+        from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
         from fastnnunet.runtime.preprocess import Preprocessed
         from tests.test_runtime_stages import _spec
 
@@ -210,7 +210,7 @@ class TestLabels:
         labels = {"background": 0, "a": [1, 2], "b": 1} if regions else {"background": 0, "a": 1}
         spec = _spec(labels=labels, num_heads=2, regions_class_order=(2, 1) if regions else None)
         how = parse_resample_spec({"fn": "resample_data_or_seg_to_shape", "kwargs": kwargs}, "logits")
-        got, _ = postprocess(half, case, spec, how, label_rule(spec))
+        got, _ = postprocess(half, case, spec, plan_logits(how, case), label_rule(spec))
         assert 0 < expected.mean() < 2
         assert (got == expected).mean() > 0.999
 

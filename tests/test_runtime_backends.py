@@ -4,8 +4,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -124,6 +125,114 @@ def test_bf16_is_close(model: ToyModel) -> None:
             assert (backend.run(batch).argmax(1) == expected.argmax(1)).mean() > 0.95
     with pytest.raises(BackendError, match="fp32 only"):
         create_backend("onnxruntime", model.bundle, model.spec, precision="bf16")
+
+
+class FakeSession:
+    """Of an onnxruntime for GPUs, as far as the backend uses it; `made` keeps what was asked for."""
+
+    loads_cuda = True
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+        import onnxruntime
+
+        strict = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        self.made.append((providers, strict))
+        # ONNX Runtime adds its CPU provider behind those asked for, and is left with it alone where CUDA does not load
+        self._providers = [name for name, _ in providers if self.loads_cuda] + ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.falls_back = True
+
+    def get_providers(self) -> list[str]:
+        return self._providers
+
+    def disable_fallback(self) -> None:
+        self.falls_back = False
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        assert not self.falls_back
+        self._session.run_with_iobinding(binding)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("get_inputs", "get_outputs", "io_binding"):
+            raise AttributeError(name)
+        return getattr(self._session, name)
+
+
+class TestOnnxRuntimeOnAGpu:
+    """With a pretended build for GPUs: what is asked of it, and that nothing falls back to the CPU unnoticed."""
+
+    @pytest.fixture
+    def onnxruntime(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        import onnxruntime
+
+        monkeypatch.setattr(base, "cuda_device_count", lambda: 2)
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        )
+        session = type("Session", (FakeSession,), {"made": []})
+        real = onnxruntime.InferenceSession
+        monkeypatch.setattr(
+            onnxruntime,
+            "InferenceSession",
+            lambda path, options=None, providers=None: (
+                real(path, options, providers=providers) if options is None else session(path, options, providers)
+            ),
+        )
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+        onnxruntime.session = session
+        yield onnxruntime
+        del onnxruntime.session
+
+    @pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+    def test_provider(self, onnxruntime: Any, model: ToyModel, device: str, index: int) -> None:
+        backend = create_backend("onnxruntime", model.bundle, model.spec, threads=1, device=device)
+        assert onnxruntime.session.made == [([("CUDAExecutionProvider", {"device_id": index})], "1")]
+        batch = np.random.default_rng(0).standard_normal((2, 1, *PATCH_3D)).astype(np.float32)
+        expected = _expected(model, batch)
+        np.testing.assert_allclose(backend.run(batch), expected, atol=1e-4 * np.abs(expected).max())
+
+    def test_cuda_libraries_that_do_not_load(self, onnxruntime: Any, model: ToyModel) -> None:
+        onnxruntime.session.loads_cuda = False
+        with pytest.raises(BackendError, match=r"on CPUExecutionProvider, expected CUDAExecutionProvider\n.*cudnn"):
+            create_backend("onnxruntime", model.bundle, model.spec, device="cuda")
+
+    @pytest.mark.parametrize("both", [False, True])
+    def test_the_other_distribution(
+        self, onnxruntime: Any, model: ToyModel, both: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider", "CPUExecutionProvider"]
+        )
+        versions = {"onnxruntime": "1.32.0", **({"onnxruntime-gpu": "1.30.0"} if both else {})}
+
+        def version(name: str) -> str:
+            if name not in versions:
+                raise metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(metadata, "version", version)
+        with pytest.raises(BackendError) as caught:
+            create_backend("onnxruntime", model.bundle, model.spec, device="cuda")
+        message = str(caught.value)
+        assert "offers AzureExecutionProvider, CPUExecutionProvider, expected CUDAExecutionProvider too" in message
+        installed = "onnxruntime 1.32.0 and onnxruntime-gpu 1.30.0 (two distributions of one module"
+        assert (installed if both else "installed: onnxruntime 1.32.0\n") in message
+        assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu" in message
+        assert not onnxruntime.session.made
+
+    def test_the_fake_is_honest(self, model: ToyModel) -> None:
+        """The real session takes the same arguments and has the same methods."""
+        import onnxruntime
+
+        real = set(dir(onnxruntime.InferenceSession))
+        assert {name for name in vars(FakeSession) if not name.startswith("_")} - {"loads_cuda", "made"} <= real
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        file = str(model.bundle / "model.onnx")
+        # the real library, of whichever distribution, refuses the CPU where falling back to it is forbidden
+        with pytest.raises(Exception, match="fallback to the CPU EP"):
+            onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def test_auto_takes_openvino_if_there_is_one(model: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:

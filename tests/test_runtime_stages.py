@@ -8,9 +8,9 @@ import pytest
 from fastnnunet.errors import BackendError, ImageError, SpecError
 from fastnnunet.geometry.resample import parse_resample_spec
 from fastnnunet.runtime.normalize import SCHEMES, check_normalization
-from fastnnunet.runtime.postprocess import LabelRule, argmax_heads, label_rule, postprocess
+from fastnnunet.runtime.postprocess import LabelRule, argmax_heads, label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, nonzero_bbox, preprocess
-from fastnnunet.runtime.sliding_window import sliding_window_logits
+from fastnnunet.runtime.sliding_window import SlidingWindow, sliding_window_logits
 from fastnnunet.specs.bundle import BundleSpec
 from tests.bundles import DEFAULT_RESAMPLING, smooth_noise
 
@@ -164,31 +164,25 @@ def test_sliding_window_is_bit_identical(shape: tuple[int, ...], patch: tuple[in
     data = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
     expected = _nnunet_window(data, _fake_network, patch, 3, mirror)
     seen: list[tuple[int, int]] = []
-    got = sliding_window_logits(
-        data,
-        _fake_network,
-        num_heads=3,
-        patch_size=patch,
-        step_size=0.5,
-        mirror_axes=mirror,
-        on_tiles=lambda done, total: seen.append((done, total)),
-    )
+    window = SlidingWindow(num_heads=3, patch_size=patch, step_size=0.5, mirror_axes=mirror)
+    got = sliding_window_logits(data, _fake_network, window, on_tiles=lambda *counts: seen.append(counts))
     np.testing.assert_array_equal(got, expected)
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
 def test_logits_beyond_float16_are_an_error() -> None:
-    arguments: Any = {"num_heads": 1, "patch_size": (4, 4, 4), "step_size": 0.5, "mirror_axes": None}
+    window = SlidingWindow(num_heads=1, patch_size=(4, 4, 4), step_size=0.5, mirror_axes=None)
     for value, shape in ((7000.0, (4, 4, 4)), (7000.0, (4, 4, 9)), (np.nan, (4, 4, 9))):
         data = np.zeros((1, *shape), np.float32)
         with pytest.raises(BackendError, match="range of float16"):
-            sliding_window_logits(data, lambda batch, v=value: np.full_like(batch, v), **arguments)
+            sliding_window_logits(data, lambda batch, v=value: np.full_like(batch, v), window)
 
 
 def test_a_network_of_another_shape_is_an_error() -> None:
     data = np.zeros((1, 4, 4, 4), np.float32)
+    window = SlidingWindow(num_heads=2, patch_size=(4, 4, 4), step_size=0.5, mirror_axes=None)
     with pytest.raises(BackendError, match=r"shape \(1, 1, 4, 4, 4\), expected \(1, 2, 4, 4, 4\)"):
-        sliding_window_logits(data, lambda b: b, num_heads=2, patch_size=(4, 4, 4), step_size=0.5, mirror_axes=None)
+        sliding_window_logits(data, lambda b: b, window)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 7])
@@ -246,7 +240,9 @@ def test_postprocessing_equals_nnunet(
         properties={},
     )
     logits = half.astype(np.float32)
-    segmentation, probabilities = postprocess(logits, case, spec, LOGITS, label_rule(spec), return_probabilities)
+    segmentation, probabilities = postprocess(
+        logits, case, spec, plan_logits(LOGITS, case), label_rule(spec), return_probabilities
+    )
     np.testing.assert_array_equal(logits, half)  # left as it was
     if return_probabilities:
         assert probabilities is not None

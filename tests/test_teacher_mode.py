@@ -19,6 +19,7 @@ from fastnnunet.errors import BackendError, FastnnUNetError, MismatchError, NotF
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.onnx import to_onnx
 from fastnnunet.runtime.ensemble import ensemble_logits
+from fastnnunet.runtime.sliding_window import SlidingWindow
 from fastnnunet.specs.bundle import load_bundle_spec
 from tests.bundles import Toy, smooth_noise, write_image
 from tests.readonly import read_only
@@ -146,11 +147,9 @@ def test_half_precision_sums_are_bit_for_bit_nnunets(teachers: Any, use_gaussian
     got = ensemble_logits(
         data,
         [Network(weights) for weights in oracle.list_of_parameters],
-        num_heads=3,
-        patch_size=(16, 20, 24),
-        step_size=0.7,
-        mirror_axes=(0, 1, 2),
-        use_gaussian=use_gaussian,
+        SlidingWindow(
+            num_heads=3, patch_size=(16, 20, 24), step_size=0.7, mirror_axes=(0, 1, 2), use_gaussian=use_gaussian
+        ),
     )
     np.testing.assert_array_equal(got, expected)
 

@@ -3,28 +3,30 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import SpecError
-from fastnnunet.runtime.backends.base import Device
+from fastnnunet.runtime.backends.devices import parse_device
 from fastnnunet.runtime.cases import Case, find_cases
 from fastnnunet.runtime.predict import Planned
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.specs.bundle import BundleSpec
 
 
-def device_name(device: Any) -> Device | None:
-    """`cpu` or `cuda` of a name or a torch.device; Apple's `mps` has no backend here and becomes `cpu`.
+def device_name(device: Any) -> str | None:
+    """`cpu`, `cuda` or `cuda:1` ... of a name or a torch.device; Apple's `mps` has no backend here and becomes `cpu`.
 
     Raises SpecError for other names.
     """
-    name = getattr(device, "type", device)
-    if name not in (None, "cpu", "cuda", "mps"):
-        raise SpecError(f"device: got {device!r}, expected cpu, cuda or mps")
-    return "cpu" if name == "mps" else cast("Device | None", name)
+    if device is None:
+        return None
+    name = str(device)
+    if name.partition(":")[0] == "mps":
+        return "cpu"
+    return str(parse_device(name))
 
 
 def is_tensor(data: Any) -> bool:

@@ -20,10 +20,12 @@ from fastnnunet.errors import FastnnUNetError, SpecError
 from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.runtime.cases import take_part
 from fastnnunet.runtime.files import check_output_folder, make_folder
+from fastnnunet.runtime.loaded import Inferred
 from fastnnunet.runtime.output import RunArguments, write_run_files
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.runtime.preprocess import Preprocessed
+from fastnnunet.runtime.times import StageTimes
 
 _log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -265,14 +267,14 @@ class FastPredictor:
         predictor, gate = self._loaded(), WriteGate()
         results: list[Result] = []
 
-        def finish(item: dict[str, Any], inferred: tuple[Preprocessed, Array]) -> Result:
-            case, logits_HZYX = inferred
-            return self._finish(case, logits_HZYX, item["ofile"], save_probabilities, gate)
+        def finish(item: dict[str, Any], outcome: tuple[Preprocessed, Inferred]) -> Result:
+            case, inferred = outcome
+            return self._finish(case, inferred, item["ofile"], save_probabilities, gate)
 
         outcomes = run_pipeline(
             data_iterator,
             lambda item: as_preprocessed(predictor.spec, item["data"], item["data_properties"]),
-            lambda item, case: (case, predictor.logits(case.data_CZYX)),
+            lambda item, case: (case, predictor.infer(case, StageTimes(), keep_logits=save_probabilities)),
             finish,
             gate,
             threaded=num_processes_segmentation_export > 0,
@@ -297,8 +299,8 @@ class FastPredictor:
         """
         predictor = self._loaded()
         case = self._preprocess(input_image, image_properties, segmentation_previous_stage)
-        logits_HZYX = predictor.logits(case.data_CZYX)
-        return self._finish(case, logits_HZYX, output_file_truncated, save_or_return_probabilities, WriteGate())
+        inferred = predictor.infer(case, StageTimes(), keep_logits=save_or_return_probabilities)
+        return self._finish(case, inferred, output_file_truncated, save_or_return_probabilities, WriteGate())
 
     def predict_logits_from_preprocessed_data(self, data: Any) -> Any:
         """float16 logits (H, Z, Y, X), averaged over folds, of a preprocessed image (C, Z, Y, X): an array for an
@@ -326,10 +328,10 @@ class FastPredictor:
         return case
 
     def _finish(
-        self, case: Preprocessed, logits_HZYX: Array, ofile: str | None, save_probabilities: bool, gate: WriteGate
+        self, case: Preprocessed, inferred: Inferred, ofile: str | None, save_probabilities: bool, gate: WriteGate
     ) -> Result:
         predictor = self._loaded()
-        segmentation, probabilities = predictor.postprocess(logits_HZYX, case, save_probabilities)
+        segmentation, probabilities = predictor.postprocess(inferred, case, save_probabilities)
         if ofile is None:
             return _result(segmentation, probabilities)
         with gate.writing():

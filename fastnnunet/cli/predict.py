@@ -90,7 +90,8 @@ def predict(
         str | None,
         typer.Option(
             "-device",
-            help="cpu, cuda, or mps (computed on the CPU); default: where the backend computes, of auto the CPU.",
+            help="cpu, cuda (cuda:1, ... another GPU), or mps (computed on the CPU); default: where the backend "
+            "computes, of auto and onnxruntime the CPU.",
         ),
     ] = None,
     disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bar.")] = False,

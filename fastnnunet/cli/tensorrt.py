@@ -22,7 +22,9 @@ def tensorrt(
     ] = "fp16",
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="Batches of 1 to this many patches. Default: 4, for 2d 16."),
+        typer.Option(
+            "--batch", min=1, help="Batches of 1 to this many patches. Default: 4, for 2d 16, or what the bundle takes."
+        ),
     ] = None,
     library: Annotated[
         str | None, typer.Option("--library", help="tensorrt or tensorrt_rtx; default: the first that is installed.")
@@ -34,7 +36,7 @@ def tensorrt(
         ),
     ] = False,
 ) -> None:
-    """Build TensorRT engines of a bundle, strongly typed, one for each architecture; what is there is kept.
+    """Build TensorRT engines of a bundle, strongly typed, one for each fold and architecture; what is there is kept.
 
     The graph is first run on the CPU on the bundle's patches in the precision asked for, and refused if labels change.
 
@@ -54,7 +56,7 @@ def tensorrt(
     )
     for engine in built:
         print(f"{'there' if engine.was_there else 'built'}: {engine.stored.key}: {engine.stored.path}")
-    parity = built[0].stored.info.parity
+    parity = min((engine.stored.info.parity for engine in built), key=lambda p: p["label_agreement"])
     print(
         f"the graph on a CPU, {parity['patches']} real patches: same label on {parity['label_agreement']:.3%} of "
         f"voxels, largest difference {parity['max_abs_difference']:.2g} in logits up to {parity['max_abs_logit']:.3g}"

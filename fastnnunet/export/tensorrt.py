@@ -1,7 +1,9 @@
 """Bundle -> TensorRT engines: the bundle's ONNX in the precision asked for, checked on a CPU, built and stored.
 
-Batches are dynamic from 1 to `max_batch`, space is fixed to the patch. What a library cannot take, a graph that is not
-what it should be, or a precision that loses too much is one error, and nothing is stored.
+Batches are dynamic from 1 to `max_batch`, or of one size where the bundle's model takes no other. Space is fixed to the
+patch, also of a model that takes any: a sliding window has one patch size, and kernels are chosen for it. An ensemble
+gets an engine for each fold. What a library cannot take, a graph that is not what it should be, or a precision that
+loses too much is one error, and nothing of that model file is stored.
 """
 
 import logging
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export.half import to_half
 from fastnnunet.export.onnx import INPUT, OUTPUT
 from fastnnunet.export.quantized import prepare_quantized
@@ -21,7 +23,7 @@ from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.trt.library import Library, find_library
-from fastnnunet.trt.store import MODEL_FILES, EngineKey, StoredEngine, engine_folders, find_engine, write_engine
+from fastnnunet.trt.store import EngineKey, StoredEngine, engine_folders, find_engine, source_file, write_engine
 
 if TYPE_CHECKING:
     import onnx
@@ -62,38 +64,39 @@ def export_engines(
     max_batch: int | None = None,
     beside_bundle: bool = True,
 ) -> list[BuiltEngine]:
-    """Build an engine of a bundle for each architecture, or take those that are there.
+    """Build an engine of each model file of a bundle for each architecture, or take those that are there.
 
     `architectures` empty: the GPU of this machine for tensorrt; for tensorrt_rtx all it knows from sm80 on.
+    `max_batch` None: DEFAULT_BATCH, or what the bundle's model takes.
     `beside_bundle` False: below this machine's cache folder, for bundles that cannot be written to.
-    Raises NotFoundError and CorruptError (bundle), BackendError (library), SpecError (architecture), MismatchError (the
-    graph is wrong or has what the library does not support), ParityError (the precision loses too much).
+    Raises NotFoundError and CorruptError (bundle), BackendError (library), SpecError (architecture, batch),
+    MismatchError (the graph is wrong or has what the library does not support), ParityError (the precision loses too
+    much).
     """
     spec = load_bundle_spec(bundle)
-    if len(spec.model_files) > 1:
-        raise MismatchError(
-            f"{bundle} is an ensemble of {len(spec.model_files)} folds, engines are built of one network\n"
-            "export one fold by itself, or distil the ensemble into a student"
+    if spec.batch_size is not None and max_batch not in (None, spec.batch_size):
+        raise SpecError(
+            f"--batch {max_batch}: the model of {bundle} was exported for batches of exactly {spec.batch_size}\n"
+            "leave --batch out here, or export the bundle again without it"
         )
     library = find_library(library_name)
     targets = tuple(architectures) or default_architectures(library)
     for architecture in targets:
         library.set_target(library.module.Builder(library.logger).create_builder_config(), architecture)
-    model_file = _model_file(bundle, precision)
-    keys = [engine_key(spec, model_file, precision, library, target, max_batch) for target in targets]
+    model_files = [_model_file(bundle, file, precision) for file in spec.model_files]
     folder = engine_folders(bundle)[0 if beside_bundle else 1]
-    built: dict[EngineKey, BuiltEngine] = {}
-    for key in keys:
-        if (stored := find_engine(folder, key)) is not None:
-            built[key] = BuiltEngine(stored=stored, was_there=True)
-    if len(built) < len(keys):
-        graph = make_graph(model_file, spec, precision)
-        parity = check_parity(graph, bundle / PARITY_FILE, precision)
-        for key in keys:
-            if key not in built:
-                plan = build_plan(graph, key, library)
-                built[key] = BuiltEngine(stored=write_engine(folder, key, plan, asdict(parity)), was_there=False)
-    return [built[key] for key in keys]
+    built: list[BuiltEngine] = []
+    for fold, model_file in enumerate(model_files):
+        keys = [engine_key(spec, model_file, precision, library, target, max_batch) for target in targets]
+        there = {key: stored for key in keys if (stored := find_engine(folder, key)) is not None}
+        missing = [key for key in keys if key not in there]
+        new: dict[EngineKey, StoredEngine] = {}
+        if missing:
+            graph = make_graph(model_file, spec, precision)
+            parity = check_parity(graph, *_parity_patches(bundle, spec, fold), precision)
+            new = {key: write_engine(folder, key, build_plan(graph, key, library), asdict(parity)) for key in missing}
+        built += [BuiltEngine(stored=(there | new)[key], was_there=key in there) for key in keys]
+    return built
 
 
 def default_architectures(library: Library) -> tuple[str, ...]:
@@ -110,13 +113,15 @@ def engine_key(
     max_batch: int | None,
 ) -> EngineKey:
     channels = len(spec.channel_names) + len(spec.previous_labels)
+    most = spec.batch_size or max_batch or DEFAULT_BATCH[len(spec.patch_size)]
     return EngineKey(
         model_sha256=sha256_of_file(model_file),
         precision=precision,
         library=library.name,
         library_version=library.version,
         architecture=architecture,
-        max_batch=max_batch or DEFAULT_BATCH[len(spec.patch_size)],
+        max_batch=most,
+        min_batch=spec.batch_size or 1,
         input_shape=(channels, *spec.patch_size),
         output_shape=(spec.num_heads, *spec.patch_size),
     )
@@ -132,11 +137,21 @@ def make_graph(model_file: Path, spec: BundleSpec, precision: EnginePrecision) -
     except Exception as e:  # protobuf's DecodeError and onnx's own errors share no base class
         raise CorruptError(f"cannot read {model_file}: {e}") from e
     check_norms(model, spec)
+    _fix_space(model, spec.patch_size)
     if any(node.op_type in _FOR_OPTIMIZER for node in model.graph.node):
         model = _simplify(model)
     if precision == "fp16":
         return to_half(model)
     return prepare_quantized(model) if precision == "int8" else model
+
+
+def _fix_space(model: "onnx.ModelProto", patch_size: Sequence[int]) -> None:
+    """Give dynamic axes of space the size of the patch."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, size in zip(value.type.tensor_type.shape.dim[2:], patch_size, strict=True):
+            if axis.HasField("dim_param"):
+                axis.dim_value = size  # the other of the two goes
+    del model.graph.value_info[:]  # shapes in between, which may name those axes
 
 
 def _simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -168,10 +183,28 @@ def check_norms(model: "onnx.ModelProto", spec: BundleSpec) -> None:
         )
 
 
-def check_parity(graph: "onnx.ModelProto", parity_file: Path, precision: EnginePrecision) -> GraphParity:
-    """Run the graph on the bundle's patches. Raises ParityError for NaN or when too many labels differ."""
-    with np.load(parity_file) as stored:
+def _parity_patches(bundle: Path, spec: BundleSpec, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of the bundle and the logits the model file of a fold is expected to give, as many as a batch needs.
+
+    An ensemble's file holds the mean over folds: one fold's are computed in fp32, as the exporter compared them.
+    """
+    with np.load(bundle / PARITY_FILE) as stored:
         image_NCX, expected = stored["image"], stored["logits"]
+    if spec.batch_size is not None:
+        image_NCX, expected = (np.resize(a, (spec.batch_size, *a.shape[1:])) for a in (image_NCX, expected))
+    if len(spec.model_files) > 1:
+        import onnxruntime
+
+        file = str(bundle / spec.model_files[fold])
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        expected = session.run([OUTPUT], {INPUT: image_NCX})[0]
+    return image_NCX, expected
+
+
+def check_parity(
+    graph: "onnx.ModelProto", image_NCX: np.ndarray, expected: np.ndarray, precision: EnginePrecision
+) -> GraphParity:
+    """Run the graph on patches. Raises ParityError for NaN or when too many labels differ."""
     got = run_stepwise(graph, {graph.graph.input[0].name: image_NCX})[graph.graph.output[0].name]
     parity = GraphParity(
         patches=len(image_NCX),
@@ -213,7 +246,7 @@ def builder_config(builder: Any, key: EngineKey, library: Library) -> Any:
     if key.precision == "fp32":
         config.clear_flag(library.module.BuilderFlag.TF32)  # on by default; rounds factors of convolutions to 11 bits
     profile = builder.create_optimization_profile()
-    smallest, largest = (1, *key.input_shape), (key.max_batch, *key.input_shape)
+    smallest, largest = (key.min_batch, *key.input_shape), (key.max_batch, *key.input_shape)
     profile.set_shape(INPUT, smallest, largest, largest)
     config.add_optimization_profile(profile)
     return config
@@ -222,13 +255,14 @@ def builder_config(builder: Any, key: EngineKey, library: Library) -> Any:
 def _check_network(network: Any, graph: "onnx.ModelProto", key: EngineKey, module: Any) -> None:
     """What the parser made of the graph: inputs and outputs of the bundle, norms still norms and in float32."""
     problems = []
+    batch = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or -1
     for kind, got, name, shape in (
         ("inputs", [network.get_input(i) for i in range(network.num_inputs)], INPUT, key.input_shape),
         ("outputs", [network.get_output(i) for i in range(network.num_outputs)], OUTPUT, key.output_shape),
     ):
         found = [(t.name, tuple(t.shape), t.dtype) for t in got]
-        if found != [(name, (-1, *shape), module.float32)]:
-            problems.append(f"{kind} are {found}, expected {[(name, (-1, *shape), module.float32)]}")
+        if found != (expected_here := [(name, (batch, *shape), module.float32)]):
+            problems.append(f"{kind} are {found}, expected {expected_here}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     norms = [layer for layer in layers if layer.type == module.LayerType.NORMALIZATION]
     expected = sum(node.op_type == "InstanceNormalization" for node in graph.graph.node)
@@ -251,8 +285,8 @@ def _refusal(key: EngineKey, reasons: Sequence[str]) -> str:
     )
 
 
-def _model_file(bundle: Path, precision: EnginePrecision) -> Path:
-    file = bundle / MODEL_FILES[precision]
+def _model_file(bundle: Path, model_file: str, precision: EnginePrecision) -> Path:
+    file = bundle / source_file(model_file, precision)
     if not file.is_file():
         raise NotFoundError(
             f"{file} is missing, int8 engines are built from a quantised (Q/DQ) model of the bundle\n"

@@ -8,6 +8,7 @@ Raises ValueError and TypeError for arrays of wrong shapes and types, which are 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ except ImportError as error:
         "install the package (again): pip install . (or -e .) in its folder, which needs a C++ compiler"
     ) from error
 
-_INTERFACE = 1
+_INTERFACE = 2
 if _core.INTERFACE != _INTERFACE:
     raise BackendError(
         f"the compiled core of fastnnunet has interface {_core.INTERFACE}, these Python files need {_INTERFACE}\n"
@@ -38,6 +39,16 @@ Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Shape = tuple[int, ...]
 Orders = tuple[int, int, int]  # of the spline along z, y, x
 Clip = Literal["none", "whole", "per_plane"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Where arrays that hold a part of the logits and of the labels, in whole rows, lie in the whole."""
+
+    shape_in: Shape  # of all the logits
+    shape_out: Shape  # of all the labels
+    first_in: tuple[int, int]  # z and y of the first logit there is
+    first_out: tuple[int, int]  # z and y of the first label wanted
 
 
 def resample(
@@ -69,16 +80,36 @@ def label_logits(
     torch: bool = False,
     to_half: bool,
     regions: Sequence[int] | None = None,
+    part: Part | None = None,
     threads: int | None = None,
 ) -> None:
     """Resample logits (orders 0 and 1) and write the label of every voxel into `labels_ZYX`, whose shape is the target.
 
     `to_half`: logits are rounded to float16 before they are compared. Without `regions` the largest logit wins, ties go
     to the lowest head. `regions`: a label per head, painted in turn where its sigmoid in float32 is above 0.5.
-    Memory beyond the arrays does not depend on the number of heads.
+    `part`: the arrays are a part of the whole, which must hold the logits that its labels need (`last_inputs`); its
+    labels are those they would be in the whole. Memory beyond the arrays does not depend on the number of heads.
     """
     order = None if regions is None else list(regions)
-    _core.label_logits(_readable(logits_HZYX), labels_ZYX, orders, torch, to_half, order, threads or 0)
+    whole = part or Part(shape_in=logits_HZYX.shape[1:], shape_out=labels_ZYX.shape, first_in=(0, 0), first_out=(0, 0))
+    _core.label_logits(
+        _readable(logits_HZYX),
+        labels_ZYX,
+        whole.shape_in,
+        whole.shape_out,
+        whole.first_in,
+        whole.first_out,
+        orders,
+        torch,
+        to_half,
+        order,
+        threads or 0,
+    )
+
+
+def last_inputs(size_in: int, size_out: int, order: int, *, torch: bool = False) -> list[int]:
+    """The last input that each output of an axis needs with order 0 or 1; the first is at most one before it."""
+    return _core.last_inputs(size_in, size_out, order, torch)
 
 
 def resample_planes(

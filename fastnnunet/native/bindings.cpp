@@ -37,7 +37,6 @@ template <class T>
 using Array4 = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
 using Shape3 = std::array<std::int64_t, 3>;
-using Sizes = std::vector<std::int64_t>;
 
 template <class A>
 void require_contiguous_rows(const A& array) {
@@ -101,16 +100,19 @@ template <class Logit, class Label>
 void bind_label_logits(nb::module_& module) {
     module.def(
         "label_logits",
-        [](const Array4<const Logit>& logits, const Array3<Label>& labels, const std::array<int, 3>& orders, bool torch,
-           bool to_half, const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
+        [](const Array4<const Logit>& logits, const Array3<Label>& labels, const Shape3& size_in, const Shape3& size_out,
+           const std::array<std::int64_t, 2>& first_in, const std::array<std::int64_t, 2>& first_out,
+           const std::array<int, 3>& orders, bool torch, bool to_half,
+           const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
             const Volumes<const Logit> from = volumes(logits);
             const Volume<Label> to = volume(labels);
             const nb::gil_scoped_release unlocked;
-            const LogitPlan plan{operators(from.shape, to.shape, orders, torch), to_half};
-            label_logits(from, to, plan, regions, threads);
+            const LogitPlan plan{operators(size_in, size_out, orders, torch), to_half};
+            label_logits(from, to, plan, Part{first_in, first_out}, regions, threads);
         },
-        nb::arg("logits").noconvert(), nb::arg("labels").noconvert(), nb::arg("orders"), nb::arg("torch"),
-        nb::arg("to_half"), nb::arg("regions").none(), nb::arg("threads"));
+        nb::arg("logits").noconvert(), nb::arg("labels").noconvert(), nb::arg("size_in"), nb::arg("size_out"),
+        nb::arg("first_in"), nb::arg("first_out"), nb::arg("orders"), nb::arg("torch"), nb::arg("to_half"),
+        nb::arg("regions").none(), nb::arg("threads"));
 }
 
 template <class Logit>
@@ -128,6 +130,19 @@ void bind_resample_planes(nb::module_& module) {
         },
         nb::arg("logits").noconvert(), nb::arg("out").noconvert(), nb::arg("depth_out"), nb::arg("first_plane"),
         nb::arg("orders"), nb::arg("torch"), nb::arg("to_half"), nb::arg("threads"));
+}
+
+void bind_last_inputs(nb::module_& module) {
+    module.def(
+        "last_inputs",
+        [](std::int64_t size_in, std::int64_t size_out, int order, bool torch) {
+            const AxisOperator op(size_in, size_out, order, torch ? Convention::torch : Convention::scipy);
+            if (!op.is_local()) throw std::invalid_argument("every output of a spline needs every input");
+            std::vector<std::int64_t> last(op.first(), op.first() + size_out);
+            for (std::int64_t& input : last) input += op.taps() - 1;
+            return last;
+        },
+        nb::arg("size_in"), nb::arg("size_out"), nb::arg("order"), nb::arg("torch"));
 }
 
 template <class Label>
@@ -315,7 +330,7 @@ void bind_masks(nb::module_& module) {
 
 NB_MODULE(_fastnnunet_core, module) {
     // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
-    module.attr("INTERFACE") = 1;
+    module.attr("INTERFACE") = 2;
     bind_resample<float, float>(module);
     bind_resample<float, double>(module);
     bind_resample<Half, float>(module);
@@ -325,6 +340,7 @@ NB_MODULE(_fastnnunet_core, module) {
     bind_label_logits<Half, std::uint16_t>(module);
     bind_resample_planes<float>(module);
     bind_resample_planes<Half>(module);
+    bind_last_inputs(module);
     bind_head_by_head<std::uint8_t>(module);
     bind_head_by_head<std::uint16_t>(module);
     bind_accumulate(module);

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.errors import MismatchError
-from fastnnunet.geometry.chunked_mean import Block, ChunkedMean, ChunkedWindow, chunked_window
+from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
+from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from fastnnunet.nnunet.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.deviation import measure_deviation
@@ -129,7 +130,7 @@ class NnUNetTeacher:
         window = chunked_window(shape_zyx, self.patch_size, self.step_size, chunk_zyx)
         tile_bytes = 4 * self.num_heads * math.prod(self.patch_size)
         mirrors = 2 ** len(self.mirror_axes()) if tile_bytes <= PARALLEL_BYTES else 1
-        means = window.peak_voxels * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
+        means = window.peak_voxels() * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
         image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
         return means + (mirrors + 3) * tile_bytes + 2 * image
 
@@ -232,7 +233,7 @@ class LoadedTeacher:
 
 
 def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
-    return np.dtype(np.float32 if 4 * heads * window.peak_voxels <= MEANS_BYTES else np.float16)
+    return np.dtype(np.float32 if 4 * heads * window.peak_voxels() <= MEANS_BYTES else np.float16)
 
 
 def make_teacher(

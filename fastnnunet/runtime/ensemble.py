@@ -1,60 +1,57 @@
 """Logits of an ensemble: nnU-Net's sliding window once per fold, its float16 mean over the folds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from fastnnunet import native
+from fastnnunet.geometry.chunked_window import streamed_window
 from fastnnunet.geometry.half import check_half_limits
 from fastnnunet.runtime.backends.base import Backend
-from fastnnunet.runtime.sliding_window import Array, HalfArray, sliding_window_logits
+from fastnnunet.runtime.sliding_window import (
+    Array,
+    HalfArray,
+    OnTiles,
+    SlidingWindow,
+    TileSums,
+    finished_chunks,
+    sliding_window_logits,
+)
 
 
 def ensemble_logits(
     data_CZYX: Array,
     backends: Sequence[Backend],
+    window: SlidingWindow,
     *,
-    num_heads: int,
-    patch_size: Sequence[int],
-    step_size: float,
-    mirror_axes: Sequence[int] | None,
-    use_gaussian: bool = True,
-    on_tiles: Callable[[int, int], None] | None = None,
+    on_tiles: OnTiles | None = None,
     threads: int | None = None,
 ) -> HalfArray:
     """Logits (H, Z, Y, X) averaged over the folds.
 
     nnU-Net adds the float16 logits of a fold to the sum of those before it and divides the sum, rounding to float16
     after each step (`nnUNetPredictor.predict_logits_from_preprocessed_data`); so the order of the folds counts.
+    Beside the sum there is never more of a fold than what its window still works on.
     Raises BackendError when the logits or their sum leave the range of float16.
     """
-    total: HalfArray | None = None
-    for number, backend in enumerate(backends):
-        logits = sliding_window_logits(
-            data_CZYX,
-            backend.run,
-            num_heads=num_heads,
-            patch_size=patch_size,
-            step_size=step_size,
-            mirror_axes=mirror_axes,
-            use_gaussian=use_gaussian,
-            on_tiles=_share(on_tiles, number, len(backends)),
-            threads=threads,
-        )
-        if total is None:
-            total = logits
-        else:
-            native.add_halves(logits, total, threads=threads)
-    if total is None:
-        raise ValueError("no backends")
-    if len(backends) > 1:
+    first, *others = backends
+    total = sliding_window_logits(
+        data_CZYX, first.run, window, on_tiles=_share(on_tiles, 0, len(backends)), threads=threads
+    )
+    chunks = streamed_window(data_CZYX.shape[1:], window.patch_size, window.step_size)
+    for number, backend in enumerate(others, 1):
+        sums = TileSums(chunks, window, threads=threads)
+        share = _share(on_tiles, number, len(backends))
+        for chunk, logits in finished_chunks(data_CZYX, backend.run, window, sums, share):
+            native.add_halves(logits, total[:, *chunks.chunk_slices(chunk)], threads=threads)
+    if others:
         count = np.full(total.shape[1:], len(backends), np.float16)
         sum_limits, _ = native.divide(total, count, threads=threads)
         check_half_limits(sum_limits, "the sum of the folds' logits")
     return total
 
 
-def _share(on_tiles: Callable[[int, int], None] | None, number: int, folds: int) -> Callable[[int, int], None] | None:
+def _share(on_tiles: OnTiles | None, number: int, folds: int) -> OnTiles | None:
     """Progress of one fold as part of that of all."""
     if on_tiles is None:
         return None

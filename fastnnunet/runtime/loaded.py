@@ -1,9 +1,10 @@
 """A bundle in memory and its stages on arrays, each as nnU-Net 2.8 would."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,29 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
-from fastnnunet.runtime.backends.base import Backend, Device, Precision, create_ensemble
+from fastnnunet.runtime.backends.base import Backend, Precision, create_ensemble
 from fastnnunet.runtime.ensemble import ensemble_logits
+from fastnnunet.runtime.label_stream import stream_labels
 from fastnnunet.runtime.normalize import check_normalization
-from fastnnunet.runtime.postprocess import label_rule, postprocess
+from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
+from fastnnunet.runtime.sliding_window import OnTiles, SlidingWindow
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 
-OnTiles = Callable[[int, int], None]
+# Logits of more bytes are not kept but labelled while the window goes on. Smaller ones are kept until it has passed, so
+# that another thread can label them while the network is at the next case.
+STREAM_BYTES = 2**29
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A segmentation in the model's axes, of the image's shape before it was cropped."""
+
+    segmentation_ZYX: npt.NDArray[Any]
+
+
+Inferred: TypeAlias = native.HalfArray | Labelled
 
 
 @dataclass(slots=True)
@@ -88,7 +103,7 @@ class LoadedBundle:
         threads: int | None = None,
         step_size: float | None = None,
         precision: Precision = "fp32",
-        device: Device | None = None,
+        device: str | None = None,
         folds: Sequence[str | int] | None = None,
         mirroring: bool = True,
         use_gaussian: bool = True,
@@ -125,10 +140,9 @@ class LoadedBundle:
         times = StageTimes()
         with times.stage("preprocess"):
             case = self.preprocess_array(image_CZYX, properties, previous_ZYX)
-        with times.stage("infer"):
-            logits_HZYX = self.logits(case.data_CZYX, on_tiles)
+        inferred = self.infer(case, times, on_tiles, keep_logits=return_probabilities)
         with times.stage("postprocess"):
-            segmentation, probabilities = self.postprocess(logits_HZYX, case, return_probabilities)
+            segmentation, probabilities = self.postprocess(inferred, case, return_probabilities)
         return Prediction(segmentation, probabilities, case.properties, times)
 
     def preprocess(
@@ -151,35 +165,56 @@ class LoadedBundle:
             raise ImageError("the image has NaN or infinite voxels, expected numbers")
         return self.preprocess(image, properties, previous_ZYX)
 
-    def logits(
-        self, data_CZYX: npt.NDArray[np.float32], on_tiles: OnTiles | None = None, folds: slice = slice(None)
-    ) -> native.HalfArray:
-        """Logits (heads, Z, Y, X) of a preprocessed image. Raises BackendError."""
-        return ensemble_logits(
-            data_CZYX,
-            self.backends[folds],
+    @property
+    def window(self) -> SlidingWindow:
+        """The sliding window with the settings of this moment."""
+        return SlidingWindow(
             num_heads=self.spec.num_heads,
             patch_size=self.spec.patch_size,
             step_size=self.step_size,
             mirror_axes=self.mirror_axes,
             use_gaussian=self.use_gaussian,
-            on_tiles=on_tiles,
-            threads=self.threads,
         )
 
-    def postprocess(
-        self, logits_HZYX: native.Logits, case: Preprocessed, return_probabilities: bool = False
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
-        """Segmentation and, if wanted, probabilities in the axes of the image as read."""
-        return postprocess(
-            logits_HZYX,
-            case,
-            self.spec,
-            self._resample_logits,
-            self._label_rule,
-            return_probabilities,
-            self.threads,
+    def infer(
+        self, case: Preprocessed, times: StageTimes, on_tiles: OnTiles | None = None, *, keep_logits: bool = False
+    ) -> Inferred:
+        """What `postprocess` needs of a preprocessed image: its logits; or its labels where there is one network, the
+        logits are large, and they are not to be kept for probabilities. Raises BackendError.
+        """
+        plan = plan_logits(self._resample_logits, case)
+        logits_bytes = np.dtype(np.float16).itemsize * self.spec.num_heads * prod(case.data_CZYX.shape[1:])
+        is_local = plan is None or plan.is_local
+        if keep_logits or len(self.backends) > 1 or not is_local or logits_bytes <= STREAM_BYTES:
+            with times.stage("infer"):
+                return self.logits(case.data_CZYX, on_tiles)
+        return Labelled(
+            stream_labels(
+                case,
+                self.backend.run,
+                self.window,
+                plan,
+                self._label_rule,
+                times,
+                on_tiles=on_tiles,
+                threads=self.threads,
+            )
         )
+
+    def logits(
+        self, data_CZYX: npt.NDArray[np.float32], on_tiles: OnTiles | None = None, folds: slice = slice(None)
+    ) -> native.HalfArray:
+        """Logits (heads, Z, Y, X) of a preprocessed image. Raises BackendError."""
+        return ensemble_logits(data_CZYX, self.backends[folds], self.window, on_tiles=on_tiles, threads=self.threads)
+
+    def postprocess(
+        self, inferred: native.Logits | Labelled, case: Preprocessed, return_probabilities: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        """Segmentation and, if wanted, probabilities (which need logits) in the axes of the image as read."""
+        if isinstance(inferred, Labelled):
+            return inferred.segmentation_ZYX.transpose(self.spec.transpose_backward), None
+        plan = plan_logits(self._resample_logits, case)
+        return postprocess(inferred, case, self.spec, plan, self._label_rule, return_probabilities, self.threads)
 
     def check_previous(self, previous: Path | None) -> None:
         """Raise SpecError or NotFoundError unless a cascade stage, and only one, gets a folder that exists."""

@@ -55,23 +55,27 @@ def label_rule(spec: BundleSpec) -> LabelRule:
     return LabelRule(spec.num_heads, order, np.uint8 if small else np.uint16)
 
 
+def plan_logits(resample_spec: ResampleSpec, case: Preprocessed) -> ResamplePlan | None:
+    """How the logits of a case are brought to the shape of the cropped image."""
+    shape = case.data_CZYX.shape[1:]
+    return plan_resampling(resample_spec, shape, case.cropped_shape, case.target_spacing_mm, case.spacing_mm)
+
+
 def postprocess(
     logits_HZYX: native.Logits,
     case: Preprocessed,
     spec: BundleSpec,
-    resample_spec: ResampleSpec,
+    plan: ResamplePlan | None,
     rule: LabelRule,
     return_probabilities: bool = False,
     threads: int | None = None,
 ) -> tuple[npt.NDArray[Any], Array | None]:
     """Segmentation in the axes of the image as read and, if wanted, float32 probabilities (H, those axes).
 
-    `logits_HZYX`: float16 values (or float32 that hold such) of the preprocessed shape. With probabilities the labels
-    come from them, as in nnU-Net (softmax can make two float16 logits equal). `threads`: None for all cores.
+    `logits_HZYX`: float16 values (or float32 that hold such) of the preprocessed shape. `plan`: see `plan_logits`.
+    With probabilities the labels come from them, as in nnU-Net (softmax can make two float16 logits equal).
+    `threads`: None for all cores.
     """
-    plan = plan_resampling(
-        resample_spec, logits_HZYX.shape[1:], case.cropped_shape, case.target_spacing_mm, case.spacing_mm
-    )
     segmentation = np.zeros(case.shape_before_cropping, rule.dtype)
     cropped = segmentation[case.crop]
     probabilities = None
@@ -100,18 +104,10 @@ def _label(
     threads: int | None,
 ) -> None:
     """Resample and write the labels, zero before; logits are rounded to float16 where nnU-Net casts back to it."""
-    to_half = plan is not None and plan.keeps_dtype
     if plan is None or plan.is_local:
-        native.label_logits(
-            logits_HZYX,
-            labels_ZYX,
-            (0, 0, 0) if plan is None else plan.orders,
-            torch=plan is not None and plan.is_torch,
-            to_half=to_half,
-            regions=rule.regions_class_order,
-            threads=threads,
-        )
+        label_locally(logits_HZYX, plan, rule, labels_ZYX, threads)
         return
+    to_half = plan.keeps_dtype
     best = np.full(plan.shape_out, -np.inf, np.float32)
     for head in range(len(logits_HZYX)):
         values = resample(logits_HZYX[head : head + 1], plan, threads=threads)[0]
@@ -119,6 +115,27 @@ def _label(
             native.label_head(values, head, best, labels_ZYX, to_half=to_half, threads=threads)
         else:
             native.paint_head(values, rule.regions_class_order[head], labels_ZYX, to_half=to_half, threads=threads)
+
+
+def label_locally(
+    logits_HZYX: native.Logits,
+    plan: ResamplePlan | None,
+    rule: LabelRule,
+    labels_ZYX: npt.NDArray[Any],
+    threads: int | None,
+    part: native.Part | None = None,
+) -> None:
+    """Resample and write the labels of all of the image or of a `part`. `plan`: None or one that is local."""
+    native.label_logits(
+        logits_HZYX,
+        labels_ZYX,
+        (0, 0, 0) if plan is None else plan.orders,
+        torch=plan is not None and plan.is_torch,
+        to_half=plan is not None and plan.keeps_dtype,
+        regions=rule.regions_class_order,
+        part=part,
+        threads=threads,
+    )
 
 
 def _resampled_slabs(

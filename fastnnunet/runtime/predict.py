@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
-from fastnnunet.native import HalfArray
 from fastnnunet.runtime.cases import (
     DICOM_SEG_ENDING,
     Case,
@@ -28,10 +27,11 @@ from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import check_output_folder, make_folder
 from fastnnunet.runtime.image_io import image_io
 from fastnnunet.runtime.labels import Cleanup, clean
-from fastnnunet.runtime.loaded import LoadedBundle, OnTiles, Prediction
+from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
 from fastnnunet.runtime.output import RunArguments, sibling, write_probabilities, write_run_files
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
+from fastnnunet.runtime.sliding_window import OnTiles
 from fastnnunet.runtime.times import StageTimes
 
 
@@ -95,7 +95,7 @@ class Predictor(LoadedBundle):
             case=case, output=output, previous=previous, save_probabilities=save_probabilities, cleanup=cleanup
         )
         loaded = self._load(plan)
-        return self._finish(plan, loaded, self._infer(loaded, on_tiles), WriteGate())
+        return self._finish(plan, loaded, self._infer(plan, loaded, on_tiles), WriteGate())
 
     def _load(self, plan: Planned) -> _Loaded:
         if plan.case.problem:
@@ -114,20 +114,19 @@ class Predictor(LoadedBundle):
         with times.stage("preprocess"):
             return _Loaded(self.preprocess(image_CZYX, properties, previous_ZYX), times)
 
-    def _infer(self, loaded: _Loaded, on_tiles: OnTiles | None) -> HalfArray:
-        with loaded.times.stage("infer"):
-            return self.logits(loaded.preprocessed.data_CZYX, on_tiles)
+    def _infer(self, plan: Planned, loaded: _Loaded, on_tiles: OnTiles | None) -> Inferred:
+        return self.infer(loaded.preprocessed, loaded.times, on_tiles, keep_logits=plan.save_probabilities)
 
     def _finish(
         self,
         plan: Planned,
         loaded: _Loaded,
-        logits_HZYX: HalfArray,
+        inferred: Inferred,
         gate: WriteGate,
     ) -> CaseResult:
         times, case = loaded.times, loaded.preprocessed
         with times.stage("postprocess"):
-            segmentation, probabilities = self.postprocess(logits_HZYX, case, plan.save_probabilities)
+            segmentation, probabilities = self.postprocess(inferred, case, plan.save_probabilities)
             if plan.cleanup is not None:
                 segmentation = clean(segmentation, plan.cleanup, case.properties["spacing"])
         prediction = None
@@ -187,12 +186,12 @@ class Predictor(LoadedBundle):
         gate = WriteGate(before_first)
         numbers = {id(plan): number for number, plan in enumerate(planned)}
 
-        def infer(plan: Planned, loaded: _Loaded) -> tuple[_Loaded, HalfArray]:
+        def infer(plan: Planned, loaded: _Loaded) -> tuple[_Loaded, Inferred]:
             if on_start:
                 on_start(plan.case, numbers[id(plan)], len(planned))
-            return loaded, self._infer(loaded, on_tiles)
+            return loaded, self._infer(plan, loaded, on_tiles)
 
-        def finish(plan: Planned, inferred: tuple[_Loaded, HalfArray]) -> CaseResult:
+        def finish(plan: Planned, inferred: tuple[_Loaded, Inferred]) -> CaseResult:
             return self._finish(plan, *inferred, gate)
 
         for plan, outcome in run_pipeline(planned, self._load, infer, finish, gate, threaded=threaded):

@@ -21,6 +21,11 @@ FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
 MODEL_FILE = "model.onnx"
 
 
+def int8_file(model_file: str, ending: str = ".onnx") -> str:
+    """The quantised twin of a model file: `model.onnx` -> `model_int8.onnx`."""
+    return f"{Path(model_file).stem}_int8{ending}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSpec:
     """Everything the runtime must know. Axis order is nnU-Net's internal one (after transpose_forward)."""

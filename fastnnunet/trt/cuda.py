@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 
-DEVICE = 0  # the first that CUDA_VISIBLE_DEVICES leaves
-
 
 class Cuda:
     """The calls of the CUDA runtime this package makes. Addresses, streams and graphs are the runtime's own handles.
@@ -20,8 +18,10 @@ class Cuda:
     Every method raises BackendError with CUDA's name for what went wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
+        """`device`: counted among those that CUDA_VISIBLE_DEVICES leaves."""
         self._runtime = _import_runtime()
+        self._device = device
 
     def why_no_device(self) -> str | None:
         """None when there is a GPU that can be used, else CUDA's reason."""
@@ -33,12 +33,12 @@ class Cuda:
     def architecture(self) -> str:
         """E.g. sm86."""
         attributes = self._runtime.cudaDeviceAttr
-        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, DEVICE)
-        minor = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, DEVICE)
+        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, self._device)
+        minor = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, self._device)
         return f"sm{major}{minor}"
 
     def device_name(self) -> str:
-        name: bytes = self._call("cudaGetDeviceProperties", DEVICE).name
+        name: bytes = self._call("cudaGetDeviceProperties", self._device).name
         return name.split(b"\0")[0].decode()
 
     def memory_bytes(self) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Cuda:
 
     def use_device(self) -> None:
         """Make the GPU current in this thread."""
-        self._call("cudaSetDevice", DEVICE)
+        self._call("cudaSetDevice", self._device)
 
     def allocate(self, size_bytes: int) -> int:
         return int(self._call("cudaMalloc", size_bytes))

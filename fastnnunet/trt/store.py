@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import CorruptError, SpecError
+from fastnnunet.specs.bundle import int8_file
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.home import local_home
 from fastnnunet.specs.load import build_spec
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 PLAN_FILE, INFO_FILE, FOLDER = "engine.plan", "engine.json", "engines"
 RECIPE = 1  # counts up with every change of what is built of the same model
-MODEL_FILES = {"fp32": "model.onnx", "fp16": "model.onnx", "int8": "model_int8.onnx"}  # of the bundle, by precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,8 @@ class EngineKey:
     library: str
     library_version: str
     architecture: str
-    max_batch: int  # batches of 1 to this many patches
+    max_batch: int  # batches of `min_batch` to this many patches
+    min_batch: int = 1
     input_shape: tuple[int, ...]  # (C, *patch)
     output_shape: tuple[int, ...]  # (heads, *patch)
 
@@ -54,7 +55,8 @@ class EngineKey:
         )
 
     def __str__(self) -> str:
-        return f"{self.precision} {self.architecture} {self.library} {self.library_version} batch 1-{self.max_batch}"
+        batch = f"{self.min_batch}-{self.max_batch}" if self.min_batch < self.max_batch else f"{self.max_batch}"
+        return f"{self.precision} {self.architecture} {self.library} {self.library_version} batch {batch}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,11 @@ class StoredEngine:
                 f"  got      {found}\n  expected sha256 {self.info.plan_sha256}\nremove {self.path} and export again"
             )
         return file.read_bytes()
+
+
+def source_file(model_file: str, precision: str) -> str:
+    """The ONNX file of a bundle that an engine of that precision is built from."""
+    return int8_file(model_file) if precision == "int8" else model_file
 
 
 def engine_folders(bundle_dir: Path) -> tuple[Path, Path]:

@@ -24,7 +24,7 @@ from fastnnunet import native
 from fastnnunet.bench.measure import _own_peak_bytes
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
 from fastnnunet.geometry.resample import parse_resample_spec, resampled_shape
-from fastnnunet.runtime.postprocess import label_rule, postprocess
+from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
 from fastnnunet.specs.bundle import BundleSpec
 from tests.bundles import Toy, _dataset_json, _plans
@@ -86,7 +86,8 @@ def case_of(shape: Sequence[int], grid: Sequence[int]) -> Preprocessed:
 def label_ours(logits: np.ndarray, shape: Sequence[int], threads: int | None) -> np.ndarray:
     spec = spec_of(len(logits))
     how = parse_resample_spec(spec.resampling["probabilities"], "the logits")
-    return postprocess(logits, case_of(shape, logits.shape[1:]), spec, how, label_rule(spec), threads=threads)[0]
+    case = case_of(shape, logits.shape[1:])
+    return postprocess(logits, case, spec, plan_logits(how, case), label_rule(spec), threads=threads)[0]
 
 
 def label_nnunet(logits: np.ndarray, shape: Sequence[int], cores: int) -> np.ndarray:

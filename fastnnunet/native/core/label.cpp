@@ -55,10 +55,13 @@ struct Block {
 template <class Logit>
 class BlockInterpolator {
 public:
-    BlockInterpolator(const LogitPlan& plan)
-        : z_(plan.operators[0]), y_(plan.operators[1]), x_(plan.operators[2]), to_half_(plan.to_half) {}
+    // `first_in`: z and y of the first input row there is
+    BlockInterpolator(const LogitPlan& plan, const std::array<std::int64_t, 2>& first_in)
+        : z_(plan.operators[0]), y_(plan.operators[1]), x_(plan.operators[2]), first_in_(first_in),
+          to_half_(plan.to_half) {}
 
     const TwoTaps& z() const { return z_; }
+    const TwoTaps& y() const { return y_; }
 
     template <class Emit>
     void operator()(const Volume<const Logit>& in, const Block& block, Scratch& scratch, const Emit& emit) const {
@@ -96,7 +99,7 @@ private:
         values[size_in] = 0;
         for (std::int64_t plane = 0; plane < planes; ++plane) {
             for (std::int64_t row = 0; row < rows; ++row, wide += width) {
-                const Logit* from = in.row(first_plane + plane, first_row + row);
+                const Logit* from = in.row(first_plane + plane - first_in_[0], first_row + row - first_in_[1]);
                 if (size_in == width) {  // the identity
                     read_row(from, wide, width);
                 } else {
@@ -108,58 +111,87 @@ private:
     }
 
     TwoTaps z_, y_, x_;
+    std::array<std::int64_t, 2> first_in_;
     bool to_half_;
 };
 
-void check_shapes(const std::array<std::int64_t, 3>& in, const std::array<std::int64_t, 3>& out, const LogitPlan& plan,
-                  bool whole) {
-    for (int axis = 0; axis < 3; ++axis) {
-        const AxisOperator& op = plan.operators[axis];
-        if (in[axis] != op.size_in() || (out[axis] != op.size_out() && (whole || axis > 0))) {
-            throw std::invalid_argument("labelling: arrays do not have the shapes of the operators");
-        }
+// Half open
+struct Range {
+    std::int64_t start, stop;
+
+    std::int64_t size() const { return stop - start; }
+    bool lies_in(const Range& other) const { return start >= other.start && stop <= other.stop; }
+};
+
+void require_fit(bool fits) {
+    if (!fits) throw std::invalid_argument("labelling: arrays do not have the shapes of the operators");
+}
+
+// The outputs of an axis, which lie in `out`, need only inputs in `in`.
+void check_range(const Range& in, const Range& out, const AxisOperator& op, const TwoTaps& taps) {
+    require_fit(in.lies_in({0, op.size_in()}) && out.lies_in({0, op.size_out()}));
+    if (out.size() > 0 && !Range{taps.low[out.start], taps.high(out.stop - 1) + 1}.lies_in(in)) {
+        throw std::invalid_argument("labelling: the part lacks inputs that its outputs need");
     }
 }
 
-// Blocks of an output of this many rows; planes that are copies of one input plane (`z` selects) are one plane.
-struct Blocks {
+// Blocks of an output; planes that are copies of one input plane (`z` selects) are one plane.
+std::vector<Block> make_blocks(const std::vector<std::int64_t>& plane_starts, std::int64_t end, bool single,
+                               const Range& rows) {
     std::vector<Block> blocks;
-
-    Blocks(const std::vector<std::int64_t>& plane_starts, std::int64_t end, bool single, std::int64_t rows) {
-        const std::size_t step = single ? 1 : static_cast<std::size_t>(kBlockPlanes);
-        for (std::size_t i = 0; i < plane_starts.size(); i += step) {
-            const std::int64_t stop = i + step < plane_starts.size() ? plane_starts[i + step] : end;
-            const std::int64_t planes = single ? 1 : stop - plane_starts[i];
-            for (std::int64_t row = 0; row < rows; row += kBlockRows) {
-                blocks.push_back({plane_starts[i], planes, row, std::min(kBlockRows, rows - row)});
-            }
+    const std::size_t step = single ? 1 : static_cast<std::size_t>(kBlockPlanes);
+    for (std::size_t i = 0; i < plane_starts.size(); i += step) {
+        const std::int64_t stop = i + step < plane_starts.size() ? plane_starts[i + step] : end;
+        const std::int64_t planes = single ? 1 : stop - plane_starts[i];
+        for (std::int64_t row = rows.start; row < rows.stop; row += kBlockRows) {
+            blocks.push_back({plane_starts[i], planes, row, std::min(kBlockRows, rows.stop - row)});
         }
     }
-};
+    return blocks;
+}
 
-std::vector<std::int64_t> distinct_planes(const TwoTaps& z) {
+std::vector<std::int64_t> distinct_planes(const TwoTaps& z, const Range& planes) {
     std::vector<std::int64_t> starts;
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(z.low.size()); ++i) {
-        if (i == 0 || !z.is_selection || z.low[i] != z.low[i - 1]) starts.push_back(i);
+    for (std::int64_t i = planes.start; i < planes.stop; ++i) {
+        if (i == planes.start || !z.is_selection || z.low[i] != z.low[i - 1]) starts.push_back(i);
     }
     return starts;
+}
+
+// Calls change(row of values, row of labels as uint32, its number) for every row and stores the labels.
+template <class Label, class Change>
+void change_labels(const Volume<const float>& values, const Volume<Label>& labels, int threads, const Change& change) {
+    parallel_for<Scratch>(values.rows(), threads, [&](std::int64_t number, Scratch& scratch) {
+        const std::int64_t width = values.shape[2];
+        std::uint32_t* label = Scratch::at_least(scratch.label, width);
+        Label* to = labels.row(number);
+        for (std::int64_t x = 0; x < width; ++x) label[x] = to[x];
+        change(values.row(number), label, number);
+        for (std::int64_t x = 0; x < width; ++x) to[x] = static_cast<Label>(label[x]);
+    });
 }
 
 }  // namespace
 
 template <class Logit, class Label>
 void label_logits(const Volumes<const Logit>& logits, const Volume<Label>& labels, const LogitPlan& plan,
-                  const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
-    check_shapes(logits.shape, labels.shape, plan, true);
+                  const Part& part, const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
     if (regions && static_cast<std::int64_t>(regions->size()) != logits.count) {
         throw std::invalid_argument("labelling: as many region labels are needed as there are heads");
     }
-    const BlockInterpolator<Logit> interpolate(plan);
+    const BlockInterpolator<Logit> interpolate(plan, part.first_in);
     const TwoTaps& z_taps = interpolate.z();
     const std::int64_t width = labels.shape[2];
-    const Blocks all(distinct_planes(z_taps), labels.shape[0], z_taps.is_selection, labels.shape[1]);
-    parallel_for<Scratch>(all.blocks.size(), threads, [&](std::int64_t number, Scratch& scratch) {
-        const Block& block = all.blocks[number];
+    const std::int64_t first_plane = part.first_out[0], first_row = part.first_out[1];
+    const auto range = [](std::int64_t first, std::int64_t size) { return Range{first, first + size}; };
+    const Range planes = range(first_plane, labels.shape[0]), rows = range(first_row, labels.shape[1]);
+    check_range(range(part.first_in[0], logits.shape[0]), planes, plan.operators[0], z_taps);
+    check_range(range(part.first_in[1], logits.shape[1]), rows, plan.operators[1], interpolate.y());
+    require_fit(logits.shape[2] == plan.operators[2].size_in() && width == plan.operators[2].size_out());
+    const std::vector<Block> blocks =
+        make_blocks(distinct_planes(z_taps, planes), planes.stop, z_taps.is_selection, rows);
+    parallel_for<Scratch>(blocks.size(), threads, [&](std::int64_t number, Scratch& scratch) {
+        const Block& block = blocks[number];
         const std::int64_t size = block.planes * block.rows * width;
         std::uint32_t* label = Scratch::at_least(scratch.label, size);
         float* best = Scratch::at_least(scratch.best, size);
@@ -178,11 +210,11 @@ void label_logits(const Volumes<const Logit>& logits, const Volume<Label>& label
         for (std::int64_t plane = 0; plane < block.planes; ++plane) {
             const std::int64_t z = block.first_plane + plane;
             // the copies of a selected plane, too
-            for (std::int64_t same = z; same < labels.shape[0]; ++same) {
+            for (std::int64_t same = z; same < planes.stop; ++same) {
                 if (same > z && !(z_taps.is_selection && z_taps.low[same] == z_taps.low[z])) break;
                 for (std::int64_t row = 0; row < block.rows; ++row) {
                     const std::uint32_t* from = label + (plane * block.rows + row) * width;
-                    Label* to = labels.row(same, block.first_row + row);
+                    Label* to = labels.row(same - first_plane, block.first_row - first_row + row);
                     for (std::int64_t x = 0; x < width; ++x) to[x] = static_cast<Label>(from[x]);
                 }
             }
@@ -193,19 +225,22 @@ void label_logits(const Volumes<const Logit>& logits, const Volume<Label>& label
 template <class Logit>
 void resample_planes(const Volumes<const Logit>& logits, const Volumes<float>& out, const LogitPlan& plan,
                      std::int64_t first_plane, int threads) {
-    check_shapes(logits.shape, out.shape, plan, false);
+    for (int axis = 0; axis < 3; ++axis) {
+        const AxisOperator& op = plan.operators[axis];
+        require_fit(logits.shape[axis] == op.size_in() && (axis == 0 || out.shape[axis] == op.size_out()));
+    }
     const std::int64_t end = first_plane + out.shape[0];
     if (first_plane < 0 || end > plan.operators[0].size_out() || out.count != logits.count) {
         throw std::invalid_argument("resampling of planes: there are not that many planes or heads");
     }
-    const BlockInterpolator<Logit> interpolate(plan);
+    const BlockInterpolator<Logit> interpolate(plan, {0, 0});
     std::vector<std::int64_t> planes(out.shape[0]);
     for (std::int64_t i = 0; i < out.shape[0]; ++i) planes[i] = first_plane + i;
-    const Blocks all(planes, end, false, out.shape[1]);
-    const std::int64_t per_head = static_cast<std::int64_t>(all.blocks.size());
+    const std::vector<Block> blocks = make_blocks(planes, end, false, {0, out.shape[1]});
+    const std::int64_t per_head = static_cast<std::int64_t>(blocks.size());
     parallel_for<Scratch>(per_head * logits.count, threads, [&](std::int64_t number, Scratch& scratch) {
         const std::int64_t head = number / per_head;
-        const Block& block = all.blocks[number % per_head];
+        const Block& block = blocks[number % per_head];
         interpolate(logits[head], block, scratch, [&](std::int64_t plane, std::int64_t row, const Blend& blend) {
             float* to = out[head].row(block.first_plane - first_plane + plane, block.first_row + row);
             blend_row(blend, to, out.shape[2]);
@@ -216,33 +251,21 @@ void resample_planes(const Volumes<const Logit>& logits, const Volumes<float>& o
 template <class Label>
 void label_head(const Volume<const float>& values, bool to_half, std::uint32_t head, const Volume<float>& best,
                 const Volume<Label>& labels, int threads) {
-    parallel_for<Scratch>(values.rows(), threads, [&](std::int64_t number, Scratch& scratch) {
-        const std::int64_t width = values.shape[2];
-        std::uint32_t* label = Scratch::at_least(scratch.label, width);
-        Label* to = labels.row(number);
-        for (std::int64_t x = 0; x < width; ++x) label[x] = to[x];
-        const float* row = values.row(number);
-        argmax_row({row, row, 1, 0, to_half}, head, best.row(number), label, width);
-        for (std::int64_t x = 0; x < width; ++x) to[x] = static_cast<Label>(label[x]);
+    change_labels(values, labels, threads, [&](const float* row, std::uint32_t* label, std::int64_t number) {
+        argmax_row({row, row, 1, 0, to_half}, head, best.row(number), label, values.shape[2]);
     });
 }
 
 template <class Label>
 void paint_head(const Volume<const float>& values, bool to_half, std::uint32_t painted, const Volume<Label>& labels,
                 int threads) {
-    parallel_for<Scratch>(values.rows(), threads, [&](std::int64_t number, Scratch& scratch) {
-        const std::int64_t width = values.shape[2];
-        std::uint32_t* label = Scratch::at_least(scratch.label, width);
-        Label* to = labels.row(number);
-        for (std::int64_t x = 0; x < width; ++x) label[x] = to[x];
-        const float* row = values.row(number);
-        paint_row({row, row, 1, 0, to_half}, painted, label, width);
-        for (std::int64_t x = 0; x < width; ++x) to[x] = static_cast<Label>(label[x]);
+    change_labels(values, labels, threads, [&](const float* row, std::uint32_t* label, std::int64_t) {
+        paint_row({row, row, 1, 0, to_half}, painted, label, values.shape[2]);
     });
 }
 
-#define FASTNNUNET_INSTANTIATE(Logit, Label)                                                                    \
-    template void label_logits(const Volumes<const Logit>&, const Volume<Label>&, const LogitPlan&,             \
+#define FASTNNUNET_INSTANTIATE(Logit, Label)                                                                     \
+    template void label_logits(const Volumes<const Logit>&, const Volume<Label>&, const LogitPlan&, const Part&, \
                                const std::optional<std::vector<std::uint32_t>>&, int);
 FASTNNUNET_INSTANTIATE(float, std::uint8_t)
 FASTNNUNET_INSTANTIATE(float, std::uint16_t)

@@ -20,12 +20,19 @@ struct LogitPlan {
     bool to_half;
 };
 
+// Where arrays that hold a part of the logits and of the labels, in whole rows, lie in the whole: their first z and y
+struct Part {
+    std::array<std::int64_t, 2> first_in{0, 0};
+    std::array<std::int64_t, 2> first_out{0, 0};
+};
+
 // Without `regions`: the head with the largest logit, ties to the lowest. With `regions`, one label per head: in the
 // order of heads, label where sigmoid(logit) in float32 is above 0.5, else what was painted before, else 0.
-// Logit: float or Half; Label: uint8 or uint16. Throws std::invalid_argument for shapes and operators that do not fit.
+// Logit: float or Half; Label: uint8 or uint16. Operators are those of the whole; a label does not depend on the part it
+// is in. Throws std::invalid_argument for shapes and operators that do not fit, and for a part without an input it needs.
 template <class Logit, class Label>
 void label_logits(const Volumes<const Logit>& logits, const Volume<Label>& labels, const LogitPlan& plan,
-                  const std::optional<std::vector<std::uint32_t>>& regions, int threads);
+                  const Part& part, const std::optional<std::vector<std::uint32_t>>& regions, int threads);
 
 // The resampled logits of all heads for the output planes from `first_plane` on, as many as `out` has.
 template <class Logit>

@@ -44,23 +44,34 @@ struct Rows {  // a matrix whose rows may lie apart
     std::int64_t stride;
 };
 
+// Applies the operator to `count` lines, `most` side by side at a time: load(first line, lanes, samples) fills (size_in,
+// lanes), store(first line, lanes, values) takes (size_out, lanes).
+template <class Load, class Store>
+void in_lanes(const AxisOperator& op, std::int64_t count, std::int64_t most, Scratch& scratch, const Load& load,
+              const Store& store) {
+    double* samples = Scratch::at_least(scratch.samples, op.padded_size() * most);
+    double* combined = Scratch::at_least(scratch.combined, op.size_out() * most);
+    for (std::int64_t first = 0; first < count; first += most) {
+        const std::int64_t lanes = std::min(most, count - first);
+        load(first, lanes, samples + op.padding() * lanes);
+        op.prefilter(samples, lanes);
+        op.combine(samples, combined, lanes);
+        store(first, lanes, combined);
+    }
+}
+
 // Along the rows' index: neighbouring columns are neighbours in memory.
 template <class In, class Out>
 void along_columns(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std::int64_t width, const Limits& limits,
                    Scratch& scratch) {
-    double* samples = Scratch::at_least(scratch.samples, op.padded_size() * kColumnLanes);
-    double* combined = Scratch::at_least(scratch.combined, op.size_out() * kColumnLanes);
-    for (std::int64_t x = 0; x < width; x += kColumnLanes) {
-        const std::int64_t lanes = std::min(kColumnLanes, width - x);
-        for (std::int64_t i = 0; i < op.size_in(); ++i) {
+    const auto load = [&](std::int64_t x, std::int64_t lanes, double* to) {
+        for (std::int64_t i = 0; i < op.size_in(); ++i, to += lanes) {
             const In* from = in.data + i * in.stride + x;
-            double* to = samples + (i + op.padding()) * lanes;
             for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = to_double(from[lane]);
         }
-        op.prefilter(samples, lanes);
-        op.combine(samples, combined, lanes);
-        for (std::int64_t i = 0; i < op.size_out(); ++i) {
-            double* from = combined + i * lanes;
+    };
+    const auto store = [&](std::int64_t x, std::int64_t lanes, double* from) {
+        for (std::int64_t i = 0; i < op.size_out(); ++i, from += lanes) {
             if (op.sample(i) >= 0) {
                 const In* sample = in.data + op.sample(i) * in.stride + x;
                 for (std::int64_t lane = 0; lane < lanes; ++lane) from[lane] = to_double(sample[lane]);
@@ -68,24 +79,22 @@ void along_columns(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std
             Out* to = out.data + i * out.stride + x;
             for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = static_cast<Out>(limits.apply(from[lane]));
         }
-    }
+    };
+    in_lanes(op, width, kColumnLanes, scratch, load, store);
 }
 
 // Along each row: several rows side by side, so that the recursion of the spline has independent work.
 template <class In, class Out>
 void along_rows(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std::int64_t height, const Limits& limits,
                 Scratch& scratch) {
-    double* samples = Scratch::at_least(scratch.samples, op.padded_size() * kRowLanes);
-    double* combined = Scratch::at_least(scratch.combined, op.size_out() * kRowLanes);
-    for (std::int64_t y = 0; y < height; y += kRowLanes) {
-        const std::int64_t lanes = std::min(kRowLanes, height - y);
+    const auto load = [&](std::int64_t y, std::int64_t lanes, double* to) {
         const In* from = in.data + y * in.stride;
-        double* to = samples + op.padding() * lanes;
         for (std::int64_t i = 0; i < op.size_in(); ++i) {
             for (std::int64_t lane = 0; lane < lanes; ++lane) to[i * lanes + lane] = to_double(from[lane * in.stride + i]);
         }
-        op.prefilter(samples, lanes);
-        op.combine(samples, combined, lanes);
+    };
+    const auto store = [&](std::int64_t y, std::int64_t lanes, const double* combined) {
+        const In* from = in.data + y * in.stride;
         for (std::int64_t lane = 0; lane < lanes; ++lane) {
             Out* row = out.data + (y + lane) * out.stride;
             for (std::int64_t i = 0; i < op.size_out(); ++i) {
@@ -94,7 +103,8 @@ void along_rows(const AxisOperator& op, Rows<const In> in, Rows<Out> out, std::i
                 row[i] = static_cast<Out>(limits.apply(value));
             }
         }
-    }
+    };
+    in_lanes(op, height, kRowLanes, scratch, load, store);
 }
 
 template <class In, class Out>

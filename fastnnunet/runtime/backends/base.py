@@ -6,17 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, TypedDict, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError, SpecError
-from fastnnunet.runtime.backends.devices import has_cuda_device
+from fastnnunet.runtime.backends.devices import Device, DeviceKind, cuda_device_count, parse_device
 from fastnnunet.specs.bundle import BundleSpec
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
-Device = Literal["cpu", "cuda"]
 
 
 class Backend(Protocol):
@@ -36,8 +35,18 @@ class Backend(Protocol):
 class BackendClass(Protocol):
     """Constructor every backend module offers as its class."""
 
-    def __call__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> Backend:
-        """Load `bundle_dir / spec.model_file`."""
+    def __call__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device
+    ) -> Backend:
+        """Load `bundle_dir / spec.model_file` to compute on `device`, one of a kind the backend's entry names."""
+
+
+class BackendOptions(TypedDict, total=False):
+    """How a backend computes."""
+
+    threads: int | None  # None: all cores
+    precision: Precision  # fp32 unless given
+    device: str | None  # see `parse_device`; None: where the backend computes, of several kinds on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +58,11 @@ class BackendEntry:
     requires: tuple[str, ...]  # top-level packages, one of which must be there
     extra: str | None  # of this package's optional dependencies; None: part of the base install
     precisions: tuple[Precision, ...]
-    needs_gpu: bool = False
+    devices: tuple[DeviceKind, ...] = ("cpu",)  # where it can compute, the default first
 
     @property
-    def device(self) -> Device:
-        """Where it computes."""
-        return "cuda" if self.needs_gpu else "cpu"
+    def needs_gpu(self) -> bool:
+        return "cpu" not in self.devices
 
 
 BACKENDS: dict[str, BackendEntry] = {
@@ -62,7 +70,12 @@ BACKENDS: dict[str, BackendEntry] = {
         "fastnnunet.runtime.backends.openvino", "OpenVINOBackend", ("openvino",), "openvino", ("fp32", "bf16")
     ),
     "onnxruntime": BackendEntry(
-        "fastnnunet.runtime.backends.onnxruntime", "OnnxRuntimeBackend", ("onnxruntime",), None, ("fp32",)
+        "fastnnunet.runtime.backends.onnxruntime",
+        "OnnxRuntimeBackend",
+        ("onnxruntime",),
+        None,
+        ("fp32",),
+        devices=("cpu", "cuda"),
     ),
     "torch": BackendEntry("fastnnunet.runtime.backends.torch", "TorchBackend", ("torch",), "train", ("fp32", "bf16")),
     "tensorrt": BackendEntry(
@@ -71,11 +84,10 @@ BACKENDS: dict[str, BackendEntry] = {
         ("tensorrt", "tensorrt_rtx"),
         "rtx",
         ("fp32", "fp16", "int8"),
-        needs_gpu=True,
+        devices=("cuda",),
     ),
 }
-# fastest first
-_AUTO_ORDER: dict[Device, tuple[str, ...]] = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt",)}
+_CPU_ORDER = ("openvino", "onnxruntime")  # fastest first
 
 
 def is_installed(name: str) -> bool:
@@ -88,25 +100,18 @@ def installed_cpu_backends() -> tuple[str, ...]:
     return tuple(name for name, entry in BACKENDS.items() if not entry.needs_gpu and is_installed(name))
 
 
-def create_backend(
-    name: str,
-    bundle_dir: Path,
-    spec: BundleSpec,
-    *,
-    threads: int | None = None,
-    precision: Precision = "fp32",
-    device: Device | None = None,
-) -> Backend:
+def create_backend(name: str, bundle_dir: Path, spec: BundleSpec, **options: Unpack[BackendOptions]) -> Backend:
     """Load the model of a bundle (of an ensemble: its first).
 
-    `auto` is the fastest backend that is installed and computes on `device` (None: the CPU, since engines for GPUs have
-    to be built first); `threads` None: all cores.
+    `auto` is the fastest backend that is installed and computes on the device (None: the CPU, since engines for GPUs
+    have to be built first).
     Raises SpecError for an unknown name, BackendError when its package or the device is missing or it cannot load the
     model.
     """
+    threads, precision = options.get("threads"), options.get("precision", "fp32")
     if threads is not None and threads < 1:
         raise SpecError(f"threads: got {threads}, expected at least 1")
-    name = choose_backend(name, device)
+    name, device = choose_backend(name, options.get("device"))
     entry = BACKENDS[name]
     if not is_installed(name):
         install = f"fastnnunet[{entry.extra}]" if entry.extra else entry.requires[0]
@@ -116,7 +121,7 @@ def create_backend(
         known = " or ".join(entry.precisions)
         raise BackendError(f"backend {name} computes in {known} only, got precision {precision!r}")
     backend_class = cast(BackendClass, getattr(importlib.import_module(entry.module), entry.class_name))
-    backend = backend_class(bundle_dir, spec, threads or available_cores(), precision)
+    backend = backend_class(bundle_dir, spec, threads or available_cores(), precision, device)
     if spec.batch_size is None:
         return backend
     from fastnnunet.runtime.backends.fixed_batch import FixedBatch
@@ -125,51 +130,67 @@ def create_backend(
 
 
 def create_ensemble(
-    name: str,
-    bundle_dir: Path,
-    spec: BundleSpec,
-    *,
-    threads: int | None = None,
-    precision: Precision = "fp32",
-    device: Device | None = None,
+    name: str, bundle_dir: Path, spec: BundleSpec, **options: Unpack[BackendOptions]
 ) -> Sequence[Backend]:
     """A backend for each model file of a bundle, all of one kind; see `create_backend`."""
     parts = [replace(spec, model_files=(file,)) for file in spec.model_files]
-    return [
-        create_backend(name, bundle_dir, part, threads=threads, precision=precision, device=device) for part in parts
-    ]
+    return [create_backend(name, bundle_dir, part, **options) for part in parts]
 
 
-def choose_backend(name: str, device: Device | None = None) -> str:
-    """The backend that `name` (which may be `auto`) stands for on a device.
+def choose_backend(name: str, device: str | None = None) -> tuple[str, Device]:
+    """The backend that `name` (which may be `auto`) stands for, and the device it is to compute on.
 
     Raises SpecError for unknown names, BackendError when there is no such device, or no backend for it.
     """
     if name != "auto" and name not in BACKENDS:
         raise SpecError(f"backend: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
-    if device not in (None, *get_args(Device)):
-        raise SpecError(f"device: got {device!r}, expected {' or '.join(get_args(Device))}")
-    if device == "cuda" and not has_cuda_device():
+    wanted = None if device is None else parse_device(device)
+    if wanted is not None and wanted.kind == "cuda":
+        _check_gpu(wanted)
+    if name == "auto":
+        wanted = wanted or Device()
+        return _fastest_on(wanted), wanted
+    wanted = wanted or Device(BACKENDS[name].devices[0])
+    if wanted.kind not in BACKENDS[name].devices:
+        where = " or ".join(BACKENDS[name].devices)
         raise BackendError(
-            "a GPU is asked for (-device cuda) but there is none: no NVIDIA driver, or it offers no device\n"
+            f"backend {name} computes on {where}, not on {wanted}\ngive -device {where}, or another --backend"
+        )
+    return name, wanted
+
+
+def _check_gpu(device: Device) -> None:
+    count = cuda_device_count()
+    if count == 0:
+        raise BackendError(
+            f"a GPU is asked for (-device {device}) but there is none: no NVIDIA driver, or it offers no device\n"
             "leave the option out or give -device cpu; nvidia-smi lists the GPUs the driver knows"
         )
-    if name != "auto":
-        if device not in (None, BACKENDS[name].device):
-            raise BackendError(
-                f"backend {name} computes on {BACKENDS[name].device}, not on {device}\n"
-                f"give -device {BACKENDS[name].device}, or another --backend"
-            )
-        return name
-    order = _AUTO_ORDER[device or "cpu"]
-    if (installed := next((n for n in order if is_installed(n)), None)) is not None:
-        return installed
-    if device == "cuda":
+    if device.index >= count:
         raise BackendError(
-            "a GPU is asked for (-device cuda) but no installed backend computes on one\n"
-            "install one: pip install 'fastnnunet[rtx]' or 'fastnnunet[gpu]', or give -device cpu"
+            f"-device {device}: this process sees {count} GPU(s), expected cuda"
+            + (f" to cuda:{count - 1}" if count > 1 else "")
+            + "\nCUDA_VISIBLE_DEVICES decides which they are"
         )
-    return order[-1]
+
+
+def _fastest_on(device: Device) -> str:
+    if device.kind == "cpu":
+        return next((name for name in _CPU_ORDER if is_installed(name)), _CPU_ORDER[-1])
+    if is_installed("tensorrt"):
+        return "tensorrt"
+    problem = "it is not installed"
+    if is_installed("onnxruntime"):
+        from fastnnunet.runtime.backends.onnxruntime import why_no_cuda
+
+        if (reason := why_no_cuda()) is None:
+            return "onnxruntime"
+        problem = reason
+    raise BackendError(
+        f"a GPU is asked for (-device {device}) but no installed backend computes on one\n"
+        "install TensorRT: pip install 'fastnnunet[rtx]' or 'fastnnunet[gpu]', or give -device cpu\n"
+        f"or use ONNX Runtime: {problem}"
+    )
 
 
 def available_cores() -> int:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
 # Without the hint OpenVINO chooses bf16 by itself on CPUs that have it, and parity with nnU-Net is gone.
@@ -16,7 +17,9 @@ _PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 class OpenVINOBackend:
     name = "openvino"
 
-    def __init__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> None:
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device()
+    ) -> None:
         import openvino
 
         self.precision = precision

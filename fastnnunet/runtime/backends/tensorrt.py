@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.trt.cuda import Cuda
 from fastnnunet.trt.library import Library, find_library, installed_names
-from fastnnunet.trt.store import MODEL_FILES, StoredEngine, list_engines
+from fastnnunet.trt.store import StoredEngine, list_engines, source_file
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +37,19 @@ class _Prepared:
 class TensorRTBackend:
     name = "tensorrt"
 
-    def __init__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> None:
-        """Load the engine for this machine's GPU and allocate its memory. `threads` means nothing here."""
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device("cuda")
+    ) -> None:
+        """Load the engine for a GPU of this machine and allocate its memory. `threads` means nothing here."""
         self.precision = precision
-        self._cuda = cuda = Cuda()
+        self._cuda = cuda = Cuda(device.index)
         if (reason := cuda.why_no_device()) is not None:
             raise BackendError(
                 f"backend tensorrt needs an NVIDIA GPU with a current driver; CUDA says: {reason}\n"
                 "predict with --backend auto instead"
             )
         cuda.use_device()
-        library, stored = choose_engine(bundle_dir, precision, cuda.architecture())
+        library, stored = choose_engine(bundle_dir, spec, precision, cuda.architecture())
         self._library = library
         self._key = key = stored.key
         library.logger.errors.clear()
@@ -140,13 +143,15 @@ class TensorRTBackend:
         return f"expected (N, {', '.join(map(str, self._key.input_shape))})"
 
 
-def choose_engine(bundle_dir: Path, precision: Precision, architecture: str) -> tuple[Library, StoredEngine]:
-    """The engine of that precision for this GPU and an installed library, the largest batch first.
+def choose_engine(
+    bundle_dir: Path, spec: BundleSpec, precision: Precision, architecture: str
+) -> tuple[Library, StoredEngine]:
+    """The engine of the model file in that precision for this GPU and an installed library, the largest batch first.
 
     Raises BackendError that names what was found instead and how to make the right one.
     """
     libraries = [find_library(name) for name in installed_names()] or [find_library()]
-    model_file = bundle_dir / MODEL_FILES[precision]
+    model_file = bundle_dir / source_file(spec.model_file, precision)
     engines = list_engines(bundle_dir, model_file) if model_file.is_file() else []
     for library in libraries:
         fitting = [
@@ -161,7 +166,7 @@ def choose_engine(bundle_dir: Path, precision: Precision, architecture: str) -> 
     here = " or ".join(f"{library.name} {library.version}" for library in libraries)
     there = "\n".join(f"  - {engine.key}" for engine in engines) or "  - none"
     raise BackendError(
-        f"no engine of {bundle_dir} fits this machine: needed {precision} {architecture} {here}\n"
+        f"no engine of {bundle_dir} ({spec.model_file}) fits this machine: needed {precision} {architecture} {here}\n"
         f"engines of this model that were found:\n{there}\n"
         f"make one with: fastnnunet export tensorrt {bundle_dir} --arch {architecture} --precision {precision}"
     )

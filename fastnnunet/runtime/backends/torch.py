@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError, CorruptError, MismatchError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
 _TRUSTED_PACKAGE = "dynamic_network_architectures."
@@ -25,7 +26,9 @@ _UNUSED_AT_INFERENCE = ("decoder.seg_layers.", "mask_token")  # and what Primus 
 class TorchBackend:
     name = "torch"
 
-    def __init__(self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision) -> None:
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device()
+    ) -> None:
         import torch
 
         self.precision = precision
