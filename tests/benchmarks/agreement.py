@@ -4,7 +4,7 @@
 
 The same weights on both sides, image file in and label file out. Networks of each kind (3d on a CT, anisotropic,
 2d, cascade, regions) have random weights under which all labels occur, two folds with mirroring ("ensemble")
-and one fold without ("one fold"), and see the CT: as it is, every fourth slice, or a block of it. `--teacher` (five
+and one fold without ("one fold"), and see a block of the CT, or every fourth slice of it. `--teacher` (five
 folds, mirrored) and `--student` (one fold, not mirrored) are trained models for the images of `-i`.
 """
 
@@ -38,15 +38,15 @@ class Kind:
 
     toy: Toy
     step: tuple[int, int, int] = (1, 1, 1)
-    most: tuple[int, int, int] = (80, 96, 96)
+    most: tuple[int, int, int] = (64, 80, 80)
     cascade: bool = False
     labels: int = 3
 
 
 KINDS = {
-    "3d, resampled": Kind(toy=Toy(**CT, spacing=(2.0, 1.7, 1.7), mirror_axes=(0, 1, 2)), most=(200, 200, 200)),
+    "3d, resampled": Kind(toy=Toy(**CT, spacing=(2.0, 1.7, 1.7), mirror_axes=(0, 1, 2))),
     "anisotropic, separate z": Kind(toy=Toy(**CT, spacing=(5.0, 1.2, 1.2), mirror_axes=(1, 2)), step=(4, 1, 1)),
-    "2d": Kind(toy=Toy(**CT, dims=2, spacing=(1.3, 1.3), mirror_axes=(0, 1)), most=(30, 126, 164)),
+    "2d": Kind(toy=Toy(**CT, dims=2, spacing=(1.3, 1.3), mirror_axes=(0, 1)), most=(20, 126, 164)),
     "cascade": Kind(toy=Toy(**CT, spacing=(1.7, 1.7, 1.7), mirror_axes=(0, 1, 2)), cascade=True),
     "regions": Kind(
         toy=Toy(**CT, labels=REGIONS, regions_class_order=[1, 3, 2], spacing=(1.7, 1.7, 1.7), mirror_axes=(0, 1, 2))
