@@ -1,8 +1,12 @@
 """`fastnnunet benchmark` on a toy model that exists twice: as nnU-Net folds, and as a bundle holding fold 0."""
 
+import contextlib
+import io
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +14,8 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.configuration import default_num_processes
 
-from fastnnunet.bench.arms import BundleArm
-from fastnnunet.bench.measure import peak_memory_bytes
 from fastnnunet.bench.metrics import label_metrics
 from fastnnunet.cli.main import main
-from fastnnunet.runtime.cases import Case
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 
 CASES = ("one", "three", "two")
@@ -49,6 +50,7 @@ def run(place: Path, *args: object, folds: tuple[int, ...] = (0, 1), threads: in
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             patch.setenv(name, str(place / "results"))
+        patch.setenv("FASTNNUNET_CACHE_HOME", str(place / "home"))
         base = ("benchmark", "-d", 999, "-c", "3d_toy", "-p", "toyPlans", "-f", *folds, "--threads", threads)
         try:
             main([str(a) for a in (*base, *args)])
@@ -65,16 +67,33 @@ def read(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def test_one_run_measures_speed_parity_and_dice(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--backend", "onnxruntime", "torch", "--baseline-cases", 2, "--repeat", 2, "--no-memory")
-    assert run(place, *files(place, tmp_path), *options) == 0
-    record_file = next(tmp_path.glob("benchmark_*.json"))
-    record = json.loads(record_file.read_text())
+@dataclass(frozen=True)
+class Run:
+    """A finished benchmark."""
+
+    record: dict[str, Any]
+    out: Path
+    page: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Everything but the ensemble through this runtime."""
+    out = tmp_path_factory.mktemp("whole")
+    page = out / "pages" / "benchmark.html"
+    options = ("--backend", "onnxruntime", "torch", "--baseline-cases", 2, "--repeat", 2, "--cold-rounds", 1)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(place, *files(place, out), *options, "--html", page) == 0
+    record_file = next(out.glob("benchmark_*.json"))
     assert record_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    ensemble, fold, *students = record["arms"].values()
-    assert list(record["arms"])[:2] == ["nnunetv2 ensemble", "nnunetv2 one fold"]
+    return Run(json.loads(record_file.read_text()), out, page, printed.getvalue())
+
+
+def test_one_run_measures_speed_parity_and_dice(place: Path, whole: Run) -> None:
+    record = whole.record
+    assert list(record["arms"])[:3] == ["nnunetv2 ensemble", "nnunetv2 one fold", "bundle nnunetv2"]
+    ensemble, fold, stock, *students = record["arms"].values()
     assert [s["backend"] for s in students] == ["onnxruntime", "torch"]
     assert record["threads"] == 1
     assert record["hardware"]["cpu"]
@@ -83,6 +102,8 @@ def test_one_run_measures_speed_parity_and_dice(
     assert (ensemble["cases"], ensemble["samples"], ensemble["folds"]) == (2, 2, ["0", "1"])
     assert list(ensemble["per_case_s"]) == ["one", "three"]  # the first two by name
     assert ensemble["size_bytes"] == 2 * fold["size_bytes"] == 8 * ensemble["parameters"]
+    for case, passes in ensemble["forward_passes"].items():  # two folds and every mirror of three axes
+        assert passes == 16 * fold["forward_passes"][case] == 16 * stock["forward_passes"][case] > 0
     for student in students:
         assert (student["cases"], student["samples"]) == (3, 6)
         assert student["parity"]["label_agreement"] == 1.0
@@ -92,11 +113,30 @@ def test_one_run_measures_speed_parity_and_dice(
     assert ensemble["times_faster_than_ensemble"] == 1.0
     assert ensemble["agreement_with_ensemble"] == 1.0
 
-    predictions = tmp_path / "predictions"
+    for arm in record["arms"].values():
+        assert set(arm["stages"]) == {"read", "preprocess", "infer", "postprocess", "write"}
+        for stage in arm["stages"].values():
+            assert 0 < stage["p50_s"] <= stage["p90_s"] < arm["p90_s"]
+        assert sum(stage["p50_s"] for stage in arm["stages"].values()) < 1.5 * arm["p90_s"]
+        assert 30e6 < arm["peak_memory_bytes"] < 4e9
+        assert arm["peak_gpu_memory_bytes"] is None
+        assert "CPU" in arm["no_gpu_memory_because"]
+    onnxruntime, torch_arm = students
+    assert onnxruntime["peak_memory_bytes"] < 400e6 < torch_arm["peak_memory_bytes"], "the slim one has no torch"
+
+    predictions = whole.out / "predictions"
     for case in ("one", "three"):  # the bundle holds fold 0, so it predicts what fold 0 without mirroring predicts
         single = read(predictions / "nnunetv2_one_fold" / f"{case}.nii.gz")
+        np.testing.assert_array_equal(single, read(predictions / "bundle_nnunetv2" / f"{case}.nii.gz"))
         assert np.mean(single == read(predictions / "bundle_onnxruntime" / f"{case}.nii.gz")) >= 0.9999
         assert np.mean(single == read(predictions / "nnunetv2_ensemble" / f"{case}.nii.gz")) < 0.9999
+    different = sum(
+        np.count_nonzero(read(predictions / "bundle_nnunetv2" / name) != read(predictions / "bundle_torch" / name))
+        for name in ("one.nii.gz", "three.nii.gz")
+    )
+    same = torch_arm["same_network"]
+    assert (same["arm"], same["cases"], same["voxels"]) == ("bundle nnunetv2", 2, 2 * 16 * 22 * 27)
+    assert same["different_voxels"] == different <= 2
     dice = [
         label_metrics(
             read(place / "labels" / f"{case}.nii.gz"),
@@ -106,10 +146,69 @@ def test_one_run_measures_speed_parity_and_dice(
         ).dice
         for case in CASES
     ]
-    assert students[1]["metrics"]["a"]["dice"] == pytest.approx(np.mean(dice))
-    printed = capsys.readouterr().out
-    assert "nnunetv2 ensemble" in printed
-    assert "bundle onnxruntime" in printed
+    assert torch_arm["metrics"]["a"]["dice"] == pytest.approx(np.mean(dice))
+    assert "nnunetv2 ensemble" in whole.printed
+    assert "bundle onnxruntime" in whole.printed
+    assert record["summary"] in " ".join(whole.printed.split())
+
+
+def test_cold_start_is_a_new_process_that_leaves_the_same_labels(whole: Run) -> None:
+    cold = {name: arm["cold"] for name, arm in whole.record["arms"].items() if "cold" in arm}
+    assert list(cold) == ["nnunetv2 ensemble", "nnunetv2 one fold", "bundle onnxruntime", "bundle torch"]
+    for name, times in cold.items():
+        assert len(times["elapsed_s"]) == 1
+        assert times["median_s"] == times["elapsed_s"][0] > whole.record["arms"][name]["median_s"]
+        assert times["agreement_with_warm"] == 1.0
+    ratio = cold["nnunetv2 ensemble"]["median_s"] / cold["bundle onnxruntime"]["median_s"]
+    assert cold["bundle onnxruntime"]["times_faster_than_ensemble"] == pytest.approx(ratio)
+
+
+def test_an_ensemble_can_be_extrapolated_from_counted_forward_passes(place: Path, whole: Run, tmp_path: Path) -> None:
+    """Only fold 0 is there; precisions that a backend has not are named and left out."""
+    few = tmp_path / "place"
+    shutil.copytree(place, few)
+    shutil.rmtree(next(few.glob("results/*/*/fold_1")))
+    page = tmp_path / "page.html"
+    options = ("--backend", "onnxruntime", "torch", "--precision", "fp32", "bf16", "--no-same-network", "--repeat", 1)
+    more = (
+        "--baseline-cases",
+        1,
+        "--cold-rounds",
+        0,
+        "--no-baseline-warm-up",
+        "--extrapolate-ensemble",
+        "--html",
+        page,
+    )
+    assert run(few, *files(few, tmp_path), *options, *more) == 0
+    record = json.loads(next(tmp_path.glob("benchmark_*.json")).read_text())
+    assert list(record["arms"])[2:] == ["bundle onnxruntime", "bundle torch", "bundle torch bf16"]
+    assert record["left_out"] == ["onnxruntime bf16: this backend does not compute in bf16"]
+    ensemble, fold = record["arms"]["nnunetv2 ensemble"], record["arms"]["nnunetv2 one fold"]
+    told = ensemble["extrapolated"]
+    assert told["forward_passes"] == {"one": whole.record["arms"]["nnunetv2 ensemble"]["forward_passes"]["one"]}
+    assert ensemble["stages"]["infer"]["p50_s"] == pytest.approx(16 * fold["stages"]["infer"]["p50_s"])
+    for stage in ("read", "preprocess", "postprocess", "write"):
+        assert ensemble["stages"][stage] == fold["stages"][stage]
+    assert ensemble["median_s"] == pytest.approx(fold["median_s"] + 15 * fold["stages"]["infer"]["p50_s"])
+    assert ensemble["peak_memory_bytes"] is ensemble["agreement_with_ensemble"] is None
+    assert "metrics" not in ensemble
+    assert fold["times_faster_than_ensemble"] == pytest.approx(ensemble["median_s"] / fold["median_s"])
+    assert not (tmp_path / "predictions" / "nnunetv2_ensemble").exists()
+    assert "was not run" in page.read_text()
+    assert "(extrapolated)" in page.read_text()
+
+
+def test_the_ensemble_through_this_runtime_is_compared_with_nnunetv2(place: Path, tmp_path: Path) -> None:
+    options = ("--backend", "onnxruntime", "--no-same-network", "--baseline-cases", 1, "--cold-rounds", 0)
+    assert run(place, *files(place, tmp_path), *options, "--runtime-ensemble") == 0
+    record = json.loads(next(tmp_path.glob("benchmark_*.json")).read_text())
+    ours = record["arms"]["ensemble onnxruntime"]
+    assert ours["same_network"]["arm"] == "nnunetv2 ensemble"
+    assert ours["same_network"]["share"] >= 0.9999
+    assert ours["agreement_with_ensemble"] == ours["same_network"]["share"]
+    assert ours["cases"] == 1
+    assert record["summary"].startswith("bundle onnxruntime predicts")
 
 
 def test_ensemble_arm_is_nnunets_prediction(place: Path, tmp_path: Path) -> None:
@@ -124,9 +223,9 @@ def test_ensemble_arm_is_nnunets_prediction(place: Path, tmp_path: Path) -> None
     image = place / "images" / "two_0000.nii.gz"
     oracle.predict_from_files_sequential([[str(image)]], [str(tmp_path / "oracle")])
     reference = load_reference(folder, (0, 1), mirroring=True, threads=1)
-    stages = reference.predict_case([image], tmp_path / "mine.nii.gz")
-    assert set(stages) == {"preprocess_s", "infer_s", "postprocess_s"}
-    assert min(stages.values()) > 0
+    told = reference.predict_case([image], tmp_path / "mine.nii.gz")
+    assert list(told.stages_s) == ["read_s", "preprocess_s", "infer_s", "postprocess_s", "write_s"]
+    assert min(told.stages_s.values()) > 0
     np.testing.assert_array_equal(read(tmp_path / "oracle.nii.gz"), read(tmp_path / "mine.nii.gz"))
 
 
@@ -150,6 +249,9 @@ def test_bad_input_is_one_message_and_nothing_is_written(
         ((*given, "-i", tmp_path / "none"), {}, "input not found"),
         ((*given, "-m", changed), {}, "was changed after export"),
         ((*given, "--precision", "fp8"), {}, "expected one of fp32, bf16, fp16, int8"),
+        ((*given, "--backend", "onnxruntime", "--precision", "bf16"), {}, "none of the backends onnxruntime computes"),
+        ((*given, "--extrapolate-ensemble", "--runtime-ensemble"), {}, "leave out one of the two"),
+        ((*given, "--cold-rounds", -1), {}, "expected 0 or more"),
         (given, too_many, "nnUNet_def_n_proc"),
     ]
     for args, how, expected in cases:
@@ -158,10 +260,3 @@ def test_bad_input_is_one_message_and_nothing_is_written(
         assert expected in message
         assert "Traceback" not in message
         assert not out.exists()
-
-
-def test_memory_of_an_arm(place: Path, tmp_path: Path) -> None:
-    """The process holds the engine and NumPy, and no torch."""
-    arm = BundleArm(name="x", bundle=place / "bundle", backend="onnxruntime", precision="fp32", threads=1)
-    case = Case("one", (place / "images" / "one_0000.nii.gz",))
-    assert 30e6 < peak_memory_bytes(arm, case, tmp_path / "one.nii.gz") < 400e6
