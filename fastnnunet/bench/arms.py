@@ -10,7 +10,7 @@ import numpy as np
 
 from fastnnunet.bench.worker import CaseRun, Runner
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import BACKENDS, Precision, choose_backend, create_ensemble
+from fastnnunet.runtime.backends.base import BACKENDS, Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.bundle import load_bundle_spec
 
@@ -144,7 +144,7 @@ class BundleArm:
 
     @property
     def on_gpu(self) -> bool:
-        return BACKENDS[choose_backend(self.backend)].needs_gpu
+        return BACKENDS[self.backend].needs_gpu
 
     def load(self) -> Runner:
         """Check and load the bundle. Raises NotFoundError, CorruptError, BackendError."""
@@ -165,7 +165,7 @@ class BundleArm:
             "kind": "bundle",
             "bundle": self.bundle.name,
             "backend": self.backend,
-            "device": BACKENDS[choose_backend(self.backend)].device,
+            "device": "cuda" if self.on_gpu else "cpu",
             "precision": self.precision,
             "parameters": spec.provenance.get("parameters"),
             "size_bytes": sum((self.bundle / name).stat().st_size for name in spec.model_files),

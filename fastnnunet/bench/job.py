@@ -14,7 +14,6 @@ from fastnnunet.runtime.backends.base import (
     BACKENDS,
     Precision,
     available_cores,
-    choose_backend,
     installed_cpu_backends,
 )
 from fastnnunet.runtime.cases import Case, find_cases
@@ -163,7 +162,9 @@ def _engines(job: BenchmarkJob) -> tuple[list[tuple[str, Precision]], tuple[str,
 
     Raises BackendError where no backend has a precision, SpecError for unknown names.
     """
-    backends = [choose_backend(name) for name in job.backends or installed_cpu_backends()]
+    backends = job.backends or installed_cpu_backends()
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        raise SpecError(f"--backend: got {unknown[0]!r}, expected some of {', '.join(BACKENDS)}")
     pairs = [(backend, precision) for backend in backends for precision in job.precisions]
     engines = [pair for pair in pairs if pair[1] in BACKENDS[pair[0]].precisions]
     for precision in job.precisions:

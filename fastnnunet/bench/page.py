@@ -50,9 +50,9 @@ def page(record: Record, pictures: Sequence[CasePictures]) -> str:
         f'<p class="when">{escape(record["created"])}, {escape(record["hardware"]["cpu"])}, '
         f"{record['threads']} threads</p>",
         f'<p class="lead">{escape(headline(record))}</p>',
-        _section("Results", _box(_main_table(record)), _notes(record)),
-        _section("Seconds per case", _plot(total_plot(record))),
-        _section("Stages", _box(_stage_table(record)), "", _plot(stage_plot(record))),
+        _section("Seconds per case", _box(_speed_table(record)), _notes(record), _plot(total_plot(record))),
+        _section("Accuracy and memory", _box(_quality_table(record))),
+        _section("Stages", _box(_stage_table(record)), _plot(stage_plot(record))),
     ]
     if any("metrics" in arm for arm in record["arms"].values()):
         note = f'<p class="note">Over the {record["baseline_cases"]} case(s) that every arm predicted.</p>'
@@ -97,16 +97,21 @@ def _table(record: Record, headings: Sequence[str], rows: Mapping[str, Sequence[
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _main_table(record: Record) -> str:
-    arms = record["arms"]
+def _speed_table(record: Record) -> str:
     columns: dict[str, Callable[[Any], str]] = {
-        "seconds per case, warm, median": lambda a: seconds(a["median_s"]),
-        "90th percentile": lambda a: seconds(a["p90_s"]),
+        "warm, median": lambda a: seconds(a["median_s"]),
+        "warm, 90th percentile": lambda a: seconds(a["p90_s"]),
         "faster than the ensemble": lambda a: times(a["times_faster_than_ensemble"]),
         "faster than one fold": lambda a: times(a["times_faster_than_single_fold"]),
         "cold start to file": lambda a: seconds(a.get("cold", {}).get("median_s")),
         "cold, faster than the ensemble": lambda a: times(a.get("cold", {}).get("times_faster_than_ensemble")),
         "cold, faster than one fold": lambda a: times(a.get("cold", {}).get("times_faster_than_single_fold")),
+    }
+    return _arm_table(record, columns)
+
+
+def _quality_table(record: Record) -> str:
+    columns: dict[str, Callable[[Any], str]] = {
         "mean Dice (0 to 1)": lambda a: dice(a.get("dice_on_common_cases")),
         "voxels as nnunetv2, same network": lambda a: percent((a.get("same_network") or {}).get("share")),
         "voxels as the ensemble": lambda a: percent(a["agreement_with_ensemble"]),
@@ -115,7 +120,12 @@ def _main_table(record: Record) -> str:
         "parameters": lambda a: NONE if a["parameters"] is None else f"{a['parameters'] / 1e6:.2f} million",
         "weights": lambda a: size(a["size_bytes"]),
     }
-    return _table(record, ["", *columns], {n: [cell(arm) for cell in columns.values()] for n, arm in arms.items()})
+    return _arm_table(record, columns)
+
+
+def _arm_table(record: Record, columns: Mapping[str, Callable[[Any], str]]) -> str:
+    rows = {name: [cell(arm) for cell in columns.values()] for name, arm in record["arms"].items()}
+    return _table(record, ["", *columns], rows)
 
 
 def _stage_table(record: Record) -> str:

@@ -25,6 +25,8 @@ _SETTINGS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+_HEIGHTS_PT = (12, -20, 28, -36)
+_LEAST_SCALE = 0.85  # below that a plot scrolls rather than shrinks
 Record = Mapping[str, Any]
 
 
@@ -95,14 +97,21 @@ def dice_plot(record: Record) -> str:
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.subplots()
-        for number, (name, arm) in enumerate(arms.items()):
-            colour = _colour(record, name)
+        ordered = sorted(arms.items(), key=lambda entry: entry[1]["median_s"])
+        for number, (name, arm) in enumerate(ordered):
             x, y = 1e3 * arm["median_s"], arm["dice_on_common_cases"]
-            axes.scatter(x, y, s=48, color=colour, zorder=3)
-            side = -10 if number % 2 else 7  # arms of one network are nearly as good as each other
-            axes.annotate(f"{name}  {dice(y)}", (x, y), xytext=(5, side), textcoords="offset points", fontsize=8)
+            axes.scatter(x, y, s=48, color=_colour(record, name), zorder=3)
+            # arms of one network lie side by side, so their names are put at different heights
+            axes.annotate(
+                f"{name}  {dice(y)}",
+                (x, y),
+                xytext=(6, _HEIGHTS_PT[number % len(_HEIGHTS_PT)]),
+                textcoords="offset points",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkB": 3},
+            )
         axes.set_xscale("log")
-        axes.margins(x=0.3, y=0.25)
+        axes.margins(x=0.3, y=0.4)
         axes.set_xlabel("milliseconds per case, median, warm (log)")
         axes.set_ylabel("mean Dice (0 to 1)")
         axes.grid(color=MUTED, linewidth=0.3)
@@ -141,4 +150,5 @@ def _svg(figure: Any, name: str, alt: str) -> str:
     text = text[text.index("<svg") :]
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+    least_px = round(_LEAST_SCALE * 96 * figure.get_figwidth())
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" style="min-width: {least_px}px" ', 1)

@@ -24,7 +24,8 @@ th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 tr.student th { color: var(--accent); }
 .plot { padding: .75rem; }
-.plot svg { display: block; width: 100%; height: auto; min-width: 44rem; }
+.box + .box { margin-top: .75rem; }
+.plot svg { display: block; width: 100%; height: auto; }
 .slices { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; }
 figure { margin: 0; }
 .slices img { display: block; width: 100%; height: auto; background: #000; border-radius: 4px;
