@@ -43,7 +43,7 @@ def stage_plot(record: Record) -> str:
             values = [arm["stages"].get(stage, {}).get("p50_s", 0.0) for arm in arms.values()]
             axes.barh(list(arms), values, color=_colours(record), height=0.62)
             for row, value in enumerate(values):
-                axes.text(max(value, 1e-9), row, f" {seconds(value)}", va="center", fontsize=8, clip_on=True)
+                _beside(axes, max(value, 1e-9), row, seconds(value))
             axes.set_title(stage, fontsize=10, loc="left", color=INK)
             axes.set_xlabel("seconds (log)")
         _log_axis(panels[0], [s["p50_s"] for arm in arms.values() for s in arm["stages"].values()], room=30)
@@ -72,12 +72,12 @@ def total_plot(record: Record) -> str:
         p90 = [arm["p90_s"] for arm in arms.values()]
         axes.hlines(rows - shift, warm, p90, color=INK, linewidth=1)
         for row, (value, high) in enumerate(zip(warm, p90, strict=True)):
-            axes.text(high, row - shift, f"  {seconds(value)}", va="center", fontsize=8)
+            _beside(axes, high, row - shift, seconds(value))
         if has_cold:
             axes.barh(rows + shift, cold, height, color="none", edgecolor=INK, hatch="///", linewidth=0.8)
             for row, value in enumerate(cold):
                 if np.isfinite(value):
-                    axes.text(value, row + shift, f"  {seconds(value)}", va="center", fontsize=8)
+                    _beside(axes, value, row + shift, seconds(value))
         axes.set_yticks(rows, list(arms))
         axes.invert_yaxis()
         _log_axis(axes, [v for v in (*warm, *p90, *cold) if np.isfinite(v)], room=4)
@@ -118,6 +118,11 @@ def dice_plot(record: Record) -> str:
         return _svg(
             figure, "dice", "Points: mean Dice against milliseconds per case for every arm; the table has the values"
         )
+
+
+def _beside(axes: Any, x: float, row: float, text: str) -> None:
+    """Right of the end of a bar."""
+    axes.annotate(text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _colours(record: Record) -> list[str]:
