@@ -12,6 +12,8 @@ from typing import Any, Protocol, Self
 
 from fastnnunet.errors import BuildError, FastnnUNetError
 
+_PATIENCE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class CaseRun:
@@ -82,8 +84,9 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pipe.close()
-        self._process.terminate()  # it holds nothing that has to be finished
+        self._pipe.close()  # which tells it to end
+        self._process.join(_PATIENCE_S)
+        self._process.terminate()  # in the middle of a case that nobody waits for
         self._process.join()
 
 
