@@ -4,12 +4,17 @@ make benchmark DATASET=4 CONFIG=3d_fullres FOLD=0 R="2 4" BUNDLES=bundles
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
+from fastnnunet.bench.benchmark import run_benchmark
+from fastnnunet.bench.headline import headline
+from fastnnunet.bench.job import BenchmarkJob
+from fastnnunet.bench.page import pictures_of, write_page
 from fastnnunet.bench.plot import plot_benchmark
 from fastnnunet.bench.record import write_json
 from fastnnunet.bench.tables import benchmark_table, wide_console
@@ -29,17 +34,22 @@ def main(args: argparse.Namespace) -> None:
         labels=labels if labels.is_dir() else None,
         output=args.output,
         baseline_cases=args.baseline_cases,
+        cold_rounds=3,
     )
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("preparing", total=None)
         record = run_benchmark(
             job, lambda what, done, expected: bar.update(task, description=what, completed=done, total=expected)
         )
+    record["command"] = shlex.join(["python", "-m", "pipelines.benchmark", *sys.argv[1:]])
+    record["summary"] = headline(record)
     target = args.output / f"benchmark_{name}.json"
     write_json(target, record)
     plot_benchmark(record, target.with_suffix(".png"))
     wide_console().print(benchmark_table(record))
-    print(f"record: {target}")
+    page = target.with_suffix(".html")
+    write_page(record, pictures_of(record, job.images, job.labels, job.output), page)
+    print(f"record: {target}\npage:   {page}")
 
 
 if __name__ == "__main__":

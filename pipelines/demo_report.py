@@ -7,10 +7,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastnnunet.bench.benchmark import ENSEMBLE, SINGLE, prediction_folder
-from fastnnunet.bench.plot import save_png, seconds_text
+from fastnnunet.bench.benchmark import prediction_folder
+from fastnnunet.bench.job import ENSEMBLE, SINGLE
+from fastnnunet.bench.numbers import seconds
+from fastnnunet.bench.plot import save_png
 from fastnnunet.bench.record import write_json
 from fastnnunet.bench.segmentations import read_segmentation
+from fastnnunet.bench.slices import draw_slice, read_grey
 from fastnnunet.nnunet.plans import read_json
 from pipelines.demo_stages import Demo, cache_statistics
 
@@ -68,7 +71,7 @@ def _table(record: dict[str, Any], labels: list[str]) -> Table:
     for label in labels:
         table.add_row(f"Dice {label}", *(f"{row['dice'][label]:.3f}" for row in rows))
     table.add_row("Dice mean", *(f"{row['mean_dice']:.3f}" for row in rows), style="bold", end_section=True)
-    table.add_row("time per case", *(seconds_text(row["seconds_per_case"]) for row in rows))
+    table.add_row("time per case", *(seconds(row["seconds_per_case"]) for row in rows))
     table.add_row("x faster than the ensemble", *(f"{row['times_faster_than_ensemble']:.3g}" for row in rows))
     table.add_row("x faster than one fold", *(f"{row['times_faster_than_single_fold']:.3g}" for row in rows))
     table.add_row("parameters", *(f"{row['parameters'] / 1e6:.2f} M" for row in rows))
@@ -78,27 +81,24 @@ def _table(record: dict[str, Any], labels: list[str]) -> Table:
 
 def _picture(demo: Demo, benchmark: dict[str, Any], path: Path) -> None:
     """Image, truth, ensemble and students side by side: two held-out cases, the slice with most of the last label."""
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     arms = [name for name in benchmark["arms"] if name != SINGLE]
     columns = ["image", "truth", *arms]
     figure = Figure(figsize=(2.6 * len(columns), 5.6), layout="constrained")
     axes = figure.subplots(2, len(columns))
-    colours = ListedColormap(["#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#f0e442"])
     for row, case in enumerate(benchmark["cases"][:2]):
-        image = read_segmentation(demo.raw / "imagesTs" / f"{case}_0000.nii.gz").labels_zyx
+        image = read_grey(demo.raw / "imagesTs" / f"{case}_0000.nii.gz")
         truth = read_segmentation(demo.raw / "labelsTs" / f"{case}.nii.gz")
         z = int(np.argmax((truth.labels_zyx == truth.labels_zyx.max()).sum(axis=(1, 2))))
         aspect = truth.spacing_mm[1] / truth.spacing_mm[2]
         for axis, column in zip(axes[row], columns, strict=True):
-            axis.imshow(image[z], cmap="gray", vmin=-160, vmax=240, aspect=aspect)
+            labels = None
             if column != "image":
                 predicted = prediction_folder(demo.benchmark_file.parent, column)
                 folder = demo.raw / "labelsTs" if column == "truth" else predicted
                 labels = read_segmentation(folder / f"{case}.nii.gz").labels_zyx[z]
-                axis.imshow(np.ma.masked_equal(labels, 0), cmap=colours, vmin=1, vmax=6, alpha=0.55, aspect=aspect)
-            axis.set_axis_off()
+            draw_slice(axis, image[z], labels, (-160, 240), aspect)
             if row == 0:
                 axis.set_title(_caption(benchmark, column), fontsize=9)
     save_png(figure, path)
@@ -109,4 +109,4 @@ def _caption(benchmark: dict[str, Any], column: str) -> str:
     if arm is None:
         return column
     name = "teacher ensemble" if column == ENSEMBLE else column
-    return f"{name}\nDice {arm['metrics']['foreground_mean']['dice']:.3f}, {seconds_text(arm['median_s'])}"
+    return f"{name}\nDice {arm['metrics']['foreground_mean']['dice']:.3f}, {seconds(arm['median_s'])}"

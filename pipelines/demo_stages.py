@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
+from fastnnunet.bench.benchmark import run_benchmark
+from fastnnunet.bench.job import BenchmarkJob
 from fastnnunet.bench.record import write_json
 from fastnnunet.cache.build import CaseDone, build_cache
 from fastnnunet.distill.soft_labels import cache_job
@@ -198,7 +199,7 @@ def measure(demo: Demo, report: Report, fresh: bool) -> None:
         baseline_cases=demo.spec.n_test,
         repeat=demo.spec.repeat,
         threads=available_cores(),
-        memory=False,
+        same_network=False,
     )
     write_json(demo.benchmark_file, run_benchmark(job, advance))
 

@@ -1,15 +1,16 @@
-"""What a benchmark compares: nnU-Net's own predictor and bundles on backends. Both go from image file to label file."""
+"""What a benchmark compares, each from image file to label file: nnU-Net's own predictor on folds of a model and on the
+network of a bundle, and bundles on backends.
+"""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastnnunet.bench.measure import Runner
+from fastnnunet.bench.worker import CaseRun, Runner
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import Precision, create_ensemble
+from fastnnunet.runtime.backends.base import BACKENDS, Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.bundle import load_bundle_spec
 
@@ -26,6 +27,10 @@ class ReferenceArm:
     checkpoint: str = "checkpoint_final.pth"
     device: str = "cpu"
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
     def load(self) -> Runner:
         """Load all folds. Raises NotFoundError, CorruptError, SpecError."""
         from fastnnunet.nnunet.reference import load_reference
@@ -39,13 +44,17 @@ class ReferenceArm:
             device=self.device,
         )
 
-        def run(case: Case, output: Path) -> Mapping[str, float]:
-            return reference.predict_case(case.files, output)
+        def run(case: Case, output: Path) -> CaseRun:
+            told = reference.predict_case(case.files, output)
+            return CaseRun(told.stages_s, told.forward_passes)
 
         return run
 
     def describe(self) -> dict[str, Any]:
-        """For the record; `parameters` of one network, `size_bytes` of the float32 weights of all folds."""
+        """For the record; `parameters` of one network, `size_bytes` of the float32 weights of all folds.
+
+        `mirrors`: forward passes of a fold for one tile.
+        """
         from fastnnunet.nnunet.checkpoint import load_checkpoint
         from fastnnunet.nnunet.plans import build_network, read_json
 
@@ -58,10 +67,68 @@ class ReferenceArm:
             "model": self.model_folder.name,
             "folds": [str(f) for f in self.folds],
             "mirroring": self.mirroring,
+            "mirrors": 2 ** len(first.get("inference_allowed_mirroring_axes") or ()) if self.mirroring else 1,
             "device": self.device,
             "precision": "fp32",
             "parameters": parameters,
             "size_bytes": 4 * parameters * len(self.folds),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockArm:
+    """The network of a bundle run by nnU-Net: what the bundle's own arms have to agree with."""
+
+    name: str
+    bundle: Path
+    threads: int
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def load(self) -> Runner:
+        """Rebuild the network of every fold. Raises NotFoundError, CorruptError, MismatchError, SpecError."""
+        from fastnnunet.nnunet.reference import reference_of_network
+        from fastnnunet.runtime.backends.torch import build_network, load_onnx_weights
+
+        spec = load_bundle_spec(self.bundle)
+        network, weights = build_network(spec), []
+        for file in spec.model_files:
+            load_onnx_weights(network, self.bundle / file)
+            weights.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        reference = reference_of_network(
+            network,
+            weights,
+            spec.plans,
+            spec.configuration,
+            spec.dataset_json,
+            mirror_axes=spec.mirror_axes,
+            threads=self.threads,
+            step_size=spec.step_size,
+            device=self.device,
+        )
+
+        def run(case: Case, output: Path) -> CaseRun:
+            told = reference.predict_case(case.files, output)
+            return CaseRun(told.stages_s, told.forward_passes)
+
+        return run
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        spec = load_bundle_spec(self.bundle)
+        return {
+            "kind": "nnunetv2",
+            "bundle": self.bundle.name,
+            "folds": list(spec.folds),
+            "mirroring": bool(spec.mirror_axes),
+            "mirrors": 2 ** len(spec.mirror_axes or ()),
+            "device": self.device,
+            "precision": "fp32",
+            "parameters": spec.provenance.get("parameters"),
+            "size_bytes": sum((self.bundle / name).stat().st_size for name in spec.model_files),
         }
 
 
@@ -75,15 +142,19 @@ class BundleArm:
     precision: Precision
     threads: int
 
+    @property
+    def on_gpu(self) -> bool:
+        return BACKENDS[self.backend].needs_gpu
+
     def load(self) -> Runner:
         """Check and load the bundle. Raises NotFoundError, CorruptError, BackendError."""
         from fastnnunet.runtime.predict import Predictor
 
         predictor = Predictor.load(self.bundle, self.backend, threads=self.threads, precision=self.precision)
 
-        def run(case: Case, output: Path) -> Mapping[str, float]:
+        def run(case: Case, output: Path) -> CaseRun:
             times = asdict(predictor.predict_case(case, output).times)
-            return {name: float(value) for name, value in times.items()}
+            return CaseRun({name: float(value) for name, value in times.items()})
 
         return run
 
@@ -94,6 +165,7 @@ class BundleArm:
             "kind": "bundle",
             "bundle": self.bundle.name,
             "backend": self.backend,
+            "device": "cuda" if self.on_gpu else "cpu",
             "precision": self.precision,
             "parameters": spec.provenance.get("parameters"),
             "size_bytes": sum((self.bundle / name).stat().st_size for name in spec.model_files),

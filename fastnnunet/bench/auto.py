@@ -1,7 +1,5 @@
 """Several student sizes from one cache, and the smallest that loses no more Dice than allowed."""
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from fastnnunet.bench.arms import ReferenceArm
 from fastnnunet.bench.choose import Candidate, choose, paired_points
 from fastnnunet.bench.evaluate import evaluate_cases
+from fastnnunet.bench.patch_speed import ms_per_patch
 from fastnnunet.bench.record import hardware, now_utc, versions
 from fastnnunet.bench.segmentations import make_label_set
 from fastnnunet.distill.train import BEST, FINAL, LATEST, TrainingJob, run_folder, train_students
@@ -21,7 +20,7 @@ from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import read_json
 from fastnnunet.nnunet.splits import split_of
-from fastnnunet.runtime.backends.base import available_cores, create_backend
+from fastnnunet.runtime.backends.base import available_cores
 from fastnnunet.runtime.cases import Case, find_cases
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -83,10 +82,10 @@ def auto_size(
             "dice": dice_of(predictions),
             "parameters": spec.provenance["parameters"],
             "backend": predictor.backend.name,
-            "ms_per_patch": _ms_per_patch(bundle, threads),
             "model": fold_folder.parent.name,
             "bundle": str(bundle),
         }
+    speed = ms_per_patch({name: output / "bundles" / name for name in students}, threads=threads)
     for case in found:
         run(case, output / "predictions" / "reference" / f"{case.case_id}{labels.file_ending}")
     reference_dice = dice_of(output / "predictions" / "reference")
@@ -94,7 +93,11 @@ def auto_size(
     for name, row in students.items():
         points = paired_points(row["dice"], reference_dice)
         candidates.append(Candidate(name=name, parameters=row["parameters"], points=points))
-        row |= {"mean_dice": float(np.nanmean(list(row["dice"].values()))), "points": to_plain(points)}
+        row |= {
+            "ms_per_patch": speed[name]["fp32"],
+            "mean_dice": float(np.nanmean(list(row["dice"].values()))),
+            "points": to_plain(points),
+        }
     choice = choose(candidates, within)
     return {
         "created": now_utc(),
@@ -149,16 +152,3 @@ def _require(found: Sequence[Case], cases: Sequence[str]) -> None:
             raise ImageError(case.problem)
     if missing := sorted(set(cases) - {c.case_id for c in found}):
         raise NotFoundError(f"no image in imagesTr for validation case(s): {', '.join(missing)}")
-
-
-def _ms_per_patch(bundle: Path, threads: int, repeats: int = 20) -> float:
-    """Median of one forward pass of one real patch on the fastest installed backend, after a warm-up."""
-    backend = create_backend("auto", bundle, load_bundle_spec(bundle), threads=threads)
-    with np.load(bundle / "parity.npz") as stored:
-        patch_NCX = np.ascontiguousarray(stored["image"][:1])
-    times = []
-    for _ in range(repeats + 3):
-        start = time.perf_counter()
-        backend.run(patch_NCX)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[3:])

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from fastnnunet.bench.numbers import seconds
+
 
 def plot_benchmark(record: dict[str, Any], path: Path) -> None:
     """Bars of seconds per case on a logarithmic axis, with ratio and Dice beside each; written whole or not at all."""
@@ -12,14 +14,14 @@ def plot_benchmark(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.42 * len(arms)), layout="constrained")
     axes = figure.subplots()
     colours = {"nnunetv2": "#8c8c8c", "bundle": "#2a78b5"}
-    seconds = [result["median_s"] for _, result in arms]
-    axes.barh([name for name, _ in arms], seconds, color=[colours[result["kind"]] for _, result in arms])
+    values = [result["median_s"] for _, result in arms]
+    axes.barh([name for name, _ in arms], values, color=[colours[result["kind"]] for _, result in arms])
     axes.set_xscale("log")
-    axes.set_xlim(min(seconds) / 2, max(seconds) * 12)
+    axes.set_xlim(min(values) / 2, max(values) * 12)
     axes.invert_yaxis()
     for row, (_, result) in enumerate(arms):
-        text = f" {seconds_text(result['median_s'])}   {result['times_faster_than_ensemble']:.3g}x"
-        if "dice_on_common_cases" in result:
+        text = f" {seconds(result['median_s'])}   {result['times_faster_than_ensemble']:.3g}x"
+        if result.get("dice_on_common_cases") is not None:
             text += f"   Dice {result['dice_on_common_cases']:.3f}"
         axes.text(result["median_s"], row, text, va="center", fontsize=9)
     axes.set_xlabel("seconds per case, image file to label file (median, log scale)")
@@ -60,11 +62,6 @@ def plot_sizes(record: dict[str, Any], path: Path) -> None:
     axes.legend(loc="lower right", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     save_png(figure, path)
-
-
-def seconds_text(value: float) -> str:
-    """Three significant digits, in ms below a second."""
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
 def save_png(figure: Any, path: Path) -> None:

@@ -58,9 +58,11 @@ def mean_table(means: Mapping[str, Mapping[str, float]], tolerance_mm: float) ->
 def benchmark_table(record: Mapping[str, Any]) -> Table:
     """One row per arm of a benchmark record; the record itself says more."""
     with_dice = any("metrics" in result for result in record["arms"].values())
+    with_cold = any("cold" in result for result in record["arms"].values())
     table = Table(title=f"{len(record['cases'])} cases, {record['threads']} threads, {record['hardware']['cpu']}")
     table.add_column("arm", no_wrap=True)
-    for heading in ("s/case", "x ens.", "x fold", "params", "MB", "peak", *(["Dice"] if with_dice else [])):
+    optional = (*(["cold s"] if with_cold else []), *(["Dice"] if with_dice else []))
+    for heading in ("s/case", "x ens.", "x fold", "params", "MB", "peak", *optional):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in record["arms"].items():
         peak, parameters = result.get("peak_memory_bytes"), result["parameters"]
@@ -72,7 +74,11 @@ def benchmark_table(record: Mapping[str, Any]) -> Table:
             f"{result['size_bytes'] / 1e6:.1f}",
             "-" if peak is None else f"{peak / 1e9:.2f}G",
         ]
-        table.add_row(name, *cells, *([number(result["dice_on_common_cases"])] if with_dice else []))
+        if with_cold:
+            cells.append(number(result.get("cold", {}).get("median_s"), 2))
+        if with_dice:
+            cells.append(number(result.get("dice_on_common_cases")))
+        table.add_row(name, *cells)
     table.caption = "s/case: median from file to file, warm" + (
         f"; Dice: the {record['baseline_cases']} case(s) every arm predicted" if with_dice else ""
     )

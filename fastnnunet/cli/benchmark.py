@@ -20,28 +20,53 @@ def benchmark(
     trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
     checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
     backends: Annotated[
-        list[str] | None, typer.Option("--backend", help="openvino, onnxruntime, torch [default: all installed].")
+        list[str] | None,
+        typer.Option("--backend", help="openvino, onnxruntime, torch, tensorrt [default: all installed, no GPU]."),
     ] = None,
-    precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32 and/or bf16 [fp32].")] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option("--precision", help="fp32, bf16, fp16, int8, where a backend has it [fp32].")
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="For every arm alike [default: all cores].")] = None,
     cases: Annotated[int | None, typer.Option("--cases", help="Only the first so many images.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", help="Measurements per case.")] = 5,
     baseline_cases: Annotated[int, typer.Option("--baseline-cases", help="Images for the two nnU-Net arms.")] = 5,
     baseline_repeat: Annotated[int, typer.Option("--baseline-repeat", help="Measurements per case for them.")] = 1,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, each arm in a process of its own.")] = True,
+    baseline_warm_up: Annotated[
+        bool, typer.Option(help="Let them predict one case unmeasured before; leave it out for large images.")
+    ] = True,
+    extrapolate_ensemble: Annotated[
+        bool, typer.Option("--extrapolate-ensemble", help="Do not run the ensemble: one fold, forward passes counted.")
+    ] = False,
+    runtime_ensemble: Annotated[
+        bool, typer.Option("--runtime-ensemble", help="The ensemble through fastnnunet's runtime too.")
+    ] = False,
+    same_network: Annotated[
+        bool, typer.Option(help="Run each bundle's network in nnunetv2 too and count voxels that differ.")
+    ] = True,
+    cold_rounds: Annotated[int, typer.Option("--cold-rounds", help="New processes per arm; 0: no cold start.")] = 3,
     device: Annotated[str, typer.Option("-device", "--device", help="Of the nnU-Net arms: cpu or cuda.")] = "cpu",
     tolerance_mm: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice in mm.")] = 1.0,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also a page with plots and slices, one file without links.")
+    ] = None,
 ) -> None:
-    """Measure seconds per case, memory, parity and Dice of bundles against nnU-Net's own predictor, in one run.
+    """Measure cold start, seconds per stage, memory, parity and Dice of bundles against nnU-Net's own predictor.
 
-    Example:
+    Examples:
 
-      fastnnunet benchmark -d 4 -i imagesTs -g labelsTs -m hippocampus_r2 hippocampus_r4 -o benchmark_out
+      fastnnunet benchmark -d 4 -i imagesTs -g labelsTs -m hippocampus_r4 -o benchmark_out --html benchmark.html
+
+      fastnnunet benchmark -d 7 -i big -m bundle -o out --extrapolate-ensemble --no-baseline-warm-up --cold-rounds 0
     """
+    import shlex
+    import sys
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from fastnnunet.bench.benchmark import BenchmarkJob, run_benchmark
+    from fastnnunet.bench.benchmark import run_benchmark
+    from fastnnunet.bench.headline import headline
+    from fastnnunet.bench.job import BenchmarkJob
     from fastnnunet.bench.plot import plot_benchmark
     from fastnnunet.bench.record import write_json
     from fastnnunet.bench.tables import benchmark_table, wide_console
@@ -72,7 +97,11 @@ def benchmark(
         baseline_cases=baseline_cases,
         repeat=repeat,
         baseline_repeat=baseline_repeat,
-        memory=memory,
+        baseline_warm_up=baseline_warm_up,
+        extrapolate_ensemble=extrapolate_ensemble,
+        runtime_ensemble=runtime_ensemble,
+        same_network=same_network,
+        cold_rounds=cold_rounds,
         device=device,
         tolerance_mm=tolerance_mm,
     )
@@ -84,10 +113,18 @@ def benchmark(
             progress.update(task, description=what, completed=done, total=expected)
 
         record = run_benchmark(job, show)
+    record["command"] = shlex.join(["fastnnunet", *sys.argv[1:]])
+    record["summary"] = headline(record)
     stamp = record["created"][:19].replace("-", "").replace(":", "")
     target = output / f"benchmark_{stamp}.json"
     write_json(target, record)
     plot_benchmark(record, target.with_suffix(".png"))
     console = wide_console()
     console.print(benchmark_table(record))
-    console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False)
+    console.print(record["summary"], highlight=False)
+    console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    if html is not None:
+        from fastnnunet.bench.page import pictures_of, write_page
+
+        write_page(record, pictures_of(record, images, labels, output), html)
+        console.print(f"page:   {html}", highlight=False, soft_wrap=True)

@@ -2,61 +2,84 @@
 
 import contextlib
 import io
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.paths import resolve_dataset
+from fastnnunet.nnunet.plans import configuration_of
+from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
+    import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceRun:
+    """Seconds per stage of one case (`read_s`, `preprocess_s`, `infer_s`, `postprocess_s`, `write_s`), and how often
+    the network ran.
+    """
+
+    stages_s: dict[str, float]
+    forward_passes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReferencePredictor:
-    """nnU-Net's `nnUNetPredictor`, loaded. Make one with `load_reference`."""
+    """nnU-Net's `nnUNetPredictor`, loaded. Make one with `load_reference` or `reference_of_network`."""
 
     predictor: "nnUNetPredictor"
     threads: int
 
-    def predict_case(self, files: Sequence[Path], output: Path) -> dict[str, float]:
-        """Predict the channel `files` of a case into the file `output`; seconds per stage.
+    def predict_case(self, files: Sequence[Path], output: Path) -> ReferenceRun:
+        """Predict the channel `files` of a case into the file `output`.
 
         The same calls in the same order as the loop of `nnUNetPredictor.predict_from_files_sequential`, which cannot be
-        used as it is because it forgets its Gaussian after every call. `preprocess` includes reading, `postprocess`
-        writing.
+        used as it is because it forgets its Gaussian after every call; those of `run_case` and
+        `export_prediction_from_logits` one by one, so that reading and writing have times of their own.
         """
         import torch
-        from nnunetv2.inference.export_prediction import export_prediction_from_logits
+        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
         p = self.predictor
         torch.set_num_threads(self.threads)
         output.parent.mkdir(parents=True, exist_ok=True)
-        ending = p.dataset_json["file_ending"]
+        passes = 0
+
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
+        hook = p.network.register_forward_hook(count)
         with contextlib.redirect_stdout(io.StringIO()):
             marks = [time.perf_counter()]
+            io_class = p.plans_manager.image_reader_writer_class
+            image_CZYX, properties = io_class().read_images([str(f) for f in files])
+            marks.append(time.perf_counter())
             preprocessor = p.configuration_manager.preprocessor_class(verbose=False)
-            data_CZYX, _, properties = preprocessor.run_case(
-                [str(f) for f in files], None, p.plans_manager, p.configuration_manager, p.dataset_json
+            data_CZYX, _, properties = preprocessor.run_case_npy(
+                image_CZYX, None, properties, p.plans_manager, p.configuration_manager, p.dataset_json
             )
+            del image_CZYX
             marks.append(time.perf_counter())
             logits_HZYX = p.predict_logits_from_preprocessed_data(torch.from_numpy(data_CZYX)).cpu()
             marks.append(time.perf_counter())
-            export_prediction_from_logits(
-                logits_HZYX,
-                properties,
-                p.configuration_manager,
-                p.plans_manager,
-                p.dataset_json,
-                str(output).removesuffix(ending),
-                False,
+            segmentation_ZYX = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits_HZYX, p.plans_manager, p.configuration_manager, p.label_manager, properties
             )
             marks.append(time.perf_counter())
-        stages = ("preprocess_s", "infer_s", "postprocess_s")
-        return {name: end - start for name, start, end in zip(stages, marks, marks[1:], strict=False)}
+            io_class().write_seg(segmentation_ZYX, str(output), properties)
+            marks.append(time.perf_counter())
+        hook.remove()
+        stages = ("read_s", "preprocess_s", "infer_s", "postprocess_s", "write_s")
+        seconds = {name: end - start for name, start, end in zip(stages, marks, marks[1:], strict=False)}
+        return ReferenceRun(seconds, passes)
 
 
 def load_reference(
@@ -74,6 +97,64 @@ def load_reference(
     Raises NotFoundError or CorruptError for a checkpoint, MismatchError for a cascade, SpecError when the environment
     would hold nnU-Net to fewer threads than asked for, which would flatter whatever is compared with it.
     """
+    for fold in folds:  # before nnU-Net unpickles them: only files that hold nothing but tensors and numbers
+        load_checkpoint(model_folder / f"fold_{fold}" / checkpoint)
+    predictor = _predictor(mirroring=mirroring, threads=threads, step_size=step_size, device=device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), checkpoint)
+    _check_no_cascade(predictor, model_folder.name)
+    return ReferencePredictor(predictor, threads)
+
+
+def reference_of_network(
+    network: "torch.nn.Module",
+    weights: Sequence[Any],
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    *,
+    mirror_axes: Sequence[int] | None,
+    threads: int,
+    step_size: float = 0.5,
+    device: str = "cpu",
+) -> ReferencePredictor:
+    """nnU-Net's predictor around a network that is not in a model folder; `weights`: one state dict per fold.
+
+    Raises MismatchError for a cascade, SpecError as `load_reference` does.
+    """
+    plans_manager, config = configuration_of(plans, configuration)
+    predictor = _predictor(mirroring=bool(mirror_axes), threads=threads, step_size=step_size, device=device)
+    predictor.manual_initialization(
+        network.to(predictor.device).eval(),
+        plans_manager,
+        config,
+        list(weights),
+        dataset_json,
+        "nnUNetTrainer",
+        tuple(mirror_axes) if mirror_axes else None,
+    )
+    _check_no_cascade(predictor, configuration)
+    return ReferencePredictor(predictor, threads)
+
+
+def predict_command(
+    teacher: TeacherSpec,
+    folds: Sequence[int | str],
+    images: Path,
+    output: Path,
+    *,
+    mirroring: bool,
+    device: str = "cpu",
+) -> list[str]:
+    """`nnUNetv2_predict` with folds of the teacher over a folder of images, for a new process of this interpreter."""
+    entry = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
+    names = ["-d", resolve_dataset(teacher.dataset), "-c", teacher.configuration, "-p", teacher.plans]
+    names += ["-tr", teacher.trainer, "-chk", teacher.checkpoint, "-f", *(str(fold) for fold in folds)]
+    files = ["-i", str(images), "-o", str(output), "-device", device]
+    return [sys.executable, "-c", entry, *files, *names, *([] if mirroring else ["--disable_tta"])]
+
+
+def _predictor(*, mirroring: bool, threads: int, step_size: float, device: str) -> "nnUNetPredictor":
     import torch
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -85,17 +166,16 @@ def load_reference(
         )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecError(f"--device {device}: no CUDA device is available here\nuse --device cpu")
-    for fold in folds:  # before nnU-Net unpickles them: only files that hold nothing but tensors and numbers
-        load_checkpoint(model_folder / f"fold_{fold}" / checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):
-        predictor = nnUNetPredictor(
+        return nnUNetPredictor(
             tile_step_size=step_size,
             use_mirroring=mirroring,
             device=torch.device(device),
             perform_everything_on_device=device != "cpu",
             allow_tqdm=False,
         )
-        predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), checkpoint)
+
+
+def _check_no_cascade(predictor: "nnUNetPredictor", where: str) -> None:
     if predictor.configuration_manager.previous_stage_name is not None:
-        raise MismatchError(f"{model_folder} is a cascade stage; give a configuration without a previous stage")
-    return ReferencePredictor(predictor, threads)
+        raise MismatchError(f"{where} is a cascade stage; give a configuration without a previous stage")

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from fastnnunet import native
-from fastnnunet.bench.measure import _own_peak_bytes
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
+from fastnnunet.bench.worker import own_peak_bytes
 from fastnnunet.geometry.resample import parse_resample_spec, resampled_shape
 from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
@@ -127,7 +127,7 @@ def peak_bytes(classes: int, shape: Sequence[int], threads: int | None) -> int:
 
 def _label_alone(classes: int, shape: tuple[int, ...], threads: int | None) -> int:
     label_ours(make_logits(classes, resampled_shape(shape, SPACING_MM, TARGET_MM)), shape, threads)
-    return _own_peak_bytes()
+    return own_peak_bytes()
 
 
 def timed(arms: dict[str, Callable[[], np.ndarray]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:

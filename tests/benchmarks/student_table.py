@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import numpy as np
 from fastnnunet.bench import segmentations as files
 from fastnnunet.bench.arms import ReferenceArm
 from fastnnunet.bench.evaluate import evaluate_cases
+from fastnnunet.bench.patch_speed import ms_per_patch
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.runtime.backends.base import Precision, available_cores, create_backend
+from fastnnunet.runtime.backends.base import Precision, available_cores
 from fastnnunet.runtime.cases import Case
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -88,24 +88,6 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[s
     }
 
 
-def milliseconds(bundles: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> precision -> median milliseconds of one patch, one stream on all cores, everything in turns."""
-    engines, patches = {}, {}
-    for name, bundle in bundles.items():
-        spec = load_bundle_spec(bundle)
-        with np.load(bundle / "parity.npz") as stored:
-            patches[name] = np.ascontiguousarray(stored["image"][:1])
-        for precision in PRECISIONS:
-            engines[name, precision] = create_backend("openvino", bundle, spec, precision=precision)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
-    for _ in range(3 + rounds):
-        for (name, precision), engine in engines.items():
-            start = time.perf_counter()
-            engine.run(patches[name])
-            times[name, precision].append(1e3 * (time.perf_counter() - start))
-    return {name: {p: statistics.median(times[name, p][3:]) for p in PRECISIONS} for name in bundles}
-
-
 def ensemble_dice(model: Path, folds: tuple[int, ...], images: Path, labels: Path, threads: int) -> dict[str, float]:
     """The mirrored ensemble in nnU-Net's own predictor."""
     dataset = json.loads((model / "dataset.json").read_text())
@@ -137,7 +119,7 @@ def measure(
             for number, folder in enumerate(find_students(roots))
         ]
         sizes = {f"{r['family']} {r['r']}": r["bundle"] for r in rows}
-        ms = milliseconds(sizes, rounds)
+        ms = ms_per_patch(sizes, backend="openvino", precisions=PRECISIONS, rounds=rounds)
     ensemble = ensemble_dice(model, folds, images, labels, threads or available_cores())
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
