@@ -1,6 +1,6 @@
 """The gate of lower precisions: Dice of a network in bf16 or int8 beside that of the same network in fp32.
 
-Both predict the same cases on the same backend, in one pass, without mirroring: mirrored predictions average errors out.
+Both predict the same cases on the same backend, in one pass, without mirroring, which would average errors out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from fastnnunet.bench.segmentations import LabelSet, make_label_set
 from fastnnunet.errors import MismatchError, ParityError
 from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.runtime.loaded import LoadedBundle
+from fastnnunet.runtime.preprocess import Preprocessed
 
 POINTS = 100.0  # of Dice, as they are spoken of
 
@@ -80,15 +81,12 @@ def compare(
     for number, case_id in enumerate(cases, start=1):
         case = source.preprocessed(case_id)
 
-        def predict(model: LoadedBundle, case=case) -> NDArray[np.integer]:
-            return model.postprocess(model.logits(case.data_CZYX), case)[0]
-
-        exact = {name: predict(model) for name, model in used.items()}
+        exact = {name: _predict(model, case) for name, model in used.items()}
         truth = source.labels_ZYX(case_id) if source.has_labels else None
         for name, prediction in exact.items():
             dice_fp32[name].add(prediction if truth is None else truth, prediction)
         for index, model in enumerate(others):
-            prediction, reference = predict(model), exact[model.backend.name]
+            prediction, reference = _predict(model, case), exact[model.backend.name]
             dice[index].add(reference if truth is None else truth, prediction)
             same[index] += int((prediction == reference).sum())
         voxels += next(iter(exact.values())).size
@@ -112,6 +110,10 @@ def compare(
             "name other cases with --case"
         )
     return found
+
+
+def _predict(model: LoadedBundle, case: Preprocessed) -> NDArray[np.integer]:
+    return model.postprocess(model.logits(case.data_CZYX), case)[0]
 
 
 def describe(comparison: Comparison) -> str:

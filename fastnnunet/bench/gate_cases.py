@@ -56,6 +56,7 @@ class CaseSource(Protocol):
     kind: str  # for records
     choice: Choice
     has_labels: bool
+    held_out: bool  # whether all cases to judge on were kept from the training of the model
 
     def preprocessed(self, case_id: str) -> Preprocessed:
         """What the network sees of a case."""
@@ -85,7 +86,8 @@ class TrainingCases:
                 f"{e}\nor calibrate on a folder of images instead: -i IMAGES, and -g LABELS where there are any"
             ) from e
         self._spec = spec
-        known, held_out = self._cases.case_ids, ()
+        known = self._cases.case_ids
+        held_out: tuple[str, ...] = ()
         folds = spec.folds or (str(spec.provenance.get("fold", "all")),)
         if len(folds) == 1 and folds[0].isdigit():
             split = split_of(self._cases.folder.parent, known, int(folds[0]))

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def quantize_bundle(job: QuantizeJob, show: Show = lambda what, done, total: Non
             _load(backend, staging if precision == "int8" else job.bundle, candidate, precision, job)
             for precision, backend in wanted
         ]
-        comparisons = compare(source, fp32, others, lambda done, total: show("comparing with fp32", done, total))
+        comparisons = compare(source, fp32, others, partial(show, "comparing with fp32"))
         judged_on = _judged_on(source)
         require(comparisons, job.max_loss_points, judged_on)
         calibration = {"cases": source.kind, "patches": job.patches, "seed": job.seed}
@@ -196,7 +197,7 @@ def _make_int8(
                 patches,
                 staging / names[0],
                 batch_size=spec.batch_size or 1,
-                on_patches=lambda done, total, b=backend: show(f"calibrating for {b}", done, total),
+                on_patches=partial(show, f"calibrating for {backend}"),
             )
             made += names
     return made
@@ -234,5 +235,5 @@ def _commit(
 
 
 def _write(bundle: Path, spec: BundleSpec) -> None:
-    with atomic_output(bundle / "bundle.json") as partial:
-        write_bundle_json(replace(spec, format_version=FORMAT_VERSION), partial)
+    with atomic_output(bundle / "bundle.json") as unfinished:
+        write_bundle_json(replace(spec, format_version=FORMAT_VERSION), unfinished)
