@@ -187,6 +187,23 @@ class TestAccepted:
             load_bundle_spec(bundle)
 
 
+def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
+    """The script behind the record: on all images, with labels that are the int8 prediction itself."""
+    from tests.benchmarks import precisions
+
+    quantize_bundle(onnx_job(bundle, real))
+    int8 = Predictor.load(bundle, "onnxruntime", threads=1, precision="int8", mirroring=False)
+    int8.predict_files(real, tmp_path / "labels")
+    row = precisions.measure(bundle, real, tmp_path / "labels", rounds=1)
+    (comparison,) = row["comparisons"]
+    assert comparison["cases"] == ("real0", "real1", "real2", "real3")
+    assert comparison["dice"] == 1.0
+    assert comparison["loss_points"] < 0
+    assert row["size_bytes"]["int8 onnxruntime"] == (bundle / "model_int8.onnx").stat().st_size
+    assert set(row["cpu_ms_per_patch"]) == {"fp32 onnxruntime", "int8 onnxruntime"}
+    assert all(ms > 0 for ms in row["cpu_ms_per_patch"].values())
+
+
 @needs_nncf
 def test_both_backends_and_bf16(bundle: Path, real: Path) -> None:
     from fastnnunet.nnunet.engines import cpu_has_bf16
