@@ -111,10 +111,11 @@ def _keep_other_inputs(model: "onnx.ModelProto") -> None:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """It advises on standard error to prepare the model first, which the exporter has done."""
-    before = logging.root.manager.disable
+    """It advises, through the root logger which that sets up, to prepare the model first; the exporter has done so."""
+    disabled, handlers = logging.root.manager.disable, logging.root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+        logging.root.handlers[:] = handlers

@@ -54,7 +54,7 @@ def quantize_openvino(
             on_patches(start + batch_size, len(patches_NCX))
         return patches_NCX[start : start + batch_size]
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level changes handlers of others too
     model = openvino.Core().read_model(str(model_file))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its own progress bar
