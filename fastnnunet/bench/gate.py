@@ -17,6 +17,7 @@ from fastnnunet.errors import MismatchError, ParityError
 from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.preprocess import Preprocessed
+from fastnnunet.runtime.times import StageTimes
 
 POINTS = 100.0  # of Dice, as they are spoken of
 
@@ -113,7 +114,7 @@ def compare(
 
 
 def _predict(model: LoadedBundle, case: Preprocessed) -> NDArray[np.integer]:
-    return model.postprocess(model.logits(case.data_CZYX), case)[0]
+    return model.postprocess(model.infer(case, StageTimes()), case)[0]
 
 
 def describe(comparison: Comparison) -> str:
