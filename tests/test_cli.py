@@ -56,7 +56,17 @@ def test_help_is_fast_and_light():
 
 @pytest.mark.parametrize(
     "command",
-    ["cache build", "cache plan", "train", "export onnx", "export tensorrt", "predict", "evaluate", "benchmark"],
+    [
+        "cache build",
+        "cache plan",
+        "train",
+        "export onnx",
+        "export tensorrt",
+        "export quantize",
+        "predict",
+        "evaluate",
+        "benchmark",
+    ],
 )
 def test_every_help_has_an_example(command):
     done = run(*command.split(), "--help")

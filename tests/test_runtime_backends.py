@@ -123,7 +123,7 @@ def test_bf16_is_close(model: ToyModel) -> None:
         if is_installed(name):
             backend = create_backend(name, model.bundle, model.spec, threads=1, precision="bf16")
             assert (backend.run(batch).argmax(1) == expected.argmax(1)).mean() > 0.95
-    with pytest.raises(BackendError, match="fp32 only"):
+    with pytest.raises(BackendError, match="fp32 or int8 only"):
         create_backend("onnxruntime", model.bundle, model.spec, precision="bf16")
 
 

@@ -16,10 +16,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fastnnunet.bench.quantize import QuantizeJob, quantize_bundle
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import tensorrt as export
 from fastnnunet.export.half import to_half
 from fastnnunet.export.onnx import to_onnx
+from fastnnunet.export.quantize_onnx import quantize_onnx
 from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.export.tensorrt import build_plan, export_engines, make_graph
@@ -27,7 +29,7 @@ from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.trt import library as seam
 from fastnnunet.trt.library import find_library
 from fastnnunet.trt.store import EngineKey, find_engine, write_engine
-from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
+from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.test_cli import refused, run
 
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
@@ -70,8 +72,8 @@ def run_whole(graph: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
     return session.run(None, {"image": image})[0]
 
 
-def quantize(model_file: Path, out: Path, patches: np.ndarray, **options) -> onnx.ModelProto:
-    """ONNX Runtime's own quantiser, symmetric int8 unless told otherwise; biases become int32."""
+def quantize_asymmetric(model_file: Path, out: Path, patches: np.ndarray) -> onnx.ModelProto:
+    """ONNX Runtime's own quantiser as it comes: activations in uint8."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Patches(CalibrationDataReader):
@@ -81,17 +83,14 @@ def quantize(model_file: Path, out: Path, patches: np.ndarray, **options) -> onn
         def get_next(self):
             return next(self.left, None)
 
-    symmetric = options.pop("symmetric", True)
     quantize_static(
         str(model_file),
         str(out),
         Patches(),
         quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["Conv", "ConvTranspose"],
-        extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, **options},
     )
     return onnx.load(str(out))
 
@@ -113,10 +112,21 @@ class TestBuilding:
         assert len({engine.stored.read_plan() for engine in built}) == len(TARGETS)
 
     def test_int8_of_a_quantised_model(self, bundle: Path) -> None:
-        patches = np.load(bundle / "parity.npz")["image"]
-        with pytest.raises(NotFoundError, match="quantise the bundle first"):
+        with pytest.raises(NotFoundError, match=r"make it: fastnnunet export quantize \S+bundle --backend onnxruntime"):
             export_engines(bundle, precision="int8")
-        graph = quantize(bundle / "model.onnx", bundle / "model_int8.onnx", patches)
+        for number in range(2):
+            write_image(smooth_noise(PATCH_3D, number), bundle.parent / "images" / f"{number}_0000.nii.gz")
+        quantize_bundle(
+            QuantizeJob(
+                bundle=bundle,
+                backends=("onnxruntime",),
+                images=bundle.parent / "images",
+                patches=4,
+                max_loss_points=10.0,
+                threads=1,
+            )
+        )
+        graph = onnx.load(str(bundle / "model_int8.onnx"))
         assert any(tensor.data_type == TensorProto.INT32 for tensor in graph.graph.initializer)
         built = export_engines(bundle, precision="int8", architectures=TARGETS)
         assert len(built) == len(TARGETS)
@@ -237,7 +247,7 @@ class TestWrongGraphs:
         assert "real patches: same label on 99." in done.stdout
         assert len(list((tmp_path / "home" / "engines").iterdir())) == 2
         refused(run("export", "tensorrt", bundle, "--arch", "sm90"), "'sm90'", "tensorrt_rtx")
-        refused(run("export", "tensorrt", bundle, "--precision", "int8"), "model_int8.onnx is missing")
+        refused(run("export", "tensorrt", bundle, "--precision", "int8"), "has no model_int8.onnx", "export quantize")
         refused(run("export", "tensorrt", tmp_path, "--arch", "sm86"), "no bundle")
 
 
@@ -350,7 +360,9 @@ def _spec_of(bundle: Path):
 @pytest.fixture(scope="module")
 def quantized(model: ToyModel, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     patches = np.load(model.bundle / "parity.npz")["image"]
-    return quantize(model.bundle / "model.onnx", tmp_path_factory.mktemp("int8") / "model_int8.onnx", patches)
+    file = tmp_path_factory.mktemp("int8") / "model_int8.onnx"
+    quantize_onnx(model.bundle / "model.onnx", patches, file)
+    return onnx.load(str(file))
 
 
 class TestQuantized:
@@ -366,7 +378,7 @@ class TestQuantized:
 
     def test_asymmetric(self, model: ToyModel, tmp_path: Path) -> None:
         patches = np.load(model.bundle / "parity.npz")["image"]
-        graph = quantize(model.bundle / "model.onnx", tmp_path / "u8.onnx", patches, symmetric=False)
+        graph = quantize_asymmetric(model.bundle / "model.onnx", tmp_path / "u8.onnx", patches)
         with pytest.raises(MismatchError, match=r"(?s)type uint8, expected 0 of type int8.*symmetric int8"):
             prepare_quantized(graph)
 

@@ -40,6 +40,12 @@ def region_mask(segmentation_ZYX: NDArray[np.integer], values: Sequence[int]) ->
     return np.isin(segmentation_ZYX, list(values))
 
 
+def dice_of_masks(reference: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:
+    """2 TP / (2 TP + FP + FN) of two masks of one shape; NaN when both are empty."""
+    voxels = int(reference.sum()) + int(prediction.sum())
+    return 2.0 * int((reference & prediction).sum()) / voxels if voxels else float("nan")
+
+
 def label_metrics(
     reference_ZYX: NDArray[np.integer],
     prediction_ZYX: NDArray[np.integer],
@@ -66,9 +72,12 @@ def label_metrics(
     distances = surface_distances(reference, prediction, spacing_mm, ignore)
     if distances is None:
         return LabelMetrics(0.0, 0.0, np.nan, n_reference, n_prediction)
-    dice = 2.0 * int((reference & prediction).sum()) / (n_reference + n_prediction)
     return LabelMetrics(
-        dice, surface_dice(distances, tolerance_mm), robust_hausdorff_mm(distances), n_reference, n_prediction
+        dice_of_masks(reference, prediction),
+        surface_dice(distances, tolerance_mm),
+        robust_hausdorff_mm(distances),
+        n_reference,
+        n_prediction,
     )
 
 

@@ -13,7 +13,7 @@ from fastnnunet.specs.canonical import to_plain
 
 PACKAGES = (
     *("fastnnunet", "numpy", "scipy", "torch", "nnunetv2", "onnxruntime", "openvino", "zarr"),
-    *("tensorrt", "tensorrt-rtx", "cuda-python"),
+    *("tensorrt", "tensorrt-rtx", "cuda-python", "nncf"),
 )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli.quantize import quantize
 from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
 
@@ -19,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, help="Export a student or an ensemble fo
 
 
 app.command("tensorrt")(tensorrt)
+app.command("quantize")(quantize)
 
 
 @app.command("onnx")

@@ -16,6 +16,7 @@ EXTRA_OF = {
     "openvino": "openvino",
     **dict.fromkeys(("nibabel", "tifffile"), "images"),
     **dict.fromkeys(("highdicom", "pydicom"), "dicom"),
+    "nncf": "quantize",
     **dict.fromkeys(("tensorrt_rtx", "cuda"), "rtx"),
     "tensorrt": "gpu",
 }

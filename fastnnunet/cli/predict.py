@@ -105,7 +105,8 @@ def predict(
         Literal["fp32", "bf16", "fp16", "int8"],
         typer.Option(
             "--precision",
-            help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; fp16, int8: engines of tensorrt.",
+            help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "
+            "quantize`; fp16: engines of tensorrt.",
         ),
     ] = "fp32",
     threads: Annotated[
@@ -154,6 +155,11 @@ def predict(
             mirroring=not disable_tta,
         )
         load_s = time.perf_counter() - begin
+        if predictor.backend.precision == "bf16" and predictor.spec.measured("bf16", predictor.backend.name) is None:
+            progress.tell(
+                "note: what bf16 loses was not measured for this model; to do so: fastnnunet export quantize BUNDLE "
+                "--precision bf16"
+            )
         cleanup = cleanup_from_words(
             predictor.spec.labels,
             keep_largest=keep_largest or (),

@@ -1,13 +1,23 @@
-"""What an exported model is compared with PyTorch on: real preprocessed patches, or noise where there are none."""
+"""Patches an exported model is compared with PyTorch on, real or noise, and random ones to calibrate on."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from fastnnunet.nnunet.cases import open_cases
+from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
 
 PARITY_PATCHES = 2
 _NOISE_SCALES = (1.0, 4.0)  # voxels: texture and shapes
+_MIDDLE = float(np.nextafter(0.5, 0))  # of an even number of places the lower one
+
+
+class Patches(Protocol):
+    """Patches to calibrate on: an array (N, C, *patch), or what hands out slices of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: slice, /) -> np.ndarray: ...
 
 
 def real_patches(
@@ -19,19 +29,60 @@ def real_patches(
     Raises NotFoundError when there are no preprocessed cases.
     """
     cases = open_cases(plans, configuration)
-    size = patch_size if len(patch_size) == 3 else (1, *patch_size)
     patches = []
     for case_id in cases.case_ids[:PARITY_PATCHES]:
-        image_CZYX = cases.image_CZYX(case_id)
-        if previous_labels:
-            label_ZYX = cases.label_ZYX(case_id)
-            one_hot = np.stack([label_ZYX == label for label in previous_labels])
-            image_CZYX = np.concatenate([image_CZYX, one_hot.astype(np.float32)])
-        patch = np.zeros((image_CZYX.shape[0], *size), np.float32)
-        source, target = zip(*(_centred(n, p) for n, p in zip(image_CZYX.shape[1:], size, strict=True)), strict=True)
-        patch[(slice(None), *target)] = image_CZYX[(slice(None), *source)]
-        patches.append(patch.reshape(image_CZYX.shape[0], *patch_size))
+        image_CZYX = network_input(cases, case_id, previous_labels)
+        patches.append(_cut(image_CZYX, patch_size, (_MIDDLE,) * 3))
     return np.stack(patches)
+
+
+def network_input(cases: PreprocessedCases, case_id: str, previous_labels: tuple[int, ...] = ()) -> np.ndarray:
+    """What the network sees of a preprocessed case: float32 (C, Z, Y, X); in a cascade with its label as one-hot."""
+    image_CZYX = cases.image_CZYX(case_id)
+    if not previous_labels:
+        return image_CZYX
+    label_ZYX = cases.label_ZYX(case_id)
+    one_hot = np.stack([label_ZYX == label for label in previous_labels])
+    return np.concatenate([image_CZYX, one_hot.astype(np.float32)])
+
+
+class RandomPatches:
+    """Patches at random places of random cases, read when they are asked for, by slices as from an array.
+
+    Every window that lies within an image is equally likely; smaller images are padded with zeros, as in prediction.
+    They come case by case, and one image is in memory.
+    """
+
+    def __init__(
+        self,
+        case_ids: Sequence[str],
+        load: Callable[[str], np.ndarray],
+        patch_size: tuple[int, ...],
+        count: int,
+        seed: int,
+    ) -> None:
+        """`load`: the image (C, Z, Y, X) of a case."""
+        rng = np.random.default_rng(seed)
+        drawn = rng.integers(len(case_ids), size=count)
+        places = rng.random((count, 3))
+        self._drawn = [
+            (case_ids[case], tuple(place)) for case, place in sorted(zip(drawn, places.tolist(), strict=True))
+        ]
+        self._load, self._patch_size = load, patch_size
+        self._case_id: str | None = None
+        self._image_CZYX = np.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __getitem__(self, numbers: slice) -> np.ndarray:
+        """Float32 (N, C, *patch)."""
+        return np.stack([self._patch(case_id, place) for case_id, place in self._drawn[numbers]])
+
+    def _patch(self, case_id: str, place: tuple[float, ...]) -> np.ndarray:
+        if case_id != self._case_id:
+            self._image_CZYX, self._case_id = self._load(case_id), case_id
+        return _cut(self._image_CZYX, self._patch_size, place)
 
 
 def noise_patches(num_channels: int, patch_size: tuple[int, ...], num_previous: int = 0) -> np.ndarray:
@@ -54,8 +105,18 @@ def noise_patches(num_channels: int, patch_size: tuple[int, ...], num_previous: 
     return patches
 
 
-def _centred(length: int, window: int) -> tuple[slice, slice]:
-    """Slices (in the image, in the window) that put the image's centre into the window's centre."""
-    common = min(length, window)
-    start, offset = (length - common) // 2, (window - common) // 2
-    return slice(start, start + common), slice(offset, offset + common)
+def _cut(image_CZYX: np.ndarray, patch_size: tuple[int, ...], place: tuple[float, ...]) -> np.ndarray:
+    """A window of an image, float32 (C, *patch): along each axis at `place` in [0, 1) of the places there are.
+
+    Along an axis on which the image is smaller it lies in the window's centre, with zeros around it.
+    """
+    size = patch_size if len(patch_size) == 3 else (1, *patch_size)
+    source, target = [], []
+    for length, window, at in zip(image_CZYX.shape[1:], size, place, strict=True):
+        common = min(length, window)
+        start, offset = int(at * (length - common + 1)), (window - common) // 2
+        source.append(slice(start, start + common))
+        target.append(slice(offset, offset + common))
+    patch = np.zeros((image_CZYX.shape[0], *size), np.float32)
+    patch[(slice(None), *target)] = image_CZYX[(slice(None), *source)]
+    return patch.reshape(image_CZYX.shape[0], *patch_size)

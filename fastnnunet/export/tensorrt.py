@@ -83,7 +83,7 @@ def export_engines(
     targets = tuple(architectures) or default_architectures(library)
     for architecture in targets:
         library.set_target(library.module.Builder(library.logger).create_builder_config(), architecture)
-    model_files = [_model_file(bundle, file, precision) for file in spec.model_files]
+    model_files = [_model_file(bundle, spec, file, precision) for file in spec.model_files]
     folder = engine_folders(bundle)[0 if beside_bundle else 1]
     built: list[BuiltEngine] = []
     for fold, model_file in enumerate(model_files):
@@ -285,11 +285,11 @@ def _refusal(key: EngineKey, reasons: Sequence[str]) -> str:
     )
 
 
-def _model_file(bundle: Path, model_file: str, precision: EnginePrecision) -> Path:
+def _model_file(bundle: Path, spec: BundleSpec, model_file: str, precision: EnginePrecision) -> Path:
     file = bundle / source_file(model_file, precision)
-    if not file.is_file():
+    if file.name not in spec.files:
         raise NotFoundError(
-            f"{file} is missing, int8 engines are built from a quantised (Q/DQ) model of the bundle\n"
-            "quantise the bundle first, see fastnnunet export --help; or build with --precision fp16"
+            f"{bundle} has no {file.name}, the quantised (Q/DQ) model that int8 engines are built from\n"
+            f"make it: fastnnunet export quantize {bundle} --backend onnxruntime; or build with --precision fp16"
         )
     return file

@@ -6,6 +6,9 @@ BUNDLE/
                 an ensemble has one for each fold instead: model_0.onnx, model_1.onnx, ...
   bundle.json   this spec, with the SHA-256 of every other file and of itself
   parity.npz    `image` (N, C, *patch) patches and `logits` (N, heads, *patch) expected in fp32, the folds' mean
+after `fastnnunet export quantize`, for each model file:
+  model_int8.onnx             quantised with Q/DQ nodes, for ONNX Runtime and TensorRT
+  model_int8.xml, .bin        quantised for OpenVINO
 """
 
 import json
@@ -19,6 +22,7 @@ from fastnnunet.specs.load import build_spec
 
 FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
 MODEL_FILE = "model.onnx"
+PRECISIONS = "precisions"  # of the provenance: precision -> backend -> how it compares with fp32
 
 
 def int8_file(model_file: str, ending: str = ".onnx") -> str:
@@ -63,6 +67,10 @@ class BundleSpec:
     def model_file(self) -> str:
         """The one model file of a bundle, or of the part of an ensemble that a backend is made for."""
         return self.model_files[0]
+
+    def measured(self, precision: str, backend: str) -> dict[str, Any] | None:
+        """How that precision compares with fp32 on a backend, if it was measured."""
+        return self.provenance.get(PRECISIONS, {}).get(precision, {}).get(backend)
 
 
 def is_bundle(folder: Path) -> bool:

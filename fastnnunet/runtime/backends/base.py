@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError, SpecError
 from fastnnunet.runtime.backends.devices import Device, DeviceKind, cuda_device_count, parse_device
-from fastnnunet.specs.bundle import BundleSpec
+from fastnnunet.specs.bundle import BundleSpec, int8_file
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
@@ -38,7 +38,10 @@ class BackendClass(Protocol):
     def __call__(
         self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device
     ) -> Backend:
-        """Load `bundle_dir / spec.model_file` to compute on `device`, one of a kind the backend's entry names."""
+        """Load the bundle's model, or its twin in that precision (`model_path`).
+
+        It is to compute on `device`, one of a kind the backend's entry names.
+        """
 
 
 class BackendOptions(TypedDict, total=False):
@@ -67,14 +70,14 @@ class BackendEntry:
 
 BACKENDS: dict[str, BackendEntry] = {
     "openvino": BackendEntry(
-        "fastnnunet.runtime.backends.openvino", "OpenVINOBackend", ("openvino",), "openvino", ("fp32", "bf16")
+        "fastnnunet.runtime.backends.openvino", "OpenVINOBackend", ("openvino",), "openvino", ("fp32", "bf16", "int8")
     ),
     "onnxruntime": BackendEntry(
         "fastnnunet.runtime.backends.onnxruntime",
         "OnnxRuntimeBackend",
         ("onnxruntime",),
         None,
-        ("fp32",),
+        ("fp32", "int8"),
         devices=("cpu", "cuda"),
     ),
     "torch": BackendEntry("fastnnunet.runtime.backends.torch", "TorchBackend", ("torch",), "train", ("fp32", "bf16")),
@@ -87,6 +90,7 @@ BACKENDS: dict[str, BackendEntry] = {
         devices=("cuda",),
     ),
 }
+INT8_ENDINGS = {"onnxruntime": ".onnx", "openvino": ".xml"}  # of the files these load for int8
 _CPU_ORDER = ("openvino", "onnxruntime")  # fastest first
 
 
@@ -127,6 +131,21 @@ def create_backend(name: str, bundle_dir: Path, spec: BundleSpec, **options: Unp
     from fastnnunet.runtime.backends.fixed_batch import FixedBatch
 
     return FixedBatch(backend, spec.batch_size)
+
+
+def model_path(bundle_dir: Path, spec: BundleSpec, precision: Precision, backend: str) -> Path:
+    """The file a backend loads, for int8 its quantised twin. Raises BackendError when the bundle has none."""
+    if precision != "int8":
+        return bundle_dir / spec.model_file
+    names = {name: int8_file(spec.model_file, ending) for name, ending in INT8_ENDINGS.items()}
+    if names[backend] not in spec.files:
+        others = [name for name, file in names.items() if file in spec.files]
+        raise BackendError(
+            f"this bundle has no int8 model for {backend}: {names[backend]} is missing\n"
+            f"make it: fastnnunet export quantize {bundle_dir} --precision int8 --backend {backend}"
+            + (f"\nor predict with --backend {others[0]}, which has one" if others else "")
+        )
+    return bundle_dir / names[backend]
 
 
 def create_ensemble(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
-from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.base import Precision, model_path
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
@@ -29,7 +29,7 @@ class OnnxRuntimeBackend:
         import onnxruntime
 
         self.precision = precision
-        model_file = bundle_dir / spec.model_file
+        model_file = model_path(bundle_dir, spec, precision, self.name)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

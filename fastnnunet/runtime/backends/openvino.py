@@ -1,17 +1,21 @@
 """OpenVINO on the CPU: the fastest here (oneDNN kernels made for the patch size, bf16 where the CPU has it)."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
-from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.base import Precision, model_path
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
-# Without the hint OpenVINO chooses bf16 by itself on CPUs that have it, and parity with nnU-Net is gone.
-_PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+log = logging.getLogger(__name__)
+
+# Without the hint OpenVINO chooses bf16 by itself on CPUs that have it, and parity with nnU-Net is gone. A quantised
+# model says itself what is computed in 8 bits; the hint is for the rest.
+_PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
 class OpenVINOBackend:
@@ -22,10 +26,14 @@ class OpenVINOBackend:
     ) -> None:
         import openvino
 
-        self.precision = precision
+        model_file = model_path(bundle_dir, spec, precision, self.name)
         core = openvino.Core()
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            log.warning("this CPU has no bf16, OpenVINO computes in fp32")
+            precision = "fp32"
+        self.precision = precision
         try:
-            model = core.read_model(str(bundle_dir / spec.model_file))
+            model = core.read_model(str(model_file))
             batch, channels, *space = model.input(0).partial_shape
             if any(axis.is_dynamic for axis in space):  # kernels are made for the patch size
                 model.reshape([batch, channels, *spec.patch_size])
@@ -43,7 +51,7 @@ class OpenVINOBackend:
             )
             self._request = compiled.create_infer_request()
         except RuntimeError as e:
-            raise BackendError(f"openvino cannot load {bundle_dir / spec.model_file}: {e}") from e
+            raise BackendError(f"openvino cannot load {model_file}: {e}") from e
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         try:
