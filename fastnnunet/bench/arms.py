@@ -10,9 +10,9 @@ import numpy as np
 
 from fastnnunet.bench.worker import CaseRun, Runner
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import BACKENDS, Precision, create_ensemble
+from fastnnunet.runtime.backends.base import BACKENDS, INT8_ENDINGS, Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
-from fastnnunet.specs.bundle import load_bundle_spec
+from fastnnunet.specs.bundle import BundleSpec, int8_file, load_bundle_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +168,17 @@ class BundleArm:
             "device": "cuda" if self.on_gpu else "cpu",
             "precision": self.precision,
             "parameters": spec.provenance.get("parameters"),
-            "size_bytes": sum((self.bundle / name).stat().st_size for name in spec.model_files),
+            "size_bytes": self._model_bytes(spec),
             "parity": self.parity(),
         }
+
+    def _model_bytes(self, spec: BundleSpec) -> int:
+        """Of the files that are loaded; OpenVINO's own models keep their weights in a second file."""
+        names = [Path(name) for name in spec.model_files]
+        if self.precision == "int8":
+            names = [Path(int8_file(name.name, INT8_ENDINGS.get(self.backend, ".onnx"))) for name in names]
+        files = {self.bundle / name.with_suffix(suffix) for name in names for suffix in (name.suffix, ".bin")}
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def parity(self) -> dict[str, float]:
         """This backend against the logits that PyTorch computed at export, on the patches of `parity.npz`."""

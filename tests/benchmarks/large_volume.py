@@ -132,7 +132,7 @@ def measure(
             arm = ReferenceArm(
                 name=name, model_folder=where / name, folds=(0,), mirroring=False, threads=threads
             ).load()
-            nnunet[name] = dict(arm(case, where / f"{name}.nii.gz"))
+            nnunet[name] = dict(arm(case, where / f"{name}.nii.gz").stages_s)
             print(f"nnunetv2, {name}: {total(nnunet[name]):.1f} s", nnunet[name], flush=True)
         expected = read_labels(where / "student.nii.gz")
 
@@ -144,7 +144,7 @@ def measure(
                 name=precision, bundle=where / "bundle", backend="openvino", precision=precision, threads=threads
             ).load()
             out = where / f"{precision}.nii.gz"
-            stages = [dict(run(case, out)) for _ in range(1 + repeats)][1:]  # the first is not warm
+            stages = [dict(run(case, out).stages_s) for _ in range(1 + repeats)][1:]  # the first is not warm
             seconds = statistics.median(total(s) for s in stages)
             arms[f"openvino {precision}"] = {
                 "seconds": seconds,
