@@ -29,7 +29,7 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m pipelines.demo
 
-# two processes, each test file in one of them: a third less time on two cores
+# two processes, each test file in one of them
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -160,6 +160,15 @@ def _network(dims: int, channels: int, heads: int) -> tuple[Any, bytes]:
         heads,
         deep_supervision=False,
     ).eval()
+    patch = PATCH_3D if dims == 3 else PATCH_2D
+    make_labels_frequent(network, channels, patch)
+    return network, to_onnx(network, channels, patch).SerializeToString()
+
+
+def make_labels_frequent(network: Any, channels: int, patch: tuple[int, ...]) -> None:
+    """Random weights under which no label is rare on noise of that size."""
+    import torch
+
     with torch.no_grad():
         # equal tensors would be merged by the exporter, and trained ones are not equal
         for name, parameter in network.named_parameters():
@@ -167,12 +176,11 @@ def _network(dims: int, channels: int, heads: int) -> tuple[Any, bytes]:
                 parameter.normal_(0, 0.1)
             elif parameter.ndim == 1:
                 parameter.normal_(1, 0.2)
-        network.decoder.seg_layers[-1].weight.normal_(0, 2)
-        network.decoder.seg_layers[-1].bias.zero_()
-        patch = PATCH_3D if dims == 3 else PATCH_2D
+        head = network.decoder.seg_layers[-1]
+        head.weight.normal_(0, 2)
+        head.bias.zero_()
         logits = network(torch.randn(1, channels, *patch))
-        network.decoder.seg_layers[-1].bias.copy_(-logits.flatten(2).mean(2)[0])
-    return network, to_onnx(network, channels, patch).SerializeToString()
+        head.bias.copy_(-logits.flatten(2).mean(2)[0])
 
 
 def _plans(toy: Toy) -> dict[str, Any]:

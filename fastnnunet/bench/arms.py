@@ -4,7 +4,7 @@ network of a bundle, and bundles on backends.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,19 @@ from fastnnunet.errors import CorruptError
 from fastnnunet.runtime.backends.base import BACKENDS, INT8_ENDINGS, Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.bundle import BundleSpec, int8_file, load_bundle_spec
+
+if TYPE_CHECKING:
+    from fastnnunet.nnunet.reference import ReferencePredictor
+
+
+def _cases_of(reference: "ReferencePredictor") -> Runner:
+    """nnU-Net's predictor on one case after the other."""
+
+    def run(case: Case, output: Path) -> CaseRun:
+        told = reference.predict_case(case.files, output)
+        return CaseRun(told.stages_s, told.forward_passes)
+
+    return run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +57,7 @@ class ReferenceArm:
             device=self.device,
         )
 
-        def run(case: Case, output: Path) -> CaseRun:
-            told = reference.predict_case(case.files, output)
-            return CaseRun(told.stages_s, told.forward_passes)
-
-        return run
+        return _cases_of(reference)
 
     def describe(self) -> dict[str, Any]:
         """For the record; `parameters` of one network, `size_bytes` of the float32 weights of all folds.
@@ -110,11 +119,7 @@ class StockArm:
             device=self.device,
         )
 
-        def run(case: Case, output: Path) -> CaseRun:
-            told = reference.predict_case(case.files, output)
-            return CaseRun(told.stages_s, told.forward_passes)
-
-        return run
+        return _cases_of(reference)
 
     def describe(self) -> dict[str, Any]:
         """For the record."""

@@ -13,7 +13,7 @@ connections), and from which the same ones have to be chosen for all of them.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +53,7 @@ def read_layers(weights: Mapping[str, torch.Tensor]) -> list[Layer]:
         up, after = ("up", d), ("decoder", d)
         layers.append(Layer(f"decoder.transpconvs.{d}", None, (before,), up, transposed=True))
         first, *rest = _stacked(weights, f"decoder.stages.{d}", up, after)
-        layers += [Layer(first.name, first.norm, (up, ("encoder", stages - 2 - d)), first.writes), *rest]
+        layers += [replace(first, reads=(up, ("encoder", stages - 2 - d))), *rest]
         layers.append(Layer(f"decoder.seg_layers.{d}", None, (after,), ("heads", d)))
         before = after
     return layers if all(f"{layer.name}.weight" in weights for layer in layers) else []
@@ -64,7 +64,8 @@ def inherit(teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Ten
     given, wanted = read_layers(teacher), {layer.name: layer for layer in read_layers(student)}
     if not given or not wanted:
         return {}
-    chosen = _choose(given, teacher, wanted, student)
+    widths = _widths(given, teacher)
+    chosen = _choose(given, teacher, widths, _widths(wanted.values(), student))
     taken: dict[str, torch.Tensor] = {}
     for layer in given:
         own = wanted.get(layer.name)
@@ -73,7 +74,7 @@ def inherit(teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Ten
         weight, like = teacher[f"{layer.name}.weight"].float(), student[f"{layer.name}.weight"]
         if weight.shape[2:] != like.shape[2:]:
             continue  # another kernel
-        new = {f"{layer.name}.weight": _sliced(layer, weight, chosen, _widths(given, teacher))}
+        new = {f"{layer.name}.weight": _sliced(layer, weight, chosen, widths)}
         parts = [layer.name] if layer.norm is None else [layer.name, layer.norm]
         for name in [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")][1:]:
             if name in teacher:
@@ -96,15 +97,15 @@ def inherit_weights(network: torch.nn.Module, teacher: Mapping[str, torch.Tensor
 def _choose(
     given: Sequence[Layer],
     teacher: Mapping[str, torch.Tensor],
-    wanted: Mapping[str, Layer],
-    student: Mapping[str, torch.Tensor],
+    widths: Mapping[tuple[object, ...], int],
+    narrow: Mapping[tuple[object, ...], int],
 ) -> dict[tuple[object, ...], torch.Tensor]:
     """Space -> which of the teacher's channels the student gets, ascending: those with the greatest importance.
 
+    `widths` and `narrow`: channels of each space of teacher and student.
     The importance of a channel is the size of the normalisation's factors that write it times that of the weights that
     read it, each relative to the layer's other channels.
     """
-    widths, narrow = _widths(given, teacher), _widths(wanted.values(), student)
     written = {space: torch.zeros(n) for space, n in widths.items()}
     read = {space: torch.zeros(n) for space, n in widths.items()}
     for layer in given:

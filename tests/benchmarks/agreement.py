@@ -40,7 +40,6 @@ class Kind:
     step: tuple[int, int, int] = (1, 1, 1)
     most: tuple[int, int, int] = (64, 80, 80)
     cascade: bool = False
-    labels: int = 3
 
 
 KINDS = {
@@ -116,7 +115,7 @@ def measure(
             previous = None
             if kind.cascade:
                 previous, image = where / "previous", sitk.ReadImage(str(files[0]))
-                labels = random_labels(image.GetSize()[::-1], kind.labels, 5)
+                labels = random_labels(image.GetSize()[::-1], 3, 5)
                 write_image(labels, previous / "case.nii.gz", image.GetSpacing())
             for arm, folds, mirroring in (("ensemble", (0, 1), True), ("one fold", (0,), False)):
                 print(f"{name}, {arm}", flush=True)

@@ -34,7 +34,7 @@ from fastnnunet.runtime.backends.base import Precision, available_cores
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.student import StudentSpec
 from tests.benchmarks.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
-from tests.bundles import _dataset_json, _plans
+from tests.bundles import _dataset_json, _plans, make_labels_frequent, write_image
 from tests.teachers import save_checkpoint
 
 CONFIGURATION = "3d_toy"
@@ -68,17 +68,8 @@ def write_model(plans: dict[str, Any], folder: Path) -> int:
     torch.manual_seed(0)
     dataset_json = _dataset_json(toy_of(CLASSES))
     network = build_network(plans, CONFIGURATION, dataset_json).eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():  # the exporter would merge equal tensors
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-            elif parameter.ndim == 1:
-                parameter.normal_(1, 0.2)
-        head = network.decoder.seg_layers[-1]
-        head.weight.normal_(0, 2)
-        head.bias.zero_()
-        half = [n // 2 for n in plans["configurations"][CONFIGURATION]["patch_size"]]
-        head.bias.copy_(-network(torch.randn(1, 1, *half)).flatten(2).mean(2)[0])
+    half = tuple(n // 2 for n in plans["configurations"][CONFIGURATION]["patch_size"])
+    make_labels_frequent(network, 1, half)
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset_json))
@@ -87,19 +78,12 @@ def write_model(plans: dict[str, Any], folder: Path) -> int:
 
 
 def write_case(image: np.ndarray, folder: Path) -> Case:
-    file = folder / "ct_0000.nii.gz"
-    volume = sitk.GetImageFromArray(np.rint(image[0]).astype(np.int16))
-    volume.SetSpacing(SPACING_MM[::-1])
-    sitk.WriteImage(volume, str(file))
+    file = write_image(np.rint(image[0]).astype(np.int16), folder / "ct_0000.nii.gz", SPACING_MM[::-1])
     return Case("ct", (file,))
 
 
 def read_labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-def total(stages: dict[str, float]) -> float:
-    return sum(seconds for name, seconds in stages.items() if name.endswith("_s") and name != "total_s")
 
 
 def measure(
@@ -133,10 +117,10 @@ def measure(
                 name=name, model_folder=where / name, folds=(0,), mirroring=False, threads=threads
             ).load()
             nnunet[name] = dict(arm(case, where / f"{name}.nii.gz").stages_s)
-            print(f"nnunetv2, {name}: {total(nnunet[name]):.1f} s", nnunet[name], flush=True)
+            print(f"nnunetv2, {name}: {sum(nnunet[name].values()):.1f} s", nnunet[name], flush=True)
         expected = read_labels(where / "student.nii.gz")
 
-        single_s = total(nnunet["teacher"])
+        single_s = sum(nnunet["teacher"].values())
         ensemble_s = single_s + (ENSEMBLE_FOLDS * MIRRORED_PASSES - 1) * nnunet["teacher"]["infer_s"]
         arms = {}
         for precision in precisions:
@@ -145,11 +129,11 @@ def measure(
             ).load()
             out = where / f"{precision}.nii.gz"
             stages = [dict(run(case, out).stages_s) for _ in range(1 + repeats)][1:]  # the first is not warm
-            seconds = statistics.median(total(s) for s in stages)
+            seconds = statistics.median(sum(s.values()) for s in stages)
             arms[f"openvino {precision}"] = {
                 "seconds": seconds,
                 "stages_s": {name: statistics.median(s[name] for s in stages) for name in stages[0]},
-                "all_s": [total(s) for s in stages],
+                "all_s": [sum(s.values()) for s in stages],
                 "times_faster_than_single_fold": single_s / seconds,
                 "times_faster_than_ensemble": ensemble_s / seconds,
                 "agreement_with_nnunetv2": float((read_labels(out) == expected).mean()),
