@@ -6,6 +6,10 @@ Each subclass is also the builtin a library user would expect, so `except FileNo
 A message says what was wrong, what was got, what was expected and how to mend it.
 """
 
+import errno
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what an OSError says of a full disk
+
 
 class FastnnUNetError(Exception):
     """Base of all errors raised on purpose by this package."""

@@ -1,6 +1,8 @@
 """The command line as a user meets it: whole commands in processes of their own."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +41,39 @@ def test_spread_multi_values():
     assert spread_multi_values(given) == ["train", "-f", "0", "-f", "1", "-f", "2", "-r", "2", "-d", "4"]
     plain = ["predict", "-i", "a", "-o", "b"]
     assert spread_multi_values(plain) == plain
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train -d 4 -f 0 -r 4 --precision fp32 bf16",
+        "export tensorrt bundle --precision fp16 int8",
+        "distill auto -d 4 -r 2 4 -o out -f 0 1",
+    ],
+)
+def test_a_second_value_of_an_option_with_one_is_refused(words):
+    done = run(*words.split())
+    assert done.returncode == 2
+    assert re.search(rf"unexpected extra argument.*\({words.split()[-1]}\)", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_message(capsys):
+    from fastnnunet.cli.guard import guarded
+
+    def fill():
+        raise OSError(errno.ENOSPC, "No space left on device", "bundle/model.onnx")
+
+    with pytest.raises(SystemExit) as stopped:
+        guarded(fill)
+    assert stopped.value.code == 2
+    assert "error: No space left on device while writing bundle/model.onnx\nfree some space" in capsys.readouterr().err
+
+    def lose():
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):  # nothing a user can mend: as it is
+        guarded(lose)
 
 
 def test_help_is_fast_and_light():

@@ -138,11 +138,11 @@ def test_wrong_input_is_exit_2_with_one_message(wrong: str, tmp_path: Path) -> N
 
 
 def test_options_without_a_value() -> None:
-    assert spread_multi_values(["--keep-largest", "--fill-holes", "-o", "x"]) == [
-        *("--keep-largest", "all", "--fill-holes", "each", "-o", "x")
+    assert spread_multi_values(["postprocess", "--keep-largest", "--fill-holes", "-o", "x"]) == [
+        *("postprocess", "--keep-largest", "all", "--fill-holes", "each", "-o", "x")
     ]
-    assert spread_multi_values(["--keep-largest", "a", "b", "--fill-holes"]) == [
-        *("--keep-largest", "a", "--keep-largest", "b", "--fill-holes", "each")
+    assert spread_multi_values(["predict", "--keep-largest", "a", "b", "--fill-holes"]) == [
+        *("predict", "--keep-largest", "a", "--keep-largest", "b", "--fill-holes", "each")
     ]
 
 

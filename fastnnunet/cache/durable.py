@@ -1,13 +1,10 @@
 """Writes that survive a kill and a power cut: temporary sibling, fsync, rename, fsync of the folder."""
 
-import errno
 import os
 import secrets
 from pathlib import Path
 
-from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+from fastnnunet.errors import NO_ROOM, BuildError, DiskSpaceError, FastnnUNetError
 
 
 def fsync_file(path: Path) -> None:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastnnunet.cache.durable import NO_ROOM
-from fastnnunet.errors import FastnnUNetError, SpecError, StorageError
+from fastnnunet.errors import NO_ROOM, FastnnUNetError, SpecError, StorageError
 from fastnnunet.specs.canonical import sha256_of_file
 
 READ_BYTES = 8 << 20

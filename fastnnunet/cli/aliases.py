@@ -64,6 +64,9 @@ def _train_command(variant: str, argv: list[str] | None) -> None:
     parser.add_argument("-tf", nargs="+", default=["0", "1", "2", "3", "4"], help="teacher folds")
     parser.add_argument("-tcp", default="checkpoint_final.pth", help="the teacher's checkpoint")
     parser.add_argument("-w", type=Path, help="nnU-Net checkpoint of fitting shapes to start the student from")
+    parser.add_argument(
+        "--start", default="teacher", help="first weights: teacher (its most important channels) or random"
+    )
     parser.add_argument("-e", type=int, default=1000, help="epochs")
     parser.add_argument("--iterations", type=int, default=250, help="iterations per epoch")
     parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs; Primus always takes AdamW")
@@ -144,6 +147,7 @@ def _train(args: argparse.Namespace) -> None:
         "epochs": args.e,
         "iterations_per_epoch": args.iterations,
         "optimizer": args.optimizer,
+        "start": args.start,
         "mirror_augmentation": not args.disable_mirroring,
         "augmentation": "da5" if args.use_da5 else "default",
     }

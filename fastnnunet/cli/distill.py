@@ -37,6 +37,12 @@ def auto(
     val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd (nnU-Net's), or adamw for short runs.")] = "sgd",
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
+    start: Annotated[
+        str, typer.Option("--start", help="First weights: teacher (its most important channels) or random.")
+    ] = "teacher",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Samples a step [default: the plans'].")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")] = "auto",
     device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
@@ -73,10 +79,12 @@ def auto(
         "epochs": epochs,
         "iterations_per_epoch": iterations,
         "val_iterations_per_epoch": val_iterations,
+        "batch_size": batch_size,
         "optimizer": optimizer,
         "initial_lr": lr,
         "seed": seed,
         "precision": precision,
+        "start": start,
     }
     recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     sizes = reduction or [2, 4, 6, 8]

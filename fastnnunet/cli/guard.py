@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from fastnnunet.errors import FastnnUNetError
+from fastnnunet.errors import NO_ROOM, FastnnUNetError
 
 # top-level modules that are no part of the base install
 EXTRA_OF = {
@@ -23,7 +23,7 @@ EXTRA_OF = {
 
 
 def guarded(command: Callable[[], None]) -> None:
-    """Run `command`. Exit codes: its own, 2 for wrong input or a missing extra, 130 when interrupted."""
+    """Run `command`. Exit codes: its own, 2 for wrong input, a missing extra or a full disk, 130 when interrupted."""
     # torch about the decorators of libraries that nnU-Net imports; nothing a user can mend
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
     try:
@@ -38,6 +38,15 @@ def guarded(command: Callable[[], None]) -> None:
         print(
             f"error: this command needs the package {module}, which the base install leaves out\n"
             f"install it: pip install 'fastnnunet[{EXTRA_OF[module]}]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        where = f" while writing {e.filename}" if e.filename else ""
+        print(
+            f"error: {e.strerror}{where}\nfree some space, or write to another disk, and run the command again",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -3,6 +3,7 @@
 import sys
 
 import typer
+from typer.core import TyperGroup
 
 from fastnnunet.cli.benchmark import benchmark
 from fastnnunet.cli.cache import app as cache_app
@@ -41,25 +42,26 @@ app.add_typer(export_app, name="export")
 app.add_typer(student_app, name="student")
 app.add_typer(distill_app, name="distill")
 
-# Options that take several values the nnU-Net way: `-f 0 1 2` becomes `-f 0 -f 1 -f 2`.
-MULTI_VALUE = frozenset(
-    {"-f", "--fold", "-r", "--reduction", "-tf", "--backend", "--case", "-m", "--model", "--precision", "--arch"}
-    | {"--keep-largest", "--fill-holes", "--patch-size"}
-)
-# ... but not for these commands, where a second value is a mistake
-SINGLE_VALUE = {
-    "predict": frozenset({"--backend", "-m", "--model", "--precision"}),
-    "export": frozenset({"-m", "--model"}),
-}
 # What an option without a value stands for.
 BARE_VALUE = {"--keep-largest": "all", "--fill-holes": "each"}
 
 
+def options_with_several_values(argv: list[str]) -> frozenset[str]:
+    """Of the command that `argv` names, the options that may be given more than once."""
+    command = typer.main.get_command(app)
+    for token in argv:
+        if not isinstance(command, TyperGroup) or token not in command.commands:
+            break
+        command = command.commands[token]
+    return frozenset(name for p in command.params if getattr(p, "multiple", False) for name in p.opts)
+
+
 def spread_multi_values(argv: list[str]) -> list[str]:
-    """Rewrite `-f 0 1 2` as `-f 0 -f 1 -f 2` for the options in MULTI_VALUE, and give those in BARE_VALUE their value
-    where they stand alone; everything else is left as it is.
+    """Rewrite `-f 0 1 2`, nnU-Net's way, as `-f 0 -f 1 -f 2` for options that take several values, and give those in
+    BARE_VALUE their value where they stand alone; everything else is left as it is, so that the second value of an
+    option with one is refused.
     """
-    several = MULTI_VALUE - SINGLE_VALUE.get(argv[0] if argv else "", frozenset())
+    several = options_with_several_values(argv)
     out: list[str] = []
     option: str | None = None
     taken = 0

@@ -1,6 +1,6 @@
 """Patches an exported model is compared with PyTorch on, real or noise, and random ones to calibrate on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,6 +83,25 @@ class RandomPatches:
         if case_id != self._case_id:
             self._image_CZYX, self._case_id = self._load(case_id), case_id
         return _cut(self._image_CZYX, self._patch_size, place)
+
+
+class CalibrationBatches:
+    """Patches in batches of what a model takes at once; those beyond the last full batch are left out."""
+
+    def __init__(
+        self, patches_NCX: Patches, batch_size: int, on_patches: Callable[[int, int], None] | None = None
+    ) -> None:
+        """`on_patches(done, total)` is called before each batch is read."""
+        self._patches_NCX, self._size, self._on_patches = patches_NCX, batch_size, on_patches
+
+    def __len__(self) -> int:
+        return len(self._patches_NCX) // self._size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for stop in range(self._size, len(self._patches_NCX) + 1, self._size):
+            if self._on_patches:
+                self._on_patches(stop, len(self._patches_NCX))
+            yield self._patches_NCX[stop - self._size : stop]
 
 
 def noise_patches(num_channels: int, patch_size: tuple[int, ...], num_previous: int = 0) -> np.ndarray:

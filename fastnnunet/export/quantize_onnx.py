@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastnnunet.errors import BackendError
-from fastnnunet.export.patches import Patches
+from fastnnunet.export.patches import CalibrationBatches, Patches
 from fastnnunet.export.quantized import prepare_quantized
 
 if TYPE_CHECKING:
@@ -25,24 +25,15 @@ if TYPE_CHECKING:
 _OPERATORS = ["Conv", "ConvTranspose"]
 
 
-class _Batches:
+class _Reader:
     """What the quantiser reads (its CalibrationDataReader): batches under the name of the model's input, then None."""
 
-    def __init__(
-        self, name: str, patches_NCX: Patches, batch_size: int, on_patches: Callable[[int, int], None] | None
-    ) -> None:
-        self._name, self._patches, self._size, self._on_patches = name, patches_NCX, batch_size, on_patches
-        self._next = 0
+    def __init__(self, name: str, batches: CalibrationBatches) -> None:
+        self._name, self._batches = name, iter(batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        stop = self._next + self._size
-        if stop > len(self._patches):
-            return None
-        batch = self._patches[self._next : stop]
-        self._next = stop
-        if self._on_patches:
-            self._on_patches(stop, len(self._patches))
-        return {self._name: batch}
+        batch = next(self._batches, None)
+        return None if batch is None else {self._name: batch}
 
 
 def check_onnx_quantizer() -> None:
@@ -75,7 +66,7 @@ def quantize_onnx(
         quantize_static(
             model,
             str(out),
-            _Batches(model.graph.input[0].name, patches_NCX, batch_size, on_patches),
+            _Reader(model.graph.input[0].name, CalibrationBatches(patches_NCX, batch_size, on_patches)),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,

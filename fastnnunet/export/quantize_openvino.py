@@ -12,10 +12,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 from fastnnunet.errors import BackendError, MismatchError
-from fastnnunet.export.patches import Patches
+from fastnnunet.export.patches import CalibrationBatches, Patches
 
 
 def check_openvino_quantizer() -> None:
@@ -47,22 +45,16 @@ def quantize_openvino(
     import nncf
     import openvino
 
-    starts = range(0, len(patches_NCX) - batch_size + 1, batch_size)
-
-    def batch(start: int) -> np.ndarray:
-        if on_patches:
-            on_patches(start + batch_size, len(patches_NCX))
-        return patches_NCX[start : start + batch_size]
-
+    batches = CalibrationBatches(patches_NCX, batch_size, on_patches)
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level changes handlers of others too
     model = openvino.Core().read_model(str(model_file))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its own progress bar
             quantized = nncf.quantize(
                 model,
-                nncf.Dataset(starts, batch),
+                nncf.Dataset(batches),
                 preset=nncf.QuantizationPreset.MIXED,  # activations behind a leaky ReLU are not symmetric
-                subset_size=len(starts),
+                subset_size=len(batches),
             )
     except (RuntimeError, nncf.UnsupportedModelError, nncf.ValidationError, nncf.InternalError) as e:
         raise MismatchError(f"NNCF cannot quantise {model_file}: {e}") from e

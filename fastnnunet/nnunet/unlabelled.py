@@ -9,7 +9,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastnnunet.errors import (
+    NO_ROOM,
     BuildError,
     CorruptError,
     DiskSpaceError,
@@ -41,7 +41,6 @@ from fastnnunet.specs.distill import SET_NAME
 
 SETS = "unlabelled"
 VERSION = 1
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _PLANS_FIELDS = ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer")
 _CONFIGURATION_FIELDS = (
     *PREPROCESSING_FIELDS,

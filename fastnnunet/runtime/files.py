@@ -1,6 +1,5 @@
 """Files that are whole or not there."""
 
-import errno
 import gzip
 import os
 import zlib
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError
+from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError, ImageError
 
 _under_way: set[Path] = set()  # partial files of this process
 
@@ -26,7 +25,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in NO_ROOM:
             raise DiskSpaceError(f"no room left to write {path}; free some space and run again") from e
         raise FastnnUNetError(f"cannot write {path}: {e}") from e
     finally:
