@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.configuration import default_num_processes
 
+from fastnnunet.bench.cold import cold_start
 from fastnnunet.bench.job import BenchmarkJob, prepare
 from fastnnunet.bench.metrics import label_metrics
 from fastnnunet.bench.page import page as make_page
 from fastnnunet.cli.main import main
+from fastnnunet.errors import BackendError, SpecError
+from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 
@@ -230,6 +233,37 @@ def test_every_backend_gets_the_precisions_it_has(place: Path, tmp_path: Path, m
     assert [arm.name for arm in setup.arms[3:]] == ["bundle onnxruntime", "bundle torch", "bundle torch bf16"]
     assert setup.left_out == ("onnxruntime bf16: this backend does not compute in bf16",)
     assert set(setup.same_network.values()) == {"bundle nnunetv2"}
+
+
+def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`name:device`; what it computes on is asked before anything runs. The GPU is a number here, nothing is loaded."""
+    monkeypatch.setenv("nnUNet_results", str(place / "results"))
+    job = BenchmarkJob(
+        teacher=TeacherSpec(dataset="999", configuration="3d_toy", plans="toyPlans", folds=(0, 1)),
+        bundles=(place / "bundle",),
+        images=place / "images",
+        labels=None,
+        output=tmp_path,
+        backends=("onnxruntime", "onnxruntime:cuda", "tensorrt"),
+        same_network=False,
+    )
+    monkeypatch.setattr("fastnnunet.runtime.backends.base.cuda_device_count", lambda: 1)
+    arms = prepare(job).arms[2:]
+    assert [(arm.name, arm.device, arm.on_gpu) for arm in arms] == [
+        ("bundle onnxruntime", "cpu", False),
+        ("bundle onnxruntime cuda", "cuda", True),
+        ("bundle tensorrt", "cuda", True),
+    ]
+    start = cold_start(arms[1], job.teacher, Case("one", (place / "images" / "one_0000.nii.gz",)), ".nii.gz", tmp_path)
+    device = start.command.index("-device")
+    assert start.command[device + 1] == "cuda"
+    with pytest.raises(BackendError, match=r"openvino computes on cpu, not on cuda"):
+        prepare(replace(job, backends=("openvino:cuda",)))
+    with pytest.raises(SpecError, match=r"got 'gpu'"):
+        prepare(replace(job, backends=("onnxruntime:gpu",)))
+    monkeypatch.setattr("fastnnunet.runtime.backends.base.cuda_device_count", lambda: 0)
+    with pytest.raises(BackendError, match="a GPU is asked for"):
+        prepare(job)
 
 
 def test_ensemble_arm_is_nnunets_prediction(place: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastnnunet.bench.worker import CaseRun, Runner
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import BACKENDS, INT8_ENDINGS, Precision, create_ensemble
+from fastnnunet.runtime.backends.base import INT8_ENDINGS, BackendOptions, Precision, create_ensemble
 from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.bundle import BundleSpec, int8_file, load_bundle_spec
 
@@ -139,23 +139,28 @@ class StockArm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleArm:
-    """A bundle on one backend."""
+    """A bundle on one backend and device."""
 
     name: str
     bundle: Path
     backend: str
     precision: Precision
     threads: int
+    device: str = "cpu"
 
     @property
     def on_gpu(self) -> bool:
-        return BACKENDS[self.backend].needs_gpu
+        return self.device != "cpu"
+
+    @property
+    def _options(self) -> BackendOptions:
+        return {"threads": self.threads, "precision": self.precision, "device": self.device}
 
     def load(self) -> Runner:
         """Check and load the bundle. Raises NotFoundError, CorruptError, BackendError."""
         from fastnnunet.runtime.predict import Predictor
 
-        predictor = Predictor.load(self.bundle, self.backend, threads=self.threads, precision=self.precision)
+        predictor = Predictor.load(self.bundle, self.backend, **self._options)
 
         def run(case: Case, output: Path) -> CaseRun:
             times = asdict(predictor.predict_case(case, output).times)
@@ -170,7 +175,7 @@ class BundleArm:
             "kind": "bundle",
             "bundle": self.bundle.name,
             "backend": self.backend,
-            "device": "cuda" if self.on_gpu else "cpu",
+            "device": self.device,
             "precision": self.precision,
             "parameters": spec.provenance.get("parameters"),
             "size_bytes": self._model_bytes(spec),
@@ -193,7 +198,7 @@ class BundleArm:
                 image_NCX, expected_NHX = stored["image"], stored["logits"]
         except (OSError, ValueError, KeyError) as e:
             raise CorruptError(f"{self.bundle / 'parity.npz'} cannot be read ({e}); export the bundle again") from e
-        backends = create_ensemble(self.backend, self.bundle, spec, threads=self.threads, precision=self.precision)
+        backends = create_ensemble(self.backend, self.bundle, spec, **self._options)
         got_NHX = np.zeros_like(expected_NHX)
         for backend in backends:
             got_NHX += np.concatenate([np.array(backend.run(np.ascontiguousarray(i[None]))) for i in image_NCX])

@@ -48,7 +48,8 @@ def cold_start(
     """
     output = place / f"{case.case_id}{file_ending}"
     if isinstance(arm, BundleArm):
-        options = ("--backend", arm.backend, "--precision", arm.precision, "--threads", str(arm.threads))
+        engine = ("--backend", arm.backend, "--precision", arm.precision, "-device", arm.device)
+        options = (*engine, "--threads", str(arm.threads))
         names = ("-i", str(case.files[0]), "-o", str(output), "-m", str(arm.bundle))
         program = (sys.executable, "-m", "fastnnunet", "predict")
         return ColdStart(command=(*program, *names, *options), output=output, environment={})

@@ -14,6 +14,7 @@ from fastnnunet.runtime.backends.base import (
     BACKENDS,
     Precision,
     available_cores,
+    choose_backend,
     installed_cpu_backends,
 )
 from fastnnunet.runtime.cases import Case, find_cases
@@ -33,7 +34,7 @@ class BenchmarkJob:
     images: Path
     labels: Path | None
     output: Path
-    backends: tuple[str, ...] = ()  # empty: every installed one that needs no GPU
+    backends: tuple[str, ...] = ()  # `name` or `name:device`; empty: every installed one that needs no GPU
     precisions: tuple[Precision, ...] = ("fp32",)
     threads: int | None = None  # None: all cores, for every arm alike
     cases: int | None = None
@@ -116,11 +117,11 @@ def _setup(job: BenchmarkJob, folder: Path, specs: Mapping[Path, BundleSpec], ca
         from fastnnunet.api.models import cached_bundle
 
         bundle = cached_bundle(folder, job.teacher.folds, job.teacher.checkpoint)
-        ours = [_bundle_arm(OURS, bundle, *engine, threads) for engine in engines]
+        ours = [_bundle_arm(OURS, bundle, engine, threads) for engine in engines]
         same_network |= {arm.name: ENSEMBLE for arm in ours}
         arms += ours
     for path, name in names.items():
-        students = [_bundle_arm(name, path, *engine, threads) for engine in engines]
+        students = [_bundle_arm(name, path, engine, threads) for engine in engines]
         if job.same_network:
             stock = StockArm(name=f"{name} nnunetv2", bundle=path, threads=threads, device=job.device)
             arms.append(stock)
@@ -157,23 +158,50 @@ def short_names(specs: Mapping[Path, BundleSpec]) -> dict[Path, str]:
     return {path: path.name if folders.count(path.name) == 1 else spec.name for path, spec in specs.items()}
 
 
-def _engines(job: BenchmarkJob) -> tuple[list[tuple[str, Precision]], tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What computes a bundle."""
+
+    backend: str
+    device: str
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """The backend, and what is not its default."""
+        words = [self.backend]
+        if self.device != BACKENDS[self.backend].devices[0]:
+            words.append(self.device)
+        if self.precision != "fp32":
+            words.append(self.precision)
+        return " ".join(words)
+
+
+def _engines(job: BenchmarkJob) -> tuple[list[Engine], tuple[str, ...]]:
     """Backends with the precisions they compute in, and those pairs that there are not.
 
-    Raises BackendError where no backend has a precision, SpecError for unknown names.
+    Raises BackendError where no backend has a precision or a device, SpecError for unknown names.
     """
     backends = job.backends or installed_cpu_backends()
-    if unknown := [name for name in backends if name not in BACKENDS]:
-        raise SpecError(f"--backend: got {unknown[0]!r}, expected some of {', '.join(BACKENDS)}")
-    pairs = [(backend, precision) for backend in backends for precision in job.precisions]
-    engines = [pair for pair in pairs if pair[1] in BACKENDS[pair[0]].precisions]
+    places = []
+    for words in backends:
+        name, _, device = words.partition(":")
+        if name not in BACKENDS:
+            raise SpecError(f"--backend: got {words!r}, expected some of {', '.join(BACKENDS)}, or onnxruntime:cuda")
+        places.append((name, str(choose_backend(name, device or None)[1])))
+    wanted = [Engine(*place, precision) for place in places for precision in job.precisions]
+    engines = [engine for engine in wanted if engine.precision in BACKENDS[engine.backend].precisions]
     for precision in job.precisions:
-        if precision not in [p for _, p in engines]:
+        if precision not in [engine.precision for engine in engines]:
             raise BackendError(
                 f"--precision {precision}: none of the backends {', '.join(backends)} computes in it\n"
                 "leave it out, or name another backend with --backend"
             )
-    return engines, tuple(f"{b} {p}: this backend does not compute in {p}" for b, p in pairs if (b, p) not in engines)
+    return engines, tuple(
+        f"{engine.name}: this backend does not compute in {engine.precision}"
+        for engine in wanted
+        if engine not in engines
+    )
 
 
 def _reference_arm(
@@ -190,6 +218,12 @@ def _reference_arm(
     )
 
 
-def _bundle_arm(short: str, bundle: Path, backend: str, precision: Precision, threads: int) -> BundleArm:
-    name = f"{short} {backend}" + ("" if precision == "fp32" else f" {precision}")
-    return BundleArm(name=name, bundle=bundle, backend=backend, precision=precision, threads=threads)
+def _bundle_arm(short: str, bundle: Path, engine: Engine, threads: int) -> BundleArm:
+    return BundleArm(
+        name=f"{short} {engine.name}",
+        bundle=bundle,
+        backend=engine.backend,
+        precision=engine.precision,
+        threads=threads,
+        device=engine.device,
+    )

@@ -21,7 +21,10 @@ def benchmark(
     checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
     backends: Annotated[
         list[str] | None,
-        typer.Option("--backend", help="openvino, onnxruntime, torch, tensorrt [default: all installed, no GPU]."),
+        typer.Option(
+            "--backend",
+            help="openvino, onnxruntime, onnxruntime:cuda, torch, tensorrt [default: all installed, no GPU].",
+        ),
     ] = None,
     precisions: Annotated[
         list[str] | None, typer.Option("--precision", help="fp32, bf16, fp16, int8, where a backend has it [fp32].")

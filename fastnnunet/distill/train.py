@@ -238,7 +238,7 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         state = "finished" if FINAL in existing else "unfinished"
         raise MismatchError(
             f"{fold_folder} holds a {state} run\n"
-            "continue or validate it with --continue, or replace it with --overwrite"
+            "continue or validate it with --continue, replace it with --overwrite, or name this one with -spl"
         )
     if resume and existing:  # before a cache is asked for, which another teacher would need
         path = fold_folder / existing[0]
