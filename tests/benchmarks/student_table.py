@@ -34,6 +34,7 @@ from fastnnunet.specs.student import StudentSpec
 from tests.benchmarks.student_seeds import compare
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+LENGTH = ("steps", "samples_per_step")
 ONLINE = "online"  # key in the provenance of students whose teachers ran in every step
 
 
@@ -66,19 +67,24 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[s
     with tempfile.TemporaryDirectory() as out:
         Predictor.load(bundle, "onnxruntime").predict_files(images, Path(out))
         dice = dice_per_case(Path(out), labels)
-    provenance = load_bundle_spec(bundle).provenance
+    spec = load_bundle_spec(bundle)
+    provenance = spec.provenance
     made = provenance["training"]
     distill = build_spec(DistillSpec, made["distill"])
     student = build_spec(StudentSpec, made["student"])
     loss = soft_loss(distill, bool(made.get(ONLINE)))
     teacher = f"{len(made['teacher']['folds'])} fold(s)"
+    steps = distill.epochs * distill.iterations_per_epoch
+    samples = spec.plans["configurations"][spec.configuration]["batch_size"]
     return {
-        "group": f"{student.tag} {loss} {teacher} from {distill.start}",
+        "group": f"{student.tag} {loss} {teacher} from {distill.start}, {steps} x {samples}",
         "family": student.family,
         "r": student.r,
         "soft_loss": loss,
         "teacher": teacher,
         "start": distill.start,
+        "steps": steps,
+        "samples_per_step": samples,
         "seed": distill.seed,
         "distill": made["distill"],
         "cache_key": made["cache_key"],
@@ -132,7 +138,7 @@ def measure(
         control = groups.get(name.replace(first["soft_loss"], "none", 1)) if first["soft_loss"] != "none" else None
         several = control is not None and min(len(members), len(control)) > 1
         table[name] = {
-            **{k: first[k] for k in ("family", "r", "soft_loss", "teacher", "start", "parameters")},
+            **{k: first[k] for k in ("family", "r", "soft_loss", "teacher", "start", *LENGTH, "parameters")},
             "seeds": [m["seed"] for m in members],
             "dice": means,
             "mean_dice": statistics.mean(means),
@@ -170,7 +176,7 @@ if __name__ == "__main__":
     for name, row in sorted(record["table"].items()):
         spread = "" if row["stdev"] is None else f" +- {row['stdev']:.4f}"
         print(
-            f"{name:44} {row['mean_dice']:.4f}{spread} ({len(row['seeds'])} seeds, "
+            f"{name:56} {row['mean_dice']:.4f}{spread} ({len(row['seeds'])} seeds, "
             f"{row['points_below_ensemble']:+.2f} points below) fp32 {row['ms_per_patch']['fp32']:.1f} ms, "
             f"bf16 {row['ms_per_patch']['bf16']:.1f} ms, {row['parameters'] / 1e6:.2f} M"
         )
