@@ -73,6 +73,13 @@ def files(place: Path, out: Path) -> tuple[object, ...]:
     return ("-i", place / "images", "-g", place / "labels", "-m", place / "bundle", "-o", out)
 
 
+def job_of(place: Path, out: Path, **options: Any) -> BenchmarkJob:
+    teacher = TeacherSpec(dataset="999", configuration="3d_toy", plans="toyPlans", folds=(0, 1))
+    return BenchmarkJob(
+        teacher=teacher, bundles=(place / "bundle",), images=place / "images", labels=None, output=out, **options
+    )
+
+
 def read(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
@@ -220,16 +227,7 @@ def test_every_backend_gets_the_precisions_it_has(place: Path, tmp_path: Path, m
     monkeypatch.setenv("nnUNet_results", str(place / "results"))
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         monkeypatch.delenv(name, raising=False)
-    job = BenchmarkJob(
-        teacher=TeacherSpec(dataset="999", configuration="3d_toy", plans="toyPlans", folds=(0, 1)),
-        bundles=(place / "bundle",),
-        images=place / "images",
-        labels=None,
-        output=tmp_path,
-        backends=("onnxruntime", "torch"),
-        precisions=("fp32", "bf16"),
-    )
-    setup = prepare(job)
+    setup = prepare(job_of(place, tmp_path, backends=("onnxruntime", "torch"), precisions=("fp32", "bf16")))
     assert [arm.name for arm in setup.arms[3:]] == ["bundle onnxruntime", "bundle torch", "bundle torch bf16"]
     assert setup.left_out == ("onnxruntime bf16: this backend does not compute in bf16",)
     assert set(setup.same_network.values()) == {"bundle nnunetv2"}
@@ -238,15 +236,7 @@ def test_every_backend_gets_the_precisions_it_has(place: Path, tmp_path: Path, m
 def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`name:device`; what it computes on is asked before anything runs. The GPU is a number here, nothing is loaded."""
     monkeypatch.setenv("nnUNet_results", str(place / "results"))
-    job = BenchmarkJob(
-        teacher=TeacherSpec(dataset="999", configuration="3d_toy", plans="toyPlans", folds=(0, 1)),
-        bundles=(place / "bundle",),
-        images=place / "images",
-        labels=None,
-        output=tmp_path,
-        backends=("onnxruntime", "onnxruntime:cuda", "tensorrt"),
-        same_network=False,
-    )
+    job = job_of(place, tmp_path, backends=("onnxruntime", "onnxruntime:cuda", "tensorrt"), same_network=False)
     monkeypatch.setattr("fastnnunet.runtime.backends.base.cuda_device_count", lambda: 1)
     arms = prepare(job).arms[2:]
     assert [(arm.name, arm.device, arm.on_gpu) for arm in arms] == [
