@@ -21,6 +21,7 @@ from fastnnunet.export.patches import RandomPatches
 from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from tests.bundles import PATCH_2D, PATCH_3D, Toy, _network, make_toy_model
+from tests.small_networks import primus_network, residual_network
 
 needs_nncf = pytest.mark.skipif(
     find_spec("nncf") is None or find_spec("openvino") is None, reason="nncf (extra quantize) is not installed"
@@ -32,37 +33,17 @@ def patches(channels: int, patch: tuple[int, ...], count: int = 6, seed: int = 0
     return np.random.default_rng(seed).standard_normal((count, channels, *patch)).astype(np.float32)
 
 
-def residual_network() -> torch.nn.Module:
-    """Sums of two branches, 1x1 projections, anisotropic strides, a batch norm nowhere."""
-    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-
-    torch.manual_seed(0)
-    return ResidualEncoderUNet(
-        input_channels=2,
-        n_stages=2,
-        features_per_stage=[8, 12],
-        conv_op=torch.nn.Conv3d,
-        kernel_sizes=[[1, 3, 3], [3, 3, 3]],
-        strides=[[1, 1, 1], [1, 2, 2]],
-        n_blocks_per_stage=[1, 2],
-        num_classes=3,
-        n_conv_per_stage_decoder=[1],
-        conv_bias=True,
-        norm_op=torch.nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=torch.nn.LeakyReLU,
-    ).eval()
-
-
 NETWORKS = {
     "3d": lambda: (*_network(3, 1, 3), 1, PATCH_3D),
     "2d": lambda: (*_network(2, 1, 3), 1, PATCH_2D),
-    "residual": lambda: (network := residual_network(), exported(network, 2, (8, 16, 16)), 2, (8, 16, 16)),
+    "residual": lambda: exported(*residual_network()),
+    "primus": lambda: exported(*primus_network()),
 }
 
 
-def exported(network: torch.nn.Module, channels: int, patch: tuple[int, ...]) -> bytes:
-    return to_onnx(network, channels, patch).SerializeToString()
+def exported(network: torch.nn.Module, shape: tuple[int, ...]) -> tuple[torch.nn.Module, bytes, int, tuple[int, ...]]:
+    channels, *patch = shape
+    return network, to_onnx(network, channels, tuple(patch)).SerializeToString(), channels, tuple(patch)
 
 
 class Case:
@@ -135,7 +116,7 @@ class TestOnnx:
                 assert not any(dequantised)
         # norms, skip connections, sums of residual blocks and activations are those of the fp32 graph
         assert {k: n for k, n in after.items() if k not in ("QuantizeLinear", "DequantizeLinear")} == dict(before)
-        assert before["InstanceNormalization"] > 0
+        assert before["InstanceNormalization"] + before["LayerNormalization"] > 0
 
     def test_zero_points_are_stored_zeros_of_int8(self, case: Case) -> None:
         activations = [n for n in case.graph.node if n.op_type == "QuantizeLinear"]

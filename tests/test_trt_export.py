@@ -30,6 +30,7 @@ from fastnnunet.trt import library as seam
 from fastnnunet.trt.library import find_library
 from fastnnunet.trt.store import EngineKey, find_engine, write_engine
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model, smooth_noise, write_image
+from tests.small_networks import primus_network, residual_network
 from tests.test_cli import refused, run
 
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
@@ -140,32 +141,11 @@ class TestBuilding:
     @pytest.mark.parametrize("kind", ["residual, anisotropic, two channels", "primus"])
     def test_other_networks(self, model: ToyModel, kind: str, tmp_path: Path) -> None:
         import torch
-        from dynamic_network_architectures.architectures.primus import Primus
-        from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
-        torch.manual_seed(0)
-        if kind == "primus":
-            shape = (1, 16, 16, 16)
-            network = Primus(1, 48, (8, 8, 8), 3, 1, 4, shape[1:], scale_attn_inner=True, init_values=0.1)
-        else:
-            shape = (2, 8, 16, 16)
-            network = ResidualEncoderUNet(
-                input_channels=2,
-                n_stages=2,
-                features_per_stage=[8, 12],
-                conv_op=torch.nn.Conv3d,
-                kernel_sizes=[[1, 3, 3], [3, 3, 3]],
-                strides=[[1, 1, 1], [1, 2, 2]],
-                n_blocks_per_stage=[1, 1],
-                num_classes=3,
-                n_conv_per_stage_decoder=[1],
-                norm_op=torch.nn.InstanceNorm3d,
-                norm_op_kwargs={"eps": 1e-5, "affine": True},
-                nonlin=torch.nn.LeakyReLU,
-            )
+        network, shape = primus_network() if kind == "primus" else residual_network()
         image = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
         with torch.inference_mode():
-            expected = network.eval()(torch.from_numpy(image)).numpy()
+            expected = network(torch.from_numpy(image)).numpy()
         onnx.save(to_onnx(network, shape[0], shape[1:]), str(tmp_path / "model.onnx"))
         norm_op = {} if kind == "primus" else {"norm_op": "torch.nn.InstanceNorm3d"}
         spec = replace(model.spec, architecture={"arch_kwargs": norm_op})

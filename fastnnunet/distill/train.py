@@ -12,6 +12,7 @@ import numpy as np
 
 from fastnnunet import __version__
 from fastnnunet.cache.storage import Place
+from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import MismatchError, SpecError
@@ -138,6 +139,8 @@ def _train_students(
         )
     if first.threads:
         torch.set_num_threads(first.threads)
+    if device == "cpu":
+        keep_freed_memory()
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)

@@ -249,7 +249,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         target, soft_NSZYX = self._split_targets(batch["target"])
         number = self.current_epoch * self.num_iterations_per_epoch + iteration
         # networks with dropout draw: seeded for each step, a checkpoint needs no generator states
-        seed_generators(self.seed, STEP, number)
+        seed_generators(self.seed, STEP, number, device_type=self.device.type)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self.network(self._to_device(batch["data"]))

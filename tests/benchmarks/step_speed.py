@@ -36,6 +36,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from scipy.special import softmax
 
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
+from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.train import TrainingJob, _configure, check_job, resolve_device
 from fastnnunet.nnunet.dataset import open_teacher
@@ -217,6 +218,8 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
     factory = open_teacher(job.teacher, replace(job.cache, mirroring=False))[1]
     threads = job.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    if resolve_device(job.device) == "cpu":
+        keep_freed_memory()  # as a training does
     jobs = {r: replace(job, student=StudentSpec(r=r)) for r in sizes}
     first = jobs[sizes[0]]
     control = replace(first, distill=replace(job.distill, alpha=0.0))
