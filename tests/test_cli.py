@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 
@@ -74,6 +75,15 @@ def test_a_full_disk_is_one_message(capsys):
 
     with pytest.raises(OSError, match="Input/output"):  # nothing a user can mend: as it is
         guarded(lose)
+
+
+def test_version():
+    done = run("--version")
+    assert done.returncode == 0
+    for name in ("fastnnunet", "numpy", "onnxruntime"):
+        assert f"{name} {metadata.version(name)}" in done.stdout
+    assert "torch" in done.stdout
+    assert done.stdout.count("\n") == 1
 
 
 def test_help_is_fast_and_light():

@@ -29,8 +29,21 @@ app = typer.Typer(
 )
 
 
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from fastnnunet.bench.record import versions
+
+        found = versions()
+        print(f"fastnnunet {found.pop('fastnnunet')} ({', '.join(f'{name} {v}' for name, v in found.items())})")
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_versions, is_eager=True, help="Print the versions that decide results."
+    ),
+) -> None:
     """Keeps `fastnnunet` a group of commands however many are registered."""
 
 
