@@ -8,6 +8,7 @@ import pytest
 from fastnnunet.bench.auto import auto_size, validation_cases
 from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.specs.student import StudentSpec
 from tests.test_distill_train import build, make_job
 from tests.tiny import DATASET
 
@@ -27,32 +28,40 @@ def test_trains_scores_and_chooses_from_the_command_line(world, tmp_path, monkey
     monkeypatch.setenv("nnUNet_def_n_proc", "2")
     out = tmp_path / "out"
     words = (
-        "distill auto -d 998 -f 0 -tf 0 1 -r 1 2 -e 1 --iterations 2 --val-iterations 1 --precision fp32 --threads 1 "
+        "distill auto -d 998 -f 0 -tf 0 1 -r 1 2 --family width lite -e 1 --iterations 2 --val-iterations 1 "
+        "--precision fp32 --threads 1 "
     )
     words += f"--device cpu --spec {tmp_path / 'recipe.yaml'} -o {out} --within 100"
     with pytest.raises(SystemExit) as done:
         main(words.split())
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert done.value.code == 0, printed
+    assert "r1 r2 r1_lite r2_lite fold 0 epoch 1/1" in progress
     record = json.loads(next(out.glob("auto_*.json")).read_text())
     assert next(out.glob("auto_*.png")).stat().st_size > 10_000
-    assert "smallest student within 100 points: r2 (the whole interval is within the budget)" in printed
-    assert record["choice"] == {"name": "r2", "found": True, "whole_interval_within": True}
+    students = record["students"]
+    assert list(students) == ["r1", "r2", "r1_lite", "r2_lite"]
+    smallest = min(students, key=lambda name: students[name]["parameters"])
+    assert f"smallest student within 100 points: {smallest} (the whole interval is within the budget)" in printed
+    assert record["choice"] == {"name": smallest, "found": True, "whole_interval_within": True}
     assert record["reference"]["folds"] == [0]
-    assert record["students"]["r2"]["parameters"] < record["students"]["r1"]["parameters"]
     labels = world / "raw" / DATASET / "labelsTr"
     assert record["cases"] == list(validation_cases(make_job()))
-    for name, dice in (("r2", record["students"]["r2"]["dice"]), ("reference", record["reference"]["dice"])):
+    for name, dice in (("r2_lite", students["r2_lite"]["dice"]), ("reference", record["reference"]["dice"])):
         for case in record["cases"]:
             assert dice[case] == pytest.approx(nnunet_dice(labels, out / "predictions" / name, case), nan_ok=True)
 
-    # a second time nothing is trained, and a budget nobody meets is exit code 1
+    # a second time nothing is trained
     before = {p: p.stat().st_mtime_ns for p in (world / "results").rglob("checkpoint_final.pth")}
     with pytest.raises(SystemExit) as done:
-        main([*words.split(), "--within", "0"])
+        main([*words.split(), "--within", "0", "--prefer", "fastest"])
     assert {p: p.stat().st_mtime_ns for p in (world / "results").rglob("checkpoint_final.pth")} == before
     last = json.loads(max(out.glob("auto_*.json")).read_text())
-    assert done.value.code == (0 if last["choice"]["found"] else 1)
+    good = {name: row for name, row in last["students"].items() if row["points"]["mean"] >= -1e-9}
+    assert done.value.code == (0 if good else 1)
+    assert last["choice"]["found"] == bool(good)
+    if good:
+        assert last["choice"]["name"] == min(good, key=lambda name: good[name]["ms_per_patch"])
 
 
 def test_no_validation_fold(world):
@@ -65,9 +74,14 @@ def test_no_validation_fold(world):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "within", "reference", "message"),
-    [((), 1, "ensemble", "at least one size"), ((2,), -1, "ensemble", "0 or more points"), ((2,), 1, "x", "got 'x'")],
+    ("sizes", "within", "options", "message"),
+    [
+        ((), 1, {}, "at least one size"),
+        ((2,), -1, {}, "0 or more points"),
+        ((2,), 1, {"reference": "x"}, "reference: got 'x'"),
+        ((2,), 1, {"prefer": "x"}, "prefer: got 'x'"),
+    ],
 )
-def test_wrong_questions(tmp_path, sizes, within, reference, message):
+def test_wrong_questions(tmp_path, sizes, within, options, message):
     with pytest.raises(SpecError, match=message):
-        auto_size(make_job(), sizes, within, tmp_path, reference)
+        auto_size(make_job(), [StudentSpec(r=r) for r in sizes], within, tmp_path, **options)

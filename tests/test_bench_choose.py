@@ -51,8 +51,9 @@ def test_refusals():
             choose([candidate("r2", 9, 0)], budget)
 
 
-def candidate(name, parameters, mean, half=0.3):
-    return Candidate(name=name, parameters=parameters, points=Interval(mean=mean, low=mean - half, high=mean + half))
+def candidate(name, parameters, mean, half=0.3, ms=1.0):
+    points = Interval(mean=mean, low=mean - half, high=mean + half)
+    return Candidate(name=name, parameters=parameters, ms_per_patch=ms, points=points)
 
 
 def test_smallest_within_the_budget():
@@ -70,6 +71,15 @@ def test_smallest_within_the_budget():
     assert (chosen.candidate.name, chosen.found, chosen.certain) == ("r4", True, False)
     assert choose(students, 3).candidate.name == "r8"
     assert choose(students, 3).certain
+
+
+def test_fastest_within_the_budget():
+    students = [candidate("r4", 200, -0.1, ms=7), candidate("r4_lite", 210, -0.2, ms=5), candidate("r6", 90, -2, ms=4)]
+    assert choose(students, 0.5).candidate.name == "r4"
+    assert choose(students, 0.5, "fastest").candidate.name == "r4_lite"
+    assert choose(students, 3, "fastest").candidate.name == "r6"
+    with pytest.raises(SpecError, match="'best', expected smallest or fastest"):
+        choose(students, 0.5, "best")
 
 
 def test_none_within_the_budget():

@@ -1,6 +1,6 @@
-"""Several student sizes from one cache, and the smallest that loses no more Dice than allowed."""
+"""Several students from one cache, and the smallest or fastest that loses no more Dice than allowed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.bench.arms import ReferenceArm
-from fastnnunet.bench.choose import Candidate, choose, paired_points
+from fastnnunet.bench.choose import PREFERENCES, Candidate, choose, paired_points
 from fastnnunet.bench.evaluate import evaluate_cases
 from fastnnunet.bench.patch_speed import ms_per_patch
 from fastnnunet.bench.record import hardware, now_utc, versions
@@ -27,20 +27,39 @@ from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import to_plain
 from fastnnunet.specs.student import StudentSpec
 
+Train = Callable[[list[TrainingJob], bool], list[Path]]
+Show = Callable[[int, int], None]
+
+
+def train_quietly(jobs: list[TrainingJob], resume: bool) -> list[Path]:
+    """Train on the same batches, without a word; returns fold folders."""
+    return train_students(jobs, resume=resume, validate=False)
+
 
 def auto_size(
-    job: TrainingJob, sizes: Sequence[int], within: float, output: Path, reference: str = "out-of-fold"
+    job: TrainingJob,
+    students: Sequence[StudentSpec],
+    within: float,
+    output: Path,
+    *,
+    reference: str = "out-of-fold",
+    prefer: str = "smallest",
+    train: Train = train_quietly,
+    show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Train `job` at every r of `sizes` (finished runs are kept), score the validation fold and choose; the record.
+    """Train `job` for all `students` (finished runs are kept), score the validation fold and choose; the record.
 
     The reference is by default the teacher's fold of the same number, the only one that did not train on these cases;
     `ensemble` is all its folds, most of which did, so its Dice is optimistic. Both mirror, as nnU-Net does.
+    `train(jobs, resume)` trains students on the same batches; `show(done, total)` counts predictions.
     Raises SpecError, NotFoundError, MismatchError before anything is trained; what `train_student` raises after.
     """
-    if not sizes or not within >= 0:
-        raise SpecError(f"got sizes {list(sizes)} within {within}, expected at least one size and 0 or more points")
+    if not students or not within >= 0:
+        raise SpecError(f"got {len(students)} sizes within {within}, expected at least one size and 0 or more points")
     if reference not in ("out-of-fold", "ensemble"):
         raise SpecError(f"reference: got {reference!r}, expected out-of-fold or ensemble")
+    if prefer not in PREFERENCES:
+        raise SpecError(f"prefer: got {prefer!r}, expected {' or '.join(PREFERENCES)}")
     cases = validation_cases(job)
     folds = job.teacher.folds if reference == "ensemble" else (job.fold,)
     folder = teacher_folder(replace(job.teacher, folds=folds))
@@ -65,10 +84,16 @@ def auto_size(
         checkpoint=job.teacher.checkpoint,
     )
     run = arm.load()  # before hours of training
-    jobs = {f"r{r}": replace(job, student=StudentSpec(r=r)) for r in dict.fromkeys(sizes)}
-    fold_folders = _train(jobs)
-    students: dict[str, dict[str, Any]] = {}
+    fold_folders = _train({student.tag: replace(job, student=student) for student in students}, train)
+    rows: dict[str, dict[str, Any]] = {}
     found: list[Case] = []
+    predictions_done, predictions_total = 0, (len(fold_folders) + 1) * len(cases)
+
+    def predicted() -> None:
+        nonlocal predictions_done
+        predictions_done += 1
+        show(predictions_done, predictions_total)
+
     for name, fold_folder in fold_folders.items():
         bundle, predictions = output / "bundles" / name, output / "predictions" / name
         export_bundle(fold_folder.parent, job.fold, bundle, overwrite=True)
@@ -78,27 +103,29 @@ def auto_size(
         predictor = Predictor.load(bundle, "auto", threads=threads)
         for case in found:
             predictor.predict_case(case, predictions / f"{case.case_id}{labels.file_ending}")
-        students[name] = {
+            predicted()
+        rows[name] = {
             "dice": dice_of(predictions),
             "parameters": spec.provenance["parameters"],
             "backend": predictor.backend.name,
             "model": fold_folder.parent.name,
             "bundle": str(bundle),
         }
-    speed = ms_per_patch({name: output / "bundles" / name for name in students}, threads=threads)
+    speed = ms_per_patch({name: output / "bundles" / name for name in rows}, threads=threads)
     for case in found:
         run(case, output / "predictions" / "reference" / f"{case.case_id}{labels.file_ending}")
+        predicted()
     reference_dice = dice_of(output / "predictions" / "reference")
     candidates = []
-    for name, row in students.items():
-        points = paired_points(row["dice"], reference_dice)
-        candidates.append(Candidate(name=name, parameters=row["parameters"], points=points))
+    for name, row in rows.items():
+        points, ms = paired_points(row["dice"], reference_dice), speed[name]["fp32"]
+        candidates.append(Candidate(name=name, parameters=row["parameters"], ms_per_patch=ms, points=points))
         row |= {
-            "ms_per_patch": speed[name]["fp32"],
+            "ms_per_patch": ms,
             "mean_dice": float(np.nanmean(list(row["dice"].values()))),
             "points": to_plain(points),
         }
-    choice = choose(candidates, within)
+    choice = choose(candidates, within, prefer)
     return {
         "created": now_utc(),
         "hardware": hardware(),
@@ -107,6 +134,7 @@ def auto_size(
         "job": to_plain(job.teacher) | {"fold": job.fold, "distill": to_plain(job.distill)},
         "cache_policy": job.cache.policy,
         "within_points": within,
+        "prefer": prefer,
         "cases": list(cases),
         "reference": {
             "kind": reference,
@@ -115,21 +143,19 @@ def auto_size(
             "dice": reference_dice,
             "mean_dice": float(np.nanmean(list(reference_dice.values()))),
         },
-        "students": students,
+        "students": rows,
         "choice": {"name": choice.candidate.name, "found": choice.found, "whole_interval_within": choice.certain},
     }
 
 
-def _train(jobs: dict[str, TrainingJob]) -> dict[str, Path]:
+def _train(jobs: dict[str, TrainingJob], train: Train) -> dict[str, Path]:
     """Fold folders of trained students: what was started is finished, the rest is trained on the same batches."""
     started = {n: j for n, j in jobs.items() if any((run_folder(j) / c).is_file() for c in (FINAL, LATEST, BEST))}
     rest = {n: j for n, j in jobs.items() if n not in started}
     folders: dict[str, Path] = {}
     for group, resume in ((started, True), (rest, False)):
         if group:
-            folders |= dict(
-                zip(group, train_students(list(group.values()), resume=resume, validate=False), strict=True)
-            )
+            folders |= dict(zip(group, train(list(group.values()), resume), strict=True))
     return {name: folders[name] for name in jobs}
 
 

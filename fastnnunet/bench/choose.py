@@ -8,6 +8,7 @@ import numpy as np
 from fastnnunet.errors import MismatchError, SpecError
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
+PREFERENCES = ("smallest", "fastest")
 ROUNDING = 1e-9  # points; a mean that misses the budget by less than this is within it
 
 
@@ -22,10 +23,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A student of `parameters` weights against the reference; `points` is its Dice less the reference's, x 100."""
+    """A student against the reference; `points` is its Dice less the reference's, x 100."""
 
     name: str
     parameters: int
+    ms_per_patch: float
     points: Interval
 
     def within(self, budget: float) -> bool:
@@ -39,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """`candidate` is the smallest within the budget, or, where `found` is false, the one with the best mean."""
+    """`candidate` is the preferred one within the budget, or, where `found` is false, the one with the best mean."""
 
     candidate: Candidate
     found: bool
@@ -70,17 +72,22 @@ def paired_points(
     return Interval(mean=float(points.mean()), low=float(low), high=float(high))
 
 
-def choose(candidates: Sequence[Candidate], within: float) -> Choice:
-    """The candidate with fewest parameters whose mean is within `within` points of the reference; else the best.
+def choose(candidates: Sequence[Candidate], within: float, prefer: str = "smallest") -> Choice:
+    """The candidate whose mean is within `within` points of the reference and that is smallest (parameters) or fastest
+    (milliseconds a patch), as `prefer` says; else the best.
 
-    Raises SpecError for a negative budget or no candidates.
+    Raises SpecError for a negative budget, another preference or no candidates.
     """
     if not candidates:
         raise SpecError("no student to choose from: give at least one size with -r")
     if not within >= 0:
         raise SpecError(f"within: got {within}, expected 0 or more Dice points (Dice x 100)")
+    if prefer not in PREFERENCES:
+        raise SpecError(f"prefer: got {prefer!r}, expected {' or '.join(PREFERENCES)}")
     fitting = [c for c in candidates if c.within(within)]
     if not fitting:
         return Choice(candidate=max(candidates, key=lambda c: c.points.mean), found=False, certain=False)
-    smallest = min(fitting, key=lambda c: (c.parameters, -c.points.mean))
-    return Choice(candidate=smallest, found=True, certain=smallest.surely_within(within))
+    best = min(
+        fitting, key=lambda c: (c.parameters if prefer == "smallest" else c.ms_per_patch, c.parameters, -c.points.mean)
+    )
+    return Choice(candidate=best, found=True, certain=best.surely_within(within))

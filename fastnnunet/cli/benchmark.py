@@ -5,6 +5,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.errors import SpecError
 
 
@@ -14,11 +15,11 @@ def benchmark(
     bundles: Annotated[list[Path], typer.Option("-m", "--model", help="Bundle folder(s).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the record, the plot, the predictions.")],
     labels: Annotated[Path | None, typer.Option("-g", "--labels", help="True segmentations: adds Dice.")] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
-    folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Teacher folds [default: 0 1 2 3 4].")] = None,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
-    checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
+    configuration: options.Configuration = "3d_fullres",
+    folds: options.Folds = None,
+    plans: options.Plans = "nnUNetPlans",
+    trainer: options.Trainer = "nnUNetTrainer",
+    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     backends: Annotated[
         list[str] | None,
         typer.Option(

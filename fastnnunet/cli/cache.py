@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
@@ -22,21 +23,9 @@ app = typer.Typer(
     help="Stage 1: run the teacher ensemble once over every case and store its soft labels.",
 )
 
-Dataset = Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")]
-AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name (default: all).")]
-Configuration = Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net configuration.")]
-Plans = Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")]
-Trainer = Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")]
-Folds = Annotated[list[str] | None, typer.Option("-f", "--fold", help="Teacher folds (default: 0 1 2 3 4).")]
-Checkpoint = Annotated[str, typer.Option("-chk", "--checkpoint", help="Checkpoint file of every fold.")]
-SpecFile = Annotated[Path | None, typer.Option("--spec", help="Recipe (default: cache_specs/default.yaml's values).")]
-Temperature = Annotated[float | None, typer.Option("-temp", "--temp", help="Temperature; overrides the recipe's.")]
-Root = Annotated[
-    str | None, typer.Option("--root", help="Folder of the caches, or s3://bucket/prefix (default: beside the cases).")
-]
-Previous = Annotated[
-    str | None,
-    typer.Option("--previous", help="Cascades: `teacher`, or a folder of the previous stage's predicted_next_stage."),
+AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name [default: all].")]
+Temperature = Annotated[
+    float | None, typer.Option("-temp", "--temp", "--temperature", help="Temperature; overrides the recipe's.")
 ]
 Images = Annotated[
     Path | None,
@@ -68,16 +57,16 @@ class Request:
 
 @app.command("build")
 def build(
-    dataset: Dataset,
-    configuration: Configuration = "3d_fullres",
-    plans: Plans = "nnUNetPlans",
-    trainer: Trainer = "nnUNetTrainer",
-    fold: Folds = None,
-    checkpoint: Checkpoint = "checkpoint_final.pth",
-    spec: SpecFile = None,
+    dataset: options.Dataset,
+    configuration: options.Configuration = "3d_fullres",
+    plans: options.Plans = "nnUNetPlans",
+    trainer: options.Trainer = "nnUNetTrainer",
+    fold: options.Folds = None,
+    checkpoint: options.Checkpoint = "checkpoint_final.pth",
+    spec: options.SpecFile = None,
     temperature: Temperature = None,
-    root: Root = None,
-    previous: Previous = None,
+    root: options.CacheRoot = None,
+    previous: options.Previous = None,
     images: Images = None,
     name: SetName = None,
     case: Cases = None,
@@ -143,16 +132,16 @@ def build(
 
 @app.command("plan")
 def plan(
-    dataset: Dataset,
-    configuration: Configuration = "3d_fullres",
-    plans: Plans = "nnUNetPlans",
-    trainer: Trainer = "nnUNetTrainer",
-    fold: Folds = None,
-    checkpoint: Checkpoint = "checkpoint_final.pth",
-    spec: SpecFile = None,
+    dataset: options.Dataset,
+    configuration: options.Configuration = "3d_fullres",
+    plans: options.Plans = "nnUNetPlans",
+    trainer: options.Trainer = "nnUNetTrainer",
+    fold: options.Folds = None,
+    checkpoint: options.Checkpoint = "checkpoint_final.pth",
+    spec: options.SpecFile = None,
     temperature: Temperature = None,
-    root: Root = None,
-    previous: Previous = None,
+    root: options.CacheRoot = None,
+    previous: options.Previous = None,
     images: Images = None,
     name: SetName = None,
     case: Cases = None,
@@ -196,7 +185,7 @@ def plan(
 
 
 @app.command("list")
-def list_caches(dataset: AnyDataset = None, root: Root = None) -> None:
+def list_caches(dataset: AnyDataset = None, root: options.CacheRoot = None) -> None:
     """List the caches that exist, finished or not.
 
     Example:
@@ -209,7 +198,7 @@ def list_caches(dataset: AnyDataset = None, root: Root = None) -> None:
 
 
 @app.command("info")
-def info(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = None) -> None:
+def info(cache: WhichCache = None, dataset: AnyDataset = None, root: options.CacheRoot = None) -> None:
     """Show one cache: what it is made from, by what, and how large and how accurate it is.
 
     Example:
@@ -222,7 +211,7 @@ def info(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = None
 
 
 @app.command("verify")
-def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = None) -> None:
+def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: options.CacheRoot = None) -> None:
     """Read a whole cache again and check every digest, chunk and value. Exit code 1 when anything is not right.
 
     Example:
@@ -240,7 +229,7 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: Root = No
 
 
 @app.command("diff")
-def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: Root = None) -> None:
+def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: options.CacheRoot = None) -> None:
     """Name what makes two caches different: every field of their identities, A -> B. Exit code 1 when they differ.
 
     What changes no stored value (place, chunks, compression) is not compared.
@@ -258,7 +247,7 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: R
 @app.command("gc")
 def gc(
     dataset: AnyDataset = None,
-    root: Root = None,
+    root: options.CacheRoot = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Read every case and remove the damaged ones too.")
     ] = False,

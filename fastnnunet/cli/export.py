@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.cli.quantize import quantize
 from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
@@ -33,19 +34,17 @@ def onnx(
     ] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="With -d: the trained model itself, no student.")] = False,
     trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With --teacher: its trainer.")] = "nnUNetTrainer",
-    reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Student size.")] = None,
-    student_file: Annotated[
-        Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
-    ] = None,
-    family: Annotated[str, typer.Option("--family", help="width, or lite: thin full-resolution stage.")] = "width",
-    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
-    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive depth.")] = "auto",
-    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
-    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
+    reduction: options.Reduction = None,
+    student_file: options.StudentFile = None,
+    family: options.Family = "width",
+    round_to: options.RoundTo = 1,
+    blocks: options.Blocks = "auto",
+    architecture: options.Architecture = "same",
+    size: options.Size = None,
+    configuration: options.Configuration = "3d_fullres",
     alpha: Annotated[float, typer.Option("-a", "--alpha", help="As in training; names the student.")] = 0.3,
     temperature: Annotated[float, typer.Option("-temp", "--temperature", help="As in training.")] = 3.0,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
+    plans: options.Plans = "nnUNetPlans",
     student_plans: Annotated[
         str | None, typer.Option("-spl", help="Name of the student's plans, when several students fit.")
     ] = None,

@@ -1,10 +1,11 @@
 """`fastnnunet student`: what students would be, before anything is trained."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastnnunet.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="What students of a teacher would look like and cost.")
 
@@ -16,17 +17,17 @@ def _group() -> None:
 
 @app.command("describe")
 def describe(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
-    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
-    reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Sizes; may repeat.")] = None,
-    student_file: Annotated[Path | None, typer.Option("--student", help="YAML of a student.")] = None,
-    family: Annotated[str, typer.Option("--family", help="width or lite.")] = "width",
-    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
-    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive.")] = "auto",
-    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
-    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
+    dataset: options.Dataset,
+    configuration: options.Configuration = "3d_fullres",
+    reduction: options.Reduction = None,
+    student_file: options.StudentFile = None,
+    family: options.Family = "width",
+    round_to: options.RoundTo = 1,
+    blocks: options.Blocks = "auto",
+    architecture: options.Architecture = "same",
+    size: options.Size = None,
+    plans: options.Plans = "nnUNetPlans",
+    trainer: options.Trainer = "nnUNetTrainer",
     folds: Annotated[int, typer.Option("--folds", help="Folds of the ensemble to compare with.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.errors import SpecError
 
 
@@ -18,46 +19,35 @@ def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
 
 
 def train(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")],
+    dataset: options.Dataset,
     fold: Annotated[list[str], typer.Option("-f", "--fold", help="The student's fold(s): 0 to 4, or all.")],
-    reduction: Annotated[
-        list[int] | None, typer.Option("-r", "--reduction", help="Student size: width divided by r; may repeat.")
-    ] = None,
-    student_file: Annotated[
-        Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
-    ] = None,
-    family: Annotated[str, typer.Option("--family", help="width, or lite: thin full-resolution stage.")] = "width",
-    round_to: Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")] = 1,
-    blocks: Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive depth.")] = "auto",
-    architecture: Annotated[str, typer.Option("--architecture", help="same, plain or residual.")] = "same",
-    size: Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")] = None,
+    reduction: options.Reduction = None,
+    student_file: options.StudentFile = None,
+    family: options.Family = "width",
+    round_to: options.RoundTo = 1,
+    blocks: options.Blocks = "auto",
+    architecture: options.Architecture = "same",
+    size: options.Size = None,
     student_plans: Annotated[str | None, typer.Option("-spl", help="Name for the student's plans.")] = None,
     pretrained: Annotated[Path | None, typer.Option("-w", help="nnU-Net checkpoint to start from.")] = None,
-    start: Annotated[
-        str, typer.Option("--start", help="First weights: teacher (its most important channels) or random.")
-    ] = "teacher",
-    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
-    alpha: Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")] = 0.3,
-    temperature: Annotated[float, typer.Option("-temp", "--temperature", help="T of cache and loss.")] = 3.0,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="The teacher's plans.")] = "nnUNetPlans",
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="The teacher's trainer.")] = "nnUNetTrainer",
-    teacher_folds: Annotated[list[str] | None, typer.Option("-tf", help="Teacher folds [default: 0 1 2 3 4].")] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", help="The teacher's checkpoint.")] = "checkpoint_final.pth",
-    spec: Annotated[Path | None, typer.Option("--spec", help="Cache recipe, if not the default one.")] = None,
-    cache_root: Annotated[str | None, typer.Option("--root", help="Where the caches are: folder or URL.")] = None,
-    previous: Annotated[
-        str | None,
-        typer.Option("--previous", help="Cascades: `teacher`, or a folder of predictions of the previous stage."),
-    ] = None,
-    epochs: Annotated[int, typer.Option("-e", "--epochs")] = 1000,
-    iterations: Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")] = 250,
-    val_iterations: Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")] = 50,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Samples a step [default: the plans'].")
-    ] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd (nnU-Net's), or adamw for short runs.")] = "sgd",
-    lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate [sgd 0.01, adamw 0.003].")] = None,
-    loss: Annotated[str, typer.Option("--loss", help="Soft loss: kl, or kl_dice (KL and Dice semimetric).")] = "kl",
+    start: options.Start = "teacher",
+    configuration: options.Configuration = "3d_fullres",
+    alpha: options.Alpha = 0.3,
+    temperature: options.Temperature = 3.0,
+    plans: options.Plans = "nnUNetPlans",
+    trainer: options.Trainer = "nnUNetTrainer",
+    teacher_folds: options.TeacherFolds = None,
+    checkpoint: options.Checkpoint = "checkpoint_final.pth",
+    spec: options.SpecFile = None,
+    cache_root: options.CacheRoot = None,
+    previous: options.Previous = None,
+    epochs: options.Epochs = 1000,
+    iterations: options.Iterations = 250,
+    val_iterations: options.ValIterations = 50,
+    batch_size: options.BatchSize = None,
+    optimizer: options.Optimizer = "sgd",
+    lr: options.LearningRate = None,
+    loss: options.Loss = "kl",
     augmentation: Annotated[str, typer.Option("--augmentation", help="nnU-Net's default, or its da5.")] = "default",
     soft_on_ignored: Annotated[
         bool, typer.Option("--soft-on-ignored/--no-soft-on-ignored", help="Soft loss where the label says ignore too.")
@@ -72,18 +62,18 @@ def train(
     mirror_augmentation: Annotated[
         bool, typer.Option("--mirror-augmentation/--no-mirror-augmentation", help="Train on mirrored patches too.")
     ] = True,
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")] = "auto",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    precision: options.TrainingPrecision = "auto",
+    seed: options.Seed = 0,
     mirroring: Annotated[
         bool, typer.Option("--mirroring", help="Let the student mirror at prediction (8x slower).")
     ] = False,
     resume: Annotated[bool, typer.Option("--continue", "--c", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
-    device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")] = "auto",
+    device: options.TrainingDevice = "auto",
     augment_on: Annotated[
         str, typer.Option("--augment-on", help="device, loader (CPU processes), or auto: device where it is CUDA.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all].")] = None,
+    threads: options.Threads = None,
     together: Annotated[
         bool, typer.Option("--together", help="Train all sizes on the same batches, which are then made only once.")
     ] = False,
