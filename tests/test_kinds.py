@@ -323,7 +323,7 @@ def test_blocks_of_a_resenc_l(world):
         "adaptive": [1, 2, 3, 4, 4, 4],
     }
     for strategy, blocks in expected.items():
-        plans = student_plans(teacher, CONFIGURATION, StudentSpec(r=2, blocks=strategy), SHORT)
+        plans = student_plans(teacher, CONFIGURATION, StudentSpec(r=2, blocks=strategy, family="width"), SHORT)
         network = build_network(plans, CONFIGURATION, dataset_json)
         assert type(network).__name__ == "ResidualEncoderUNet"
         assert [len(stage.blocks) for stage in network.encoder.stages] == blocks

@@ -93,6 +93,7 @@ def test_blocks(blocks, r, expected):
     [
         ({"r": 4}, "r4"),
         ({"r": 4, "family": "lite"}, "r4_lite"),
+        ({"r": 4, "family": "width"}, "r4_width"),
         ({"r": 4, "round_to": 8}, "r4_m8"),
         ({"r": 4, "blocks": "keep"}, "r4_keep"),
         ({"r": 2, "architecture": "plain", "family": "lite"}, "r2_plain_lite"),
@@ -190,9 +191,10 @@ def agrees_with_stock(folder, tmp_path, hide=True):
 @pytest.mark.parametrize(
     "student",
     [
-        StudentSpec(r=2, family="lite"),
-        StudentSpec(r=2, architecture="residual", blocks="reduce"),
-        StudentSpec(r=2, architecture="residual", family="lite", round_to=8),
+        StudentSpec(r=2),
+        StudentSpec(r=2, family="width"),
+        StudentSpec(r=2, architecture="residual", blocks="reduce", family="width"),
+        StudentSpec(r=2, architecture="residual", round_to=8),
     ],
     ids=lambda s: s.tag,
 )
@@ -201,13 +203,35 @@ def test_trained_students_load_in_stock_nnunet(world, tmp_path, student):
     agrees_with_stock(folder, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "thin"),
+    [
+        ({"r": 2}, True),
+        ({"r": 2, "family": "width"}, False),
+        ({"r": 1}, False),  # the teacher's own network
+        ({"r": 1, "family": "lite"}, True),
+    ],
+)
+def test_families(world, changes, thin):
+    plans, _ = plans_of(world)
+    teacher = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    made = student_plans(plans, CONFIGURATION, StudentSpec(**changes), CONTROL)["configurations"][CONFIGURATION]
+    kwargs = made["architecture"]["arch_kwargs"]
+    full, *rest = teacher["kernel_sizes"]
+    assert kwargs["kernel_sizes"] == ([[1, *full[1:]], *rest] if thin else teacher["kernel_sizes"])
+    for name, place in (("n_conv_per_stage", 0), ("n_conv_per_stage_decoder", -1)):
+        expected = list(teacher[name])
+        expected[place] = 1 if thin else expected[place]
+        assert kwargs[name] == expected
+
+
 def test_plain_student_of_a_residual_teacher(world):
     plans, dataset_json = plans_of(world)
     residual = student_plans(plans, CONFIGURATION, StudentSpec(architecture="residual"), CONTROL)
     made = student_plans(residual, CONFIGURATION, StudentSpec(r=2, architecture="plain"), CONTROL)
     architecture = made["configurations"][CONFIGURATION]["architecture"]
     assert architecture["network_class_name"].endswith("PlainConvUNet")
-    assert architecture["arch_kwargs"]["n_conv_per_stage"] == [2, 2, 2]
+    assert architecture["arch_kwargs"]["n_conv_per_stage"] == [1, 2, 2]
     assert architecture["arch_kwargs"]["features_per_stage"] == [8, 16, 16]
     assert "n_blocks_per_stage" not in architecture["arch_kwargs"]
     assert type(build_network(made, CONFIGURATION, dataset_json)).__name__ == "PlainConvUNet"

@@ -29,7 +29,7 @@ def auto(
     ] = "smallest",
     reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Sizes [default: 2 4 6 8].")] = None,
     families: Annotated[
-        list[str] | None, typer.Option("--family", help="width, lite, or both: every size of each [default: width].")
+        list[str] | None, typer.Option("--family", help="width, lite, or both: every size of each [default: auto].")
     ] = None,
     blocks: options.Blocks = "auto",
     architecture: options.Architecture = "same",
@@ -102,7 +102,7 @@ def auto(
     recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     students = [
         student
-        for family in dict.fromkeys(families or ["width"])
+        for family in dict.fromkeys(families or ["auto"])
         for student in student_specs(
             list(dict.fromkeys(reduction or [2, 4, 6, 8])),
             None,

@@ -36,7 +36,7 @@ def onnx(
     trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With --teacher: its trainer.")] = "nnUNetTrainer",
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "width",
+    family: options.Family = "auto",
     round_to: options.RoundTo = 1,
     blocks: options.Blocks = "auto",
     architecture: options.Architecture = "same",

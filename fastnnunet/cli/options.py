@@ -32,7 +32,9 @@ Reduction = Annotated[
 StudentFile = Annotated[
     Path | None, typer.Option("--student", help="YAML of a student: network_class_name and arch_kwargs, or others.")
 ]
-Family = Annotated[str, typer.Option("--family", help="width, or lite: thin full-resolution stage.")]
+Family = Annotated[
+    str, typer.Option("--family", help="lite (thin full-resolution stage), width, or auto: lite where r > 1.")
+]
 RoundTo = Annotated[int, typer.Option("--round-to", help="Widths in multiples of this.")]
 Blocks = Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, increase or adaptive depth.")]
 Architecture = Annotated[str, typer.Option("--architecture", help="same, plain or residual.")]

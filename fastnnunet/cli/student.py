@@ -21,7 +21,7 @@ def describe(
     configuration: options.Configuration = "3d_fullres",
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "width",
+    family: options.Family = "auto",
     round_to: options.RoundTo = 1,
     blocks: options.Blocks = "auto",
     architecture: options.Architecture = "same",
@@ -38,7 +38,7 @@ def describe(
 
     Example:
 
-      fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6 --family lite
+      fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6
     """
     from fastnnunet.cli.train import student_specs
     from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset

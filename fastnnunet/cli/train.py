@@ -23,7 +23,7 @@ def train(
     fold: Annotated[list[str], typer.Option("-f", "--fold", help="The student's fold(s): 0 to 4, or all.")],
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "width",
+    family: options.Family = "auto",
     round_to: options.RoundTo = 1,
     blocks: options.Blocks = "auto",
     architecture: options.Architecture = "same",

@@ -110,7 +110,7 @@ def _unet(architecture: dict[str, Any], student: StudentSpec) -> dict[str, Any]:
     if "n_blocks_per_stage" in kwargs:
         blocks = _per_stage(kwargs["n_blocks_per_stage"], stages)
         kwargs["n_blocks_per_stage"] = student.fewer_blocks(blocks, features, kwargs["features_per_stage"])
-    if student.family == "lite":
+    if student.is_lite:
         _thin(kwargs, stages)
     return architecture
 

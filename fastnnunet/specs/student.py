@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Blocks = Literal["auto", "reduce", "keep", "increase", "adaptive"]
 Architecture = Literal["same", "plain", "residual"]
-Family = Literal["width", "lite"]
+Family = Literal["auto", "width", "lite"]
 Size = Literal["S", "B", "M", "L"]
 
 
@@ -22,7 +22,8 @@ class StudentSpec:
     """A student derived from the teacher's network, or written out (`network_class_name` and `arch_kwargs`).
 
     Derived: every stage is `r` times narrower (`narrower`), `blocks` says how deep its stages are (`fewer_blocks`),
-    `architecture` turns a residual encoder into a plain one and back, `family: lite` thins the full-resolution stage,
+    `architecture` turns a residual encoder into a plain one and back, `family: lite` thins the full-resolution stage
+    (auto does so for U-Nets narrower than the teacher, `width` does not),
     `size` takes the Primus that stock nnU-Net has under this name and leaves `r` unused.
     """
 
@@ -31,7 +32,7 @@ class StudentSpec:
     round_to: int = 1  # widths become multiples of this
     blocks: Blocks = "auto"  # auto: adaptive for residual encoders, keep for Primus; plain encoders have none
     architecture: Architecture = "same"
-    family: Family = "width"
+    family: Family = "auto"
     size: Size | None = None
     network_class_name: str | None = None
     arch_kwargs: dict[str, Any] | None = None
@@ -55,7 +56,7 @@ class StudentSpec:
             ]
         elif self.name is not None:
             problems.append(f"name: got {self.name!r}, expected only with network_class_name and arch_kwargs")
-        if self.size is not None and (self.architecture != "same" or self.family != "width" or self.blocks != "auto"):
+        if self.size is not None and (self.architecture != "same" or self.family != "auto" or self.blocks != "auto"):
             problems.append(f"size: got {self.size!r} with architecture, family or blocks, expected size alone")
         for field in ("name", "plans_name"):
             value = getattr(self, field)
@@ -73,7 +74,7 @@ class StudentSpec:
     def tag(self) -> str:
         """The part of a run's name that says which student it is: `r4`, then whatever is not the default.
 
-        `r4_lite`, `r4_m8` (widths in multiples of 8), `r4_keep`, `r4_plain`, `r4_f16` (at least 16 features),
+        `r4_width`, `r4_m8` (widths in multiples of 8), `r4_keep`, `r4_plain`, `r4_f16` (at least 16 features),
         `primusS`, or the `name` of a student that is written out.
         """
         if self.is_explicit:
@@ -83,7 +84,7 @@ class StudentSpec:
         words = [f"r{self.r}"]
         if self.architecture != "same":
             words.append(self.architecture)
-        if self.family != "width":
+        if self.family != "auto":
             words.append(self.family)
         if self.round_to > 1:
             words.append(f"m{self.round_to}")
@@ -92,6 +93,11 @@ class StudentSpec:
         if self.blocks != "auto":
             words.append(self.blocks)
         return "_".join(words)
+
+    @property
+    def is_lite(self) -> bool:
+        """Whether a U-Net's full-resolution stage is thinned."""
+        return self.family == "lite" or (self.family == "auto" and self.r > 1)
 
     def narrower(self, features: int) -> int:
         """Width of a stage that has `features` in the teacher.
@@ -128,7 +134,7 @@ _DEFAULTS: dict[str, Any] = {
     "round_to": 1,
     "blocks": "auto",
     "architecture": "same",
-    "family": "width",
+    "family": "auto",
     "size": None,
 }
 

@@ -32,7 +32,7 @@ from fastnnunet.nnunet.plans import build_network
 from fastnnunet.nnunet.student import student_architecture
 from fastnnunet.runtime.backends.base import Precision, available_cores
 from fastnnunet.runtime.cases import Case
-from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.student import Family, StudentSpec
 from tests.benchmarks.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
 from tests.bundles import _dataset_json, _plans, make_labels_frequent, write_image
 from tests.teachers import save_checkpoint
@@ -94,8 +94,10 @@ def measure(
     precisions: Sequence[Precision] = ("bf16", "fp32"),
     repeats: int = 3,
     threads: int | None = None,
+    family: Family = "auto",
 ) -> dict[str, Any]:
     """The record. `threads` of every arm, None for all cores."""
+    spec = StudentSpec(r=4, family=family)
     threads = threads or available_cores()
     image, origin = load_image(image_file, shape)
     grid = resampled_shape(shape, SPACING_MM, TARGET_MM)
@@ -107,7 +109,7 @@ def measure(
         plans = teacher_plans(features, patch)
         parameters = {"teacher": write_model(plans, where / "teacher")}
         config = plans["configurations"][CONFIGURATION]
-        config["architecture"] = student_architecture(plans, CONFIGURATION, StudentSpec(r=4), None)
+        config["architecture"] = student_architecture(plans, CONFIGURATION, spec, None)
         parameters["student"] = write_model(plans, where / "student")
         export_bundle(where / "student", 0, where / "bundle", needs_real_patches=False)
 
@@ -149,6 +151,7 @@ def measure(
         "patches": patches,
         "patch": list(patch),
         "features": list(features),
+        "family": "lite" if spec.is_lite else "width",
         "parameters": parameters,
         "label_shares": [float((expected == c).mean()) for c in range(CLASSES)],
         "nnunetv2": {
@@ -168,9 +171,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, help="a CT in any format SimpleITK reads; default: generated")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--family", default="auto", help="of the student: auto, width or lite")
     parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    record = measure(args.image, repeats=args.repeats)
+    record = measure(args.image, repeats=args.repeats, family=args.family)
     write_json(args.o, record)
     for name, arm in record["fastnnunet"].items():
         print(

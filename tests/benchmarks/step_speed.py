@@ -220,7 +220,7 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
     torch.set_num_threads(threads)
     if resolve_device(job.device) == "cpu":
         keep_freed_memory()  # as a training does
-    jobs = {r: replace(job, student=StudentSpec(r=r)) for r in sizes}
+    jobs = {r: replace(job, student=replace(job.student, r=r)) for r in sizes}
     first = jobs[sizes[0]]
     control = replace(first, distill=replace(job.distill, alpha=0.0))
     with temporary_results(job.teacher):
@@ -259,6 +259,7 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
         "load_average": list(os.getloadavg()),
         "loader_processes": get_allowed_n_proc_DA(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "family": "lite" if first.student.is_lite else "width",
         "sizes": list(sizes),
         "rounds": rounds,
         "steps_per_round": steps,
@@ -278,6 +279,7 @@ if __name__ == "__main__":
     parser.add_argument("-c", default="3d_fullres")
     parser.add_argument("-f", type=int, default=0)
     parser.add_argument("-r", type=int, nargs="+", default=[4, 2, 6])
+    parser.add_argument("--family", default="auto", help="of the students: auto, width or lite")
     parser.add_argument("--cache-root", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
@@ -288,7 +290,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     training = TrainingJob(
         teacher=TeacherSpec(dataset=args.d, configuration=args.c),
-        student=StudentSpec(r=args.r[0]),
+        student=StudentSpec(r=args.r[0], family=args.family),
         distill=DistillSpec(),
         cache=CacheSpec(),
         fold=args.f,

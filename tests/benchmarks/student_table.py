@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
-from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.student import Family, StudentSpec
 from tests.benchmarks.student_seeds import compare
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -72,13 +73,14 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[s
     made = provenance["training"]
     distill = build_spec(DistillSpec, made["distill"])
     student = build_spec(StudentSpec, made["student"])
+    family: Family = "lite" if student.is_lite else "width"
     loss = soft_loss(distill, bool(made.get(ONLINE)))
     teacher = f"{len(made['teacher']['folds'])} fold(s)"
     steps = distill.epochs * distill.iterations_per_epoch
     samples = spec.plans["configurations"][spec.configuration]["batch_size"]
     return {
-        "group": f"{student.tag} {loss} {teacher} from {distill.start}, {steps} x {samples}",
-        "family": student.family,
+        "group": f"{replace(student, family=family).tag} {loss} {teacher} from {distill.start}, {steps} x {samples}",
+        "family": family,
         "r": student.r,
         "soft_loss": loss,
         "teacher": teacher,
