@@ -15,7 +15,7 @@ import torch
 
 from fastnnunet.api.conversions import device_name
 from fastnnunet.cli.main import main
-from fastnnunet.errors import BackendError, FastnnUNetError, NewerFormatError, SpecError
+from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, NewerFormatError, SpecError
 from fastnnunet.runtime.backends import base, devices
 from fastnnunet.runtime.backends.base import choose_backend
 from fastnnunet.runtime.backends.devices import Device
@@ -98,6 +98,15 @@ def _broken_datatype(folder: Path) -> None:
     _edit_header(folder / "bad_0000.nii.gz", 70, struct.pack("<h", 9999))
 
 
+def _negative_spacing(folder: Path) -> None:
+    _edit_header(folder / "bad_0000.nii.gz", 80, struct.pack("<f", -1.0))  # pixdim[1]
+
+
+def _no_voxel_left(folder: Path) -> None:
+    for channel in range(2):
+        _edit_header(folder / f"bad_000{channel}.nii.gz", 80, struct.pack("<f", 0.001))
+
+
 def _header_only(folder: Path) -> None:
     (folder / "bad_0000.nii.gz").write_bytes(gzip.compress(bytes(100)))
 
@@ -108,6 +117,8 @@ def _header_only(folder: Path) -> None:
         (_missing_channel, r"1 channel\(s\).*the model needs 2 channel\(s\) \(channel0, channel1\)"),
         (_missing_first_channel, r"bad has no bad_0000\.nii\.gz"),
         (_other_shape, "channels do not fit together: shape"),
+        (_negative_spacing, "damaged header: its spacing is"),
+        (_no_voxel_left, r"nothing of the image would be left: \(12, 18, 20\) voxels.*check its spacing"),
         (_other_spacing, "channels do not fit together: spacing"),
         (_zero_sized, "damaged NIfTI header"),
         (_not_a_number, "1 of 8640 voxels are NaN or infinite"),
@@ -294,3 +305,89 @@ def test_flags_that_contradict(
     with pytest.raises(FastnnUNetError, match=message):
         raise FastnnUNetError(error)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+class TestNames:
+    """Odd names of files."""
+
+    def test_the_input_is_never_replaced(self, model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        for channel in range(2):
+            _image(tmp_path / f"case_000{channel}.nii.gz", channel)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        for out in (tmp_path / "case_0001.nii.gz", tmp_path / "case_0000.nii.gz"):
+            assert _predict(model, tmp_path / "case_0000.nii.gz", out) == 2
+            assert "would be replaced by its segmentation" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("case", ["pat.nii", "pat.img", "pat.hdr.x", "pät ient"])
+    def test_endings_in_the_middle(self, model: ToyModel, tmp_path: Path, case: str) -> None:
+        source, out = tmp_path / "in", tmp_path / "out"
+        source.mkdir()
+        for channel in range(2):
+            _image(source / "plain_0000.nii.gz", channel).rename(source / f"{case}_000{channel}.nii.gz")
+        assert _predict(model, source, out) == 0
+        assert [p.name for p in out.iterdir() if "json" not in p.name] == [f"{case}.nii.gz"]
+
+    def test_upper_case(self, model: ToyModel, tmp_path: Path) -> None:
+        for channel in range(2):
+            _image(tmp_path / "plain.nii.gz", channel).rename(tmp_path / f"UP_000{channel}.NII.GZ")
+        assert _predict(model, tmp_path / "UP_0000.NII.GZ", tmp_path / "out") == 0
+        assert (tmp_path / "out" / "UP.nii.gz").is_file()
+
+    def test_not_utf8(self, model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        source, out = tmp_path / "in", tmp_path / "out"
+        source.mkdir()
+        for channel in range(2):
+            _image(source / f"good_000{channel}.nii.gz", channel)
+            image = _image(source / "plain.nii.gz", channel)
+            image.rename(source / f"caf\udce9_000{channel}.nii.gz")
+        assert _predict(model, source, out) == 1
+        assert (out / "good.nii.gz").is_file()
+        assert "is a file name that is not UTF-8; rename the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"self_sha256": "x", "format_version": "nine"}'])
+def test_a_bundle_json_of_another_kind(content: str, tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text(content)
+    with pytest.raises(CorruptError, match="is damaged"):
+        load_bundle_spec(tmp_path)
+
+
+class TestEvaluate:
+    """Files that ITK would read without complaint."""
+
+    @pytest.fixture
+    def folders(self, tmp_path: Path) -> tuple[Path, Path]:
+        labels = np.zeros((8, 10, 12), np.uint8)
+        labels[2:6, 2:8, 2:9] = 1
+        labels[4] = np.random.default_rng(0).integers(0, 2, (10, 12))
+        for name in ("predictions", "labels"):
+            (tmp_path / name).mkdir()
+            write_image(labels, tmp_path / name / "case.nii.gz")
+        return tmp_path / "predictions", tmp_path / "labels"
+
+    def _evaluate(self, folders: tuple[Path, Path], *words: str) -> int:
+        with pytest.raises(SystemExit) as done:
+            main(["evaluate", "-p", str(folders[0]), "-g", str(folders[1]), *words])
+        assert isinstance(done.value.code, int)
+        return done.value.code
+
+    def test_truncated(self, folders: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+        file = folders[0] / "case.nii.gz"
+        file.write_bytes(file.read_bytes()[:-40])
+        assert self._evaluate(folders) == 2
+        assert "case.nii.gz is truncated" in capsys.readouterr().err
+
+    def test_hidden_twins(self, folders: tuple[Path, Path]) -> None:
+        (folders[0] / "._case.nii.gz").write_bytes(b"Mac")
+        (folders[1] / "._other.nii.gz").write_bytes(b"Mac")
+        assert self._evaluate(folders) == 0
+
+    def test_no_place_for_the_report(
+        self, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "taken.json").mkdir()
+        assert self._evaluate(folders, "-o", str(tmp_path / "taken.json")) == 2
+        assert "is a folder, expected a file name" in capsys.readouterr().err
+        assert self._evaluate(folders, "-o", str(folders[0] / "case.nii.gz" / "x.json")) == 2
+        assert "is a file; give another one" in capsys.readouterr().err

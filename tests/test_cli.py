@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_message(capsys):
     with pytest.raises(SystemExit) as stopped:
         guarded(fill)
     assert stopped.value.code == 2
-    assert "error: No space left on device while writing bundle/model.onnx\nfree some space" in capsys.readouterr().err
+    assert "error: No space left on device: bundle/model.onnx\nfree some space" in capsys.readouterr().err
 
     def lose():
         raise OSError(errno.EIO, "Input/output error")

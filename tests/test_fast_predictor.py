@@ -213,6 +213,30 @@ def test_description(ours: Any, theirs: Any, folder: Path) -> None:
         fastnnunet.FastPredictor().predict_single_npy_array(_image(), dict(PROPERTIES))
 
 
+@pytest.mark.parametrize("spacing", [None, [1, 1], [0, 1, 1], [1, -1, 1], [1, np.nan, 1]])
+def test_arrays_with_wrong_properties(ours: Any, spacing: Any) -> None:
+    properties = {} if spacing is None else {"spacing": spacing}
+    with pytest.raises(ImageError, match=r"properties\['spacing'\]: got .*, expected three numbers above 0"):
+        ours.predict_single_npy_array(_image(), properties)
+
+
+def test_lists_of_other_lengths(ours: Any) -> None:
+    with pytest.raises(SpecError, match=r"got 2 image\(s\) but lists of \{1\}"):
+        ours.predict_from_list_of_npy_arrays([_image(), _image(1)], None, [dict(PROPERTIES)], None)
+    for wrong in (["x.nii.gz"], [[]]):
+        with pytest.raises(SpecError, match="expected a list of its channels"):
+            ours.predict_from_files(wrong, None)
+
+
+def test_one_image_by_its_name(ours: Any, tmp_path: Path) -> None:
+    """As the command takes it, where nnU-Net's method takes folders and lists."""
+    file = write_image(_image()[0], tmp_path / "case_0000.nii.gz")
+    (by_name,), (listed,) = ours.predict_from_files(str(file), None), ours.predict_from_files([[str(file)]], None)
+    np.testing.assert_array_equal(by_name, listed)
+    with pytest.raises(SpecError, match="would be replaced by its segmentation"):
+        ours.predict_from_files([[str(file)]], [str(tmp_path / "case_0000")])
+
+
 def test_importing_the_package_imports_nothing() -> None:
     code = (
         "import sys, fastnnunet\nprint('numpy' in sys.modules)\nfastnnunet.FastPredictor\nprint('torch' in sys.modules)"

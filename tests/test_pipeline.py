@@ -48,7 +48,7 @@ class TestOutcomes:
         assert outcomes == [(i, (i, i, 2 * (i + 10))) for i in range(count)]
 
     @pytest.mark.parametrize("stage", ["load", "infer", "finish"])
-    @pytest.mark.parametrize("kind", [ImageError, MemoryError])
+    @pytest.mark.parametrize("kind", [ImageError, MemoryError, ZeroDivisionError])
     def test_a_failure_leaves_the_others_alone(self, threaded: bool, stage: str, kind: type[Exception]) -> None:
         def fail(item: int, *_: Any) -> int:
             if item == 1:
@@ -61,16 +61,17 @@ class TestOutcomes:
         error = outcomes[1][1]
         assert isinstance(error, FastnnUNetError)
         assert ("not enough memory" in str(error)) == (kind is MemoryError)
+        assert ("unexpected ZeroDivisionError: no\nplease report" in str(error)) == (kind is ZeroDivisionError)
 
     @pytest.mark.parametrize("stage", ["load", "infer", "finish"])
-    def test_a_defect_ends_the_run(self, threaded: bool, stage: str) -> None:
-        def defect(item: int, *_: Any) -> int:
+    def test_an_interruption_ends_the_run(self, threaded: bool, stage: str) -> None:
+        def interrupt(item: int, *_: Any) -> int:
             if item == 2:
-                raise ZeroDivisionError
+                raise KeyboardInterrupt
             return item
 
-        with pytest.raises(ZeroDivisionError):
-            _run(range(10), threaded, **{stage: defect})
+        with pytest.raises(KeyboardInterrupt):
+            _run(range(10), threaded, **{stage: interrupt})
 
 
 def test_stages_overlap_and_three_items_are_alive_at_most() -> None:

@@ -181,7 +181,7 @@ def test_slices_of_different_kinds_are_refused(tmp_path: Path) -> None:
         _read(tmp_path / "frames")
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.97])
+@pytest.mark.parametrize("keep", [0, 0.01, 0.5, 0.97])
 @pytest.mark.parametrize("index", [0, 2, 5])
 def test_a_truncated_slice_is_refused(keep: float, index: int, tmp_path: Path) -> None:
     files = write_series(tmp_path, _stored((6, 40, 40)))

@@ -1,6 +1,5 @@
 """Between what callers of nnU-Net's predictor hand over and what this runtime works on."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import numpy.typing as npt
 
 from fastnnunet.errors import SpecError
 from fastnnunet.runtime.backends.devices import parse_device
-from fastnnunet.runtime.cases import Case, find_cases
+from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case
+from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
 from fastnnunet.runtime.predict import Planned
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.specs.bundle import BundleSpec
@@ -24,7 +24,7 @@ def device_name(device: Any) -> str | None:
     if device is None:
         return None
     name = str(device)
-    if name.partition(":")[0] == "mps":
+    if name.partition(":")[0] == "mps" or name == "cpu:0":
         return "cpu"
     return str(parse_device(name))
 
@@ -53,10 +53,10 @@ def plan_cases(
 ) -> list[Planned]:
     """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None."""
     if isinstance(source, str | Path):
-        cases = find_cases(Path(source), spec)
+        place = Path(source)
+        cases = [single_case(place, spec)] if is_single_image(place, spec) else find_cases(place, spec)
     else:
-        crop = len(spec.file_ending) + len("_0000")
-        cases = [Case(os.path.basename(files[0])[:-crop], tuple(Path(f) for f in files)) for files in source]
+        cases = [_listed_case(spec, files) for files in source]
     if output is None:
         outputs: list[Path | None] = [None] * len(cases)
     elif isinstance(output, str | Path):
@@ -74,6 +74,17 @@ def plan_cases(
         )
         for case, file in zip(cases, outputs, strict=True)
     ]
+
+
+def _listed_case(spec: BundleSpec, files: Sequence[str | Path]) -> Case:
+    """One case of a list of its channels, files or folders of a DICOM series. Raises SpecError."""
+    if isinstance(files, str | Path) or not len(files):
+        raise SpecError(f"a case: got {files!r}, expected a list of its channels, [[first, second], ...]")
+    channels = tuple(Path(f) for f in files)
+    if all(is_dicom_folder(channel) for channel in channels):
+        return Case(channels[0].resolve().name, (), None, tuple(DicomSeries(folder=folder) for folder in channels))
+    crop = len(spec.file_ending) + len("_0000")
+    return Case(channels[0].name[:-crop], channels)
 
 
 def as_preprocessed(spec: BundleSpec, data: Any, properties: dict[str, Any]) -> Preprocessed:

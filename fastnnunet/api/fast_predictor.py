@@ -218,6 +218,13 @@ class FastPredictor:
         """
         images = listed(image_or_list_of_images, 1)
         count = len(images)
+        others = (
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname,
+        )
+        if lengths := {len(listed(other, count)) for other in others} - {count}:
+            raise SpecError(f"got {count} image(s) but lists of {lengths}; expected as many of everything")
         for image, previous, properties, ofile in zip(
             images,
             listed(segs_from_prev_stage_or_list_of_segs_from_prev_stage, count),

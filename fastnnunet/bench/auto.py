@@ -22,6 +22,7 @@ from fastnnunet.nnunet.plans import read_json
 from fastnnunet.nnunet.splits import split_of
 from fastnnunet.runtime.backends.base import available_cores
 from fastnnunet.runtime.cases import Case, find_cases
+from fastnnunet.runtime.files import check_output_folder
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import to_plain
@@ -60,6 +61,7 @@ def auto_size(
         raise SpecError(f"reference: got {reference!r}, expected out-of-fold or ensemble")
     if prefer not in PREFERENCES:
         raise SpecError(f"prefer: got {prefer!r}, expected {' or '.join(PREFERENCES)}")
+    check_output_folder(output)
     cases = validation_cases(job)
     folds = job.teacher.folds if reference == "ensemble" else (job.fold,)
     folder = teacher_folder(replace(job.teacher, folds=folds))

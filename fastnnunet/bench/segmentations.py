@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.runtime.nifti import is_nifti, read_nifti_voxels
 
 ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png", ".bmp")  # tried in this order without a dataset.json
 
@@ -73,11 +74,16 @@ def find_dataset_json(prediction_folder: Path, label_folder: Path) -> Path | Non
 def labels_from_files(label_folder: Path) -> LabelSet:
     """Without a dataset.json: every non-zero value that occurs in the label files, named by its number."""
     for ending in ENDINGS:
-        files = sorted(label_folder.glob(f"*{ending}"))
+        files = _visible(label_folder, ending)
         if files:
             values = sorted({int(v) for f in files for v in np.unique(read_segmentation(f).labels_zyx)} - {0})
             return LabelSet({str(v): (v,) for v in values}, None, ending)
     raise NotFoundError(f"no segmentation in {label_folder}\nexpected files ending in {', '.join(ENDINGS)}")
+
+
+def _visible(folder: Path, ending: str) -> list[Path]:
+    """Files of an ending, without hidden ones (macOS leaves `._` twins)."""
+    return sorted(f for f in folder.glob(f"*{ending}") if not f.name.startswith("."))
 
 
 def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) -> Pairing:
@@ -86,7 +92,9 @@ def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) ->
     for folder, what in ((prediction_folder, "prediction"), (label_folder, "label")):
         if not folder.is_dir():
             raise NotFoundError(f"{what} folder not found: {folder}")
-        cases.append({f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}")})
+        cases.append(
+            {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
+        )
     predicted, labelled = cases
     if not predicted & labelled:
         raise NotFoundError(
@@ -120,6 +128,8 @@ def read_segmentation(path: Path) -> Segmentation:
     """Read a label file; a 2d image gets a first axis of length 1. Raises ImageError when it is not a label map."""
     import SimpleITK as sitk
 
+    if is_nifti(path):
+        read_nifti_voxels(path)  # ITK reads a truncated file without complaint
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as e:

@@ -121,7 +121,9 @@ def _parser(variant: str, description: str, example: str) -> argparse.ArgumentPa
 def _student(args: argparse.Namespace, plans_name: str | None) -> "StudentSpec":
     from fastnnunet.cli.train import student_specs
 
-    sizes = [args.r or 2] if args.ts is None else [args.r] if args.r else None
+    sizes = None if args.r is None else [args.r]
+    if sizes is None and args.ts is None:
+        sizes = [2]
     return student_specs(sizes, None, {"blocks": args.bs, "size": args.ts}, plans_name)[0]
 
 
@@ -135,7 +137,7 @@ def _train(args: argparse.Namespace) -> None:
 
     wait_passively()
     from fastnnunet.distill.soft_labels import cache_for_training
-    from fastnnunet.distill.train import TrainingJob, check_job
+    from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
@@ -167,7 +169,8 @@ def _train(args: argparse.Namespace) -> None:
         device=args.d_device,
         pretrained=args.w,
     )
-    check_job(job, resume=args.c_continue, overwrite=False)  # before hours of labelling
+    resolve_device(job.device)  # before hours of labelling
+    check_job(job, resume=args.c_continue, overwrite=False)
     if job.distill.alpha > 0:
         try:
             cache_for_training(job.teacher, job.cache)

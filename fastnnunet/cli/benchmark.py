@@ -76,8 +76,11 @@ def benchmark(
     from fastnnunet.bench.tables import benchmark_table, wide_console
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.runtime.backends.base import Precision
+    from fastnnunet.runtime.files import check_output_folder
     from fastnnunet.specs.teacher import TeacherSpec
 
+    for folder in (output, *([] if html is None else [html.parent])):
+        check_output_folder(folder)
     wrong = [p for p in precisions or [] if p not in get_args(Precision)]
     if wrong:
         raise SpecError(f"--precision: got {wrong[0]!r}, expected one of {', '.join(get_args(Precision))}")

@@ -24,9 +24,6 @@ app = typer.Typer(
 )
 
 AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name [default: all].")]
-Temperature = Annotated[
-    float | None, typer.Option("-temp", "--temp", "--temperature", help="Temperature; overrides the recipe's.")
-]
 Images = Annotated[
     Path | None,
     typer.Option("--images", help="Label this folder of images without labels instead (CASE_0000.nii.gz ...)."),
@@ -64,7 +61,7 @@ def build(
     fold: options.Folds = None,
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
-    temperature: Temperature = None,
+    temperature: options.Temperature = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -139,7 +136,7 @@ def plan(
     fold: options.Folds = None,
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
-    temperature: Temperature = None,
+    temperature: options.Temperature = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,

@@ -38,7 +38,7 @@ def auto(
     ] = "out-of-fold",
     configuration: options.Configuration = "3d_fullres",
     alpha: options.Alpha = 0.3,
-    temperature: options.Temperature = 3.0,
+    temperature: options.Temperature = None,
     loss: options.Loss = "kl",
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
@@ -85,9 +85,12 @@ def auto(
     from fastnnunet.specs.load import build_spec, load_yaml_spec
     from fastnnunet.specs.teacher import TeacherSpec
 
+    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
+    if temperature is not None:
+        recipe = dataclasses.replace(recipe, temperature=temperature)
     distill = {
         "alpha": alpha,
-        "temperature": temperature,
+        "temperature": recipe.temperature,
         "epochs": epochs,
         "iterations_per_epoch": iterations,
         "val_iterations_per_epoch": val_iterations,
@@ -99,7 +102,6 @@ def auto(
         "start": start,
         "loss": loss,
     }
-    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
     students = [
         student
         for family in dict.fromkeys(families or ["auto"])
@@ -120,7 +122,7 @@ def auto(
         ),
         student=students[0],
         distill=build_spec(DistillSpec, distill, where="options"),
-        cache=dataclasses.replace(recipe, temperature=temperature),
+        cache=recipe,
         fold=parse_folds([fold])[0],
         device=device,
         threads=threads,

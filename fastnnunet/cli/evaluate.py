@@ -32,9 +32,14 @@ def evaluate(
     from fastnnunet.bench.evaluate import evaluate_cases, report
     from fastnnunet.bench.record import write_json
     from fastnnunet.bench.tables import case_table, mean_table, wide_console
+    from fastnnunet.runtime.files import check_output_folder
 
     if output is not None and output.suffix != ".json":
         raise SpecError(f"-o: got {output}, expected a file name ending in .json")
+    if output is not None:
+        if output.is_dir():
+            raise SpecError(f"-o: {output} is a folder, expected a file name")
+        check_output_folder(output.parent)
     if tolerance_mm < 0:
         raise SpecError(f"--tolerance: got {tolerance_mm}, expected 0 mm or more")
     described = dataset_json or files.find_dataset_json(predictions, labels)

@@ -1,5 +1,6 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
+import errno
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,16 @@ EXTRA_OF = {
 }
 
 
+# what the system says -> how to mend it
+MENDED = {
+    **dict.fromkeys(NO_ROOM, "free some space, or write to another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change the permissions, or give another folder"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "give a folder where one is asked for"),
+}
+
+
 def guarded(command: Callable[[], None]) -> None:
-    """Run `command`. Exit codes: its own, 2 for wrong input, a missing extra or a full disk, 130 when interrupted."""
+    """Run `command`. Exit codes: its own, 2 for what a user can mend (also a full disk), 130 when interrupted."""
     # torch about the decorators of libraries that nnU-Net imports; nothing a user can mend
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
     try:
@@ -42,13 +51,10 @@ def guarded(command: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except OSError as e:
-        if e.errno not in NO_ROOM:
+        if e.errno not in MENDED:
             raise
-        where = f" while writing {e.filename}" if e.filename else ""
-        print(
-            f"error: {e.strerror}{where}\nfree some space, or write to another disk, and run the command again",
-            file=sys.stderr,
-        )
+        where = f": {e.filename}" if e.filename else ""
+        print(f"error: {e.strerror}{where}\n{MENDED[e.errno]}, and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

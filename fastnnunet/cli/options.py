@@ -23,7 +23,10 @@ SpecFile = Annotated[Path | None, typer.Option("--spec", help="Recipe [default: 
 CacheRoot = Annotated[
     str | None, typer.Option("--root", help="Folder of the caches, or s3://bucket/prefix [default: beside the cases].")
 ]
-Temperature = Annotated[float, typer.Option("-temp", "--temp", "--temperature", help="T of cache and loss.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option("-temp", "--temp", "--temperature", help="T of cache and loss [default: the recipe's, else 3]."),
+]
 
 # which student
 Reduction = Annotated[

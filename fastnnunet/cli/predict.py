@@ -278,7 +278,7 @@ def _write_profile(
     import json
     from dataclasses import asdict
 
-    from fastnnunet.runtime.files import atomic_output
+    from fastnnunet.runtime.files import atomic_output, make_folder
 
     record = {
         **predictor.describe(),
@@ -287,6 +287,7 @@ def _write_profile(
         "cases": [{"case": r.case_id, **asdict(r.times)} for r in results if r.error is None],
         "failed": {r.case_id: str(r.error) for r in results if r.error is not None},
     }
-    folder = output if output.is_dir() else output.parent
+    folder = output.parent if any(r.output == output for r in results) else output
+    make_folder(folder)
     with atomic_output(folder / PROFILE_FILE) as partial:
         partial.write_text(json.dumps(record, indent=1))

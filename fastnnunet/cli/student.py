@@ -28,7 +28,7 @@ def describe(
     size: options.Size = None,
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
-    folds: Annotated[int, typer.Option("--folds", help="Folds of the ensemble to compare with.")] = 5,
+    folds: Annotated[int, typer.Option("--folds", min=1, help="Folds of the ensemble to compare with.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Stages, parameters and work per patch of students, from the plans alone.

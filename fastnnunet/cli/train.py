@@ -1,6 +1,7 @@
 """`fastnnunet train`: distil students from a cache."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,10 @@ from fastnnunet.errors import SpecError
 
 def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
     """`["0", "all"]` -> (0, "all"). Raises SpecError for anything that is neither a number nor `all`."""
-    wrong = [f for f in folds if not f.isdigit() and f != "all"]
+    wrong = [f for f in folds if not re.fullmatch("[0-9]+", f) and f != "all"]
     if wrong:
         raise SpecError(f"fold {wrong[0]!r} is no fold; expected numbers such as 0 1 2 3 4, or all")
-    return tuple(int(f) if f.isdigit() else f for f in folds)
+    return tuple(f if f == "all" else int(f) for f in dict.fromkeys(folds))
 
 
 def train(
@@ -33,7 +34,7 @@ def train(
     start: options.Start = "teacher",
     configuration: options.Configuration = "3d_fullres",
     alpha: options.Alpha = 0.3,
-    temperature: options.Temperature = 3.0,
+    temperature: options.Temperature = None,
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
     teacher_folds: options.TeacherFolds = None,
@@ -99,7 +100,7 @@ def train(
 
     wait_passively()
     from fastnnunet.cache.storage import place_at
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec, load_yaml_spec
@@ -108,6 +109,9 @@ def train(
     if resume and overwrite:
         raise SpecError("--continue and --overwrite exclude each other; give one")
     place = None if cache_root is None else place_at(cache_root)
+    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
+    if temperature is not None:
+        recipe = dataclasses.replace(recipe, temperature=temperature)
     teacher = TeacherSpec(
         dataset=dataset,
         configuration=configuration,
@@ -121,7 +125,7 @@ def train(
         DistillSpec,
         {
             "alpha": alpha,
-            "temperature": temperature,
+            "temperature": recipe.temperature,
             "epochs": epochs,
             "iterations_per_epoch": iterations,
             "val_iterations_per_epoch": val_iterations,
@@ -141,8 +145,6 @@ def train(
         },
         where="options",
     )
-    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
-    recipe = dataclasses.replace(recipe, temperature=temperature)
     if unlabelled is not None:
         from fastnnunet.distill.unlabelled import named_set
 
@@ -169,6 +171,9 @@ def train(
         ]
         for f in parse_folds(fold)
     ]
+    resolve_device(device)
+    for job in (job for group in groups for job in group):  # before any of them trains for hours
+        check_job(job, resume=resume, overwrite=overwrite)
     for group in groups if together else [[job] for jobs in groups for job in jobs]:
         run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
 
@@ -199,12 +204,14 @@ def student_specs(
                 f"--student {file}: got also {', '.join([*given, *(['-r'] if reduction else [])])}; give one"
             )
         spec = load_yaml_spec(StudentSpec, file)
+        if spec == default:
+            raise SpecError(f"--student {file} says nothing of a student; expected r, or network_class_name, or others")
         return [spec if plans_name is None else dataclasses.replace(spec, plans_name=plans_name)]
     if size is None and not reduction:
         raise SpecError("which student? give -r 2 4, --student FILE.yaml, or -ts S for a stock Primus")
     if size is not None and reduction:
         raise SpecError(f"-ts {size} is a whole size by itself; leave out -r {' '.join(map(str, reduction))}")
-    sizes = reduction or [1]
+    sizes = list(dict.fromkeys(reduction or [1]))
     if plans_name is not None and len(sizes) > 1:
         raise SpecError(f"-spl {plans_name} names one student, got -r {' '.join(map(str, sizes))}; give one size")
     return [build_spec(StudentSpec, {**choices, "r": r, "plans_name": plans_name}, where="options") for r in sizes]
@@ -242,6 +249,7 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
     hidden = not (console.is_terminal and first_process)
     start = time.monotonic()
     latest: dict[str, str] = {}
+    done_before: list[int] = []  # iterations of an earlier run that this one continues
     with Progress(*columns, console=console, speed_estimate_period=120, disable=hidden) as progress:
         task = progress.add_task("train", total=total, text="starting")
 
@@ -251,10 +259,11 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
             latest[state.student] = f"{own}hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
             text = f"epoch {state.epoch + 1}/{state.epochs} {'; '.join(latest.values())}"
             done = state.epoch * state.iterations + state.iteration
+            done_before[:] = done_before or [state.epoch * state.iterations]
             progress.update(task, completed=done, text=text)
             last = state.iteration == state.iterations and state.student == jobs[-1].student.tag
             if not console.is_terminal and last and first_process:  # a log file: one line an epoch
-                left_s = (time.monotonic() - start) / done * (total - done)
+                left_s = (time.monotonic() - start) / (done - done_before[0]) * (total - done)
                 print(f"{name} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
 
         folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=show)

@@ -19,6 +19,7 @@ from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.engines import EngineName, Precision
 from fastnnunet.nnunet.teacher import NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.teacher import TeacherSpec
 
 
@@ -55,7 +56,8 @@ def build_command(
         words += ["-f", *map(str, teacher.folds)]
     if spec_file is not None:
         words += ["--spec", str(spec_file)]
-    if spec.temperature_range is None and spec.temperature != CacheSpec().temperature:
+    recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
+    if spec.temperature_range is None and spec.temperature != recipe.temperature:
         words += ["--temp", f"{spec.temperature:g}"]
     if root is not None:
         words += ["--root", str(root)]

@@ -2,9 +2,10 @@
 
 import logging
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,15 @@ from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_fold
 from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.primus import stock_trainer_of
 from fastnnunet.nnunet.splits import split_of
-from fastnnunet.nnunet.student import STOCK_TRAINER, publish_plans, student_folder, student_plans, trainer_of
-from fastnnunet.nnunet.student_fit import check_fit
+from fastnnunet.nnunet.student import (
+    STOCK_TRAINER,
+    check_plans_name,
+    publish_plans,
+    student_folder,
+    student_plans,
+    trainer_of,
+)
+from fastnnunet.nnunet.student_fit import check_fit, check_network
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -122,6 +130,9 @@ def _train_students(
 
     first = jobs[0]
     checked = [check_job(job, resume=resume, overwrite=overwrite) for job in jobs]
+    folders = [fold_folder for _, _, fold_folder in checked]
+    if twice := {folder for folder in folders if folders.count(folder) > 1}:
+        raise SpecError(f"several students would be trained into one folder: {', '.join(map(str, twice))}")
     soft_labels = None
     if first.distill.alpha > 0:
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
@@ -144,9 +155,12 @@ def _train_students(
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
-        trainer = _configure(job, plans, dataset_json, soft_labels, resume, device, unlabelled)
+        goes_on = resume and _reached(fold_folder) is not None
+        if resume and not goes_on:
+            log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
+        trainer = _configure(job, plans, dataset_json, soft_labels, goes_on, device, unlabelled)
         trainers.append(trainer)
-        finished = resume and _resume(trainer, fold_folder)
+        finished = goes_on and _resume(trainer, fold_folder)
         if not finished:
             unfinished.append(trainer)
     wait_for_all()  # before the first process changes what the others look at
@@ -170,21 +184,31 @@ def resolve_device(requested: str) -> str:
     import torch
 
     device = requested if requested != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cpu":
+        return device
+    named = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if named is None:
+        raise SpecError(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
         raise MismatchError(f"--device {device}: no CUDA device is available here\nuse --device cpu")
+    if named[1] and int(named[1]) >= torch.cuda.device_count():
+        raise MismatchError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
+
+
+def _reached(fold_folder: Path) -> Path | None:
+    """The checkpoint a run goes on from."""
+    return next((fold_folder / name for name in (FINAL, LATEST, BEST) if (fold_folder / name).is_file()), None)
 
 
 def _resume(trainer: "StudentTrainer", fold_folder: Path) -> bool:
     """Load what was reached; returns whether that is the end."""
-    for name in (FINAL, LATEST, BEST):
-        if (fold_folder / name).is_file():
-            trainer.resume(fold_folder / name)
-            if name != FINAL:
-                log.info("continuing from %s at epoch %d", name, trainer.current_epoch)
-            return name == FINAL
-    log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
-    return False
+    path = _reached(fold_folder)
+    assert path is not None
+    trainer.resume(path)
+    if path.name != FINAL:
+        log.info("continuing from %s at epoch %d", path.name, trainer.current_epoch)
+    return path.name == FINAL
 
 
 def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any], Path]:
@@ -195,11 +219,15 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     plans = student_plans(
         teacher_plans, job.teacher.configuration, job.student, job.distill, dataset_json, trainer_of(job.teacher)
     )
+    if job.student.plans_name is not None:
+        check_plans_name(resolve_dataset(job.teacher.dataset), job.student.plans_name)
     check_fit(teacher_plans, plans, dataset_json, job.teacher.configuration)
+    if job.student.is_explicit:
+        check_network(plans, dataset_json, job.teacher.configuration)
     _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
-    if job.pretrained is not None and not resume:
+    if job.pretrained is not None and not (resume and _reached(fold_folder)):
         trainer = stock_trainer_of(plans["configurations"][job.teacher.configuration]["architecture"]) or STOCK_TRAINER
         load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder
@@ -281,7 +309,7 @@ def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:
     return {
         **start,
         "version": __version__,
-        "teacher": to_plain(job.teacher),
+        "teacher": to_plain(replace(job.teacher, dataset=resolve_dataset(job.teacher.dataset))),
         "student": to_plain(job.student),
         "distill": to_plain(job.distill),
         "cache_key": cache_key,

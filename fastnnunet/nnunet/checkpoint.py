@@ -97,10 +97,11 @@ def load_pretrained(network: "torch.nn.Module", path: Path) -> None:
 def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a run with other settings. Raises MismatchError naming those that differ.
 
-    Settings that the checkpoint does not know were added later and were at their default then.
+    Settings that the checkpoint does not know were added later and were at their default then. The version of this
+    package may change.
     """
     settings = {**to_plain(DistillSpec()), **there.get("distill", {})}
-    changed = differences({**there, "distill": settings}, now)
+    changed = differences({**there, "distill": settings, "version": now.get("version")}, now)
     if changed:
         raise MismatchError(
             f"--continue: {path} was trained differently (there -> now):\n"

@@ -50,6 +50,8 @@ def read_layers(weights: Mapping[str, torch.Tensor]) -> list[Layer]:
             layers += _residual(weights, f"encoder.stages.{s}", before, after)
         before = after
     for d in range(stages - 1):
+        if f"decoder.stages.{d}.convs.0.conv.weight" not in weights:
+            return []  # a decoder of residual blocks
         up, after = ("up", d), ("decoder", d)
         layers.append(Layer(f"decoder.transpconvs.{d}", None, (before,), up, transposed=True))
         first, *rest = _stacked(weights, f"decoder.stages.{d}", up, after)

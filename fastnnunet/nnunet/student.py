@@ -20,6 +20,8 @@ UNETS = "dynamic_network_architectures.architectures.unet."
 PLAIN, RESIDUAL = UNETS + "PlainConvUNet", UNETS + "ResidualEncoderUNet"
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6)  # of nnU-Net's ResEnc planners, 1 in each decoder stage
 PLAIN_CONVOLUTIONS = 2  # of nnU-Net's default planner, in every stage of both sides
+STUDENT_MARK = "fastnnunet_student"  # in plans beside the preprocessed data
+NNUNET_FILES = ("dataset", "dataset_fingerprint", "splits_final")  # that nnU-Net keeps there
 LAYERS = ("conv_op", "norm_op", "dropout_op", "nonlin")
 LAYER_KWARGS = ("conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs")
 log = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ def _unet(architecture: dict[str, Any], student: StudentSpec) -> dict[str, Any]:
     kwargs["features_per_stage"] = reduce_features(features, student)
     if isinstance(kwargs.get("stem_channels"), int):
         kwargs["stem_channels"] = student.narrower(kwargs["stem_channels"])
+    if "n_blocks_per_stage" not in kwargs and student.blocks != "auto":
+        raise SpecError(f"-bs {student.blocks}: this network has no residual blocks to count; leave it out")
     if "n_blocks_per_stage" in kwargs:
         blocks = _per_stage(kwargs["n_blocks_per_stage"], stages)
         kwargs["n_blocks_per_stage"] = student.fewer_blocks(blocks, features, kwargs["features_per_stage"])
@@ -209,18 +213,41 @@ def student_trainer(student: StudentSpec) -> str:
     return STOCK_TRAINER if student.size is None else stock_trainer(student.size)
 
 
+def check_plans_name(dataset_name: str, plans_name: str) -> None:
+    """Refuse a name under which something else than a student's plans lies, or will lie, beside the preprocessed data.
+
+    Raises SpecError.
+    """
+    path = _published(dataset_name, plans_name)
+    taken = plans_name in NNUNET_FILES
+    if path.is_file() and not taken:
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:  # whatever it is, it is none of ours
+            there = None
+        taken = not (isinstance(there, dict) and there.get(STUDENT_MARK))
+    if taken:
+        raise SpecError(
+            f"-spl {plans_name}: {path} is nnU-Net's or another model's and would be replaced; give another name"
+        )
+
+
 def publish_plans(dataset_name: str, plans: dict[str, Any]) -> None:
     """Write `<plans name>.json` beside the preprocessed data, where nnUNetv2_find_best_configuration looks for it.
 
     Training does not need it, so a folder that cannot be written to is a warning.
     """
-    path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans['plans_name']}.json"
+    path = _published(dataset_name, plans["plans_name"])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(plans, indent=4))
+        temporary.write_text(json.dumps({**plans, STUDENT_MARK: True}, indent=4))
         os.replace(temporary, path)
     except OSError as error:
         log.warning("%s was not written (%s): nnUNetv2_find_best_configuration will not find it", path, error)
+
+
+def _published(dataset_name: str, plans_name: str) -> Path:
+    return nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
 
 
 def student_folder(

@@ -23,6 +23,14 @@ def check_fit(
         )
 
 
+def check_network(student: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> None:
+    """Refuse a network that cannot be made from what is written of it. Raises MismatchError with the reason."""
+    import torch
+
+    with torch.device("meta"):
+        build_network(student, configuration, dataset_json)
+
+
 def patch_problems(config: dict[str, Any]) -> list[str]:
     """Axes along which the network cannot divide the patch."""
     architecture, patch = config["architecture"], list(config["patch_size"])
@@ -34,10 +42,9 @@ def patch_problems(config: dict[str, Any]) -> list[str]:
             for axis, n in enumerate(patch)
             if n % PATCH_EMBED
         ]
-    total = stride_products(config)
+    total, strides = stride_products(config), architecture["arch_kwargs"].get("strides")
     if total is None:
-        return []
-    strides = architecture["arch_kwargs"]["strides"]
+        return [] if strides is None else [f"strides: got {strides!r}, expected a list of {len(patch)} numbers a stage"]
     if len(strides) < 3:
         return [f"strides: got {len(strides)} stages, expected at least 3: nnU-Net's deep supervision divides by zero"]
     if any(len(s) != len(patch) for s in strides):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
+from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder, slice_files
 from fastnnunet.specs.bundle import BundleSpec
 
 T = TypeVar("T")
@@ -72,11 +72,11 @@ def single_case(image: Path, spec: BundleSpec, series_uid: str | None = None) ->
     if series_uid is not None and (not is_folder or len(spec.channel_names) > 1):
         raise SpecError(f"--series chooses one series of one DICOM folder of a single channel, {image} is none")
     image = image.resolve() if is_folder else image  # `.` has no name
-    ending = (
-        ""
-        if is_folder
-        else next((e for e in (spec.file_ending, *_IMAGE_ENDINGS) if image.name.endswith(e)), image.suffix)
-    )
+    name = image.name.lower()
+    known = next((e for e in (spec.file_ending.lower(), *_IMAGE_ENDINGS) if name.endswith(e)), image.suffix)
+    ending = "" if is_folder else image.name[len(name) - len(known) :]
+    if (problem := _unusable_name(image.name)) is not None:
+        raise ImageError(problem)
     stem = image.name[: len(image.name) - len(ending)]
     match = _CHANNEL.fullmatch(stem)
     case = Case(stem, (image,))
@@ -114,7 +114,10 @@ def _by_case(source: Path, names: list[str], ending: str, *, numbered: bool) -> 
     for name in names:
         stem = name[: len(name) - len(ending)]
         match = _CHANNEL.fullmatch(stem)
-        if match is not None:
+        if (problem := _unusable_name(name)) is not None:
+            printable = stem.encode("utf-8", "backslashreplace").decode()
+            cases.append(Case(printable, (source / name,), problem))
+        elif match is not None:
             channels.setdefault(match["case"], {})[int(match["channel"])] = source / name
         elif numbered:
             expected = f"expected a name such as {stem}_0000{ending}"
@@ -130,6 +133,15 @@ def _by_case(source: Path, names: list[str], ending: str, *, numbered: bool) -> 
     return sorted(cases, key=lambda case: case.case_id)
 
 
+def _unusable_name(name: str) -> str | None:
+    """Why ITK, which takes names in UTF-8, cannot open a file of this name."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{name!r} is a file name that is not UTF-8; rename the file"
+    return None
+
+
 def take_part(cases: list[T], part_id: int, num_parts: int) -> list[T]:
     """Every `num_parts`-th case from `part_id` on, as nnU-Net shares a folder among machines. Raises SpecError."""
     if num_parts < 1 or not 0 <= part_id < num_parts:
@@ -140,6 +152,15 @@ def take_part(cases: list[T], part_id: int, num_parts: int) -> list[T]:
     return cases[part_id::num_parts]
 
 
+def refuse_input_as_output(case: Case, output: Path) -> None:
+    """Raises SpecError when the segmentation would be written over the image it is made from."""
+    if not output.is_file():
+        return
+    images = [*case.files, *(file for series in case.series for file in slice_files(series))]
+    if output.resolve() in {image.resolve() for image in images}:
+        raise SpecError(f"{output} is an input image and would be replaced by its segmentation; give another -o")
+
+
 def output_file(source: Path, output: Path, case: Case, spec: BundleSpec, ending: str | None = None) -> Path:
     """Where the segmentation of a case goes: into the folder `output`, or to that very file for a single image.
 
@@ -147,7 +168,7 @@ def output_file(source: Path, output: Path, case: Case, spec: BundleSpec, ending
     Raises SpecError when one file is asked for a folder of images, or one with another ending.
     """
     ending = ending or spec.file_ending
-    if output.is_dir() or not output.name.endswith(_IMAGE_ENDINGS):
+    if output.is_dir() or not output.name.lower().endswith(_IMAGE_ENDINGS):
         return output / f"{case.case_id}{ending}"
     if not is_single_image(source, spec):
         raise SpecError(f"output {output} is a file name but the input {source} is a folder; give a folder with -o")

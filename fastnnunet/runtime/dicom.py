@@ -21,6 +21,7 @@ _HALF_PIXEL = 0.5  # how far the last slice may be shifted sideways against the 
 _NO_IMAGES = ("1.2.840.10008.5.1.4.1.1.66.", "1.2.840.10008.5.1.4.1.1.481.")
 _STORAGE_CLASS = re.compile(rb"\x02\x00\x02\x00UI(..)", re.DOTALL)  # (0002,0002), explicit little endian
 _HEAD_BYTES = 1024
+_PREAMBLE_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +79,23 @@ def slice_files(series: DicomSeries) -> tuple[Path, ...]:
         )
     files = found[uid]
     listed = {file for one in found.values() for file in one}
-    lost = [file for file, kind in classes.items() if file not in listed and kind == classes.get(files[0])]
+    suffix, of_series = files[0].suffix, classes.get(files[0])
+    lost = [
+        file
+        for file, kind in classes.items()
+        if file not in listed and (kind == of_series or (kind is None and _may_be_a_slice(file, suffix)))
+    ]
     if lost:
         names = ", ".join(file.name for file in lost[:3])
         raise ImageError(f"{folder}: {len(lost)} file(s) cannot be read as DICOM ({names}); copy or export them again")
     return files
+
+
+def _may_be_a_slice(file: Path, suffix: str) -> bool:
+    """Whether a file without a DICOM header may have lost it: it is named as slices are, empty, or begins as they do."""
+    with file.open("rb") as f:
+        begins_empty = not f.read(_PREAMBLE_BYTES).strip(b"\0")
+    return begins_empty or (suffix != "" and file.suffix == suffix)
 
 
 def read_series(series: DicomSeries) -> Any:

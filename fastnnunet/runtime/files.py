@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import gzip
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ def atomic_output(path: Path) -> Iterator[Path]:
 
     Raises DiskSpaceError when the disk is full, FastnnUNetError for any other reason that `path` cannot be written.
     """
-    # the whole name after a prefix: writers choose the format by the ending
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    # writers choose the format by the ending, and ITK by any `.nii` or `.img` in a name, hence none of the rest of it
+    ending = path.name[-len(".nii.gz") :] if path.name.lower().endswith(".nii.gz") else path.suffix
+    stem = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".partial-{os.getpid()}-{stem}{ending}")
     _under_way.add(partial)
     try:
         yield partial

@@ -32,7 +32,7 @@ class NibabelIO:
             if self.reorient:
                 image = image.as_reoriented(io_orientation(image.affine))
             # get_fdata would make a float64 copy of what needs no rescaling
-            voxels_XYZ = image.dataobj if isinstance(image.dataobj, np.ndarray) else image.get_fdata()
+            voxels_XYZ = image.dataobj if isinstance(image.dataobj, np.ndarray) else _voxels(image, file)
             volumes.append(voxels_XYZ.transpose(2, 1, 0)[None])
             spacing_zyx = [float(s) for s in image.header.get_zooms()[::-1]]
             check_spacing(file, spacing_zyx)
@@ -91,6 +91,14 @@ def _load(file: ImageSource) -> Any:
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) == 0:
         raise ImageError(f"{file} has a damaged header: its affine is {image.affine.tolist()}; export it again")
     return image
+
+
+def _voxels(image: Any, file: ImageSource) -> npt.NDArray[np.float64]:
+    try:
+        voxels_XYZ: npt.NDArray[np.float64] = image.get_fdata()
+    except (OSError, ValueError) as e:
+        raise ImageError(f"cannot read {file}: {e}\ncopy or export it again") from e
+    return voxels_XYZ
 
 
 def _from_sitk(image: Any) -> Any:

@@ -160,6 +160,11 @@ class LoadedBundle:
         self, image_CZYX: npt.NDArray[Any], properties: dict[str, Any], previous_ZYX: npt.NDArray[Any] | None = None
     ) -> Preprocessed:
         """`preprocess` of an array of the caller's, which is checked and left as it is. Raises ImageError."""
+        spacing = np.asarray(properties.get("spacing", ()), np.float64)
+        if spacing.shape != (3,) or not (np.isfinite(spacing) & (spacing > 0)).all():
+            raise ImageError(
+                f"properties['spacing']: got {properties.get('spacing')}, expected three numbers above 0, mm (z, y, x)"
+            )
         image = np.array(image_CZYX, dtype=np.float32)
         if image.size and not np.isfinite(native.limits(image, threads=self.threads)).all():
             raise ImageError("the image has NaN or infinite voxels, expected numbers")

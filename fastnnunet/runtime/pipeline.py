@@ -3,6 +3,7 @@
 Three cases are in memory at most: one in each thread and one in the network, which stays in the calling thread.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.runtime.files import abandon_output
+
+_log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -62,9 +65,9 @@ def run_pipeline(
 ) -> Iterator[tuple[Item, Outcome[Finished]]]:
     """Each item with what `finish` made of it, or with the error that stopped it, in order.
 
-    `load` (and iterating over `items`) and `finish` run in a thread each. FastnnUNetError and MemoryError of one item
-    leave the others alone, every other exception ends the run. When it ends early, by an exception (Ctrl-C) or by
-    closing the iterator, the gate is closed and the threads are left to themselves.
+    `load` (and iterating over `items`) and `finish` run in a thread each. An exception of one item leaves the others
+    alone; one that is no FastnnUNetError becomes one, and is logged with its traceback at level DEBUG. When the run
+    ends early, by Ctrl-C or by closing the iterator, the gate is closed and the threads are left to themselves.
     """
 
     def complete(item: Item, inferred: Outcome[Inferred]) -> Finished:
@@ -113,6 +116,11 @@ def _attempt(call: Callable[..., Finished], *arguments: Any) -> Outcome[Finished
         return e
     except MemoryError as e:
         return FastnnUNetError(f"not enough memory ({e})\nclose other programs, or crop the image")
+    except Exception as e:  # what nobody thought of, in one image of many
+        _log.debug("unexpected error", exc_info=True)
+        return FastnnUNetError(
+            f"unexpected {type(e).__name__}: {e}\nplease report it, with the shape and the header of the image"
+        )
 
 
 class _Worker:

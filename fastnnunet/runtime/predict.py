@@ -20,6 +20,7 @@ from fastnnunet.runtime.cases import (
     find_cases,
     is_single_image,
     output_file,
+    refuse_input_as_output,
     single_case,
     take_part,
 )
@@ -180,9 +181,13 @@ class Predictor(LoadedBundle):
     ) -> Generator[CaseResult]:
         """Predict cases in order, failing ones included; the next is read and the last written meanwhile.
 
-        `before_first()` is called before the first segmentation is written.
+        `before_first()` is called before the first segmentation is written. Raises SpecError, before anything else,
+        where a segmentation would replace an image.
         `on_start(case, index, total)` is called when a case comes to the network, `on_tiles(done, total)` for tiles.
         """
+        for plan in planned:
+            if plan.output is not None:
+                refuse_input_as_output(plan.case, plan.output)
         gate = WriteGate(before_first)
         numbers = {id(plan): number for number, plan in enumerate(planned)}
 

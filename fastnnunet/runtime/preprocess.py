@@ -84,9 +84,13 @@ def preprocess(
         inside = _filled_nonzero_mask(data, threads)
         previous = np.where((previous == 0) & ~inside, -1, previous.astype(np.int32))
     _normalize(data, spec, None if previous is None else previous >= 0, threads)
-    plan = plan_resampling(
-        resample_spec, cropped_shape, resampled_shape(cropped_shape, spacing, target), spacing, target
-    )
+    shape = resampled_shape(cropped_shape, spacing, target)
+    if 0 in shape:
+        raise ImageError(
+            f"nothing of the image would be left: {cropped_shape} voxels of {tuple(spacing)} mm are {shape} voxels of "
+            f"the model's {tuple(target)} mm\nexpected an image at least half such a voxel wide; check its spacing"
+        )
+    plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
     data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
         plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)

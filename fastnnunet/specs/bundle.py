@@ -100,9 +100,10 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     try:
         raw = json.loads(path.read_text())
         declared = raw.pop("self_sha256")
-    except (ValueError, KeyError, AttributeError) as e:
+        version = int(raw.get("format_version", 0))
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise CorruptError(f"{path} is damaged ({e}); export the bundle again") from e
-    if raw.get("format_version", 0) > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise NewerFormatError(
             f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}\n"
             "update it: pip install --upgrade fastnnunet, or export the bundle again with this version"

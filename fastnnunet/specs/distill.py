@@ -1,5 +1,6 @@
 """How a student is trained."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +49,7 @@ class DistillSpec:
             problems.append("mirroring: test-time mirroring needs a student that was trained on mirrored patches")
         if self.seed < 0:
             problems.append(f"seed: got {self.seed}, expected at least 0")
-        if self.initial_lr is not None and self.initial_lr <= 0:
+        if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:
             problems.append(f"initial_lr: got {self.initial_lr}, expected a positive number")
         problems += self._unlabelled_problems()
         if problems:

@@ -18,8 +18,8 @@ def load_yaml_spec(cls: type[T], path: Path) -> T:
     if not path.is_file():
         raise NotFoundError(f"spec file not found: {path}\nexpected a YAML file such as cache_specs/default.yaml")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise SpecError(f"{path} is not valid YAML: {e}") from e
     if raw is None:
         raw = {}

@@ -22,3 +22,5 @@ class TeacherSpec:
             raise SpecError("folds: got none, expected at least one of 0 1 2 3 4 or 'all'")
         if len(set(self.folds)) != len(self.folds):
             raise SpecError(f"folds: got {self.folds}, expected each fold once")
+        in_order = sorted(self.folds, key=lambda fold: (isinstance(fold, str), fold))  # their mean has no order
+        object.__setattr__(self, "folds", tuple(in_order))
