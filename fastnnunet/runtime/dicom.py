@@ -92,7 +92,7 @@ def slice_files(series: DicomSeries) -> tuple[Path, ...]:
 
 
 def _may_be_a_slice(file: Path, suffix: str) -> bool:
-    """Whether a file without a DICOM header may have lost it: it is named as slices are, empty, or begins as they do."""
+    """Whether a file without a DICOM header may have lost it: named as slices are, empty, or begun as they are."""
     with file.open("rb") as f:
         begins_empty = not f.read(_PREAMBLE_BYTES).strip(b"\0")
     return begins_empty or (suffix != "" and file.suffix == suffix)
