@@ -36,11 +36,11 @@ def test_trains_scores_and_chooses_from_the_command_line(world, tmp_path, monkey
         main(words.split())
     printed, progress = capsys.readouterr()
     assert done.value.code == 0, printed
-    assert "r1 r2 r1_lite r2_lite fold 0 epoch 1/1" in progress
+    assert "r1_width r2_width r1_lite r2_lite fold 0 epoch 1/1" in progress
     record = json.loads(next(out.glob("auto_*.json")).read_text())
     assert next(out.glob("auto_*.png")).stat().st_size > 10_000
     students = record["students"]
-    assert list(students) == ["r1", "r2", "r1_lite", "r2_lite"]
+    assert list(students) == ["r1_width", "r2_width", "r1_lite", "r2_lite"]
     smallest = min(students, key=lambda name: students[name]["parameters"])
     assert f"smallest student within 100 points: {smallest} (the whole interval is within the budget)" in printed
     assert record["choice"] == {"name": smallest, "found": True, "whole_interval_within": True}

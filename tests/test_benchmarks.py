@@ -216,7 +216,7 @@ def test_students_taught_online_in_the_table(world, tmp_path, monkeypatch):
     table = {row["soft_loss"]: row for row in rows["table"].values()}
     assert set(table) == {"kl online", "none"}
     for name, row in table.items():
-        assert (row["r"], row["family"], row["seeds"]) == (2, "width", [5])
+        assert (row["r"], row["family"], row["seeds"]) == (2, "lite", [5])
         assert row["steps"] == job.distill.iterations_per_epoch  # of its one epoch
         assert row["points_below_ensemble"] == pytest.approx(100 * (rows["ensemble"]["mean_dice"] - row["dice"][0]))
         assert row["parameters"] == table["none"]["parameters"], name
