@@ -13,7 +13,7 @@ from fastnnunet.bench.evaluate import evaluate_cases
 from fastnnunet.bench.patch_speed import ms_per_patch
 from fastnnunet.bench.record import hardware, now_utc, versions
 from fastnnunet.bench.segmentations import make_label_set
-from fastnnunet.distill.train import BEST, FINAL, LATEST, TrainingJob, run_folder, train_students
+from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.cases import open_cases
@@ -152,7 +152,7 @@ def auto_size(
 
 def _train(jobs: dict[str, TrainingJob], train: Train) -> dict[str, Path]:
     """Fold folders of trained students: what was started is finished, the rest is trained on the same batches."""
-    started = {n: j for n, j in jobs.items() if any((run_folder(j) / c).is_file() for c in (FINAL, LATEST, BEST))}
+    started = {n: j for n, j in jobs.items() if reached_checkpoint(run_folder(j))}
     rest = {n: j for n, j in jobs.items() if n not in started}
     folders: dict[str, Path] = {}
     for group, resume in ((started, True), (rest, False)):

@@ -92,9 +92,7 @@ def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) ->
     for folder, what in ((prediction_folder, "prediction"), (label_folder, "label")):
         if not folder.is_dir():
             raise NotFoundError(f"{what} folder not found: {folder}")
-        cases.append(
-            {f.name.removesuffix(file_ending) for f in folder.glob(f"*{file_ending}") if not f.name.startswith(".")}
-        )
+        cases.append({f.name.removesuffix(file_ending) for f in _visible(folder, file_ending)})
     predicted, labelled = cases
     if not predicted & labelled:
         raise NotFoundError(

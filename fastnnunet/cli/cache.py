@@ -281,12 +281,8 @@ def _request(
     previous: str | None,
 ) -> "Request":
     """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
-    import dataclasses
-
     from fastnnunet.cache.storage import place_at
-    from fastnnunet.cli.train import parse_folds
-    from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.load import load_yaml_spec
+    from fastnnunet.cli.train import parse_folds, recipe_of
     from fastnnunet.specs.teacher import TeacherSpec
 
     place = None if root is None else place_at(root)
@@ -299,11 +295,9 @@ def _request(
         checkpoint=checkpoint,
         previous=previous,
     )
-    recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
-    if temperature is not None:
-        if recipe.temperature_range is not None:
-            raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
-        recipe = dataclasses.replace(recipe, temperature=temperature)
+    recipe = recipe_of(spec_file, temperature)
+    if temperature is not None and recipe.temperature_range is not None:
+        raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
 
 

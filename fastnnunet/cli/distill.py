@@ -69,9 +69,7 @@ def auto(
 
       fastnnunet distill auto -d 4 -f 0 --within 0.5 -r 2 4 6 --family width lite --prefer fastest -o auto_hippocampus
     """
-    import dataclasses
-
-    from fastnnunet.cli.train import parse_folds, run_jobs, student_specs, wait_passively
+    from fastnnunet.cli.train import parse_folds, recipe_of, run_jobs, student_specs, wait_passively
 
     wait_passively()
     from fastnnunet.bench.auto import auto_size
@@ -80,14 +78,11 @@ def auto(
     from fastnnunet.cache.storage import place_at
     from fastnnunet.cli.cache_view import cases_progress
     from fastnnunet.distill.train import TrainingJob
-    from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
-    from fastnnunet.specs.load import build_spec, load_yaml_spec
+    from fastnnunet.specs.load import build_spec
     from fastnnunet.specs.teacher import TeacherSpec
 
-    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
-    if temperature is not None:
-        recipe = dataclasses.replace(recipe, temperature=temperature)
+    recipe = recipe_of(spec, temperature)
     distill = {
         "alpha": alpha,
         "temperature": recipe.temperature,

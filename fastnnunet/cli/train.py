@@ -3,12 +3,15 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastnnunet.cli import options
 from fastnnunet.errors import SpecError
+
+if TYPE_CHECKING:
+    from fastnnunet.specs.cache import CacheSpec
 
 
 def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
@@ -100,18 +103,15 @@ def train(
 
     wait_passively()
     from fastnnunet.cache.storage import place_at
-    from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
-    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.distill.train import TrainingJob, check_job
     from fastnnunet.specs.distill import DistillSpec
-    from fastnnunet.specs.load import build_spec, load_yaml_spec
+    from fastnnunet.specs.load import build_spec
     from fastnnunet.specs.teacher import TeacherSpec
 
     if resume and overwrite:
         raise SpecError("--continue and --overwrite exclude each other; give one")
     place = None if cache_root is None else place_at(cache_root)
-    recipe = load_yaml_spec(CacheSpec, spec) if spec else CacheSpec()
-    if temperature is not None:
-        recipe = dataclasses.replace(recipe, temperature=temperature)
+    recipe = recipe_of(spec, temperature)
     teacher = TeacherSpec(
         dataset=dataset,
         configuration=configuration,
@@ -171,11 +171,24 @@ def train(
         ]
         for f in parse_folds(fold)
     ]
-    resolve_device(device)
-    for job in (job for group in groups for job in group):  # before any of them trains for hours
-        check_job(job, resume=resume, overwrite=overwrite)
-    for group in groups if together else [[job] for jobs in groups for job in jobs]:
+    if not together:
+        groups = [[job] for group in groups for job in group]
+    if len(groups) > 1:  # refuse before the first trains for hours; a single one does so itself
+        for job in (job for group in groups for job in group):
+            check_job(job, resume=resume, overwrite=overwrite)
+    for group in groups:
         run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
+
+
+def recipe_of(spec: Path | None, temperature: float | None) -> "CacheSpec":
+    """The cache recipe of `--spec`, else the default one, at its own temperature unless `-temp` gives another."""
+    import dataclasses
+
+    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.specs.load import load_yaml_spec
+
+    recipe = CacheSpec() if spec is None else load_yaml_spec(CacheSpec, spec)
+    return recipe if temperature is None else dataclasses.replace(recipe, temperature=temperature)
 
 
 def wait_passively() -> None:

@@ -155,12 +155,12 @@ def _train_students(
     trainers, unfinished = [], []
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
-        goes_on = resume and _reached(fold_folder) is not None
-        if resume and not goes_on:
+        reached = reached_checkpoint(fold_folder) if resume else None
+        if resume and reached is None:
             log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
-        trainer = _configure(job, plans, dataset_json, soft_labels, goes_on, device, unlabelled)
+        trainer = _configure(job, plans, dataset_json, soft_labels, reached is not None, device, unlabelled)
         trainers.append(trainer)
-        finished = goes_on and _resume(trainer, fold_folder)
+        finished = reached is not None and _resume(trainer, reached)
         if not finished:
             unfinished.append(trainer)
     wait_for_all()  # before the first process changes what the others look at
@@ -196,15 +196,13 @@ def resolve_device(requested: str) -> str:
     return device
 
 
-def _reached(fold_folder: Path) -> Path | None:
-    """The checkpoint a run goes on from."""
+def reached_checkpoint(fold_folder: Path) -> Path | None:
+    """The checkpoint a run goes on from: the final, else the latest, else the best; None where there is none."""
     return next((fold_folder / name for name in (FINAL, LATEST, BEST) if (fold_folder / name).is_file()), None)
 
 
-def _resume(trainer: "StudentTrainer", fold_folder: Path) -> bool:
+def _resume(trainer: "StudentTrainer", path: Path) -> bool:
     """Load what was reached; returns whether that is the end."""
-    path = _reached(fold_folder)
-    assert path is not None
     trainer.resume(path)
     if path.name != FINAL:
         log.info("continuing from %s at epoch %d", path.name, trainer.current_epoch)
@@ -227,7 +225,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
-    if job.pretrained is not None and not (resume and _reached(fold_folder)):
+    if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
         trainer = stock_trainer_of(plans["configurations"][job.teacher.configuration]["architecture"]) or STOCK_TRAINER
         load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder

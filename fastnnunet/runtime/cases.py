@@ -156,8 +156,10 @@ def refuse_input_as_output(case: Case, output: Path) -> None:
     """Raises SpecError when the segmentation would be written over the image it is made from."""
     if not output.is_file():
         return
-    images = [*case.files, *(file for series in case.series for file in slice_files(series))]
-    if output.resolve() in {image.resolve() for image in images}:
+    place = output.resolve()
+    beside = [series for series in case.series if series.folder.resolve() == place.parent]
+    images = [*case.files, *(file for series in beside for file in slice_files(series))]
+    if place in {image.resolve() for image in images}:
         raise SpecError(f"{output} is an input image and would be replaced by its segmentation; give another -o")
 
 

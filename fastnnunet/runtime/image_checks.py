@@ -60,9 +60,12 @@ def check_same(files: Sequence[ImageSource], channels: Sequence[dict[str, Any]])
             _log.warning("%s; the first one is used", text)
 
 
-def check_spacing(file: ImageSource, spacing: Sequence[float]) -> None:
-    """Raises ImageError when a voxel has no size; a negative one is nnU-Net's business, which takes its absolute."""
-    if not all(math.isfinite(s) and s != 0 for s in spacing):
+def check_spacing(file: ImageSource, spacing: Sequence[float], *, signed: bool = False) -> None:
+    """Raises ImageError when a voxel has no size, or a negative one where the format's writer would refuse it.
+
+    `signed`: negative ones are nnU-Net's business, which takes their absolute.
+    """
+    if not all(math.isfinite(s) and (s != 0 if signed else s > 0) for s in spacing):
         got = ", ".join(f"{s:g}" for s in spacing)
         raise ImageError(f"{file} has a damaged header: its spacing is ({got}), expected millimetres; export it again")
 

@@ -35,7 +35,7 @@ class NibabelIO:
             voxels_XYZ = image.dataobj if isinstance(image.dataobj, np.ndarray) else _voxels(image, file)
             volumes.append(voxels_XYZ.transpose(2, 1, 0)[None])
             spacing_zyx = [float(s) for s in image.header.get_zooms()[::-1]]
-            check_spacing(file, spacing_zyx)
+            check_spacing(file, spacing_zyx, signed=True)
             geometries.append({"shape": volumes[-1].shape[1:], "spacing": spacing_zyx, "affine": image.affine})
         check_same(files, geometries)
         affines = {"original_affine": original_affines[0]}

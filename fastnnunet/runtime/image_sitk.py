@@ -30,8 +30,6 @@ class SimpleITKIO:
             voxels, geometry = self._read_one(file)
             volumes.append(voxels if voxels.ndim == 4 else voxels[(None,) * (4 - voxels.ndim)])
             check_spacing(file, geometry["spacing"])
-            if min(geometry["spacing"]) < 0:  # ITK would refuse to write a segmentation with it
-                raise ImageError(f"{file} has a damaged header: its spacing is {geometry['spacing']}; export it again")
             geometries.append(geometry)
         compared = ("spacing", "origin", "direction")
         check_same(

@@ -101,8 +101,6 @@ def _read_spacing(file: ImageSource, beside: Path) -> Any:
         raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e
     if len(numbers) != 3:
         raise ImageError(f"{beside} has a spacing of {len(numbers)} numbers, expected three (z, y, x)")
-    if not all(number > 0 for number in numbers):
-        raise ImageError(f"{beside} has the spacing {numbers}, expected millimetres above 0 (z, y, x)")
     check_spacing(beside, numbers)
     return numbers
 
