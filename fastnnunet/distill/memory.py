@@ -10,7 +10,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory of this process instead of giving it back; False where there is no glibc.
 
     Otherwise tensors of 32 MB and more are new pages in each step, which the kernel fills with zeros first: a tenth of
-    a student's step. Resident memory peaks a few percent higher, and does not fall between peaks.
+    a student's step. After some steps the heap has grown so far that nothing is new any more. Resident memory of
+    students peaked a few percent higher; between peaks it does not fall.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
