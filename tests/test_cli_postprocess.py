@@ -93,12 +93,17 @@ def test_options_and_a_broken_file(tmp_path: Path) -> None:
     labels = _map(0)
     good = write_image(labels, tmp_path / "in" / "good.nii.gz")
     (tmp_path / "in" / "bad.nii.gz").write_bytes(good.read_bytes()[:200])
+    for name, change in (("ct", -2.0), ("soft", 0.5), ("nan", np.nan)):  # images among the label maps
+        write_image((labels + np.where(labels == 1, change, 0)).astype(np.float32), tmp_path / "in" / f"{name}.nii.gz")
     done = _run(
         *("postprocess", "-i", tmp_path / "in", "-o", tmp_path / "out", "-np", 1),
         *("--keep-largest", "b", "--min-size", "5", "--fill-holes"),
     )
     assert done.returncode == 1
     assert "failed: bad.nii.gz:" in done.stderr
+    assert "failed: nan.nii.gz: " in done.stderr
+    for name in ("ct", "soft"):
+        assert f"{name}.nii.gz is not a label map: it holds values" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
     expected = labels.copy()

@@ -93,6 +93,17 @@ def test_objective_weighs_hard_and_soft():
     assert zero.item() == pytest.approx(0, abs=1e-6)  # softmax((0, 3 log 3) / 3) = (1/4, 3/4): the teacher's opinion
 
 
+def test_annealed_objective_gives_way_to_the_labels():
+    logits, soft, hard = torch.zeros(1, 2, 1, 1, 1), torch.full((1, 1, 1, 1, 1), 0.75), torch.tensor(2.0)
+    kl = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    annealed, constant = (DistillationObjective(alpha=0.4, temperature=1.0, anneal=anneal) for anneal in (True, False))
+    for progress, alpha in ((0.0, 0.4), (0.25, 0.3), (0.5, 0.2), (1.0, 0.0)):
+        total, soft_loss = annealed(hard, logits, soft, None, 1.0, progress)
+        assert total.item() == pytest.approx((1 - alpha) * 2 + alpha * kl, rel=1e-6)
+        assert soft_loss.item() == pytest.approx(kl, rel=1e-6)  # what is logged does not fall with the weight
+        assert constant(hard, logits, soft, None, 1.0, progress)[0].item() == pytest.approx(1.2 + 0.4 * kl, rel=1e-6)
+
+
 def test_dice_semimetric_by_hand():
     # class of sample 1: p = (1/2, 1), q = (1/4, 1): sums 2.75, |p - q| sums to 1/4; sample 2: p = q, loss 0
     p = torch.tensor([[[0.5, 1.0]], [[0.3, 0.0]]])

@@ -162,6 +162,28 @@ class TestResume:
         assert_same(reference, trained(job, resume=True, progress=lambda s: epochs.append(s.epoch)))
         assert min(epochs) == best
 
+    def test_annealing_goes_on_where_it_was(self, world):
+        """The weight of the soft loss in each of eight steps, also in those after a kill."""
+        build()
+        job = make_job(alpha=0.4, anneal=True)
+        steps = {}
+
+        def keep(state):
+            steps[2 * state.epoch + state.iteration - 1] = (state.hard, state.soft)
+            if killing and state.epoch == 2:
+                raise KeyboardInterrupt
+
+        killing = False
+        reference = trained(job, progress=keep)
+        alphas = 0.4 * (1 - np.arange(8) / 8)
+        hard, soft = np.array([steps[n] for n in range(8)]).T
+        totals = ((1 - alphas) * hard + alphas * soft).reshape(4, 2).mean(1)
+        np.testing.assert_allclose(reference["logging"]["train_losses"], totals, rtol=1e-5)
+        killing = True
+        with pytest.raises(KeyboardInterrupt):
+            train_student(job, overwrite=True, validate=False, progress=keep)
+        assert_same(reference, trained(job, resume=True))
+
     def test_finished_run_trains_no_more(self, world):
         job = make_job(epochs=1)
         reference = trained(job)

@@ -38,6 +38,7 @@ def auto(
     ] = "out-of-fold",
     configuration: options.Configuration = "3d_fullres",
     alpha: options.Alpha = 0.3,
+    anneal: options.Anneal = False,
     temperature: options.Temperature = None,
     loss: options.Loss = "kl",
     plans: options.Plans = "nnUNetPlans",
@@ -85,6 +86,7 @@ def auto(
     recipe = recipe_of(spec, temperature)
     distill = {
         "alpha": alpha,
+        "anneal": anneal,
         "temperature": recipe.temperature,
         "epochs": epochs,
         "iterations_per_epoch": iterations,

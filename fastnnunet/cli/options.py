@@ -45,6 +45,9 @@ Size = Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus:
 
 # how it is trained
 Alpha = Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")]
+Anneal = Annotated[
+    bool, typer.Option("--anneal", help="Let the weight of the soft loss fall linearly to 0 during the training.")
+]
 Epochs = Annotated[int, typer.Option("-e", "--epochs", help="Epochs.")]
 Iterations = Annotated[int, typer.Option("--iterations", help="Iterations per epoch.")]
 ValIterations = Annotated[int, typer.Option("--val-iterations", help="Validation iterations per epoch.")]

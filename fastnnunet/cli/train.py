@@ -37,6 +37,7 @@ def train(
     start: options.Start = "teacher",
     configuration: options.Configuration = "3d_fullres",
     alpha: options.Alpha = 0.3,
+    anneal: options.Anneal = False,
     temperature: options.Temperature = None,
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
@@ -125,6 +126,7 @@ def train(
         DistillSpec,
         {
             "alpha": alpha,
+            "anneal": anneal,
             "temperature": recipe.temperature,
             "epochs": epochs,
             "iterations_per_epoch": iterations,

@@ -97,12 +97,16 @@ class DistillationObjective:
 
     `dice` adds the Dice semimetric loss of the tempered probabilities, of foreground classes or of regions, with the
     weight that nnU-Net's own Dice has beside its cross entropy.
+
+    `anneal` lets alpha fall linearly to 0 with `progress`, the share of the training that is done (teacher annealing,
+    Clark et al. 2019, "BAM! Born-Again Multi-Task Networks"): a student can become better than its teacher.
     """
 
     alpha: float
     temperature: float
     regions: bool = False
     dice: bool = False
+    anneal: bool = False
 
     def __call__(
         self,
@@ -111,6 +115,7 @@ class DistillationObjective:
         soft_NS: torch.Tensor,
         valid_mask: torch.Tensor | None = None,
         valid_share: torch.Tensor | float = 1.0,
+        progress: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kl = kl_regions if self.regions else kl_classes
         soft = self.temperature**2 * kl(logits_NC, soft_NS, self.temperature, valid_mask) * valid_share
@@ -120,4 +125,5 @@ class DistillationObjective:
             if valid_mask is not None:
                 q_NS, soft_NS = q_NS * valid_mask, soft_NS * valid_mask
             soft = soft + dice_semimetric(q_NS, soft_NS)
-        return (1 - self.alpha) * hard + self.alpha * soft, soft
+        alpha = self.alpha * (1 - progress) if self.anneal else self.alpha
+        return (1 - alpha) * hard + alpha * soft, soft

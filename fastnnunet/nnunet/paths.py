@@ -85,5 +85,5 @@ def check_model_folder(folder: Path, folds: Sequence[int | str], checkpoint: str
         raise NotFoundError(
             f"fold(s) {', '.join(map(str, missing))} have no {checkpoint} in {folder}\n{training}"
             f"folds that have one: {', '.join(there) or '(none)'}\n"
-            f"finish their training, or name the folds to use with -f"
+            "finish their training, or name the teacher's folds to use (-f; where students are trained, -tf)"
         )

@@ -271,7 +271,7 @@ def find_student(
     named = {p.name.split("__")[1]: p for p in sorted(exact.parent.glob(pattern))}
     fitting = [name for name in named if name == stem or name.startswith(f"{stem}_")]
     if not fitting:
-        there = [name for name in named if name.startswith(f"{teacher_plans}_")]
+        there = [name for name in named if name != teacher_plans]  # -spl gives any name
         raise NotFoundError(
             f"no student {stem} in {exact.parent} for {configuration}\n"
             f"students that exist: {', '.join(there) or '(none)'}"

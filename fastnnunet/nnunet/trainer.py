@@ -62,9 +62,13 @@ class Objective(Protocol):
         soft_NSZYX: torch.Tensor,
         valid_mask: torch.Tensor | None = None,
         valid_share: torch.Tensor | float = 1.0,
+        progress: float = 0.0,
         /,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`."""
+        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`.
+
+        `progress` is the share of the training's steps that came before this one.
+        """
 
 
 class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
@@ -262,7 +266,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             if soft_NSZYX is not None and self.objective is not None:
                 finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
                 mask = self._valid_mask(target, soft_NSZYX)
-                loss, soft = self.objective(hard, finest_NCZYX.float(), soft_NSZYX, mask, valid_share([mask])[0])
+                progress = number / (self.num_epochs * self.num_iterations_per_epoch)
+                logits_NCZYX = finest_NCZYX.float()
+                loss, soft = self.objective(hard, logits_NCZYX, soft_NSZYX, mask, valid_share([mask])[0], progress)
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()

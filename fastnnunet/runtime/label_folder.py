@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import FastnnUNetError, NotFoundError, SpecError
+from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
 from fastnnunet.runtime.files import make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
+
+MAX_LABEL = 2**16 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,11 @@ def postprocess_folder(
 
 def _clean_file(io: ImageIO, file: Path, output: Path, cleanup: Cleanup) -> None:
     labels_CZYX, properties = io.read_segmentation(file)
+    if not ((labels_CZYX >= 0) & (labels_CZYX <= MAX_LABEL) & (labels_CZYX % 1 == 0)).all():
+        raise ImageError(
+            f"{file} is not a label map: it holds values that are not whole numbers from 0 to {MAX_LABEL}\n"
+            "give a folder of predicted segmentations"
+        )
     # float32 holds every label exactly
     cleaned = clean(labels_CZYX[0].astype("uint16"), cleanup, properties["spacing"])
     io.write(cleaned, output, properties)

@@ -16,6 +16,7 @@ class DistillSpec:
     """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only."""
 
     alpha: float = 0.3
+    anneal: bool = False  # alpha falls linearly to 0 during the training: first the teacher, in the end the labels
     temperature: float = 3.0
     epochs: int = 1000
     iterations_per_epoch: int = 250
@@ -47,6 +48,8 @@ class DistillSpec:
             problems.append(f"batch_size: got {self.batch_size}, expected at least 1")
         if self.mirroring and not self.mirror_augmentation:
             problems.append("mirroring: test-time mirroring needs a student that was trained on mirrored patches")
+        if self.anneal and self.alpha == 0:
+            problems.append("anneal: at alpha 0 there is no soft loss to anneal, expected alpha above 0")
         if self.seed < 0:
             problems.append(f"seed: got {self.seed}, expected at least 0")
         if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:
@@ -92,6 +95,8 @@ class DistillSpec:
                 words.append(f"{letter}{getattr(self, name)}")
         if self.start != default.start:
             words.append("fromscratch")
+        if self.anneal:
+            words.append("annealed")
         if self.loss != default.loss:
             words.append(self.loss.replace("_", ""))
         if self.augmentation != default.augmentation:

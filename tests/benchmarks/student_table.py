@@ -49,7 +49,7 @@ def soft_loss(distill: DistillSpec, online: bool) -> str:
     """Name of what a student learnt from, beside nnU-Net's own loss."""
     if distill.alpha == 0:
         return "none"
-    return distill.loss + (" online" if online else "")
+    return distill.loss + (" annealed" if distill.anneal else "") + (" online" if online else "")
 
 
 def dice_per_case(predictions: Path, labels: Path) -> dict[str, float]:
