@@ -125,6 +125,20 @@ class TestSeeds:
         first, second = (trained(make_job(epochs=1, seed=s), overwrite=True) for s in (5, 6))
         assert any(not torch.equal(t, second["network_weights"][n]) for n, t in first["network_weights"].items())
 
+    def test_overwriting_leaves_one_run_with_its_whole_log(self, world):
+        job = make_job(epochs=1)
+        folder = run_folder(job)
+        (folder / "validation").mkdir(parents=True)
+        for earlier in ("validation/summary.json", "training_log_2026_1_1_00_00_00.txt", "checkpoint_final.pth"):
+            (folder / earlier).write_text("of an earlier run")
+        trained(job, overwrite=True)
+        assert not (folder / "validation").exists()
+        (log,) = folder.glob("training_log_*.txt")
+        text = log.read_text()
+        assert "of an earlier run" not in text
+        order = [text.index(line) for line in ("Desired fold for training: 0", "Epoch 0", "Training done.")]
+        assert order == sorted(order)
+
     def test_negative_seed(self):
         with pytest.raises(SpecError, match="seed: got -1, expected at least 0"):
             DistillSpec(seed=-1)

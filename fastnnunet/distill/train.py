@@ -165,8 +165,8 @@ def _train_students(
             unfinished.append(trainer)
     wait_for_all()  # before the first process changes what the others look at
     if overwrite and is_first():  # only now that nothing refuses any more
-        for _, _, fold_folder in checked:
-            shutil.rmtree(fold_folder, ignore_errors=True)
+        for trainer, (_, _, fold_folder) in zip(trainers, checked, strict=True):
+            _clear(fold_folder, keep=Path(trainer.log_file))
     wait_for_all()
     if unfinished:
         _run_epochs(unfinished, [jobs[trainers.index(t)] for t in unfinished], progress)
@@ -177,6 +177,15 @@ def _train_students(
         if validate and not (fold_folder / "validation" / "summary.json").is_file():
             _validate(trainer)
     return [fold_folder for _, _, fold_folder in checked]
+
+
+def _clear(folder: Path, keep: Path) -> None:
+    """Remove what an earlier run left. `keep`, the log that this run has begun, stays."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != keep:
+            path.unlink()
 
 
 def resolve_device(requested: str) -> str:
