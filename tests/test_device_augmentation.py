@@ -88,10 +88,11 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
 def on_device(transforms, samples, seeds, device="cpu"):
     """The way of a training: drawn and cropped by the loader, the rest with the whole batch."""
     augmentation = recognise(transforms)
-    loader = DrawnSamples(augmentation, STACKED)
+    loader = DrawnSamples(augmentation, CHANNELS)
     for (image, label, soft), seed in zip(samples, seeds, strict=True):
         seed_generators(seed)
-        loader(torch.cat([image, soft]), label)
+        part = (..., *loader.draw(image.shape[1:]))
+        loader(torch.cat([image, soft])[part], label[part])
     batch = loader.batch(data=None, target=None, keys=["case"] * len(samples))
     return next(AugmentedBatches(iter([batch]), augmentation, torch.device(device), STACKED))
 
@@ -128,8 +129,8 @@ class TestSpatial:
         seed_generators(seed)
         draws = augmentation.draw(CHANNELS, image.shape[1:])
         np.testing.assert_array_equal(draws.affine, drawn["affine"])
-        stacked, labels = (augmentation.needed(t, draws.affine, 0) for t in (torch.cat([image, soft]), label))
-        assert stacked.shape[1:] == labels.shape[1:]
+        part = (..., *augmentation.needed(image.shape[1:], draws.affine))
+        stacked, labels = torch.cat([image, soft])[part], label[part]
         grid = sampling_grid(draws.affine, augmentation.sampled_patch, stacked.shape[1:], torch.device("cpu"))
         ours = torch.nn.functional.grid_sample(stacked[None], grid[None], align_corners=False)[0]
         torch.testing.assert_close(ours[:CHANNELS], spatial._apply_to_image(image, **drawn), rtol=0, atol=1e-5)
@@ -178,8 +179,9 @@ class TestSpatial:
         expected = transforms[0](image=image, segmentation=label)
         augmentation = recognise(transforms)
         assert augmentation.draw(CHANNELS, image.shape[1:]).affine is None
-        assert torch.equal(augmentation.needed(image, None, 0), expected["image"])
-        assert torch.equal(augmentation.needed(label, None, -1), expected["segmentation"])
+        part = (..., *augmentation.needed(image.shape[1:], None))
+        assert torch.equal(image[part], expected["image"])
+        assert torch.equal(label[part], expected["segmentation"])
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -267,8 +269,8 @@ class TestWhole:
             image, label, _ = sample("3d")
             seed_generators(0)
             draws = augmentation.draw(CHANNELS, image.shape[1:])
-            needed = [augmentation.needed(t, draws.affine, 0) for t in (image, label)]
-            _, target = augmentation.apply(needed[:1], needed[1:], [draws], 0)
+            part = (..., *augmentation.needed(image.shape[1:], draws.affine))
+            _, target = augmentation.apply([image[part]], [label[part]], [draws], 0)
             assert isinstance(target, kind)
 
     def test_bits_repeat(self):
@@ -291,7 +293,8 @@ class TestWhole:
         draws = augmentation.draw(CHANNELS, space)
         assert len({c.apply for c in draws.changes}) == 6
         image, label, soft = sample(kind)
-        shapes = [augmentation.needed(t, draws.affine, 0).shape for t in (torch.cat([image, soft]), label)]
+        part = (..., *augmentation.needed(space, draws.affine))
+        shapes = [t[part].shape for t in (torch.cat([image, soft]), label)]
         with FakeTensorMode():
             stacked = [torch.empty(shapes[0], device="cuda")]
             labels = [torch.empty(shapes[1], dtype=torch.int16, device="cuda")]

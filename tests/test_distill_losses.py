@@ -5,9 +5,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import expit, rel_entr, softmax
+from scipy.special import expit, log_softmax, rel_entr, softmax, xlogy
 
-from fastnnunet.distill.losses import DistillationObjective, dice_semimetric, full_simplex, kl_classes, kl_regions
+from fastnnunet import native
+from fastnnunet.distill.losses import (
+    DistillationObjective,
+    dice_semimetric,
+    full_simplex,
+    kl_and_difference,
+    kl_and_difference_by_core,
+    kl_classes,
+    kl_regions,
+)
 
 
 def random_problem(seed, classes, shape=(2, 3, 4, 5)):
@@ -145,3 +154,79 @@ def test_kl_and_dice_are_added(regions):
     total, soft = objective(torch.tensor(4.0), torch.tensor(student), torch.tensor(p[:, first:]))
     assert soft.item() == pytest.approx(expected, rel=1e-5)
     assert total.item() == pytest.approx(0.75 * 4 + 0.25 * expected, rel=1e-5)
+
+
+class TestCore:
+    """The compiled soft loss of CPUs against SciPy in double precision, and against torch's functions."""
+
+    LAYOUTS = (torch.contiguous_format, torch.channels_last, "strided")
+
+    def tensors(self, classes, space, layout, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 6 * torch.randn(3, classes, *space, generator=generator)
+        soft = torch.softmax(5 * torch.randn(3, classes, *space, generator=generator), 1)[:, 1:]
+        soft[:, :, :2] = soft[:, :, :2].round()  # certain: p log p at p = 0
+        if layout == "strided":
+            logits = logits.repeat_interleave(2, -1)[..., ::2]
+        elif layout == torch.channels_last:
+            logits = logits.to(memory_format=torch.channels_last if len(space) == 2 else torch.channels_last_3d)
+        return logits, soft, torch.rand(3, 1, *space, generator=generator) > 0.3
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(("classes", "space"), [(3, (7, 9, 11)), (2, (16, 40)), (20, (5, 33)), (3, (4, 64, 128))])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_against_scipy(self, layout, classes, space, masked):
+        logits, soft, mask = self.tensors(classes, space, layout)
+        total, difference, voxels = kl_and_difference_by_core(logits, soft, 3.0, mask if masked else None)
+        z, p = logits.double().numpy() / 3, soft.double().numpy()
+        p = np.concatenate([np.maximum(1 - p.sum(1, keepdims=True), 0), p], 1)
+        counts = mask.numpy() if masked else np.ones_like(mask.numpy())
+        kl = (xlogy(p, p) - p * log_softmax(z, 1)).sum(1, keepdims=True)
+        assert voxels == counts.sum()
+        assert total.item() == pytest.approx((kl * counts).sum(), rel=1e-6)
+        np.testing.assert_allclose(difference.numpy(), (softmax(z, 1) - p) * counts, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_same_as_on_other_devices(self, layout):
+        logits, soft, mask = self.tensors(3, (8, 9, 10), layout)
+        for got, expected in zip(
+            kl_and_difference_by_core(logits, soft, 2.0, mask),
+            kl_and_difference(logits, soft, 2.0, mask),
+            strict=True,
+        ):
+            torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
+
+    def test_extremes(self):
+        """Logits far apart, and nothing that counts."""
+        logits = torch.tensor([[[1e4, -1e4, 0.0]], [[-1e4, 1e4, 0.0]]]).movedim(0, 1)
+        soft = torch.tensor([[[0.0, 0.25, 1.0]]])
+        total, difference, _ = kl_and_difference_by_core(logits, soft, 1.0, None)
+        assert total.item() == pytest.approx(0.75 * (2e4 + np.log(0.75)) + 0.25 * np.log(0.25) + np.log(2), rel=1e-6)
+        torch.testing.assert_close(difference[0], torch.tensor([[0.0, -0.75, 0.5], [0.0, 0.75, -0.5]]))
+        total, difference, voxels = kl_and_difference_by_core(logits, soft, 1.0, torch.zeros(1, 1, 3, dtype=torch.bool))
+        assert (total.item(), voxels) == (0, 1)
+        assert not difference.any()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("nan")])
+    def test_what_is_not_finite_shows(self, value):
+        logits, soft, _ = self.tensors(3, (4, 20), torch.contiguous_format)
+        logits[1, 1, 2, 3] = value
+        total, difference, _ = kl_and_difference_by_core(logits, soft, 1.0, None)
+        assert np.isnan(total.item())
+        assert difference[1, :, 2, 3].isnan().all()
+        assert difference.isnan().sum() == 3
+
+    def test_threads_change_no_bit(self):
+        logits, soft, mask = self.tensors(3, (8, 64, 70), torch.contiguous_format)
+        arrays = logits.flatten(2).numpy(), soft.flatten(2).numpy(), 3.0, mask.flatten(1).numpy()
+        differences = [np.empty((3, 3, 8 * 64 * 70), np.float32) for _ in range(2)]
+        sums = [native.kl_classes(*arrays, d, threads=n) for d, n in zip(differences, (1, 5), strict=True)]
+        assert sums[0] == sums[1]
+        np.testing.assert_array_equal(*differences)
+
+    def test_arrays_that_do_not_fit(self):
+        logits, soft, mask = self.tensors(3, (4, 20), torch.contiguous_format)
+        z, p, m = logits.flatten(2).numpy(), soft.flatten(2).numpy(), mask.flatten(1).numpy()
+        for arrays in ((z, p[:, :1], 1.0, m, z.copy()), (z, p, 1.0, m[:, 1:].copy(), z.copy()), (z, p, 1.0, m, z[1:])):
+            with pytest.raises(ValueError, match="do not fit"):
+                native.kl_classes(*arrays)

@@ -20,7 +20,7 @@ from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecErro
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.soft_channels import NO_OPINION, SoftLabelDataset, WithSoftLabels, has_opinion, opinions
+from fastnnunet.nnunet.soft_channels import NO_OPINION, SampleTransforms, SoftLabelDataset, has_opinion, opinions
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import find_student, reduce_features
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -93,7 +93,7 @@ class TestSoftLabelsMoveWithTheImage:
         spatial = SpatialTransform(
             (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4)
         )
-        split = WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 2)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 2)
         np.random.seed(3)
         for _ in range(5):
             stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
@@ -122,7 +122,7 @@ class TestSoftLabelsMoveWithTheImage:
 
         brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
         stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
-        out = WithSoftLabels(ComposeTransforms([brighter]), 2)(stacked.clone(), torch.zeros(1, 20, 22, 24))
+        out = SampleTransforms(ComposeTransforms([brighter]), 2)(stacked.clone(), torch.zeros(1, 20, 22, 24))
         torch.testing.assert_close(out["segmentation"][-1], stacked[1:2])
         torch.testing.assert_close(out["image"], 2 * stacked[:1])
 
@@ -136,12 +136,12 @@ class TestSoftLabelsMoveWithTheImage:
         image, stacked = pair
         patch = torch.from_numpy(crop_and_pad_nd(stacked, [[-8, 12], [0, 22], [0, 24]], 0))
         label = torch.zeros(1, *patch.shape[1:], dtype=torch.int16)
-        soft = WithSoftLabels(ComposeTransforms([]), 2)(patch, label)["segmentation"][-1]
+        soft = SampleTransforms(ComposeTransforms([]), 2)(patch, label)["segmentation"][-1]
         assert (soft[:, :8] == NO_OPINION).all()
         np.testing.assert_array_equal(soft[:, 8:], image[:, :12])
 
         spatial = SpatialTransform((16, 16, 16), 0, False, p_rotation=1, rotation=(0.4, 0.4), p_scaling=0)
-        soft = WithSoftLabels(ComposeTransforms([spatial]), 2)(patch, label)["segmentation"][-1][0].numpy()
+        soft = SampleTransforms(ComposeTransforms([spatial]), 2)(patch, label)["segmentation"][-1][0].numpy()
         grid = spatial.get_parameters(image=patch)["grid"].numpy()
         positions = [((grid[..., -1 - a] + 1.0) * n - 1) / 2 for a, n in enumerate(patch.shape[1:])]
         values, share = (

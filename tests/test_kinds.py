@@ -358,7 +358,7 @@ class TestCascade:
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-        from fastnnunet.nnunet.soft_channels import WithSoftLabels
+        from fastnnunet.nnunet.soft_channels import SampleTransforms
 
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
         centre = np.array([8, 10, 14])[:, None, None, None]
@@ -367,7 +367,7 @@ class TestCascade:
             (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2)
         )
         one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
-        split = WithSoftLabels(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 2)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 2)
         np.random.seed(3)
         torch.manual_seed(3)
         for _ in range(4):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
+from fastnnunet import native
+
 SMOOTH = 1e-5  # of the Dice of a class that is absent, as in nnU-Net
 SMALLEST = 1e-12  # clamps log(0); p * log p is 0 at p = 0
 
@@ -45,24 +47,59 @@ class _KLClasses(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        p_NC = full_simplex(soft_NS)
-        log_q_NC = torch.log_softmax((logits_NC * (1 / temperature)).contiguous(), 1)
-        kl_NC = p_NC.clamp(min=SMALLEST).log_().sub_(log_q_NC).mul_(p_NC)
-        difference_NC = log_q_NC.exp_().sub_(p_NC)  # q - p
-        if mask is None:
-            voxels: torch.Tensor | int = p_NC[:, 0].numel()
-        else:
-            voxels = mask.sum().clamp(min=1)
-            difference_NC *= mask
-            kl_NC *= mask
+        by_core = logits_NC.device.type == "cpu" and logits_NC.dtype == soft_NS.dtype == torch.float32
+        compute = kl_and_difference_by_core if by_core else kl_and_difference
+        kl, difference_NC, voxels = compute(logits_NC, soft_NS, temperature, mask)
         ctx.save_for_backward(difference_NC)
         ctx.scale = 1 / (temperature * voxels)
-        return kl_NC.sum() / voxels
+        return kl / voxels
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (difference_NC,) = ctx.saved_tensors
         return difference_NC * (gradient * ctx.scale), None, None, None
+
+
+KL = tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]  # summed over voxels; q - p (N, C, ...); how many voxels
+
+
+def kl_and_difference(
+    logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None
+) -> KL:
+    """On any device. The last is at least 1."""
+    p_NC = full_simplex(soft_NS)
+    log_q_NC = torch.log_softmax((logits_NC * (1 / temperature)).contiguous(), 1)
+    kl_NC = p_NC.clamp(min=SMALLEST).log_().sub_(log_q_NC).mul_(p_NC)
+    difference_NC = log_q_NC.exp_().sub_(p_NC)
+    if mask is None:
+        return kl_NC.sum(), difference_NC, p_NC[:, 0].numel()
+    difference_NC *= mask
+    kl_NC *= mask
+    return kl_NC.sum(), difference_NC, mask.sum().clamp(min=1)
+
+
+def kl_and_difference_by_core(
+    logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None
+) -> KL:
+    """For float32 on the CPU: one pass, in the layout that the logits have."""
+    channels_last = not logits_NC.is_contiguous()
+    z_NC = logits_NC.detach()
+    z_NC = z_NC.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else z_NC
+    difference_NC = torch.empty_like(z_NC)
+
+    def voxels(tensor_NC: torch.Tensor) -> Any:
+        flat = tensor_NC.movedim(1, -1).flatten(1, -2).movedim(-1, 1) if channels_last else tensor_NC.flatten(2)
+        return flat.numpy()
+
+    kl, count = native.kl_classes(
+        voxels(z_NC),
+        soft_NS.contiguous().flatten(2).numpy(),
+        temperature,
+        None if mask is None else mask.contiguous().flatten(1).numpy(),
+        voxels(difference_NC),
+        threads=torch.get_num_threads(),
+    )
+    return logits_NC.new_tensor(kl), difference_NC, max(1, count)
 
 
 def kl_regions(

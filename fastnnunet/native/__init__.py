@@ -1,4 +1,4 @@
-"""The compiled core: the arithmetic before and after the network, in C++ (`core/`), for NumPy arrays.
+"""The compiled core: arithmetic before and after the network and of the soft loss, in C++ (`core/`), for NumPy arrays.
 
 Arrays are C, Z, Y, X (or without C); whatever a function writes into may be a view whose last axis is contiguous, and
 what it reads is copied only where its last axis is not. Every function lets other Python threads run while it works and
@@ -24,7 +24,7 @@ except ImportError as error:
         "install the package (again): pip install . (or -e .) in its folder, which needs a C++ compiler"
     ) from error
 
-_INTERFACE = 2
+_INTERFACE = 3
 if _core.INTERFACE != _INTERFACE:
     raise BackendError(
         f"the compiled core of fastnnunet has interface {_core.INTERFACE}, these Python files need {_INTERFACE}\n"
@@ -234,6 +234,23 @@ def label_components(
 def fill_holes(mask_ZYX: Mask, *, threads: int | None = None) -> None:
     """In place: True where False voxels are enclosed (over faces), as scipy.ndimage.binary_fill_holes."""
     _core.fill_holes(mask_ZYX.transpose(_axes_by_stride(mask_ZYX)), threads or 0)
+
+
+def kl_classes(
+    logits_NCV: Array,
+    soft_NSV: Array,
+    temperature: float,
+    mask_NV: Mask | None,
+    difference_NCV: Array,
+    *,
+    threads: int | None = None,
+) -> tuple[float, int]:
+    """Sum of KL(p || softmax(logits / T)) over the voxels where `mask` (contiguous) is true, and how many those are.
+
+    p is `soft` (S = C - 1 channels, contiguous voxels) below the channel that completes it to 1. Softmax - p is written
+    into `difference`, 0 where the mask is false. Logits and difference may have any strides.
+    """
+    return _core.kl_classes(logits_NCV, soft_NSV, temperature, mask_NV, difference_NCV, threads or 0)
 
 
 def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

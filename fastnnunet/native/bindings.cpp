@@ -15,6 +15,7 @@
 #include "core/axis_operator.hpp"
 #include "core/components.hpp"
 #include "core/half.hpp"
+#include "core/kl.hpp"
 #include "core/label.hpp"
 #include "core/nonzero.hpp"
 #include "core/normalize.hpp"
@@ -76,6 +77,35 @@ AxisOperators operators(const Shape3& size_in, const Shape3& size_out, const std
     const Convention convention = torch ? Convention::torch : Convention::scipy;
     const auto along = [&](int axis) { return AxisOperator(size_in[axis], size_out[axis], orders[axis], convention); };
     return {along(0), along(1), along(2)};
+}
+
+template <class T>
+Samples<T> samples(const Array3<T>& array) {
+    const auto size = [&](int axis) { return static_cast<std::int64_t>(array.shape(axis)); };
+    return {array.data(), size(0), size(1), size(2), array.stride(0), array.stride(1), array.stride(2)};
+}
+
+void bind_kl_classes(nb::module_& module) {
+    module.def(
+        "kl_classes",
+        [](const Array3<const float>& logits, const Array3<const float>& soft, float temperature,
+           const std::optional<nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>>& mask,
+           const Array3<float>& difference, int threads) {
+            const Samples<const float> z = samples(logits), p = samples(soft);
+            const Samples<float> d = samples(difference);
+            require_contiguous_rows(soft);
+            if (p.samples != z.samples || p.channels + 1 != z.channels || p.voxels != z.voxels || z.channels < 2 ||
+                d.samples != z.samples || d.channels != z.channels || d.voxels != z.voxels ||
+                (mask && (mask->shape(0) != logits.shape(0) || mask->shape(1) != logits.shape(2)))) {
+                throw std::invalid_argument("logits, soft labels, mask and difference do not fit");
+            }
+            const auto* where = mask ? reinterpret_cast<const std::uint8_t*>(mask->data()) : nullptr;
+            const nb::gil_scoped_release unlocked;
+            const KLSum kl = kl_classes(z, p, where, temperature, d, threads);
+            return std::pair(kl.sum, kl.voxels);
+        },
+        nb::arg("logits").noconvert(), nb::arg("soft").noconvert(), nb::arg("temperature"),
+        nb::arg("mask").none().noconvert(), nb::arg("difference").noconvert(), nb::arg("threads"));
 }
 
 template <class In, class Out>
@@ -330,7 +360,8 @@ void bind_masks(nb::module_& module) {
 
 NB_MODULE(_fastnnunet_core, module) {
     // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
-    module.attr("INTERFACE") = 2;
+    module.attr("INTERFACE") = 3;
+    bind_kl_classes(module);
     bind_resample<float, float>(module);
     bind_resample<float, double>(module);
     bind_resample<Half, float>(module);

@@ -22,7 +22,6 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.cropping import crop_tensor
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
@@ -41,6 +40,7 @@ from fastnnunet.nnunet.device_intensity import (
 )
 from fastnnunet.nnunet.device_label import downsampled, regions_of
 from fastnnunet.nnunet.device_spatial import reach, sample_labels, sample_linear, sampling_grid
+from fastnnunet.nnunet.drawn_first import image_of, middle
 from fastnnunet.nnunet.soft_channels import opinions
 
 log = logging.getLogger(__name__)
@@ -154,9 +154,9 @@ class DeviceAugmentation:
         """Draw for one sample from the global generators of NumPy and torch (CPU), as nnU-Net would."""
         small = copy.copy(self.spatial)  # nnU-Net's draws the numbers and makes the grid of the whole patch
         small.patch_size = (1,) * len(self.sampled_patch)
-        affine = small.get_parameters(image=_image_of(1, loaded_zyx[-len(self.sampled_patch) :]))["affine"]
+        affine = small.get_parameters(image=image_of(1, loaded_zyx[-len(self.sampled_patch) :]))["affine"]
         space = (*loaded_zyx[: -len(self.sampled_patch)], *self.sampled_patch)
-        image = _image_of(num_channels, space)
+        image = image_of(num_channels, space)
         changes: list[Change] = []
         for randomly in self.intensity:
             if randomly.get_parameters()["apply_transform"]:
@@ -165,14 +165,10 @@ class DeviceAugmentation:
         axes = [] if self.mirror is None else self.mirror.get_parameters()["axes"]
         return SampleDraws(affine=affine, changes=tuple(changes), mirror_axes=tuple(axes))
 
-    def needed(self, loaded_CZYX: torch.Tensor, affine: np.ndarray | None, outside: float) -> torch.Tensor:
-        """The part of image or label that `apply` wants: without rotation or scaling the patch itself."""
-        space = loaded_CZYX.shape[-len(self.sampled_patch) :]
-        if affine is not None:
-            return loaded_CZYX[(..., *reach(affine, self.sampled_patch, space))]
-        planes_CYX = loaded_CZYX.reshape(-1, *space)
-        cropped = crop_tensor(planes_CYX, [n // 2 for n in space], self.sampled_patch, pad_kwargs={"value": outside})
-        return cropped.reshape(*loaded_CZYX.shape[: -len(space)], *self.sampled_patch)
+    def needed(self, loaded_zyx: Sequence[int], affine: np.ndarray | None) -> tuple[slice, ...]:
+        """The part of what nnU-Net would load that `apply` wants: without rotation or scaling the patch itself."""
+        space = loaded_zyx[-len(self.sampled_patch) :]
+        return middle(self.sampled_patch, space) if affine is None else reach(affine, self.sampled_patch, space)
 
     @property
     def outside(self) -> int:
@@ -224,11 +220,6 @@ class DeviceAugmentation:
             stacked.reshape(*stacked_CZYX.shape[:-dims], *self.sampled_patch),
             label.reshape(*label_KZYX.shape[:-dims], *self.sampled_patch),
         )
-
-
-def _image_of(num_channels: int, space: Sequence[int]) -> torch.Tensor:
-    """An image for transforms to look at the shape of; it takes no memory."""
-    return torch.empty(1).expand(num_channels, *space)
 
 
 def _mirrored(tensor_NCZYX: torch.Tensor, draws: Sequence[SampleDraws]) -> torch.Tensor:

@@ -1,32 +1,33 @@
 """Batches that are drawn and cropped in loader processes and augmented on the device.
 
-The loader's part draws what is to happen to a sample, right after nnU-Net's loader has cut it out, and crops it to what
-that takes. Hence every number a sample depends on is drawn where it is without this module, from the same generators,
-and no more than necessary is sent to the device.
+The loader's part draws what is to happen to a sample before nnU-Net's loader cuts it out (`drawn_first.py`), so that no
+more than that takes is read and sent to the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fastnnunet.nnunet.device_augmentation import DeviceAugmentation
+from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, SampleDraws
 
 
 class DrawnSamples:
     """Stands for the transforms of nnU-Net's loader, which makes a batch of them; `batch` puts the samples into it."""
 
-    def __init__(self, augmentation: DeviceAugmentation, stacked_channels: int) -> None:
-        self._augmentation, self._stacked_channels = augmentation, stacked_channels
+    def __init__(self, augmentation: DeviceAugmentation, num_channels: int) -> None:
+        self._augmentation, self._num_channels = augmentation, num_channels
         self._samples: list[tuple[Any, ...]] = []
+        self._draws: SampleDraws | None = None  # of the next sample
+
+    def draw(self, loaded_zyx: Sequence[int]) -> tuple[slice, ...]:
+        """Draw for the next sample: the part of the last axes of `loaded_zyx` to load."""
+        draws = self._draws = self._augmentation.draw(self._num_channels, loaded_zyx)
+        return self._augmentation.needed(loaded_zyx, draws.affine)
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Draw and crop one sample. nnU-Net's loader wants samples of one shape, and gets empty ones."""
-        augmentation = self._augmentation
-        draws = augmentation.draw(len(image) - self._stacked_channels, image.shape[1:])
-        stacked = augmentation.needed(image, draws.affine, 0).clone(memory_format=torch.contiguous_format)
-        label = augmentation.needed(segmentation, draws.affine, augmentation.outside)
-        self._samples.append((stacked, label.clone(memory_format=torch.contiguous_format), draws))
+        """Keep one sample. nnU-Net's loader wants samples of one shape, and gets empty ones."""
+        self._samples.append((image, segmentation, self._draws))
         return {"image": torch.empty(0), "segmentation": torch.empty(0, dtype=segmentation.dtype)}
 
     def batch(self, **batch: Any) -> dict[str, Any]:

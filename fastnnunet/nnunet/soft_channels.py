@@ -9,6 +9,7 @@ lies at least half inside the volume has the mean opinion of that part, and any 
 Shapes: C image channels, S stored soft-label channels, ZYX (or YX) space.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+
+from fastnnunet.nnunet.drawn_first import spatial_drawn_first
 
 NO_OPINION = -1.0  # in all channels of a soft label, where there is none
 
@@ -78,17 +81,27 @@ def has_opinion(soft_NSZYX: torch.Tensor) -> torch.Tensor:
     return soft_NSZYX[:, :1] != NO_OPINION
 
 
-class WithSoftLabels:
-    """nnU-Net's transforms on image and soft label, which is then appended to the list of targets."""
+class SampleTransforms:
+    """nnU-Net's transforms on an image with `stacked` channels of soft label under it, appended to the targets then.
+
+    `draw` may be called before each sample; see `drawn_first.py`.
+    """
 
     def __init__(self, transforms: ComposeTransforms, stacked: int) -> None:
         together = _sampling_transforms(transforms.transforms)
+        sampling, self._spatial = spatial_drawn_first(transforms.transforms[:together])
         self._stacked = stacked
-        self._sample = ComposeTransforms(transforms.transforms[:together])
+        self._sample = ComposeTransforms(sampling)
         self._rest = ComposeTransforms(transforms.transforms[together:])
+
+    def draw(self, loaded_zyx: Sequence[int]) -> tuple[slice, ...]:
+        """The part of an image of this shape that the next sample takes."""
+        return tuple(slice(0, n) for n in loaded_zyx) if self._spatial is None else self._spatial.draw(loaded_zyx)
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, Any]:
         sampled = self._sample(image=image, segmentation=segmentation)
+        if self._stacked == 0:
+            return dict(self._rest(**sampled))
         image, soft = sampled["image"].split([len(sampled["image"]) - self._stacked, self._stacked])
         out = self._rest(image=image, segmentation=sampled["segmentation"], regression_target=soft)
         targets = out["segmentation"] if isinstance(out["segmentation"], list) else [out["segmentation"]]

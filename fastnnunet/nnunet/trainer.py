@@ -33,6 +33,7 @@ from fastnnunet.nnunet.distributed import (
     share,
     valid_share,
 )
+from fastnnunet.nnunet.drawn_first import DrawnBoxes
 from fastnnunet.nnunet.loading import (
     STEP,
     TRAINING,
@@ -43,9 +44,9 @@ from fastnnunet.nnunet.loading import (
 )
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.soft_channels import (
+    SampleTransforms,
     SoftLabelDataset,
     SoftLabels,
-    WithSoftLabels,
     has_opinion,
     stacked_channels,
 )
@@ -162,6 +163,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         num_processes = get_allowed_n_proc_DA()
         with loading_in_this_process():
             loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
+        for loader in loaders:
+            DrawnBoxes(loader)
         streams = (
             (TRAINING, self.num_iterations_per_epoch, num_processes),
             (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
@@ -203,14 +206,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
         if self.device_augmentation is not None:
-            return DrawnSamples(self.device_augmentation, self.stacked_channels)
-        return self._with_soft_labels(self._augmenter.get_training_transforms(*args, **kwargs))
+            return DrawnSamples(self.device_augmentation, self.num_input_channels)
+        return self._sample_transforms(self._augmenter.get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
-        return self._with_soft_labels(super().get_validation_transforms(*args, **kwargs))
+        return self._sample_transforms(super().get_validation_transforms(*args, **kwargs))
 
-    def _with_soft_labels(self, transforms: Any) -> Any:
-        return transforms if self.soft_labels is None else WithSoftLabels(transforms, self.stacked_channels)
+    def _sample_transforms(self, transforms: Any) -> Any:
+        return SampleTransforms(transforms, self.stacked_channels)
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":

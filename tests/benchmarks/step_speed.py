@@ -3,7 +3,8 @@
 All are measured in turns in one run, `rounds` times, and their medians compared:
 bare            a step on batches in memory, no loader running: forward, backward, clipping, optimiser
 soft, hard      the training loop with its loaders, soft labels from the cache or labels alone
-online          `hard`, and every step runs all teachers on the augmented patch (no mirrors) for the soft label
+online          `hard`, and every step runs all teachers once on the augmented patch for the soft label
+online_as_cached  the same with the mirrors of the cache's recipe: the soft label that the cache holds
 together        all students on the same batches, against the sum of their bare steps
 
 Only the loaders of the arm that is timed run, and the first steps of an arm, which take batches that were made while
@@ -77,6 +78,7 @@ def synchronize() -> None:
 
 
 WARM = 8  # more than the loaders keep ready
+WARM_ONLINE = 2  # loaders are never late beside teachers
 
 
 def stop_loaders(trainer: Any) -> None:
@@ -88,13 +90,13 @@ def stop_loaders(trainer: Any) -> None:
 
 def looped(trainers: list[Any], steps: int, teachers: Callable[[np.ndarray], np.ndarray] | None = None) -> list[float]:
     """Seconds of each step of the loop of `trainers`; with `teachers` the soft label is made from the images."""
-    leader = trainers[0]
+    leader, warm = trainers[0], WARM if teachers is None else WARM_ONLINE
     for trainer in trainers:
         trainer.start(load=trainer is leader)
         trainer.network.train()
     seconds = []
     try:
-        for number in range(WARM + steps):
+        for number in range(warm + steps):
             start = time.perf_counter()
             batch = next(leader.dataloader_train)
             if teachers is not None:
@@ -107,7 +109,7 @@ def looped(trainers: list[Any], steps: int, teachers: Callable[[np.ndarray], np.
         stop_loaders(leader)
         for trainer in trainers:
             trainer.close()
-    return seconds[WARM:]
+    return seconds[warm:]
 
 
 def bare(trainer: Any, batches: list[Any], steps: int) -> list[float]:
@@ -156,12 +158,12 @@ def online_trainer(trainer: Any, objective: Any, num_channels: int) -> Any:
 
 
 def teacher_labels(teacher: Any, folds: tuple[Any, ...], temperature: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Images (N, C, space) -> stored channels (N, S, space) of softmax(mean logits of all folds / T)."""
+    """Images (N, C, patch) -> stored channels (N, S, patch) of softmax(mean logits of all folds and mirrors / T)."""
 
     def labels(images: np.ndarray) -> np.ndarray:
         out = []
         for image in images:
-            mean = np.mean([teacher.engine.logits(fold, image[None])[0] for fold in folds], 0)
+            ((_, mean),) = teacher.blocks(image, folds, image.shape[1:])
             out.append(softmax(mean / temperature, 0)[1:])
         return np.stack(out).astype(np.float32)
 
@@ -215,7 +217,6 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
     """The record. The first of `sizes` is the student of every measurement but `together`."""
     cache = cache_for_training(job.teacher, job.cache, job.cache_root)
     soft = CachedSoftLabels(cache, job.distill.temperature)
-    factory = open_teacher(job.teacher, replace(job.cache, mirroring=False))[1]
     threads = job.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     if resolve_device(job.device) == "cpu":
@@ -226,12 +227,17 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
     with temporary_results(job.teacher):
         trainer = make_trainer(first, soft)
         batches = batches_of(trainer, 3)
-        teacher = factory.load(threads)
-        labels = teacher_labels(teacher, job.teacher.folds, job.distill.temperature)
+        recipes = {"online": replace(job.cache, mirroring=False), "online_as_cached": job.cache}
+        teachers = {
+            name: teacher_labels(
+                open_teacher(job.teacher, recipe)[1].load(threads), job.teacher.folds, job.distill.temperature
+            )
+            for name, recipe in recipes.items()
+        }
 
-        def online() -> list[float]:
+        def online(name: str) -> list[float]:
             learner = online_trainer(make_trainer(control, None), trainer.objective, soft.num_channels)
-            return looped([learner], max(2, steps // 4), labels)
+            return looped([learner], max(2, steps // 4), teachers[name])
 
         arms: dict[str, Callable[[], list[float]]] = {
             f"bare_r{r}": lambda r=r: bare(make_trainer(jobs[r], soft), batches, steps) for r in sizes
@@ -239,7 +245,8 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
         arms |= {
             "soft": lambda: looped([make_trainer(first, soft)], steps),
             "hard": lambda: looped([make_trainer(control, None)], steps),
-            "online": online,
+            "online": lambda: online("online"),
+            "online_as_cached": lambda: online("online_as_cached"),
             "together": lambda: looped([make_trainer(j, soft) for j in jobs.values()], steps),
         }
         seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -265,6 +272,7 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
         "steps_per_round": steps,
         "median_s": median,
         "online_over_soft": median["online"] / median["soft"],
+        "online_as_cached_over_soft": median["online_as_cached"] / median["soft"],
         "soft_over_hard": median["soft"] / median["hard"],
         "soft_over_bare": median["soft"] / median[f"bare_r{sizes[0]}"],
         "together_over_sum_of_bare": median["together"] / sum(median[f"bare_r{r}"] for r in sizes),
@@ -301,6 +309,6 @@ if __name__ == "__main__":
     record = measure(training, tuple(args.r), args.rounds, args.steps, args.loss)
     write_json(args.o, record)
     for arm, value in record["median_s"].items():
-        print(f"{arm:10} {1000 * value:9.1f} ms")
-    for name in ("online_over_soft", "soft_over_hard", "soft_over_bare", "together_over_sum_of_bare"):
-        print(f"{name:26} {record[name]:.3f}")
+        print(f"{arm:16} {1000 * value:9.1f} ms")
+    for ratio in (name for name in record if "_over_" in name):
+        print(f"{ratio:26} {record[ratio]:.3f}")
