@@ -236,6 +236,21 @@ def fill_holes(mask_ZYX: Mask, *, threads: int | None = None) -> None:
     _core.fill_holes(mask_ZYX.transpose(_axes_by_stride(mask_ZYX)), threads or 0)
 
 
+def sample(
+    values_CZYX: Array, labels_KZYX: npt.NDArray[np.int16], grid_PD: Array, outside: int, *, threads: int | None = None
+) -> tuple[Array, npt.NDArray[np.int16]]:
+    """Values (C, P), interpolated linearly with zeros around, and labels (K, P) at the P points of a grid.
+
+    Of the labels around a point, `outside` beyond the border, the one of the largest weight; near ties go to the
+    nearest neighbour, as in nnU-Net's SpatialTransform. The grid (contiguous) has D = 3 coordinates x, y, z, or 2 where
+    there is one plane, as torch's `grid_sample` takes them with align_corners=False.
+    """
+    values_CP = np.empty((len(values_CZYX), len(grid_PD)), np.float32)
+    labels_KP = np.empty((len(labels_KZYX), len(grid_PD)), np.int16)
+    _core.sample(_readable(values_CZYX), _readable(labels_KZYX), grid_PD, outside, values_CP, labels_KP, threads or 0)
+    return values_CP, labels_KP
+
+
 def kl_classes(
     logits_NCV: Array,
     soft_NSV: Array,

@@ -20,6 +20,7 @@
 #include "core/nonzero.hpp"
 #include "core/normalize.hpp"
 #include "core/resample.hpp"
+#include "core/sample.hpp"
 
 namespace nb = nanobind;
 using namespace fastnnunet;
@@ -36,6 +37,9 @@ template <class T>
 using Array3 = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
 template <class T>
 using Array4 = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
+
+template <class T>
+using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 using Shape3 = std::array<std::int64_t, 3>;
 
@@ -89,7 +93,7 @@ void bind_kl_classes(nb::module_& module) {
     module.def(
         "kl_classes",
         [](const Array3<const float>& logits, const Array3<const float>& soft, float temperature,
-           const std::optional<nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>>& mask,
+           const std::optional<Rows<const bool>>& mask,
            const Array3<float>& difference, int threads) {
             const Samples<const float> z = samples(logits), p = samples(soft);
             const Samples<float> d = samples(difference);
@@ -106,6 +110,27 @@ void bind_kl_classes(nb::module_& module) {
         },
         nb::arg("logits").noconvert(), nb::arg("soft").noconvert(), nb::arg("temperature"),
         nb::arg("mask").none().noconvert(), nb::arg("difference").noconvert(), nb::arg("threads"));
+}
+
+void bind_sample(nb::module_& module) {
+    module.def(
+        "sample",
+        [](const Array4<const float>& values, const Array4<const std::int16_t>& labels, const Rows<const float>& grid,
+           std::int16_t outside, const Rows<float>& values_out, const Rows<std::int16_t>& labels_out, int threads) {
+            const Volumes<const float> from = volumes(values);
+            const Volumes<const std::int16_t> of = volumes(labels);
+            const Grid at{grid.data(), static_cast<std::int64_t>(grid.shape(0)),
+                          static_cast<std::int64_t>(grid.shape(1))};
+            if (from.shape != of.shape || at.axes < 2 || at.axes > 3 || (at.axes == 2 && from.shape[0] != 1) ||
+                values_out.shape(0) != values.shape(0) || labels_out.shape(0) != labels.shape(0) ||
+                values_out.shape(1) != grid.shape(0) || labels_out.shape(1) != grid.shape(0)) {
+                throw std::invalid_argument("values, labels, grid and results do not fit");
+            }
+            const nb::gil_scoped_release unlocked;
+            sample(from, of, at, outside, values_out.data(), labels_out.data(), threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("labels").noconvert(), nb::arg("grid").noconvert(), nb::arg("outside"),
+        nb::arg("values_out").noconvert(), nb::arg("labels_out").noconvert(), nb::arg("threads"));
 }
 
 template <class In, class Out>
@@ -362,6 +387,7 @@ NB_MODULE(_fastnnunet_core, module) {
     // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
     module.attr("INTERFACE") = 3;
     bind_kl_classes(module);
+    bind_sample(module);
     bind_resample<float, float>(module);
     bind_resample<float, double>(module);
     bind_resample<Half, float>(module);

@@ -40,7 +40,7 @@ from fastnnunet.nnunet.device_intensity import (
 )
 from fastnnunet.nnunet.device_label import downsampled, regions_of
 from fastnnunet.nnunet.device_spatial import reach, sample_labels, sample_linear, sampling_grid
-from fastnnunet.nnunet.drawn_first import image_of, middle
+from fastnnunet.nnunet.drawn_first import SAMPLING, image_of, middle
 from fastnnunet.nnunet.soft_channels import opinions
 
 log = logging.getLogger(__name__)
@@ -117,12 +117,7 @@ SETTINGS: dict[type, dict[str, Any]] = {
     SpatialTransform: {
         "random_crop": False,
         "p_elastic_deform": 0,
-        "mode_seg": "bilinear",
-        "border_mode_seg": "constant",
-        "mode_image": "bilinear",
-        "padding_mode_image": "zeros",
-        "align_corners": False,
-        "seg_tiebreak": "nearest",
+        **SAMPLING,
     },
     GaussianNoiseTransform: {"synchronize_channels": True},
     GaussianBlurTransform: {"synchronize_channels": False},

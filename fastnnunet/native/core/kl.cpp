@@ -1,8 +1,8 @@
 #include "core/kl.hpp"
 
-#include <cstring>
 #include <vector>
 
+#include "core/half.hpp"
 #include "core/simd.hpp"
 #include "core/threads.hpp"
 
@@ -12,18 +12,6 @@ namespace {
 constexpr std::int64_t BLOCK = 256;  // voxels at a time: all their classes stay in the cache
 constexpr float LOWEST = -87.0f;  // exp of it is still a normal number
 constexpr float SMALLEST = 1e-12f;  // clamps log(0); p * log p is 0 at p = 0
-
-FASTNNUNET_INLINE float from_bits(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-FASTNNUNET_INLINE std::uint32_t bits_of(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 // exp(x) for -87 <= x <= 0, relative error below 3e-7; NaN of NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and Taylor's series
 // of exp(r). A loop over it becomes vector instructions, which one over std::exp does not.
@@ -40,7 +28,7 @@ FASTNNUNET_INLINE float exp_of(float x) {
     y = y * r + 0.5f;
     y = y * r + 1.0f;
     y = y * r + 1.0f;
-    return y * from_bits((bits_of(shifted) << 23) + (127u << 23));
+    return y * float_of((bits_of(shifted) << 23) + (127u << 23));
 }
 
 // log(x) for normal x > 0, error below 2e-7 of max(1, |log x|). x = 2^e m with m in [sqrt(1/2), sqrt(2)), and
@@ -48,7 +36,7 @@ FASTNNUNET_INLINE float exp_of(float x) {
 FASTNNUNET_INLINE float log_of(float x) {
     const std::uint32_t bits = bits_of(x), half_power = 0x3f3504f3;  // sqrt(1/2)
     const std::int32_t e = static_cast<std::int32_t>(bits - half_power) >> 23;
-    const float m = from_bits(bits - (static_cast<std::uint32_t>(e) << 23));
+    const float m = float_of(bits - (static_cast<std::uint32_t>(e) << 23));
     const float s = (m - 1.0f) / (m + 1.0f);
     const float s2 = s * s;
     float series = 1.0f / 9;
