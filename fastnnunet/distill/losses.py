@@ -81,22 +81,17 @@ def kl_and_difference(
 def kl_and_difference_by_core(
     logits_NC: torch.Tensor, soft_NS: torch.Tensor, temperature: float, mask: torch.Tensor | None
 ) -> KL:
-    """For float32 on the CPU: one pass, in the layout that the logits have."""
-    channels_last = not logits_NC.is_contiguous()
-    z_NC = logits_NC.detach()
-    z_NC = z_NC.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else z_NC
-    difference_NC = torch.empty_like(z_NC)
+    """For float32 on the CPU, in one pass.
 
-    def voxels(tensor_NC: torch.Tensor) -> Any:
-        flat = tensor_NC.movedim(1, -1).flatten(1, -2).movedim(-1, 1) if channels_last else tensor_NC.flatten(2)
-        return flat.numpy()
-
+    The difference is contiguous, whatever the logits are: it is added to the gradient of the hard loss, which is too.
+    """
+    difference_NC = torch.empty(logits_NC.shape)
     kl, count = native.kl_classes(
-        voxels(z_NC),
+        logits_NC.detach().movedim(1, -1).flatten(1, -2).movedim(-1, 1).numpy(),  # a view, also of channels last
         soft_NS.contiguous().flatten(2).numpy(),
         temperature,
         None if mask is None else mask.contiguous().flatten(1).numpy(),
-        voxels(difference_NC),
+        difference_NC.flatten(2).numpy(),
         threads=torch.get_num_threads(),
     )
     return logits_NC.new_tensor(kl), difference_NC, max(1, count)
