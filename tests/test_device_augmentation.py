@@ -23,7 +23,8 @@ from fastnnunet.nnunet.device_augmentation import CHANGES, device_augmentation, 
 from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.device_spatial import sample_labels, sampling_grid
 from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_channels import opinions
+from fastnnunet.nnunet.soft_samples import opinions
+from tests.samples import transformed
 
 ROTATION = (-np.pi / 6, np.pi / 6)
 KINDS = {  # patch, what is loaded for it, whether planes are rotated
@@ -77,7 +78,7 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
         blocks = blocks.repeat(3, axis)
     label = blocks[tuple(slice(n) for n in space)].astype(np.int16)
     soft = rng.dirichlet([0.3] * 3, space).astype(np.float32)
-    soft[..., 0], soft = 1, np.roll(soft, -1, -1)
+    soft = np.concatenate([soft[..., 1:], np.ones_like(soft[..., :1])], -1)
     return (
         torch.from_numpy(image),
         torch.from_numpy(label[None].copy()),
@@ -88,11 +89,10 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
 def on_device(transforms, samples, seeds, device="cpu"):
     """The way of a training: drawn and cropped by the loader, the rest with the whole batch."""
     augmentation = recognise(transforms)
-    loader = DrawnSamples(augmentation, CHANNELS)
+    loader = DrawnSamples(augmentation, CHANNELS, soft=True)
     for (image, label, soft), seed in zip(samples, seeds, strict=True):
         seed_generators(seed)
-        part = (..., *loader.draw(image.shape[1:]))
-        loader(torch.cat([image, soft])[part], label[part])
+        transformed(loader, image, label, soft[:-1])
     batch = loader.batch(data=None, target=None, keys=["case"] * len(samples))
     return next(AugmentedBatches(iter([batch]), augmentation, torch.device(device), STACKED))
 

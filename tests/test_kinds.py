@@ -30,6 +30,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from tests.samples import NNUNETS, transformed
 from tests.tiny import CONFIGURATION, DATASET, FEATURES
 
 RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
@@ -358,23 +359,24 @@ class TestCascade:
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-        from fastnnunet.nnunet.soft_channels import SampleTransforms
+        from fastnnunet.nnunet.soft_samples import SampleTransforms
 
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
         centre = np.array([8, 10, 14])[:, None, None, None]
         ball = torch.from_numpy((((grid - centre) ** 2).sum(0) < 36).astype(np.float32))[None]
         spatial = SpatialTransform(
-            (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2)
+            (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2), **NNUNETS
         )
         one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
-        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), 2)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), soft=True)
         np.random.seed(3)
         torch.manual_seed(3)
         for _ in range(4):
-            out = split(torch.cat([ball, ball, torch.ones_like(ball)]), torch.cat([ball, 2 * ball]).to(torch.int16))
+            out = transformed(split, ball, torch.cat([ball, 2 * ball]).to(torch.int16), ball)
             (image, is_1, is_2), (label, soft) = out["image"], out["segmentation"]
             torch.testing.assert_close(soft[0].clamp(min=0), image)  # -1 beyond the volume
             assert label.shape == (1, 20, 20, 20)
+            label = label.clamp(min=0)  # -1 beyond the volume
             assert not is_1.any()
             assert is_2.equal(label[0].float())
             inside = image > 0.5
@@ -428,7 +430,7 @@ class TestIgnoreLabelInTraining:
         from functools import partial
         from types import SimpleNamespace
 
-        from fastnnunet.nnunet.soft_channels import NO_OPINION
+        from fastnnunet.nnunet.soft_samples import NO_OPINION
         from fastnnunet.nnunet.trainer import StudentTrainer
 
         labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)

@@ -251,6 +251,26 @@ def sample(
     return values_CP, labels_KP
 
 
+def sample_inside(
+    values_CZYX: Array,
+    space_zyx: Sequence[int],
+    lower_zyx: Sequence[int],
+    grid_PD: Array,
+    nothing: float,
+    *,
+    threads: int | None = None,
+) -> Array:
+    """Values (C, P) of a box at the points of a grid: the mean of the neighbours inside the box, by their weights.
+
+    `nothing` where less than half of the weight is inside. The grid, as that of `sample`, counts in `space`, in which
+    the box starts at `lower`.
+    """
+    out_CP = np.empty((len(values_CZYX), len(grid_PD)), np.float32)
+    space, lower = tuple(map(int, space_zyx)), tuple(map(int, lower_zyx))
+    _core.sample_inside(_readable(values_CZYX), space, lower, grid_PD, nothing, out_CP, threads or 0)
+    return out_CP
+
+
 def kl_classes(
     logits_NCV: Array,
     soft_NSV: Array,

@@ -112,6 +112,14 @@ void bind_kl_classes(nb::module_& module) {
         nb::arg("mask").none().noconvert(), nb::arg("difference").noconvert(), nb::arg("threads"));
 }
 
+Grid grid_for(const Rows<const float>& grid, std::int64_t planes) {
+    const Grid at{grid.data(), static_cast<std::int64_t>(grid.shape(0)), static_cast<std::int64_t>(grid.shape(1))};
+    if (at.axes < 2 || at.axes > 3 || (at.axes == 2 && planes != 1)) {
+        throw std::invalid_argument("a grid has 3 axes, or 2 for one plane");
+    }
+    return at;
+}
+
 void bind_sample(nb::module_& module) {
     module.def(
         "sample",
@@ -119,11 +127,10 @@ void bind_sample(nb::module_& module) {
            std::int16_t outside, const Rows<float>& values_out, const Rows<std::int16_t>& labels_out, int threads) {
             const Volumes<const float> from = volumes(values);
             const Volumes<const std::int16_t> of = volumes(labels);
-            const Grid at{grid.data(), static_cast<std::int64_t>(grid.shape(0)),
-                          static_cast<std::int64_t>(grid.shape(1))};
-            if (from.shape != of.shape || at.axes < 2 || at.axes > 3 || (at.axes == 2 && from.shape[0] != 1) ||
-                values_out.shape(0) != values.shape(0) || labels_out.shape(0) != labels.shape(0) ||
-                values_out.shape(1) != grid.shape(0) || labels_out.shape(1) != grid.shape(0)) {
+            const Grid at = grid_for(grid, from.shape[0]);
+            if (from.shape != of.shape || values_out.shape(0) != values.shape(0) ||
+                labels_out.shape(0) != labels.shape(0) || values_out.shape(1) != grid.shape(0) ||
+                labels_out.shape(1) != grid.shape(0)) {
                 throw std::invalid_argument("values, labels, grid and results do not fit");
             }
             const nb::gil_scoped_release unlocked;
@@ -131,6 +138,20 @@ void bind_sample(nb::module_& module) {
         },
         nb::arg("values").noconvert(), nb::arg("labels").noconvert(), nb::arg("grid").noconvert(), nb::arg("outside"),
         nb::arg("values_out").noconvert(), nb::arg("labels_out").noconvert(), nb::arg("threads"));
+    module.def(
+        "sample_inside",
+        [](const Array4<const float>& values, const Shape3& space, const Shape3& lower, const Rows<const float>& grid,
+           float nothing, const Rows<float>& out, int threads) {
+            const Volumes<const float> from = volumes(values);
+            const Grid at = grid_for(grid, space[0]);
+            if (out.shape(0) != values.shape(0) || out.shape(1) != grid.shape(0)) {
+                throw std::invalid_argument("values, grid and result do not fit");
+            }
+            const nb::gil_scoped_release unlocked;
+            sample_inside(from, space, lower, at, nothing, out.data(), threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("space"), nb::arg("lower"), nb::arg("grid").noconvert(),
+        nb::arg("nothing"), nb::arg("out").noconvert(), nb::arg("threads"));
 }
 
 template <class In, class Out>

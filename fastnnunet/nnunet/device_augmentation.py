@@ -40,8 +40,8 @@ from fastnnunet.nnunet.device_intensity import (
 )
 from fastnnunet.nnunet.device_label import downsampled, regions_of
 from fastnnunet.nnunet.device_spatial import reach, sample_labels, sample_linear, sampling_grid
-from fastnnunet.nnunet.drawn_first import SAMPLING, image_of, middle
-from fastnnunet.nnunet.soft_channels import opinions
+from fastnnunet.nnunet.drawn_first import SAMPLING, check_settings, image_of, middle
+from fastnnunet.nnunet.soft_samples import opinions
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,7 @@ CHANGES: dict[type, Callable[[dict[str, Any], Sequence[int]], list[Change]]] = {
 }
 # settings of transforms that the arithmetic here takes for granted
 SETTINGS: dict[type, dict[str, Any]] = {
-    SpatialTransform: {
-        "random_crop": False,
-        "p_elastic_deform": 0,
-        **SAMPLING,
-    },
+    SpatialTransform: {"p_elastic_deform": 0, **SAMPLING},
     GaussianNoiseTransform: {"synchronize_channels": True},
     GaussianBlurTransform: {"synchronize_channels": False},
     ContrastTransform: {"preserve_range": True},
@@ -150,7 +146,8 @@ class DeviceAugmentation:
         small = copy.copy(self.spatial)  # nnU-Net's draws the numbers and makes the grid of the whole patch
         small.patch_size = (1,) * len(self.sampled_patch)
         affine = small.get_parameters(image=image_of(1, loaded_zyx[-len(self.sampled_patch) :]))["affine"]
-        space = (*loaded_zyx[: -len(self.sampled_patch)], *self.sampled_patch)
+        unsampled = loaded_zyx[: -len(self.sampled_patch)] if self.planes else ()
+        space = (*unsampled, *self.sampled_patch)
         image = image_of(num_channels, space)
         changes: list[Change] = []
         for randomly in self.intensity:
@@ -228,7 +225,7 @@ def recognise(transforms: Sequence[Any]) -> DeviceAugmentation:
     def take(kind: type) -> Any:
         if not rest or type(rest[0]) is not kind:
             return None
-        _check_settings(rest[0])
+        check_settings(rest[0], SETTINGS.get(type(rest[0]), {}))
         return rest.pop(0)
 
     planes = take(Convert3DTo2DTransform) is not None
@@ -239,7 +236,7 @@ def recognise(transforms: Sequence[Any]) -> DeviceAugmentation:
     while (randomly := take(RandomTransform)) is not None:
         if type(randomly.transform) not in CHANGES:
             raise _unknown([randomly.transform])
-        _check_settings(randomly.transform)
+        check_settings(randomly.transform, SETTINGS.get(type(randomly.transform), {}))
         intensity.append(randomly)
     mirror, mask, remove = take(MirrorTransform), take(MaskImageTransform), take(RemoveLabelTransform)
     regions, downsample = take(ConvertSegmentationToRegionsTransform), take(DownsampleSegForDSTransform)
@@ -255,12 +252,6 @@ def recognise(transforms: Sequence[Any]) -> DeviceAugmentation:
         regions=None if regions is None else tuple(tuple(r.int().tolist()) for r in regions.regions),
         downsample=downsample,
     )
-
-
-def _check_settings(transform: Any) -> None:
-    for name, expected in SETTINGS.get(type(transform), {}).items():
-        if (got := getattr(transform, name)) != expected:
-            raise MismatchError(f"{type(transform).__name__} has {name}={got!r}, expected {expected!r}")
 
 
 def _unknown(rest: Sequence[Any]) -> MismatchError:

@@ -4,29 +4,47 @@ The loader's part draws what is to happen to a sample before nnU-Net's loader cu
 more than that takes is read and sent to the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, SampleDraws
+from fastnnunet.nnunet.drawn_first import Box, within
+
+
+def stacked(image: torch.Tensor, dataset: Any, box: Box) -> torch.Tensor:
+    """Image (C, box), and under it the soft label and its coverage, zeros beyond the volume: (C + S + 1, box)."""
+    soft_SZYX, start = dataset.read_soft(*box)
+    under = np.zeros((len(soft_SZYX) + 1, *(u - k for k, u in zip(*box, strict=True))), np.float32)
+    inside = tuple(slice(s, s + n) for s, n in zip(start, soft_SZYX.shape[1:], strict=True))
+    for channel, values in zip(under, [*soft_SZYX, 1], strict=True):
+        channel[inside] = values
+    return torch.cat([image, torch.from_numpy(under).reshape(-1, *image.shape[1:])])
 
 
 class DrawnSamples:
     """Stands for the transforms of nnU-Net's loader, which makes a batch of them; `batch` puts the samples into it."""
 
-    def __init__(self, augmentation: DeviceAugmentation, num_channels: int) -> None:
-        self._augmentation, self._num_channels = augmentation, num_channels
+    def __init__(self, augmentation: DeviceAugmentation, num_channels: int, *, soft: bool) -> None:
+        self._augmentation, self._num_channels, self._soft = augmentation, num_channels, soft
         self._samples: list[tuple[Any, ...]] = []
+        self._place: tuple[Any, Box] | None = None
         self._draws: SampleDraws | None = None  # of the next sample
 
-    def draw(self, loaded_zyx: Sequence[int]) -> tuple[slice, ...]:
-        """Draw for the next sample: the part of the last axes of `loaded_zyx` to load."""
-        draws = self._draws = self._augmentation.draw(self._num_channels, loaded_zyx)
-        return self._augmentation.needed(loaded_zyx, draws.affine)
+    def begin(self, dataset: Any, box: Box) -> Box:
+        """Draw for the next sample: the part of `box` of the case that `dataset` has loaded last that it takes."""
+        loaded = [u - k for k, u in zip(*box, strict=True)]
+        draws = self._draws = self._augmentation.draw(self._num_channels, loaded)
+        box = within(box, self._augmentation.needed(loaded, draws.affine))
+        self._place = dataset, box
+        return box
 
     def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, torch.Tensor]:
         """Keep one sample. nnU-Net's loader wants samples of one shape, and gets empty ones."""
+        if self._soft and self._place is not None:
+            image = stacked(image, *self._place)
         self._samples.append((image, segmentation, self._draws))
         return {"image": torch.empty(0), "segmentation": torch.empty(0, dtype=segmentation.dtype)}
 

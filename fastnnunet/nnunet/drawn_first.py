@@ -7,7 +7,7 @@ every number comes from the same place of the same generators as without this mo
 Shapes: ZYX (or YX) space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,27 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
 from fastnnunet import native
+from fastnnunet.errors import MismatchError
+
+Box = tuple[list[int], list[int]]  # first voxel, and last + 1, along each axis; may reach beyond the volume
+
+# settings of nnU-Net's spatial transform that sampling here takes for granted
+SAMPLING = {
+    "random_crop": False,
+    "mode_seg": "bilinear",
+    "border_mode_seg": "constant",
+    "mode_image": "bilinear",
+    "padding_mode_image": "zeros",
+    "align_corners": False,
+    "seg_tiebreak": "nearest",
+}
+
+
+def check_settings(transform: Any, settings: Mapping[str, Any]) -> None:
+    """Raise MismatchError where a transform of nnU-Net does not have these settings."""
+    for name, expected in settings.items():
+        if (got := getattr(transform, name)) != expected:
+            raise MismatchError(f"{type(transform).__name__} has {name}={got!r}, expected {expected!r}")
 
 
 def image_of(num_channels: int, space: Sequence[int]) -> torch.Tensor:
@@ -29,53 +50,58 @@ def middle(patch_zyx: Sequence[int], loaded_zyx: Sequence[int]) -> tuple[slice, 
     return tuple(slice(s, s + p) for s, p in zip(starts, patch_zyx, strict=True))
 
 
-# settings of nnU-Net's spatial transform that the compiled core samples with
-SAMPLING = {
-    "mode_seg": "bilinear",
-    "border_mode_seg": "constant",
-    "mode_image": "bilinear",
-    "padding_mode_image": "zeros",
-    "align_corners": False,
-    "seg_tiebreak": "nearest",
-}
+def within(box: Box, part: Sequence[slice]) -> Box:
+    """The part of a box, given for its last axes."""
+    lower, upper = map(list, box)
+    for axis, where in enumerate(part, start=len(lower) - len(part)):
+        lower[axis], upper[axis] = lower[axis] + where.start, lower[axis] + where.stop
+    return lower, upper
+
+
+def points_of(grid: torch.Tensor) -> np.ndarray:
+    """A grid (space, D) as the compiled core takes it: (points, D)."""
+    return np.ascontiguousarray(grid.reshape(-1, grid.shape[-1]).numpy())
 
 
 class SpatialDrawnFirst(BasicTransform):  # type: ignore[misc]
-    """nnU-Net's spatial transform, for patches that it does not crop at random.
+    """nnU-Net's spatial transform in two steps.
 
-    `draw`, called first, says which part of what would be loaded it takes; called with that part it does what was
-    drawn. Called without having drawn it is nnU-Net's. With nnU-Net's settings image and label are sampled together by
-    the compiled core, whose cost does not grow with the number of labels, to the same bits (planes to 1e-5).
+    `draw` says which part of what would be loaded the next sample takes; called with that part, this does what was
+    drawn. Called without, it is nnU-Net's. Image and label are sampled together by the compiled core, whose cost does
+    not grow with the number of labels, to the same bits (planes: images to 1e-5 of their range).
+    Raises MismatchError for a transform with other settings than nnU-Net's trainers give it.
     """
 
     def __init__(self, spatial: SpatialTransform) -> None:
         super().__init__()
+        check_settings(spatial, SAMPLING)
         self._spatial = spatial
-        self._by_core = all(getattr(spatial, name) == value for name, value in SAMPLING.items())
         self._drawn: dict[str, Any] | None = None
+
+    @property
+    def grid(self) -> torch.Tensor | None:
+        """Where the next sample is interpolated, (patch, D) in units of what is loaded; None: it is only cropped."""
+        return None if self._drawn is None else self._drawn["grid"]
 
     def draw(self, loaded_zyx: Sequence[int]) -> tuple[slice, ...]:
         """Draw for the next sample: the part of the last axes of `loaded_zyx` to load."""
         patch = [int(n) for n in self._spatial.patch_size]
         space = loaded_zyx[-len(patch) :]
         self._drawn = self._spatial.get_parameters(image=image_of(1, space))
-        return tuple(slice(0, n) for n in space) if self._drawn["grid"] is not None else middle(patch, space)
+        return middle(patch, space) if self.grid is None else tuple(slice(0, n) for n in space)
 
     def __call__(self, **sample: Any) -> dict[str, Any]:
-        drawn, self._drawn = self._drawn, None
-        if drawn is None:
+        if self._drawn is None:
             return dict(self._spatial(**sample))
-        if drawn["grid"] is None:
+        grid, self._drawn = self.grid, None
+        if grid is None:
             return sample
-        return self._sampled(sample, drawn["grid"]) if self._by_core else dict(self._spatial.apply(sample, **drawn))
-
-    def _sampled(self, sample: dict[str, Any], grid: torch.Tensor) -> dict[str, Any]:
         image, label = (
             t.reshape(len(t), *(1,) * (4 - t.ndim), *t.shape[1:]).numpy()
             for t in (sample["image"], sample["segmentation"])
         )
-        points = np.ascontiguousarray(grid.reshape(-1, grid.shape[-1]).numpy())
-        values, labels = native.sample(image, label, points, int(self._spatial.padding_value_seg), threads=1)
+        outside = int(self._spatial.padding_value_seg)
+        values, labels = native.sample(image, label, points_of(grid), outside, threads=1)
         patch = grid.shape[:-1]
         return sample | {
             "image": torch.from_numpy(values.reshape(-1, *patch)),
@@ -83,33 +109,19 @@ class SpatialDrawnFirst(BasicTransform):  # type: ignore[misc]
         }
 
 
-def spatial_drawn_first(transforms: Sequence[Any]) -> tuple[list[Any], SpatialDrawnFirst | None]:
-    """The same transforms, and the spatial one among them that can be drawn first."""
-    out = list(transforms)
-    for number, transform in enumerate(transforms):
-        if type(transform) is SpatialTransform and not transform.random_crop:
-            out[number] = SpatialDrawnFirst(transform)
-            return out, out[number]
-    return out, None
-
-
 class DrawnBoxes:
-    """Stands for `get_bbox` of nnU-Net's `loader`: the part of its box that the transforms say, once they have drawn.
+    """Stands for `get_bbox` of nnU-Net's `loader`: the part of its box that the transforms take, once they have drawn.
 
-    `loader.transforms.draw(shape)` returns that part of the last axes of an image of this shape.
+    `loader.transforms.begin(data set, box)` returns that part.
     """
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
         loader.get_bbox = self
 
-    def __call__(self, *where: Any) -> tuple[list[int], list[int]]:
+    def __call__(self, *where: Any) -> Box:
         """First and last voxel + 1 along each axis."""
         loader = self._loader
         lower, upper = type(loader).get_bbox(loader, *where)
-        loaded = [u - k for k, u in zip(lower, upper, strict=True)]
-        part = loader.transforms.draw(loaded[1:] if loader.patch_size_was_2d else loaded)
-        fixed = len(lower) - len(part)
-        starts = [k + s.start for k, s in zip(lower[fixed:], part, strict=True)]
-        stops = [k + s.stop for k, s in zip(lower[fixed:], part, strict=True)]
-        return [*lower[:fixed], *starts], [*upper[:fixed], *stops]
+        box: Box = loader.transforms.begin(loader._data, (list(lower), list(upper)))
+        return box

@@ -100,9 +100,14 @@ class JoinedDataset:
 
     def load_case(self, identifier: str) -> tuple[Any, ...]:
         """The case from the data set that has it."""
-        source = self._unlabelled if identifier in self._unlabelled_ids else self._labelled
-        case: tuple[Any, ...] = source.load_case(identifier)
+        self._latest = self._unlabelled if identifier in self._unlabelled_ids else self._labelled
+        case: tuple[Any, ...] = self._latest.load_case(identifier)
         return case
+
+    def read_soft(self, lower_zyx: Sequence[int], upper_zyx: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        """As SoftLabelDataset."""
+        soft: tuple[np.ndarray, list[int]] = self._latest.read_soft(lower_zyx, upper_zyx)
+        return soft
 
 
 def loss_of_samples(

@@ -1,7 +1,7 @@
 """nnU-Net's own trainer with soft labels beside the labels.
 
 Sampling, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's. Three hooks add
-the soft label: data sets and transforms that carry it along (`soft_channels.py`), and the training step, which hands it
+the soft label: data sets and transforms that carry it along (`soft_samples.py`), and the training step, which hands it
 to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
 """
 
@@ -43,12 +43,11 @@ from fastnnunet.nnunet.loading import (
     seed_generators,
 )
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
-from fastnnunet.nnunet.soft_channels import (
+from fastnnunet.nnunet.soft_samples import (
     SampleTransforms,
     SoftLabelDataset,
     SoftLabels,
     has_opinion,
-    stacked_channels,
 )
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
 
@@ -134,8 +133,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     @property
     def stacked_channels(self) -> int:
-        """Channels under the image in what the loaders read."""
-        return stacked_channels(self.soft_labels)
+        """Soft label and coverage under an image that is augmented on the device."""
+        return 0 if self.soft_labels is None else self.soft_labels.num_channels + 1
 
     @property
     def _augmenter(self) -> Any:
@@ -206,14 +205,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
         if self.device_augmentation is not None:
-            return DrawnSamples(self.device_augmentation, self.num_input_channels)
+            return DrawnSamples(self.device_augmentation, self.num_input_channels, soft=self.soft_labels is not None)
         return self._sample_transforms(self._augmenter.get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
         return self._sample_transforms(super().get_validation_transforms(*args, **kwargs))
 
     def _sample_transforms(self, transforms: Any) -> Any:
-        return SampleTransforms(transforms, self.stacked_channels)
+        return SampleTransforms(transforms, soft=self.soft_labels is not None)
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":
