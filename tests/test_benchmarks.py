@@ -17,6 +17,7 @@ from tests.benchmarks import (
     cache_layout,
     kills,
     large_volume,
+    loader_speed,
     many_classes_prediction,
     online_distillation,
     pre_post_speed,
@@ -167,10 +168,21 @@ def test_step_speed(world):
     new = {p.relative_to(world) for p in world.rglob("*")} - set(before)
     assert {p.name for p in new} <= {"splits_final.json"}, "nnU-Net's own split, and nothing in nnUNet_results"
     median = record["median_s"]
-    assert set(median) == {"bare_r2", "bare_r3", "soft", "hard", "online", "together"}
+    assert set(median) == {"bare_r2", "bare_r3", "soft", "hard", "online", "online_as_cached", "together"}
     assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     assert median["together"] > median["bare_r2"] > 0
     assert record["online_over_soft"] == median["online"] / median["soft"]
+
+
+def test_loader_speed(world):
+    """All three loaders make the same samples, and nothing is written beside the teacher."""
+    test_distill_seeds.build()
+    before = sorted(p.relative_to(world) for p in (world / "results").rglob("*"))
+    record = loader_speed.measure(test_distill_seeds.make_job(alpha=0.3), rounds=2, batches=1)
+    assert sorted(p.relative_to(world) for p in (world / "results").rglob("*")) == before
+    assert record["largest_difference_of_images"] < 1e-4
+    assert record["soft_over_nnunet"] == record["median_s"]["soft"] / record["median_s"]["nnunet"]
+    assert all(len(seconds) == 2 for seconds in record["seconds"].values())
 
 
 def test_augmentation_speed(world):

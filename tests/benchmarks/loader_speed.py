@@ -9,7 +9,6 @@ Example:
 """
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 from fastnnunet.bench.record import hardware, now_utc, versions, write_json
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.train import TrainingJob
-from fastnnunet.nnunet.loading import TRAINING, ordered_batches
+from fastnnunet.nnunet.loading import TRAINING, loading_in_this_process, ordered_batches
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -40,10 +39,9 @@ def nnunets_batches(trainer: Any, seed: int) -> Any:
 
 def measure(job: TrainingJob, rounds: int, batches: int) -> dict[str, Any]:
     """The record."""
-    os.environ.update(nnUNet_n_proc_DA="0")  # batches are made in this process
     soft = CachedSoftLabels(cache_for_training(job.teacher, job.cache, job.cache_root), job.distill.temperature)
     torch.set_num_threads(1)
-    with temporary_results(job.teacher):
+    with loading_in_this_process(), temporary_results(job.teacher):
         trainers = {
             name: make_trainer(job, labels) for name, labels in (("nnunet", None), ("hard", None), ("soft", soft))
         }
