@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fastnnunet import native
+from fastnnunet.specs.distill import DistillSpec
 
 SMOOTH = 1e-5  # of the Dice of a class that is absent, as in nnU-Net
 SMALLEST = 1e-12  # clamps log(0); p * log p is 0 at p = 0
@@ -139,6 +140,11 @@ class DistillationObjective:
     regions: bool = False
     dice: bool = False
     anneal: bool = False
+
+    @classmethod
+    def of(cls, spec: DistillSpec, *, regions: bool) -> "DistillationObjective":
+        """What a training with these settings minimises."""
+        return cls(spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice", anneal=spec.anneal)
 
     def __call__(
         self,

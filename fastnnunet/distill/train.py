@@ -358,9 +358,7 @@ def _configure(
     trainer.soft_on_ignored = spec.soft_on_ignored
     if soft_labels is not None:
         regions = bool(label_manager_of(plans_manager, dataset_json).has_regions)
-        trainer.objective = DistillationObjective(
-            spec.alpha, spec.temperature, regions, dice=spec.loss == "kl_dice", anneal=spec.anneal
-        )
+        trainer.objective = DistillationObjective.of(spec, regions=regions)
     trainer.provenance = _provenance(job, soft_labels.key if soft_labels is not None else None)
     if unlabelled is not None:
         trainer.provenance["unlabelled_cache_key"] = unlabelled.key

@@ -35,7 +35,7 @@ def train_online(job: TrainingJob) -> Path:
     spec = job.distill
     factory = open_teacher(job.teacher, replace(job.cache, mirroring=False))[1]
     labels = teacher_labels(factory.load(torch.get_num_threads()), job.teacher.folds, spec.temperature)
-    objective = DistillationObjective(spec.alpha, spec.temperature, dice=spec.loss == "kl_dice", anneal=spec.anneal)
+    objective = DistillationObjective.of(spec, regions=False)
     _seed_everything(spec.seed)  # the same first weights as a student from the cache has
     trainer = online_trainer(make_trainer(job, None), objective, factory.num_heads - 1)
     trainer.provenance = {**trainer.provenance, ONLINE: True}
