@@ -215,15 +215,14 @@ def test_students_taught_online_in_the_table(world, tmp_path, monkeypatch):
     assert set(student_table.find_students([tmp_path / "online", tmp_path / "control"])) == set(folders.values())
 
     raw = world / "raw" / DATASET
-    rows = student_table.measure(
-        [tmp_path / "online", tmp_path / "control"],
-        teacher,
-        raw / "imagesTs",
-        raw / "labelsTs",
-        (0,),
-        rounds=1,
-        threads=1,
-    )
+    asked = (teacher, raw / "imagesTs", raw / "labelsTs", (0,), 1, 1)
+    rows = student_table.measure([tmp_path / "online", tmp_path / "control"], *asked)
+    first = student_table.measure([tmp_path / "control"], *asked)
+    extended = student_table.measure([tmp_path / "online"], *asked, earlier=first)
+    ((control, row),) = first["table"].items()
+    assert extended["table"][control] == row
+    assert {k: r["dice"] for k, r in extended["table"].items()} == {k: r["dice"] for k, r in rows["table"].items()}
+    assert (extended["ensemble"], extended["created"]) == (first["ensemble"], first["created"])
     assert 0 <= rows["ensemble"]["mean_dice"] <= 1
     table = {row["soft_loss"]: row for row in rows["table"].values()}
     assert set(table) == {"kl online", "none"}

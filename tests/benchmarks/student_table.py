@@ -49,7 +49,8 @@ def soft_loss(distill: DistillSpec, online: bool) -> str:
     """Name of what a student learnt from, beside nnU-Net's own loss."""
     if distill.alpha == 0:
         return "none"
-    return distill.loss + (" annealed" if distill.anneal else "") + (" online" if online else "")
+    temperature = "" if distill.temperature == DistillSpec().temperature else f" T={distill.temperature:g}"
+    return distill.loss + temperature + (" annealed" if distill.anneal else "") + (" online" if online else "")
 
 
 def dice_per_case(predictions: Path, labels: Path) -> dict[str, float]:
@@ -119,19 +120,42 @@ def measure(
     folds: tuple[int, ...],
     rounds: int = 30,
     threads: int | None = None,
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record. `threads` of the ensemble, None for all cores."""
+    """The record. `threads` of the ensemble, None for all cores.
+
+    With an `earlier` record these students are added to its own; its ensemble and its milliseconds stay.
+    """
     with tempfile.TemporaryDirectory() as work:
         rows = [
             score(folder, Path(work) / str(number), images, labels)
             for number, folder in enumerate(find_students(roots))
         ]
-        sizes = {f"{r['family']} {r['r']}": r["bundle"] for r in rows}
-        ms = ms_per_patch(sizes, backend="openvino", precisions=PRECISIONS, rounds=rounds)
-    ensemble = ensemble_dice(model, folds, images, labels, threads or available_cores())
+        sizes = {f"{r['family']} {r['r']}": r.pop("bundle") for r in rows}
+        ms = {f"{r['family']} {r['r']}": r["ms_per_patch"] for r in (earlier or {"table": {}})["table"].values()}
+        if new := {size: bundle for size, bundle in sizes.items() if size not in ms}:
+            ms |= ms_per_patch(new, backend="openvino", precisions=PRECISIONS, rounds=rounds)
+    if earlier is None:
+        dice = ensemble_dice(model, folds, images, labels, threads or available_cores())
+        ensemble = {"folds": list(folds), "mean_dice": statistics.mean(dice.values()), "dice": dice}
+        record = {
+            "what": "students by family, size and soft loss; mean foreground Dice on test cases",
+            "created": now_utc(),
+            "hardware": hardware(),
+            "versions": versions(),
+            "load_average": list(os.getloadavg()),
+            "ensemble": ensemble,
+        }
+    else:
+        record, ensemble = {**earlier, "extended": now_utc()}, earlier["ensemble"]
+        rows = [*earlier["students"], *rows]
+    return {**record, "table": table_of(rows, ensemble["mean_dice"], ms), "students": rows}
+
+
+def table_of(rows: Sequence[dict[str, Any]], ensemble: float, ms: dict[str, Any]) -> dict[str, Any]:
+    """Rows of seeds by group, beside the ensemble's mean Dice and the group without soft labels."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        del row["bundle"]
         groups.setdefault(row["group"], []).append(row)
     table = {}
     for name, members in groups.items():
@@ -145,22 +169,13 @@ def measure(
             "dice": means,
             "mean_dice": statistics.mean(means),
             "stdev": statistics.stdev(means) if len(means) > 1 else None,
-            "points_below_ensemble": 100 * (statistics.mean(ensemble.values()) - statistics.mean(means)),
+            "points_below_ensemble": 100 * (ensemble - statistics.mean(means)),
             "ms_per_patch": ms[f"{first['family']} {first['r']}"],
             "against_control": compare([c["dice"] for c in control or ()], [m["dice"] for m in members])
             if several
             else None,
         }
-    return {
-        "what": "students by family, size and soft loss; mean foreground Dice on test cases",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "load_average": list(os.getloadavg()),
-        "ensemble": {"folds": list(folds), "mean_dice": statistics.mean(ensemble.values()), "dice": ensemble},
-        "table": table,
-        "students": rows,
-    }
+    return table
 
 
 if __name__ == "__main__":
@@ -170,9 +185,11 @@ if __name__ == "__main__":
     parser.add_argument("-f", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds of the ensemble")
     parser.add_argument("-i", type=Path, required=True, help="test images")
     parser.add_argument("-g", type=Path, required=True, help="their labels")
+    parser.add_argument("--extend", type=Path, help="a record to which the students are added")
     parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    record = measure(args.results, args.m, args.i, args.g, tuple(args.f))
+    known = None if args.extend is None else json.loads(args.extend.read_text())
+    record = measure(args.results, args.m, args.i, args.g, tuple(args.f), earlier=known)
     write_json(args.o, record)
     print(f"ensemble {record['ensemble']['mean_dice']:.4f}")
     for name, row in sorted(record["table"].items()):
