@@ -1,6 +1,7 @@
 """Auto-size from training to choice on the tiny data, against nnU-Net's own Dice, and its refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from fastnnunet.bench.auto import auto_size, validation_cases
 from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.student import StudentSpec
-from tests.test_distill_train import build, make_job
+from tests.test_distill_train import SHORT, build, make_job
 from tests.tiny import DATASET
 
 
@@ -62,6 +64,25 @@ def test_trains_scores_and_chooses_from_the_command_line(world, tmp_path, monkey
     assert last["choice"]["found"] == bool(good)
     if good:
         assert last["choice"]["name"] == min(good, key=lambda name: good[name]["ms_per_patch"])
+
+
+def test_controls(world, tmp_path):
+    """Every size twice: with soft labels and without, of which the better is taken, not the faster of two equals."""
+    build()
+    record = auto_size(make_job(), [StudentSpec(r=2), StudentSpec(r=3)], 100, tmp_path, prefer="fastest", control=True)
+    students = record["students"]
+    assert list(students) == ["r2", "r3", "r2_control", "r3_control"]
+    for r in (2, 3):
+        soft, control = students[f"r{r}"], students[f"r{r}_control"]
+        assert (soft["soft_labels"], control["soft_labels"]) == (True, False)
+        assert soft["ms_per_patch"] == control["ms_per_patch"]
+        made = [load_bundle_spec(tmp_path / "bundles" / n).provenance["training"] for n in (f"r{r}", f"r{r}_control")]
+        assert [m["distill"]["alpha"] for m in made] == [0.3, 0]
+        assert [m["cache_key"] is None for m in made] == [False, True]
+    r = record["choice"]["name"][1]
+    assert record["choice"]["name"] == max((f"r{r}", f"r{r}_control"), key=lambda name: students[name]["mean_dice"])
+    with pytest.raises(SpecError, match="control: got alpha 0"):
+        auto_size(make_job(distill=replace(SHORT, alpha=0.0)), [StudentSpec(r=2)], 1, tmp_path / "other", control=True)
 
 
 def test_no_validation_fold(world):

@@ -45,6 +45,7 @@ def auto_size(
     *,
     reference: str = "out-of-fold",
     prefer: str = "smallest",
+    control: bool = False,
     train: Train = train_quietly,
     show: Show = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def auto_size(
 
     The reference is by default the teacher's fold of the same number, the only one that did not train on these cases;
     `ensemble` is all its folds, most of which did, so its Dice is optimistic. Both mirror, as nnU-Net does.
+    With `control` every student has a twin that is trained without soft labels, NAME_control; of equal networks the one
+    with the better Dice is preferred.
     `train(jobs, resume)` trains students on the same batches; `show(done, total)` counts predictions.
     Raises SpecError, NotFoundError, MismatchError before anything is trained; what `train_student` raises after.
     """
@@ -61,6 +64,8 @@ def auto_size(
         raise SpecError(f"reference: got {reference!r}, expected out-of-fold or ensemble")
     if prefer not in PREFERENCES:
         raise SpecError(f"prefer: got {prefer!r}, expected {' or '.join(PREFERENCES)}")
+    if control and job.distill.alpha == 0:
+        raise SpecError("control: got alpha 0, which is the control; expected alpha above 0")
     check_output_folder(output)
     cases = validation_cases(job)
     folds = job.teacher.folds if reference == "ensemble" else (job.fold,)
@@ -86,7 +91,14 @@ def auto_size(
         checkpoint=job.teacher.checkpoint,
     )
     run = arm.load()  # before hours of training
-    fold_folders = _train({student.tag: replace(job, student=student) for student in students}, train)
+    jobs = {student.tag: replace(job, student=student) for student in students}
+    networks = {name: name for name in jobs}  # the student of the same network, whose time counts
+    if control:
+        hard = replace(job, distill=replace(job.distill, alpha=0.0, anneal=False))
+        twins = {f"{student.tag}_control": replace(hard, student=student) for student in students}
+        networks |= dict(zip(twins, jobs, strict=True))
+        jobs |= twins
+    fold_folders = _train(jobs, train)
     rows: dict[str, dict[str, Any]] = {}
     found: list[Case] = []
     predictions_done, predictions_total = 0, (len(fold_folders) + 1) * len(cases)
@@ -110,17 +122,18 @@ def auto_size(
             "dice": dice_of(predictions),
             "parameters": spec.provenance["parameters"],
             "backend": predictor.backend.name,
+            "soft_labels": jobs[name].distill.alpha > 0,
             "model": fold_folder.parent.name,
             "bundle": str(bundle),
         }
-    speed = ms_per_patch({name: output / "bundles" / name for name in rows}, threads=threads)
+    speed = ms_per_patch({name: output / "bundles" / name for name in set(networks.values())}, threads=threads)
     for case in found:
         run(case, output / "predictions" / "reference" / f"{case.case_id}{labels.file_ending}")
         predicted()
     reference_dice = dice_of(output / "predictions" / "reference")
     candidates = []
     for name, row in rows.items():
-        points, ms = paired_points(row["dice"], reference_dice), speed[name]["fp32"]
+        points, ms = paired_points(row["dice"], reference_dice), speed[networks[name]]["fp32"]
         candidates.append(Candidate(name=name, parameters=row["parameters"], ms_per_patch=ms, points=points))
         row |= {
             "ms_per_patch": ms,
@@ -151,13 +164,17 @@ def auto_size(
 
 
 def _train(jobs: dict[str, TrainingJob], train: Train) -> dict[str, Path]:
-    """Fold folders of trained students: what was started is finished, the rest is trained on the same batches."""
-    started = {n: j for n, j in jobs.items() if reached_checkpoint(run_folder(j))}
-    rest = {n: j for n, j in jobs.items() if n not in started}
+    """Fold folders of trained students: what was started is finished, the rest is trained on the same batches.
+
+    Those without soft labels have batches of their own.
+    """
+    groups: dict[tuple[bool, bool], dict[str, TrainingJob]] = {}
+    for name, job in jobs.items():
+        started = reached_checkpoint(run_folder(job)) is not None
+        groups.setdefault((started, job.distill.alpha > 0), {})[name] = job
     folders: dict[str, Path] = {}
-    for group, resume in ((started, True), (rest, False)):
-        if group:
-            folders |= dict(zip(group, train(list(group.values()), resume), strict=True))
+    for (started, _), group in sorted(groups.items(), reverse=True):
+        folders |= dict(zip(group, train(list(group.values()), started), strict=True))
     return {name: folders[name] for name in jobs}
 
 

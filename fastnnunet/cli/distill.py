@@ -27,6 +27,9 @@ def auto(
     prefer: Annotated[
         str, typer.Option("--prefer", help="Of those within: smallest (parameters), or fastest (milliseconds a patch).")
     ] = "smallest",
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train each without soft labels; the better of the two counts.")
+    ] = False,
     reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Sizes [default: 2 4 6 8].")] = None,
     families: Annotated[
         list[str] | None, typer.Option("--family", help="width, lite, or both: every size of each [default: auto].")
@@ -69,6 +72,8 @@ def auto(
       fastnnunet distill auto -d 4 -f 0 --within 0.5 -r 2 4 6 -o auto_hippocampus
 
       fastnnunet distill auto -d 4 -f 0 --within 0.5 -r 2 4 6 --family width lite --prefer fastest -o auto_hippocampus
+
+      fastnnunet distill auto -d 4 -f 0 --within 0.5 -r 4 6 --control -o auto_hippocampus
     """
     from fastnnunet.cli.train import parse_folds, recipe_of, run_jobs, student_specs, wait_passively
 
@@ -139,6 +144,7 @@ def auto(
             output,
             reference=reference,
             prefer=prefer,
+            control=control,
             train=lambda jobs, resume: run_jobs(jobs, resume=resume, overwrite=False, validate=False),
             show=lambda done, total: bar()(done, total),
         )
