@@ -1,6 +1,6 @@
 """What happens to a sample is drawn before it is read, so that no more is read than that takes.
 
-nnU-Net's loader reads a patch that is large enough for every rotation and scaling, two to four times the voxels of the
+nnU-Net's loader reads a patch that is large enough for every rotation and scaling, four times the voxels of a cubic
 training patch, and its spatial transform then draws neither of the two for most samples (64 of 100) and crops the
 middle. Here the transforms draw right after nnU-Net's loader has chosen where the sample is. Reading draws nothing, so
 every number comes from the same place of the same generators as without this module, and the samples are the same.
