@@ -11,16 +11,15 @@ import numpy as np
 import torch
 
 from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, SampleDraws
-from fastnnunet.nnunet.drawn_first import Box, within
+from fastnnunet.nnunet.drawn_first import Box, size_of, within
+from fastnnunet.nnunet.soft_samples import placed
 
 
 def stacked(image: torch.Tensor, dataset: Any, box: Box) -> torch.Tensor:
     """Image (C, box), and under it the soft label and its coverage, zeros beyond the volume: (C + S + 1, box)."""
     soft_SZYX, start = dataset.read_soft(*box)
-    under = np.zeros((len(soft_SZYX) + 1, *(u - k for k, u in zip(*box, strict=True))), np.float32)
-    inside = tuple(slice(s, s + n) for s, n in zip(start, soft_SZYX.shape[1:], strict=True))
-    for channel, values in zip(under, [*soft_SZYX, 1], strict=True):
-        channel[inside] = values
+    covered = np.concatenate([soft_SZYX, np.ones_like(soft_SZYX[:1])])
+    under = placed(covered, start, size_of(box), outside=0)
     return torch.cat([image, torch.from_numpy(under).reshape(-1, *image.shape[1:])])
 
 
@@ -35,7 +34,7 @@ class DrawnSamples:
 
     def begin(self, dataset: Any, box: Box) -> Box:
         """Draw for the next sample: the part of `box` of the case that `dataset` has loaded last that it takes."""
-        loaded = [u - k for k, u in zip(*box, strict=True)]
+        loaded = size_of(box)
         draws = self._draws = self._augmentation.draw(self._num_channels, loaded)
         box = within(box, self._augmentation.needed(loaded, draws.affine))
         self._place = dataset, box

@@ -50,6 +50,11 @@ def middle(patch_zyx: Sequence[int], loaded_zyx: Sequence[int]) -> tuple[slice, 
     return tuple(slice(s, s + p) for s, p in zip(starts, patch_zyx, strict=True))
 
 
+def size_of(box: Box) -> list[int]:
+    """Voxels along each axis."""
+    return [upper - lower for lower, upper in zip(*box, strict=True)]
+
+
 def within(box: Box, part: Sequence[slice]) -> Box:
     """The part of a box, given for its last axes."""
     lower, upper = map(list, box)

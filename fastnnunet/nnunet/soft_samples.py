@@ -19,7 +19,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 
 from fastnnunet import native
-from fastnnunet.nnunet.drawn_first import Box, SpatialDrawnFirst, points_of, within
+from fastnnunet.nnunet.drawn_first import Box, SpatialDrawnFirst, points_of, size_of, within
 
 NO_OPINION = -1.0  # in all channels of a soft label, where there is none
 
@@ -59,9 +59,11 @@ class SoftLabelDataset:
         return self._soft.read(case_id, lower, upper), start
 
 
-def placed(soft_SZYX: np.ndarray, start_zyx: Sequence[int], space_zyx: Sequence[int]) -> np.ndarray:
-    """The soft label of a box (S, space) that has one from `start` on, and NO_OPINION elsewhere."""
-    out = np.full((len(soft_SZYX), *space_zyx), NO_OPINION, np.float32)
+def placed(
+    soft_SZYX: np.ndarray, start_zyx: Sequence[int], space_zyx: Sequence[int], outside: float = NO_OPINION
+) -> np.ndarray:
+    """The soft label of a box (S, space) that has one from `start` on, and `outside` elsewhere."""
+    out = np.full((len(soft_SZYX), *space_zyx), outside, np.float32)
     where = (slice(s, s + n) for s, n in zip(start_zyx, soft_SZYX.shape[1:], strict=True))
     out[(slice(None), *where)] = soft_SZYX
     return out
@@ -116,7 +118,7 @@ class SampleTransforms:
     def begin(self, dataset: Any, box: Box) -> Box:
         """The part of `box` of the case that `dataset` has loaded last that the next sample takes."""
         if self._spatial is not None:
-            box = within(box, self._spatial.draw([u - k for k, u in zip(*box, strict=True)]))
+            box = within(box, self._spatial.draw(size_of(box)))
         self._place = dataset, box
         return box
 
@@ -127,9 +129,9 @@ class SampleTransforms:
         sample = {name: sample[name] for name in ("image", "segmentation")}
         if not self._soft or place is None:
             return dict(self._rest(**sample))
-        dataset, (lower, upper) = place
-        soft_SZYX, start = dataset.read_soft(lower, upper)
-        space = [u - k for k, u in zip(lower, upper, strict=True)]
+        dataset, box = place
+        soft_SZYX, start = dataset.read_soft(*box)
+        space = size_of(box)
         soft_SZYX = placed(soft_SZYX, start, space) if grid is None else sampled(soft_SZYX, start, space, grid)
         soft = torch.from_numpy(soft_SZYX.reshape(-1, *sample["segmentation"].shape[1:]))
         out = self._rest(**sample, regression_target=soft)
