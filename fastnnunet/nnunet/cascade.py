@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.advice import validate_command
 from fastnnunet.nnunet.cases import PreprocessedCases
 from fastnnunet.nnunet.paths import model_folder, resolve_dataset
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of
@@ -89,7 +90,5 @@ def open_cascade(
 
 
 def _how_to_make(spec: TeacherSpec, stage: str) -> str:
-    return (
-        "validation of the previous stage writes them, one fold at a time:\n"
-        f"  nnUNetv2_train {spec.dataset} {stage} FOLD -p {spec.plans} -tr {spec.trainer} --val   (FOLD 0 1 2 3 4)"
-    )
+    command = validate_command(spec, stage, range(5))
+    return f"validation of the previous stage writes them, one fold at a time:\n  {command}"

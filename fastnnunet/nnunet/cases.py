@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import configuration_of, read_json
+from fastnnunet.nnunet.plans import configuration_of, read_json, resolved
 from fastnnunet.specs.canonical import differences
 
 
@@ -90,19 +91,19 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
     Raises NotFoundError with the command that makes them, MismatchError when the plans beside the preprocessed data
     prepare images in another way than the model's.
     """
-    _, config = configuration_of(plans, configuration)
-    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    manager, config = configuration_of(plans, configuration)
+    base = nnunet_folder("nnUNet_preprocessed") / manager.dataset_name
     folder = base / config.data_identifier
-    plans_name = config.data_identifier.removesuffix(f"_{configuration}")
+    plans_name, prepared_as = _made_by(plans, configuration, config.data_identifier)
+    again = preprocess_command(manager.dataset_name, plans_name, prepared_as)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise NotFoundError(
             f"no preprocessed cases in {folder}\n"
-            f"put the model's plans.json at {base / plans_name}.json and run: "
-            f"nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans_name} -c {configuration}"
+            f"put the model's plans.json at {base / plans_name}.json and run: {again}"
         )
     beside = base / f"{plans_name}.json"
     if beside.is_file():
-        theirs = configuration_of(read_json(beside), configuration)[1].configuration
+        theirs = resolved(read_json(beside), prepared_as)
         changed = differences(
             {f: config.configuration.get(f) for f in PREPROCESSING_FIELDS},
             {f: theirs.get(f) for f in PREPROCESSING_FIELDS},
@@ -111,6 +112,17 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
             raise MismatchError(
                 f"{beside} preprocesses differently from the model's plans (model -> data):\n"
                 + "\n".join(f"  - {c}" for c in changed)
-                + "\nput the model's plans.json there and preprocess again"
+                + f"\nput the model's plans.json there and run: {again}"
             )
     return PreprocessedCases(folder)
+
+
+def _made_by(plans: dict[str, Any], configuration: str, data_identifier: str) -> tuple[str, str]:
+    """Plans and configuration that data were preprocessed with, from the planner's `PLANS_CONFIGURATION`.
+
+    A student shares its teacher's data, and a configuration those of the one it inherits from.
+    """
+    for name in (configuration, *sorted(plans["configurations"], key=len, reverse=True)):
+        if (made_by := data_identifier.removesuffix(f"_{name}")) != data_identifier:
+            return made_by, name
+    return str(plans["plans_name"]), configuration

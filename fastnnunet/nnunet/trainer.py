@@ -409,9 +409,10 @@ def make_trainer(
 
     The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
     """
+    from fastnnunet.nnunet.plans import architecture_of
     from fastnnunet.nnunet.primus import primus_trainer
 
-    kind = primus_trainer(StudentTrainer, plans["configurations"][configuration]["architecture"]) or StudentTrainer
+    kind = primus_trainer(StudentTrainer, architecture_of(plans, configuration)) or StudentTrainer
     with nnunet_quiet():
         trainer = kind(
             {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
