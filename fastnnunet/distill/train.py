@@ -41,6 +41,7 @@ from fastnnunet.nnunet.student import (
     trainer_of,
 )
 from fastnnunet.nnunet.student_fit import check_fit, check_network
+from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -117,6 +118,7 @@ def train_students(
     """
     from fastnnunet.nnunet.distributed import process_group
 
+    require_versions()
     device = resolve_device(jobs[0].device)
     with process_group(device):
         return _train_students(jobs, device, resume, overwrite, validate, progress)
