@@ -11,6 +11,7 @@ zarr.json                  group; attributes: key, identity, spec, cases, proven
 import json
 import platform
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class CacheFolder:
 
     def rebuild_command(self, *case_ids: str) -> str:
         """The command that replaces damaged cases."""
-        return f"{self.build_command} --case {' '.join(case_ids)}"
+        return f"{self.build_command} --case {shlex.join(case_ids)}"
 
     def missing_cases(self) -> list[str]:
         """Cases that are not stored, or visibly damaged (a rebuild replaces those)."""

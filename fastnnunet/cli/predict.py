@@ -135,15 +135,17 @@ def predict(
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
     from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.models import load_model
+    from fastnnunet.api.models import check_reader, load_model
     from fastnnunet.api.progress import RunProgress
     from fastnnunet.runtime.label_rules import cleanup_from_words
     from fastnnunet.runtime.output import RunArguments
 
     begin = time.perf_counter()
     with RunProgress(disable=disable_progress_bar) as progress:
+        folder = _model_folder(model, dataset, configuration, plans, trainer)
+        check_reader(folder)
         predictor = load_model(
-            _model_folder(model, dataset, configuration, plans, trainer),
+            folder,
             _folds(folds, model),
             checkpoint,
             tell=progress.tell,

@@ -17,6 +17,7 @@ from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import (
@@ -263,7 +264,8 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     if missing:
         raise MismatchError(
             f"fold {job.fold} of {base / 'splits_final.json'} names {len(missing)} case(s) that are not preprocessed, "
-            f"first {missing[0]!r}\ncorrect that file, or run nnUNetv2_preprocess again"
+            f"first {missing[0]!r}\ncorrect that file, or run: "
+            + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
         )
 
 

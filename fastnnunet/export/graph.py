@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.errors import ParityError, SpecError
-from fastnnunet.nnunet.plans import resolved, with_configuration
+from fastnnunet.nnunet.plans import architecture_of, resolved, with_configuration
 from fastnnunet.nnunet.primus import is_primus
 from fastnnunet.nnunet.student_fit import patch_problems, stride_products
 from fastnnunet.specs.graph import GraphSpec
@@ -25,7 +25,7 @@ def plans_for(plans: dict[str, Any], configuration: str, graph: GraphSpec) -> di
     if graph.patch_size is None and not graph.dynamic_space:
         return plans
     config = resolved(plans, configuration)
-    trained, architecture = list(config["patch_size"]), config["architecture"]
+    trained, architecture = list(config["patch_size"]), architecture_of(plans, configuration)
     if is_primus(architecture) or stride_products(config) is None:
         raise SpecError(
             f"{architecture['network_class_name']} computes on patches of {trained} only; other sizes and dynamic axes "

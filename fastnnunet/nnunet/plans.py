@@ -103,10 +103,12 @@ def architecture_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]
     plans of before 2.5, is such a place. Raises MismatchError.
     """
     architecture = deepcopy(resolved(plans, configuration)["architecture"])
-    name = str(architecture.get("network_class_name"))
-    if name.startswith(_NETWORKS) and (moved := _UNETS.get(name.rsplit(".", 1)[-1])):
-        architecture["network_class_name"] = moved
-    return architecture
+    return {**architecture, "network_class_name": _name_now(architecture["network_class_name"])}
+
+
+def _name_now(class_name: str) -> str:
+    moved = _UNETS.get(class_name.rsplit(".", 1)[-1])
+    return moved if moved and class_name.startswith(_NETWORKS) else class_name
 
 
 def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
@@ -134,9 +136,10 @@ def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]
 def num_input_channels(
     plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
 ) -> int:
-    """Image channels plus, in a cascade, one channel per foreground label."""
+    """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+    label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
@@ -155,6 +158,7 @@ def build_network(
     import inspect
 
     plans_manager, config = configuration_of(plans, configuration)
+    config.configuration["architecture"] = architecture_of(plans, configuration)
     described = (
         config.network_arch_class_name,
         config.network_arch_init_kwargs,

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ def model_path(bundle_dir: Path, spec: BundleSpec, precision: Precision, backend
         others = [name for name, file in names.items() if file in spec.files]
         raise BackendError(
             f"this bundle has no int8 model for {backend}: {names[backend]} is missing\n"
-            f"make it: fastnnunet export quantize {bundle_dir} --precision int8 --backend {backend}"
+            f"make it: fastnnunet export quantize {shlex.quote(str(bundle_dir))} --precision int8 --backend {backend}"
             + (f"\nor predict with --backend {others[0]}, which has one" if others else "")
         )
     return bundle_dir / names[backend]

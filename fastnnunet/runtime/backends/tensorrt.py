@@ -6,6 +6,7 @@ contexts share the buffers and the working memory, since they run one after the 
 """
 
 import logging
+import shlex
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -168,7 +169,8 @@ def choose_engine(
     raise BackendError(
         f"no engine of {bundle_dir} ({spec.model_file}) fits this machine: needed {precision} {architecture} {here}\n"
         f"engines of this model that were found:\n{there}\n"
-        f"make one with: fastnnunet export tensorrt {bundle_dir} --arch {architecture} --precision {precision}"
+        f"make one with: fastnnunet export tensorrt {shlex.quote(str(bundle_dir))} --arch {architecture} "
+        f"--precision {precision}"
     )
 
 
