@@ -24,7 +24,7 @@ from fastnnunet.nnunet.loading import WritableCases
 from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, resolved
 from fastnnunet.nnunet.student import RESIDUAL, student_plans
 from fastnnunet.nnunet.student_fit import check_fit, network_cost
-from fastnnunet.nnunet.versions import OLDEST, require_versions
+from fastnnunet.nnunet.versions import OLDEST, TRAINING, require_versions
 from fastnnunet.runtime.backends.torch import build_network as build_from_bundle
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
@@ -465,13 +465,13 @@ def test_versions_that_are_too_old(monkeypatch, tmp_path):
     installed = {"batchgeneratorsv2": "0.3.5", "torch": "2.14.1+cpu", "nnunetv2": "2.8.1", "zarr": "3.0.10"}
     monkeypatch.setattr("fastnnunet.nnunet.versions.version", lambda name: installed[name])
     with pytest.raises(BackendError) as error:
-        require_versions()
+        require_versions(TRAINING)
     lines = str(error.value).splitlines()
-    assert lines[0] == "2 package(s) are too old to train with:"
+    assert lines[0] == "2 package(s) are too old:"
     assert "  - batchgeneratorsv2: got 0.3.5, expected 0.3.6 or later" in lines
     assert lines[-1] == "update: pip install 'batchgeneratorsv2>=0.3.6' 'zarr>=3.1'"
     installed |= {"batchgeneratorsv2": "0.3.10", "zarr": "3.1.0rc1"}
-    require_versions()
+    require_versions(TRAINING)
 
 
 def test_versions_are_those_of_pyproject():

@@ -16,7 +16,7 @@ from fastnnunet.cache.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
@@ -42,7 +42,7 @@ from fastnnunet.nnunet.student import (
     trainer_of,
 )
 from fastnnunet.nnunet.student_fit import check_fit, check_network
-from fastnnunet.nnunet.versions import require_versions
+from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -119,7 +119,7 @@ def train_students(
     """
     from fastnnunet.nnunet.distributed import process_group
 
-    require_versions()
+    require_versions(TRAINING)
     device = resolve_device(jobs[0].device)
     with process_group(device):
         return _train_students(jobs, device, resume, overwrite, validate, progress)
@@ -137,6 +137,8 @@ def _train_students(
     folders = [fold_folder for _, _, fold_folder in checked]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise SpecError(f"several students would be trained into one folder: {', '.join(map(str, twice))}")
+    if validate:
+        _check_truth(checked[0][0], first)
     soft_labels = None
     if first.distill.alpha > 0:
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
@@ -266,6 +268,16 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
             f"fold {job.fold} of {base / 'splits_final.json'} names {len(missing)} case(s) that are not preprocessed, "
             f"first {missing[0]!r}\ncorrect that file, or run: "
             + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
+        )
+
+
+def _check_truth(plans: dict[str, Any], job: TrainingJob) -> None:
+    """Refuse a validation whose label maps are gone, before the training that comes first. Raises NotFoundError."""
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
+    if not (truth := base / "gt_segmentations").is_dir():
+        raise NotFoundError(
+            f"{truth} is missing, which a validation compares with\ncopy labelsTr there, leave the validation out with "
+            "--no-validate, or run: " + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
         )
 
 

@@ -9,6 +9,7 @@ from fastnnunet.errors import ParityError, SpecError
 from fastnnunet.nnunet.plans import architecture_of, resolved, with_configuration
 from fastnnunet.nnunet.primus import is_primus
 from fastnnunet.nnunet.student_fit import patch_problems, stride_products
+from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.graph import GraphSpec
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def fold_constants(model: "onnx.ModelProto", network: "torch.nn.Module") -> None
     """
     from onnxscript import optimizer
 
+    require_versions(["onnxscript"])
     weights = set(network.state_dict())
     before = {tensor.name for tensor in model.graph.initializer} & weights
 
