@@ -34,6 +34,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.graph import GraphSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from tests.bundles import Toy, make_toy_model
 from tests.teachers import nnunet_files, nnunet_predictor, save_checkpoint
 from tests.tiny import CONFIGURATION, DATASET, before_2_5
 
@@ -364,18 +365,16 @@ def test_predict_refuses_before_it_exports(tiny, tmp_path, monkeypatch, capsys, 
 
 def test_a_bundle_made_before_that_was_refused(tiny, tmp_path):
     """Bundles say their plans: one of an earlier export is not predicted otherwise than nnU-Net would."""
-    folder = write_model(tmp_path / "model", tiny[0], CONFIGURATION, tiny[1])
-    export_bundle(folder, 0, tmp_path / "bundle", needs_real_patches=False)
-    file = tmp_path / "bundle" / "bundle.json"
-    spec = load_bundle_spec(tmp_path / "bundle")
+    toy = make_toy_model(Toy(), tmp_path)
     for plans, configuration in (
         (naming(tiny[0], "preprocessor_name", "Mine"), CONFIGURATION),
         written(naming(tiny[0], "preprocessor_name", "Mine"), "chain"),
         (naming(tiny[0], "label_manager", "Mine"), CONFIGURATION),
     ):
-        write_bundle_json(dataclasses.replace(spec, plans=plans, configuration=configuration), file)
+        spec = dataclasses.replace(toy.spec, plans=plans, configuration=configuration)
+        write_bundle_json(spec, toy.bundle / "bundle.json")
         with pytest.raises(SpecError, match="got 'Mine'"):
-            LoadedBundle.load(tmp_path / "bundle", "onnxruntime", threads=1)
+            LoadedBundle.load(toy.bundle, "onnxruntime", threads=1)
 
 
 class TestPreprocessedCases:

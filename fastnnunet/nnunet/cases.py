@@ -71,9 +71,10 @@ class PreprocessedCases:
         return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
-        """The normalised, resampled image: float32 (C, Z, Y, X)."""
+        """The normalised, resampled image: float32 (C, Z, Y, X), no view of a file."""
         with self._reading(case_id):
-            return np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
+            image_CZYX = np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
+            return image_CZYX if image_CZYX.flags.writeable else image_CZYX.copy()
 
     def label_ZYX(self, case_id: str) -> np.ndarray:
         """The label map (Z, Y, X) beside the image; -1 outside the non-zero region."""
