@@ -338,6 +338,10 @@ def test_all_problems_at_once(tiny):
     plans = naming(naming(tiny[0], "preprocessor_name", "CT_Preprocessor"), "label_manager", "Mine")
     del plans["configurations"][CONFIGURATION]["resampling_fn_data_kwargs"]
     plans["foreground_intensity_properties_per_channel"] = {}
+    without = deepcopy(plans)
+    del without["configurations"][CONFIGURATION]["normalization_schemes"]
+    with pytest.raises(SpecError, match="normalization_schemes: nothing is named"):
+        named.check_reproducible(without, CONFIGURATION)
     with pytest.raises(SpecError, match="4 problem") as error:
         named.check_reproducible(plans, CONFIGURATION)
     for word in ("CT_Preprocessor", "Mine", "resampling_fn_data_kwargs", "percentile_00_5"):
