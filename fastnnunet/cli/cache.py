@@ -347,8 +347,8 @@ def _roots(dataset: str | None, root: str | None) -> "list[Place]":
             raise NotFoundError(_no_place(place))
         return [place]
     base = nnunet_folder("nnUNet_preprocessed")
-    name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return [*sorted(base.glob(f"{name}/fastnnunet_*"))]
+    folders = base.glob("Dataset*") if dataset is None else [base / resolve_dataset(dataset)]
+    return [*sorted(caches for folder in folders for caches in folder.glob("fastnnunet_*"))]
 
 
 def _no_place(place: "Place") -> str:

@@ -214,6 +214,12 @@ def _compare(
     )
 
 
+def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
+    """In the order in which they are written, as nnU-Net takes them; where `modality` is, the old key, that one."""
+    names = dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"]
+    return tuple(map(str, names.values() if isinstance(names, dict) else names))
+
+
 def _bundle_spec(
     plans: dict[str, Any],
     configuration: str,
@@ -225,7 +231,6 @@ def _bundle_spec(
     graph: GraphSpec,
 ) -> BundleSpec:
     plans_manager, config = configuration_of(plans, configuration)
-    channels = dataset_json.get("channel_names") or dataset_json["modality"]  # nnU-Net accepts both keys
     order = dataset_json.get("regions_class_order")
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
     folds = tuple(provenance["weights_sha256"])
@@ -233,7 +238,7 @@ def _bundle_spec(
         name=f"{plans['dataset_name']} {plans['plans_name']} {configuration} "
         f"fold{'s' if len(folds) > 1 else ''} {provenance['fold']}",
         configuration=configuration,
-        channel_names=tuple(channels[k] for k in sorted(channels, key=int)),
+        channel_names=_channel_names(dataset_json),
         labels=dataset_json["labels"],
         regions_class_order=tuple(order) if order else None,
         previous_labels=_previous_labels(plans, configuration, dataset_json),
