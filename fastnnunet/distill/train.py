@@ -27,8 +27,9 @@ from fastnnunet.nnunet.checkpoint import (
     weights_digest,
 )
 from fastnnunet.nnunet.engines import resolve_precision
+from fastnnunet.nnunet.named import check_loadable
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.primus import stock_trainer_of
 from fastnnunet.nnunet.splits import split_of
 from fastnnunet.nnunet.student import (
@@ -40,6 +41,7 @@ from fastnnunet.nnunet.student import (
     trainer_of,
 )
 from fastnnunet.nnunet.student_fit import check_fit, check_network
+from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -116,6 +118,7 @@ def train_students(
     """
     from fastnnunet.nnunet.distributed import process_group
 
+    require_versions()
     device = resolve_device(jobs[0].device)
     with process_group(device):
         return _train_students(jobs, device, resume, overwrite, validate, progress)
@@ -223,6 +226,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     folder = teacher_folder(job.teacher)
     dataset_json = read_json(folder / "dataset.json")
     teacher_plans = read_json(folder / "plans.json")
+    check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(
         teacher_plans, job.teacher.configuration, job.student, job.distill, dataset_json, trainer_of(job.teacher)
     )
@@ -235,7 +239,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
     if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
-        trainer = stock_trainer_of(plans["configurations"][job.teacher.configuration]["architecture"]) or STOCK_TRAINER
+        trainer = stock_trainer_of(architecture_of(plans, job.teacher.configuration)) or STOCK_TRAINER
         load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder
 
@@ -243,7 +247,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
 def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     """Refuse a fold with nothing to train on or to validate on, or with cases that are not there."""
     cases = open_cases(plans, job.teacher.configuration).case_ids
-    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
     split = split_of(base, cases, job.fold)
     if split is None:
         if isinstance(job.fold, int):

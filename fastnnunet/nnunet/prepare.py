@@ -1,11 +1,11 @@
 """nnU-Net's own planning and preprocessing as one call."""
 
 import contextlib
-import json
 from pathlib import Path
 
-from fastnnunet.errors import BuildError, SpecError
+from fastnnunet.errors import BuildError, MismatchError, SpecError
 from fastnnunet.nnunet.paths import dataset_number, nnunet_folder, resolve_dataset
+from fastnnunet.nnunet.plans import configuration_of, read_json
 
 
 def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, log_file: Path | None = None) -> Path:
@@ -33,12 +33,11 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
         plans_name = plan_experiments([dataset_id])
         preprocess([dataset_id], plans_name, configurations=[configuration], num_processes=[num_processes])
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    plans = json.loads((folder / f"{plans_name}.json").read_text())
-    if configuration not in plans["configurations"]:
-        raise BuildError(
-            f"nnU-Net planned no {configuration!r} for {dataset_name}; it planned: {', '.join(plans['configurations'])}"
-        )
-    data = folder / plans["configurations"][configuration]["data_identifier"]
+    try:
+        _, config = configuration_of(read_json(folder / f"{plans_name}.json"), configuration)
+    except MismatchError as e:
+        raise BuildError(f"nnU-Net planned {dataset_name} otherwise: {e}") from e
+    data = folder / config.data_identifier
     if not data.is_dir() or not any(data.iterdir()):
         raise BuildError(f"nnU-Net preprocessed no case into {data}; see {log_file or 'its own output'}")
     return folder

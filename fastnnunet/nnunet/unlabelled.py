@@ -35,13 +35,14 @@ from fastnnunet.nnunet.image_case import ENDINGS, PARTIAL, ImageTask, preprocess
 from fastnnunet.nnunet.image_folder import FileStamp, find_images, unchanged, unusable
 from fastnnunet.nnunet.parallel import each
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import configuration_of, num_input_channels
+from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_input_channels
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
 
 SETS = "unlabelled"
 VERSION = 1
-_PLANS_FIELDS = ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer")
+_PLANS_FIELDS = ("transpose_forward", "image_reader_writer")
+_STATISTICS = "foreground_intensity_properties_per_channel"
 _CONFIGURATION_FIELDS = (
     *PREPROCESSING_FIELDS,
     "resampling_fn_seg",
@@ -106,9 +107,9 @@ class ImageSet:
     @property
     def preprocessing(self) -> str:
         """Digest of what of the plans changes a preprocessed voxel."""
-        config = configuration_of(self.plans, self.configuration)[1].configuration
-        fields = {f: self.plans.get(f) for f in _PLANS_FIELDS}
-        return sha256_of(fields | {f: config.get(f) for f in _CONFIGURATION_FIELDS})
+        manager, config = configuration_of(self.plans, self.configuration)
+        fields = {f: manager.plans.get(f) for f in _PLANS_FIELDS} | {_STATISTICS: intensity_properties(manager)}
+        return sha256_of(fields | {f: config.configuration.get(f) for f in _CONFIGURATION_FIELDS})
 
     @property
     def cases(self) -> UnlabelledCases:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
-from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
+from fastnnunet.geometry.resample import ResampleSpec, parse_label_resample_spec, parse_resample_spec
 from fastnnunet.runtime.backends.base import Backend, Precision, create_ensemble
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.label_stream import stream_labels
@@ -21,6 +21,7 @@ from fastnnunet.runtime.preprocess import Preprocessed, preprocess
 from fastnnunet.runtime.sliding_window import OnTiles, SlidingWindow
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
+from fastnnunet.specs.reproducible import preprocessing_problems, stated
 
 # Logits of more bytes are not kept but labelled while the window goes on. Smaller ones are kept until it has passed, so
 # that another thread can label them while the network is at the next case.
@@ -78,20 +79,13 @@ class LoadedBundle:
         self.mirror_axes = spec.mirror_axes if mirroring else None
         self.use_gaussian = use_gaussian
         self.threads = threads
+        _check_names(spec)
         check_normalization(spec.normalization_schemes, spec.intensity_properties)
         self._resample_data = parse_resample_spec(spec.resampling["data"], "the image")
         self._resample_logits = parse_resample_spec(spec.resampling["probabilities"], "the logits")
         self._resample_seg: ResampleSpec | None = None
         if spec.previous_labels:
-            kwargs = {**spec.resampling["seg"].get("kwargs", {}), "is_seg": False}
-            self._resample_seg = parse_resample_spec(
-                {**spec.resampling["seg"], "kwargs": kwargs}, "the previous segmentation"
-            )
-            if self._resample_seg.convention == "torch" or self._resample_seg.order_z != 0:
-                raise SpecError(
-                    "the bundle resamples segmentations in a way this runtime does not have (torch, or order_z not 0)"
-                    "\npredict with nnU-Net itself"
-                )
+            self._resample_seg = parse_label_resample_spec(spec.resampling["seg"], "the previous segmentation")
         self._label_rule = label_rule(spec)
 
     @classmethod
@@ -244,6 +238,17 @@ class LoadedBundle:
             "mirror_axes": list(self.mirror_axes or ()),
             "use_gaussian": self.use_gaussian,
         }
+
+
+def _check_names(spec: BundleSpec) -> None:
+    """Refuse what earlier exports let pass. Raises SpecError."""
+    preprocessor = stated(spec.plans, spec.configuration, "preprocessor_name")
+    if problems := preprocessing_problems(preprocessor, spec.plans.get("label_manager")):
+        raise SpecError(
+            f"the bundle {spec.name} is of a model that this runtime cannot reproduce\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + "\npredict with nnU-Net itself, nnUNetv2_predict"
+        )
 
 
 def _with_folds(spec: BundleSpec, folds: list[str]) -> BundleSpec:
