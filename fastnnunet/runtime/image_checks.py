@@ -70,6 +70,15 @@ def check_spacing(file: ImageSource, spacing: Sequence[float], *, signed: bool =
         raise ImageError(f"{file} has a damaged header: its spacing is ({got}), expected millimetres; export it again")
 
 
+def check_geometry(file: ImageSource, geometry: dict[str, Any]) -> None:
+    """Raises ImageError when `spacing` is no length, or `origin` or `direction` no number."""
+    check_spacing(file, geometry["spacing"])
+    for name in ("origin", "direction"):
+        if not all(map(math.isfinite, geometry[name])):
+            got = ", ".join(f"{v:g}" for v in geometry[name])
+            raise ImageError(f"{file} has a damaged header: its {name} is ({got}), expected numbers; export it again")
+
+
 def smallest_dtype(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Labels in the type nnU-Net stores them in: 8 bits for labels below 255, 16 bits otherwise."""
     return labels.astype(np.uint8 if labels.max(initial=0) < 255 else np.uint16, copy=False)
