@@ -14,11 +14,10 @@ from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_geometry, check_same, smallest_dtype, stack_channels
 from fastnnunet.runtime.itk import last_line
 from fastnnunet.runtime.nifti import is_nifti, is_nifti_pair, read_nifti_voxels
-from fastnnunet.runtime.stored import DEFLATE_RATIO, check_claim
+from fastnnunet.runtime.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim
 from fastnnunet.runtime.text_headers import Layout, read_layout
 
 _GIPL_HEADER_BYTES = 256
-_SMALL_BYTES = 1 << 26  # an image of this size may be made of any number of bytes, where ITK alone knows the format
 _Geometry = dict[str, Any]
 
 
@@ -118,7 +117,7 @@ def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
     try:
         reader.ReadImageInformation()
         dtype = _scalar_dtype(file, reader)
-        if isinstance(layout, Layout) and (layout.sizes_xyz, layout.dtype.newbyteorder("=")) == (reader.GetSize(), dtype):
+        if isinstance(layout, Layout) and layout.describes(reader.GetSize(), dtype):
             voxels = layout.read()
         if voxels is not None and reader.GetSize() != voxels.shape[::-1]:
             raise ImageError(f"{file}: size {reader.GetSize()} does not fit its voxels {voxels.shape[::-1]}")
@@ -156,11 +155,11 @@ def _check_claim_of(file: Path, reader: Any, dtype: np.dtype[Any]) -> None:
     if file.suffix.lower() == ".gipl":  # ITK leaves missing voxels as they are
         check_claim(file, claimed + _GIPL_HEADER_BYTES, stored)
     else:
-        check_claim(file, claimed, stored, ratio=DEFLATE_RATIO, slack=_SMALL_BYTES)
+        check_claim(file, claimed, stored, ratio=DEFLATE_RATIO, slack=SMALL_BYTES)
 
 
 def _geometry_of(image: Any) -> _Geometry:
-    """Of an image or a reader. A negative spacing is turned into an axis that runs the other way, as ITK's reader does."""
+    """Of an image or a reader. A negative spacing becomes an axis that runs the other way, as in ITK's image reader."""
     spacing = image.GetSpacing()
     axes = len(spacing)
     signs = [-1.0 if s < 0 else 1.0 for s in spacing]

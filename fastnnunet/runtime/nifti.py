@@ -31,7 +31,7 @@ _NO_NUMBERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Header:
-    """What is read of either version. `pixdim` and `sizes` are of the axes that dim[0] counts; affine codes as stored."""
+    """What is read of either version; sizes and `pixdim` are those of the axes that dim[0] counts."""
 
     order: str  # of bytes, as struct writes it
     datatype: int
@@ -110,7 +110,8 @@ def _read_header(stored: Stored, *, single: bool) -> _Header:
     for order in "<>":
         size = struct.unpack_from(f"{order}i", content)[0]
         magic = content[344:348]
-        if size == _HEADER_BYTES and (magic == (b"n+1\0" if single else b"ni1\0") or not (single or magic.strip(b"\0"))):
+        is_analyze = not single and not magic.strip(b"\0")
+        if size == _HEADER_BYTES and (is_analyze or magic == (b"n+1\0" if single else b"ni1\0")):
             header = _first_version(content, order)
         elif size == _NIFTI2_HEADER_BYTES and content[4:12] == _NIFTI2_MAGIC[0 if single else 1]:
             content += stored.read(_NIFTI2_HEADER_BYTES - _HEADER_BYTES)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from fastnnunet.errors import ImageError
 
 DEFLATE_RATIO = 1032  # deflate cannot make more than this out of a byte
+PICTURE_RATIO = 4096  # above what JPEG and the usual compressions of TIFF do
+SMALL_BYTES = 1 << 26  # so large an image may be made of any number of bytes, where a library alone knows the format
 _CHUNK_BYTES = 1 << 18
 _PIECE_BYTES = 1 << 24
 _BLOCK_BYTES = 512  # some writers fill the last block of a file with zeros
@@ -62,12 +64,12 @@ class Stored:
     def voxels(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """The next `count` numbers, after which nothing follows. Raises ImageError when there are fewer, or more."""
         flat = np.empty(count, dtype)
-        into = memoryview(flat.view(np.uint8))
+        into = flat.view(np.uint8)
         got = 0
-        while got < len(into) and (piece := self._take(len(into) - got)):
-            into[got : got + len(piece)] = piece
+        while got < into.size and (piece := self._take(into.size - got)):
+            into[got : got + len(piece)] = np.frombuffer(piece, np.uint8)
             got += len(piece)
-        self._require(got, len(into))
+        self._require(got, into.size)
         return flat
 
     def check(self, size: int) -> None:
@@ -111,9 +113,7 @@ class Stored:
             if piece:
                 return piece
             if not data and not self._decoder.eof:
-                raise ImageError(
-                    f"{self.path} is truncated (its compressed data stop early); copy or export it again"
-                )
+                raise ImageError(f"{self.path} is truncated (its compressed data stop early); copy or export it again")
 
     def _next_member(self) -> bytes | None:
         """Begin of the gzip member behind one that ended; zeros between them are padding. None at the end."""
@@ -153,8 +153,8 @@ def check_claim(path: Path, claimed_bytes: int, stored_bytes: int, *, ratio: int
     """
     if claimed_bytes > stored_bytes * ratio + slack:
         raise ImageError(
-            f"{path} is truncated or its header is damaged: it claims {claimed_bytes} bytes of voxels, expected at most "
-            f"{stored_bytes * ratio + slack} in {stored_bytes} stored bytes; copy or export it again"
+            f"{path} is truncated or its header is damaged: it claims {claimed_bytes} bytes of voxels, "
+            f"expected at most {stored_bytes * ratio + slack} in {stored_bytes} stored bytes; copy or export it again"
         )
     if claimed_bytes > (memory := memory_bytes()):
         raise ImageError(

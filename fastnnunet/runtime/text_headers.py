@@ -59,6 +59,10 @@ class Layout:
     start: int
     packing: str | None
 
+    def describes(self, sizes_xyz: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+        """Whether ITK understood the header in the same way."""
+        return self.sizes_xyz == sizes_xyz and self.dtype.newbyteorder("=") == dtype
+
     def read(self) -> npt.NDArray[Any]:
         """Voxels in the order of axes of NumPy. Raises ImageError when they are not as many as the header says."""
         count = math.prod(self.sizes_xyz)
