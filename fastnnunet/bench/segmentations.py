@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
-from fastnnunet.runtime.image_checks import check_geometry
 from fastnnunet.runtime.image_picture import read_picture
 from fastnnunet.runtime.image_sitk import read_itk
 
@@ -136,7 +135,6 @@ def read_segmentation(path: Path) -> Segmentation:
         geometry["direction"] = tuple(np.eye(array.ndim).ravel())
     else:
         array, geometry = read_itk(path)
-        check_geometry(path, geometry)
     if array.ndim not in ((2,) if is_picture else (2, 3)):
         raise ImageError(f"{path} is not a label map: got the shape {array.shape}, expected (y, x) or (z, y, x)")
     if not np.issubdtype(array.dtype, np.integer):

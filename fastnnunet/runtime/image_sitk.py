@@ -33,7 +33,6 @@ class SimpleITKIO:
         for file in files:
             voxels, geometry = self._read_one(file)
             volumes.append(voxels if voxels.ndim == 4 else voxels[(None,) * (4 - voxels.ndim)])
-            check_geometry(file, geometry)
             geometries.append(geometry)
         compared = ("spacing", "origin", "direction")
         check_same(
@@ -55,6 +54,7 @@ class SimpleITKIO:
         if isinstance(file, DicomSeries):
             image = read_series(file)
             voxels, geometry = sitk.GetArrayFromImage(image), _geometry_of(image)
+            check_geometry(file, geometry)
         else:
             voxels, geometry = read_itk(file)
         if not 2 <= voxels.ndim <= 4:
@@ -98,7 +98,7 @@ def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
     """Voxels (..., y, x) of a scalar image and ITK's `spacing`, `origin`, `direction` (axes x, y, ...).
 
     What the header claims is compared with the file before memory is allocated.
-    Raises ImageError when the file is missing, damaged, truncated or no scalar image.
+    Raises ImageError when the file is missing, damaged, truncated or no scalar image, or its geometry is none.
     """
     import SimpleITK as sitk
 
@@ -127,7 +127,13 @@ def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
             voxels = sitk.GetArrayFromImage(reader.Execute())
     except RuntimeError as e:
         raise ImageError(f"cannot read {file}: {last_line(e)}\nexpected an image that SimpleITK can read") from e
-    return voxels, _geometry_of(reader)
+    geometry = _geometry_of(reader)
+    check_geometry(file, geometry)
+    try:
+        _to_sitk(np.zeros((1,) * voxels.ndim, np.uint8), geometry)  # ITK has the last word on directions
+    except RuntimeError as e:
+        raise ImageError(f"{file} has a damaged header: {last_line(e)}; export it again") from e
+    return voxels, geometry
 
 
 def _scalar_dtype(file: Path, reader: Any) -> np.dtype[Any]:
@@ -174,7 +180,7 @@ def _geometry_of(image: Any) -> _Geometry:
 def _to_sitk(voxels: npt.NDArray[Any], geometry: _Geometry) -> Any:
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(voxels)
+    image = sitk.GetImageFromArray(voxels, isVector=False)
     image.SetSpacing(geometry["spacing"])
     image.SetOrigin(geometry["origin"])
     image.SetDirection(geometry["direction"])

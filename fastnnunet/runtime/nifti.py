@@ -92,7 +92,9 @@ def _read_voxels(stored: Stored, header: _Header) -> npt.NDArray[np.generic] | N
     else:
         check_claim(path, need, max(0, stored.stored_bytes - header.start))
     stored.skip(header.start - stored.position)
-    plain = header.slope == 0 or not math.isfinite(header.slope) or (header.slope, header.intercept) == (1.0, 0.0)
+    # ITK adds an intercept even where the slope says that nothing is rescaled
+    slope, intercept = (value if math.isfinite(value) else 0.0 for value in (header.slope, header.intercept))
+    plain = (slope, intercept) in ((0.0, 0.0), (1.0, 0.0))
     if len(header.sizes_xyz) != 3 or datatype not in _DTYPES or not plain:
         stored.check(need)
         return None

@@ -102,6 +102,7 @@ def _read_metaimage(path: Path, head: bytes) -> Layout | str:
         if match[1] in fields or (match[1] != "ObjectType" and "NDims" not in fields and match[1] in _META_COUNTED):
             raise _damaged(path, f"a second {match[1]}" if match[1] in fields else f"{match[1]} before NDims")
         fields[match[1]] = match[2]
+    _check_text(path, head[:start])
     axes = _whole(path, "NDims", fields.get("NDims", ""))
     if not 1 <= axes <= 10:
         raise _damaged(path, f"NDims = {axes}")
@@ -124,14 +125,16 @@ def _read_metaimage(path: Path, head: bytes) -> Layout | str:
         packing="zlib" if _is_true(fields.get("CompressedData", "False")) else None,
     )
     skip = _whole(path, "HeaderSize", fields.get("HeaderSize", "0"))
-    packed_bytes = _whole(path, "CompressedDataSize", fields.get("CompressedDataSize", "0"))
+    packed_bytes = None
+    if layout.packing:  # ITK decodes something else when the size is not stated
+        packed_bytes = _whole(path, "CompressedDataSize", fields.get("CompressedDataSize", ""))
     is_text = not _is_true(fields.get("BinaryData", "False"))
     return _placed(
         layout,
         _data_files(path, fields["ElementDataFile"], head[start:], local="local"),
         skip=skip,
         text_bytes=2 if is_text else 0,
-        packed_bytes=packed_bytes if layout.packing else 0,
+        packed_bytes=packed_bytes,
     )
 
 
@@ -159,6 +162,7 @@ def _read_nrrd(path: Path, head: bytes) -> Layout | str:
                 break
         elif ":=" not in text:
             raise _damaged(path, f"line {text[:60]!r}")
+    _check_text(path, head[:start])
     axes = _whole(path, "dimension", fields.get("dimension", ""))
     if not 1 <= axes <= 16:
         raise _damaged(path, f"dimension: {axes}")
@@ -229,7 +233,7 @@ def _data_files(path: Path, named: str, following: bytes, *, local: str) -> list
 
 
 def _placed(
-    layout: Layout, files: list[Path], *, skip: int | None, text_bytes: int, packed_bytes: int = 0
+    layout: Layout, files: list[Path], *, skip: int | None, text_bytes: int, packed_bytes: int | None = None
 ) -> Layout | str:
     """A layout with the place of its voxels, or ITK's name of the format where that is not a plain one.
 
@@ -241,7 +245,7 @@ def _placed(
     need = math.prod(layout.sizes_xyz) * (text_bytes or layout.dtype.itemsize)
     ratio = DEFLATE_RATIO if layout.packing and not text_bytes else 1
     check_claim(layout.data_file, need - (1 if text_bytes else 0), stored, ratio=ratio)
-    if packed_bytes and packed_bytes != stored:
+    if packed_bytes is not None and packed_bytes != stored:
         raise _damaged(layout.data_file, f"CompressedDataSize = {packed_bytes}, of which {stored} bytes are there")
     if len(files) > 1 or text_bytes or skip is None or (skip != 0 and (layout.packing or not detached)):
         return layout.image_io
@@ -255,6 +259,11 @@ def _placed(
         start=start + max(0, skip),
         packing=layout.packing,
     )
+
+
+def _check_text(path: Path, header: bytes) -> None:
+    if (at := header.find(b"\0")) >= 0:
+        raise _damaged(path, f"byte {at} of its text is zero")
 
 
 def _sizes(path: Path, name: str, text: str, axes: int) -> tuple[int, ...]:
