@@ -67,7 +67,12 @@ def slice_files(series: DicomSeries) -> tuple[Path, ...]:
     A copy of a slice is left out, as are scouts among slices. Raises ImageError when the folder holds no image series,
     several and no `uid` says which, or not that one; and when a file of the series is damaged.
     """
-    return tuple(_find(series).heads)
+    return tuple(slice_heads(series))
+
+
+def slice_heads(series: DicomSeries) -> dict[Path, Head]:
+    """`slice_files` with what each says of itself."""
+    return _find(series).heads
 
 
 def read_series(series: DicomSeries) -> Any:
