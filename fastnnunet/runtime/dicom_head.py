@@ -22,15 +22,18 @@ _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _TEXT = {
     0x00020002: "media_class",
+    0x00020003: "media_uid",
     0x00080008: "image_type",
     0x00080010: "recognition",
     0x00080016: "storage_class",
     0x00080018: "sop_uid",
     0x00080060: "modality",
     0x0008103E: "description",
+    0x0020000D: "study_uid",
     0x0020000E: "series_uid",
     0x00200032: "position",
     0x00200037: "orientation",
+    0x00200052: "frame_uid",
     0x00280008: "frames",
     0x00280030: "pixel_spacing",
 }
@@ -48,7 +51,9 @@ class Head:
     has_preamble: bool = True
     storage_class: str = ""
     sop_uid: str = ""
+    study_uid: str = ""
     series_uid: str = ""
+    frame_uid: str = ""  # of the frame of reference
     image_type: tuple[str, ...] = ()
     modality: str = ""
     description: str = ""
@@ -246,8 +251,10 @@ def _head(
         is_whole=is_whole,
         has_preamble=has_preamble,
         storage_class=text("storage_class") or text("media_class"),
-        sop_uid=text("sop_uid"),
+        sop_uid=text("sop_uid") or text("media_uid"),  # the file's own header repeats the two
+        study_uid=text("study_uid"),
         series_uid=text("series_uid"),
+        frame_uid=text("frame_uid"),
         image_type=tuple(part.strip().upper() for part in text("image_type").split("\\") if part),
         modality=text("modality"),
         description=text("description"),

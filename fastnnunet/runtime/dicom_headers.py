@@ -24,7 +24,10 @@ IDENTIFYING = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
-_OF_EACH_SLICE = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+_UIDS = {  # of each slice
+    **{"SOPClassUID": "storage_class", "SOPInstanceUID": "sop_uid", "StudyInstanceUID": "study_uid"},
+    **{"SeriesInstanceUID": "series_uid", "FrameOfReferenceUID": "frame_uid"},
+}
 _CLASSES = {"CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "PT": "1.2.840.10008.5.1.4.1.1.128"}
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MOST_SERIES_NUMBER = 2**31 - 1
@@ -79,25 +82,21 @@ def source_headers(series: DicomSeries) -> SourceHeaders:
     import pydicom
 
     heads = slice_heads(series)
-    files = tuple(heads)
     with no_complaints():
         try:
-            first = pydicom.dcmread(files[0], stop_before_pixels=True, force=True)
-            tags = [*_OF_EACH_SLICE, "Modality"]
-            others = [pydicom.dcmread(f, stop_before_pixels=True, force=True, specific_tags=tags) for f in files[1:]]
+            first = pydicom.dcmread(next(iter(heads)), stop_before_pixels=True, force=True)
         except Exception as e:  # it raises whatever its parts raise
             raise ImageError(f"{series.folder}: pydicom cannot read its headers: {e}{_WITHOUT}") from e
-        return _mend(series, heads, [first, *others])
+        return _mend(series, heads, first)
 
 
 _WITHOUT = "\nleave out --output-format dicom-seg"
 
 
-def _mend(series: DicomSeries, heads: dict[Path, Head], given: list[Any]) -> SourceHeaders:
+def _mend(series: DicomSeries, heads: dict[Path, Head], first: Any) -> SourceHeaders:
     from pydicom.dataset import Dataset
 
     done: dict[str, str] = {}
-    first = given[0]
     copied, identifying = _mend_data_set(first, done, 0), Dataset()
     for name in IDENTIFYING:
         if name in copied:
@@ -110,12 +109,11 @@ def _mend(series: DicomSeries, heads: dict[Path, Head], given: list[Any]) -> Sou
     done.pop("PatientSex", None)
     identifying.PatientSex = sex
     _note(done, "PatientSex", what)
-    identities = _identities(series, list(heads), given, done)
+    identities = _identities(series, heads, done)
     slices = []
     orientation = next(iter(heads.values())).orientation
-    for header, head, identity in zip(
-        [copied, *(Dataset() for _ in given[1:])], heads.values(), identities, strict=True
-    ):
+    for number, (head, identity) in enumerate(zip(heads.values(), identities, strict=True)):
+        header = Dataset() if number else copied
         for name, uid in identity.items():
             setattr(header, name, uid)
         if not identity["SOPClassUID"].startswith(_PREFIX_OF_STANDARD_CLASSES):
@@ -151,20 +149,17 @@ def _set_thickness(slices: list[Any], given: str, done: dict[str, str]) -> None:
         header.SpacingBetweenSlices = DSfloat(spacing or thickness or 1.0, auto_format=True)
 
 
-def _identities(series: DicomSeries, files: list[Path], given: list[Any], done: dict[str, str]) -> list[dict[str, str]]:
+def _identities(series: DicomSeries, heads: dict[Path, Head], done: dict[str, str]) -> list[dict[str, str]]:
     """The UIDs of each slice: as they are, were they not legal, since others refer to the images by them."""
     from pydicom.uid import generate_uid
 
-    found = [{name: _raw_text(header, name) for name in _OF_EACH_SLICE} for header in given]
-    for header, uids, file in zip(given, found, files, strict=True):
-        meta = getattr(header, "file_meta", {})  # the file's own header repeats the two UIDs
-        uids["SOPInstanceUID"] = uids["SOPInstanceUID"] or _uid_text(meta.get("MediaStorageSOPInstanceUID"))
-        uids["SOPClassUID"] = uids["SOPClassUID"] or _uid_text(meta.get("MediaStorageSOPClassUID"))
+    found = [{name: getattr(head, of_head) for name, of_head in _UIDS.items()} for head in heads.values()]
+    for (file, head), uids in zip(heads.items(), found, strict=True):
         if not uids["SOPInstanceUID"]:
             raise ImageError(f"{file} has no SOPInstanceUID, by which a DICOM SEG refers to its image{_WITHOUT}")
         if not uids["SOPClassUID"]:
-            uids["SOPClassUID"] = _CLASSES.get(_raw_text(header, "Modality"), _SECONDARY_CAPTURE)
-            done["SOPClassUID"] = "taken from the modality, it is missing"
+            uids["SOPClassUID"] = _CLASSES.get(head.modality, _SECONDARY_CAPTURE)
+            done["SOPClassUID"] = "missing, taken from the modality"
     if len({uids["SOPInstanceUID"] for uids in found}) < len(found):
         raise ImageError(
             f"{series.folder}: several slices have the same SOPInstanceUID (anonymised?), so that a DICOM SEG cannot "
@@ -261,10 +256,6 @@ def _encodings(header: Any) -> list[str]:
         return list(convert_encodings(names))
     except LookupError:
         return [default_encoding]
-
-
-def _uid_text(value: Any) -> str:
-    return str(value or "").strip("\0 ")
 
 
 def _code_of(modality: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -24,12 +25,15 @@ _UTF8 = "ISO_IR 192"
 def check_dicom_seg(series: DicomSeries, *, labels: Mapping[str, Any], model: str) -> None:
     """Find out before any work whether a segmentation can refer to a series; log what of its headers is mended.
 
-    A segmentation of one voxel a slice is put together for it. Raises ImageError when none can be.
+    A segmentation of one voxel in two slices is put together for it: in what the others differ is checked one by one.
+    Raises ImageError when none can be.
     """
     source = source_headers(series)
     foreground = next(iter(segment_labels(labels).values()), (0,))[0]
-    one_voxel_ZYX = np.full((len(source.slices), 1, 1), foreground, np.uint16)
-    _tell(source, series, _segmentation(one_voxel_ZYX, source, series, labels, model))
+    number = min(len(source.slices), 2)
+    two = replace(source, slices=source.slices[:number], storage_classes=source.storage_classes[:number])
+    one_voxel_ZYX = np.full((number, 1, 1), foreground, np.uint16)
+    _tell(source, series, _segmentation(one_voxel_ZYX, two, series, labels, model))
 
 
 def write_dicom_seg(
