@@ -19,7 +19,14 @@ from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants
 from fastnnunet.export.onnx import INPUT, OUTPUT, put_weights, to_onnx
 from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
+from fastnnunet.nnunet.plans import (
+    build_network,
+    check_fits,
+    configuration_of,
+    label_manager_of,
+    num_input_channels,
+    read_json,
+)
 from fastnnunet.nnunet.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
@@ -77,6 +84,8 @@ def export_bundle(
     configuration = stored["init_args"]["configuration"]
     plans = plans_for(plans, configuration, graph)
     multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    first = strip_prefix(stored["network_weights"])
+    check_fits(plans, configuration, dataset_json, stored["trainer_name"], first, paths[0])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
     image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
 

@@ -1,10 +1,13 @@
 """Plans, configurations and the networks they describe."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.trust import check_trusted
+from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.plans_checks import check_dataset_json, is_class_name
+from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
     import torch
@@ -14,21 +17,14 @@ if TYPE_CHECKING:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises NotFoundError or CorruptError."""
-    if not path.is_file():
-        raise NotFoundError(f"{path} is missing")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise CorruptError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_json_object(path)
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansManager, ConfigurationManager]":
     """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    check_trusted(plans, configuration)
     if configuration not in plans.get("configurations", {}):
         raise MismatchError(
             f"plans {plans.get('plans_name')!r} have no configuration {configuration!r}\n"
@@ -40,6 +36,7 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansM
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
     """nnU-Net's label manager: heads, regions, ignore label."""
+    check_dataset_json(dataset_json)
     return plans_manager.get_label_manager(dataset_json)
 
 
@@ -81,26 +78,54 @@ def build_network(
     arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
     try:
         return build(*arguments, enable_deep_supervision=deep_supervision)
-    except (AssertionError, TypeError, ImportError) as e:
+    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
         raise MismatchError(
             f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
             f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
         ) from e
 
 
+def check_fits(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    trainer: str,
+    weights: "dict[str, torch.Tensor]",
+    where: Path,
+) -> None:
+    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
+
+    Raises MismatchError, and what `build_network` raises.
+    """
+    import warnings
+
+    import torch
+
+    from fastnnunet.nnunet.checkpoint import load_weights
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
+        load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)
+
+
 def trainer_class(name: str) -> Any:
-    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`. Raises NotFoundError."""
+    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
+
+    Raises NotFoundError.
+    """
     import contextlib
     import io
 
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
+        if not is_class_name(name):
+            raise TypeError("no name of a class")
         with contextlib.redirect_stdout(io.StringIO()):
             return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError, TypeError) as e:  # also of what is there under this name and is no trainer
         raise NotFoundError(
-            f"trainer {name!r} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
+            f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
 
 

@@ -1,11 +1,11 @@
 """nnU-Net's own planning and preprocessing as one call."""
 
 import contextlib
-import json
 from pathlib import Path
 
 from fastnnunet.errors import BuildError
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+from fastnnunet.specs.json_text import read_json_object
 
 
 def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, log_file: Path | None = None) -> Path:
@@ -28,7 +28,7 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
         plans_name = plan_experiments([dataset_id])
         preprocess([dataset_id], plans_name, configurations=[configuration], num_processes=[num_processes])
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    plans = json.loads((folder / f"{plans_name}.json").read_text())
+    plans = read_json_object(folder / f"{plans_name}.json")
     if configuration not in plans["configurations"]:
         raise BuildError(
             f"nnU-Net planned no {configuration!r} for {dataset_name}; it planned: {', '.join(plans['configurations'])}"

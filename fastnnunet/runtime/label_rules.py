@@ -5,7 +5,6 @@ reader admits that one function by its name, which it does not import, and plain
 """
 
 import io
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from fastnnunet.errors import CorruptError, NotFoundError, SpecError
 from fastnnunet.runtime.labels import Cleanup, KeepLargest, SizeUnit
+from fastnnunet.specs.json_text import read_json_object
 
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
@@ -47,7 +47,7 @@ def read_postprocessing(path: Path) -> tuple[KeepLargest, ...]:
         )
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content = read_json_object(path)
             names, arguments = content["postprocessing_fns"], content["postprocessing_kwargs"]
         else:
             functions, arguments = _Unpickler(io.BytesIO(path.read_bytes())).load()
