@@ -3,7 +3,6 @@
 Axes are (z, y, x) as SimpleITK gives arrays.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.runtime.image_picture import read_picture
 from fastnnunet.runtime.image_sitk import read_itk
+from fastnnunet.specs.json_text import read_json_object
 
 ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png", ".bmp")  # tried in this order without a dataset.json
 
@@ -42,7 +42,7 @@ def labels_from_dataset_json(path: Path) -> LabelSet:
     if not path.is_file():
         raise NotFoundError(f"dataset.json not found: {path}\ngive nnU-Net's description of the labels with -dj")
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json_object(path)
         return make_label_set(raw["labels"], str(raw["file_ending"]))
     except (ValueError, KeyError, TypeError) as e:
         raise SpecError(

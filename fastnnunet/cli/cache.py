@@ -73,6 +73,7 @@ def build(
         str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
     ] = None,
     memory_limit: MemoryLimit = 4.0,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.
 
@@ -145,6 +146,7 @@ def plan(
     workers: Workers = None,
     threads: Threads = None,
     memory_limit: MemoryLimit = 4.0,
+    allow_code: options.AllowCode = False,
     timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
 ) -> None:
     """Say what a build would write, need and take. Writes nothing; exit code 2 when disk or memory is too small.

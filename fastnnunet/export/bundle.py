@@ -23,6 +23,7 @@ from fastnnunet.nnunet.named import check_reproducible, resampling_of
 from fastnnunet.nnunet.plans import (
     architecture_of,
     build_network,
+    check_fits,
     configuration_of,
     intensity_properties,
     label_manager_of,
@@ -87,6 +88,8 @@ def export_bundle(
     check_reproducible(plans, configuration)
     plans = plans_for(plans, configuration, graph)
     multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    first = strip_prefix(stored["network_weights"])
+    check_fits(plans, configuration, dataset_json, stored["trainer_name"], first, paths[0])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
     image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
 

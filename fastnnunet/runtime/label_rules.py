@@ -6,7 +6,6 @@ which is never imported: its name stands for it.
 """
 
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from fastnnunet.errors import CorruptError, NotFoundError, SpecError
 from fastnnunet.runtime.labels import Cleanup, KeepLargest, SizeUnit
+from fastnnunet.specs.json_text import read_json_object
 from fastnnunet.specs.pickles import load_plain
 
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
@@ -35,11 +35,11 @@ def read_postprocessing(path: Path) -> tuple[KeepLargest, ...]:
         )
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content = read_json_object(path)
             names, arguments = content["postprocessing_fns"], content["postprocessing_kwargs"]
         else:
-            content = io.BytesIO(path.read_bytes())
-            names, arguments = load_plain(content, {f"{_MODULE}.{_FUNCTION}": _FUNCTION})
+            pickled = io.BytesIO(path.read_bytes())
+            names, arguments = load_plain(pickled, {f"{_MODULE}.{_FUNCTION}": _FUNCTION})
         pairs = [(str(name), kwargs) for name, kwargs in zip(names, arguments, strict=True)]
     # a damaged pickle raises nearly anything
     except Exception as e:
