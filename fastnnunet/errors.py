@@ -11,6 +11,11 @@ import errno
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what an OSError says of a full disk
 
 
+def printable(text: object) -> str:
+    """A name as it may stand in one line of a message: control characters, which a terminal would obey, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
 class FastnnUNetError(Exception):
     """Base of all errors raised on purpose by this package."""
 

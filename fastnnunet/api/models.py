@@ -27,6 +27,7 @@ from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import FORMAT_VERSION, is_bundle
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file
 from fastnnunet.specs.home import local_home
+from fastnnunet.specs.json_text import read_json_object
 
 Fold = int | str
 CHECKPOINT = "checkpoint_final.pth"
@@ -153,7 +154,7 @@ def _digests(folder: Path, names: Sequence[str], memory: Path) -> dict[str, str]
     """SHA-256 of files below `folder`, remembered as long as neither size, times nor inode of a file change."""
     remembered_file = memory / f"{sha256_of(str(folder.absolute()))[:16]}.json"
     try:
-        remembered = json.loads(remembered_file.read_text())
+        remembered = read_json_object(remembered_file)
     except (OSError, ValueError):  # none yet, or damaged: only time is lost
         remembered = {}
     known = dict(remembered)

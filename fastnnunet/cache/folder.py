@@ -28,6 +28,7 @@ from fastnnunet.cache.storage import ObjectPath, Place, sha256_at, size_bytes
 from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
+from fastnnunet.specs.json_text import parse_json
 from fastnnunet.specs.load import build_spec
 
 GROUP_NAME = "zarr.json"
@@ -225,7 +226,7 @@ def open_cache(path: Place) -> CacheFolder:
     """
     file = path / GROUP_NAME
     try:
-        raw = json.loads(file.read_text())
+        raw = parse_json(file.read_text(), file)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"no soft-label cache at {path}: {GROUP_NAME} is missing") from e
     except (OSError, ValueError) as e:

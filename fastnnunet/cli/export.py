@@ -58,6 +58,7 @@ def onnx(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="The graph takes any patch size; U-Nets only.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
     batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Write a bundle: model.onnx (or one for each fold) with its weights inside, bundle.json, parity.npz.
 

@@ -15,7 +15,7 @@ EXTRA_OF = {
     "fsspec": "train",
     "s3fs": "s3",
     "openvino": "openvino",
-    **dict.fromkeys(("nibabel", "tifffile"), "images"),
+    "nibabel": "images",
     **dict.fromkeys(("highdicom", "pydicom"), "dicom"),
     "nncf": "quantize",
     **dict.fromkeys(("tensorrt_rtx", "cuda"), "rtx"),

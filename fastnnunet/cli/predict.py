@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
 from fastnnunet.errors import SpecError
 
@@ -123,6 +124,7 @@ def predict(
     min_size: MinSize = None,
     fill_holes: FillHoles = None,
     pp_pkl_file: PostprocessingFile = None,
+    allow_code: options.AllowCode = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
     profile_json: Annotated[
         bool, typer.Option("--profile_json", help=f"Write it beside the output, as {PROFILE_FILE}.")

@@ -29,6 +29,7 @@ def describe(
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
     folds: Annotated[int, typer.Option("--folds", min=1, help="Folds of the ensemble to compare with.")] = 5,
+    allow_code: options.AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Stages, parameters and work per patch of students, from the plans alone.

@@ -23,6 +23,7 @@ from fastnnunet.nnunet.named import check_reproducible, resampling_of
 from fastnnunet.nnunet.plans import (
     architecture_of,
     build_network,
+    check_fits,
     configuration_of,
     intensity_properties,
     label_manager_of,
@@ -87,6 +88,8 @@ def export_bundle(
     check_reproducible(plans, configuration)
     plans = plans_for(plans, configuration, graph)
     multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    first = strip_prefix(stored["network_weights"])
+    check_fits(plans, configuration, dataset_json, stored["trainer_name"], first, paths[0])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
     image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
 
@@ -224,6 +227,12 @@ def _compare(
     )
 
 
+def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
+    """In the order in which they are written, as nnU-Net takes them; where `modality` is, the old key, that one."""
+    names = dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"]
+    return tuple(map(str, names.values() if isinstance(names, dict) else names))
+
+
 def _bundle_spec(
     plans: dict[str, Any],
     configuration: str,
@@ -235,7 +244,6 @@ def _bundle_spec(
     graph: GraphSpec,
 ) -> BundleSpec:
     plans_manager, config = configuration_of(plans, configuration)
-    channels = dataset_json.get("channel_names") or dataset_json["modality"]  # nnU-Net accepts both keys
     order = dataset_json.get("regions_class_order")
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
     folds = tuple(provenance["weights_sha256"])
@@ -243,7 +251,7 @@ def _bundle_spec(
         name=f"{plans_manager.dataset_name} {plans_manager.plans_name} {configuration} "
         f"fold{'s' if len(folds) > 1 else ''} {provenance['fold']}",
         configuration=configuration,
-        channel_names=tuple(channels[k] for k in sorted(channels, key=int)),
+        channel_names=_channel_names(dataset_json),
         labels=dataset_json["labels"],
         regions_class_order=tuple(order) if order else None,
         previous_labels=_previous_labels(plans, configuration, dataset_json),

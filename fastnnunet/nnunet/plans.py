@@ -6,13 +6,16 @@ Plans are read through nnU-Net's own managers, here and nowhere else: they resol
 
 import contextlib
 import io
-import json
 import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.trust import check_trusted
+from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.plans_checks import check_dataset_json, is_class_name
+from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +30,7 @@ _UNETS = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises NotFoundError or CorruptError."""
-    if not path.is_file():
-        raise NotFoundError(f"{path} is missing")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise CorruptError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_json_object(path)
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansManager, ConfigurationManager]":
@@ -44,6 +39,7 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansM
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    check_trusted(plans, configuration)
     known = plans.get("configurations", {})
     if configuration not in known:
         raise MismatchError(
@@ -124,6 +120,7 @@ def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
     """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
+    check_dataset_json(dataset_json)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
         if plans_manager.label_manager_class is None:
             raise MismatchError(
@@ -173,26 +170,49 @@ def build_network(
     arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
     try:
         return build(*arguments, enable_deep_supervision=deep_supervision)
-    except (AssertionError, TypeError, ImportError) as e:
+    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
         raise MismatchError(
             f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
             f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
         ) from e
 
 
-def trainer_class(name: str) -> Any:
-    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`. Raises NotFoundError."""
-    import contextlib
-    import io
+def check_fits(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    trainer: str,
+    weights: "dict[str, torch.Tensor]",
+    where: Path,
+) -> None:
+    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
 
+    Raises MismatchError, and what `build_network` raises.
+    """
+    import torch
+
+    from fastnnunet.nnunet.checkpoint import load_weights
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
+        load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
+
+    Raises NotFoundError.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
+        if not is_class_name(name):
+            raise TypeError("no name of a class")
         with contextlib.redirect_stdout(io.StringIO()):
             return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError, TypeError) as e:  # also of what is there under this name and is no trainer
         raise NotFoundError(
-            f"trainer {name!r} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
+            f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
 
 

@@ -3,8 +3,8 @@
 import contextlib
 from pathlib import Path
 
-from fastnnunet.errors import BuildError, MismatchError
-from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+from fastnnunet.errors import BuildError, MismatchError, SpecError
+from fastnnunet.nnunet.paths import dataset_number, nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.plans import configuration_of, read_json
 
 
@@ -12,14 +12,19 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
     """Fingerprint, plan and preprocess a raw data set; returns its folder in nnUNet_preprocessed.
 
     nnU-Net's messages go to `log_file` (None: they are dropped). Raises NotFoundError for unset folders or an unknown
-    data set, BuildError when nnU-Net left no preprocessed case behind.
+    data set, SpecError for a name nnU-Net cannot plan, BuildError when nnU-Net left no preprocessed case behind.
     """
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         nnunet_folder(name)
     dataset_name = resolve_dataset(dataset)
+    dataset_id = dataset_number(dataset_name)
+    if dataset_id is None:
+        raise SpecError(
+            f"{dataset_name}: nnU-Net plans by an id, and none stands for this name alone, expected Dataset042_Name or "
+            "the like\nrename its folder in nnUNet_raw"
+        )
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
-    dataset_id = int(dataset_name[len("Dataset") :].split("_")[0])
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(open(log_file or "/dev/null", "a"))
         stack.enter_context(contextlib.redirect_stdout(sink))

@@ -11,6 +11,8 @@ from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.paths import model_folder, nnunet_folder, teacher_folder
 from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, trainer_class, with_configuration
 from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.json_text import read_json
+from fastnnunet.specs.networks import find_network
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 
@@ -171,11 +173,8 @@ def _written(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _explicit(student: StudentSpec, described: dict[str, Any]) -> dict[str, Any]:
     """A network written out; kinds of layers that it takes and does not name are the teacher's."""
     import inspect
-    import pydoc
 
-    kind = pydoc.locate(student.network_class_name or "")
-    if not inspect.isclass(kind):
-        raise SpecError(f"network_class_name: got {student.network_class_name!r}, expected an importable class")
+    kind: Any = find_network(student.network_class_name)
     known = inspect.signature(kind.__init__).parameters
     kwargs = dict(student.arch_kwargs or {})
     problems = [] if "deep_supervision" in known else ["the class takes no deep_supervision, which nnU-Net hands over"]
@@ -223,7 +222,7 @@ def check_plans_name(dataset_name: str, plans_name: str) -> None:
     taken = plans_name in NNUNET_FILES
     if path.is_file() and not taken:
         try:
-            there = json.loads(path.read_text())
+            there = read_json(path)
         except ValueError:  # whatever it is, it is none of ours
             there = None
         taken = not (isinstance(there, dict) and there.get(STUDENT_MARK))

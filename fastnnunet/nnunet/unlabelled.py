@@ -10,7 +10,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from fastnnunet.nnunet.paths import nnunet_folder
 from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_input_channels
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
+from fastnnunet.specs.json_text import read_json_object
 
 SETS = "unlabelled"
 VERSION = 1
@@ -174,7 +174,7 @@ def resolve_set(plans: dict[str, Any], configuration: str, reference: str) -> st
 def read_record(file: Path) -> Record:
     """Raises NotFoundError, CorruptError."""
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json_object(file)
         if raw["format_version"] != VERSION:
             raise CorruptError(f"{file}: format version {raw['format_version']}, expected {VERSION}")
         cases = {

@@ -1,14 +1,12 @@
 """Files that are whole or not there."""
 
-import gzip
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError, ImageError
+from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError
 
 _under_way: set[Path] = set()  # partial files of this process
 
@@ -60,19 +58,3 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FastnnUNetError(f"cannot create the output folder {path}: {e}") from e
-
-
-def read_gunzipped(path: Path) -> bytes:
-    """The content of a file, decompressed where it is gzip. Raises ImageError when it is truncated or damaged.
-
-    ITK reads a truncated .nii.gz without complaint and leaves the missing voxels zero, so this is checked here.
-    """
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except EOFError as e:
-        raise ImageError(f"{path} is truncated (its compressed data stop early); copy or export it again") from e
-    except (gzip.BadGzipFile, zlib.error) as e:
-        raise ImageError(f"{path} is damaged ({e}); copy or export it again") from e
-    except OSError as e:
-        raise ImageError(f"cannot read {path}: {e}") from e

@@ -1,6 +1,5 @@
 """Tidying a folder of label maps with the reader its predictions were written with."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecEr
 from fastnnunet.runtime.files import make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
+from fastnnunet.specs.json_text import read_json_object
 
 MAX_LABEL = 2**16 - 1
 
@@ -97,6 +97,6 @@ def _read_json(path: Path, option: str) -> dict[str, Any]:
             f"name one with {option} (of an ensemble: that of any member)"
         )
     try:
-        return dict(json.loads(path.read_text()))
+        return read_json_object(path)
     except (ValueError, TypeError) as e:
         raise SpecError(f"{path} is not JSON of nnU-Net: {e}") from e

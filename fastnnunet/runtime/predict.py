@@ -101,8 +101,11 @@ class Predictor(LoadedBundle):
     def _load(self, plan: Planned) -> _Loaded:
         if plan.case.problem:
             raise ImageError(plan.case.problem)
-        if plan.output is not None:
-            _check_series(plan.output, plan.case)  # before hours of inference, not when writing
+        if plan.output is not None and (series := _check_series(plan.output, plan.case)) is not None:
+            from fastnnunet.runtime.dicom_seg import check_dicom_seg
+
+            # before hours of inference, not when writing
+            check_dicom_seg(series, labels=self.spec.labels, model=self.spec.name)
         io = image_io(self.spec.reader_writer)
         times = StageTimes()
         with times.stage("read"):
@@ -166,7 +169,8 @@ class Predictor(LoadedBundle):
             from fastnnunet.runtime.dicom_seg import write_dicom_seg
 
             on_slices_ZYX = io.to_file_axes(segmentation_ZYX, properties)
-            write_dicom_seg(on_slices_ZYX, series, output, labels=self.spec.labels, model=self.spec.name)
+            labels, model = self.spec.labels, self.spec.name
+            write_dicom_seg(on_slices_ZYX, series, output, labels=labels, model=model, checked=True)
         else:
             io.write(segmentation_ZYX, output, properties)
 
