@@ -5,6 +5,8 @@ filling where no channel is normalised inside the mask).
 Axes: C channel, Z Y X in nnU-Net's internal order after transpose_forward, unless the name says `_image`.
 """
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +92,7 @@ def preprocess(
             f"nothing of the image would be left: {cropped_shape} voxels of {tuple(spacing)} mm are {shape} voxels of "
             f"the model's {tuple(target)} mm\nexpected an image at least half such a voxel wide; check its spacing"
         )
+    _check_size(shape, expected + len(spec.previous_labels), target)
     plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
     data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
@@ -110,6 +113,16 @@ def preprocess(
             "shape_after_cropping_and_before_resampling": cropped_shape,
         },
     )
+
+
+def _check_size(shape: tuple[int, ...], channels: int, target_mm: tuple[float, ...]) -> None:
+    """Refuse an image of more memory than the machine has, before any is taken. Raises ImageError."""
+    needed, there = 4 * channels * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ImageError(
+            f"at the model's {target_mm} mm the image has {shape} voxels, which take {needed / 2**30:.3g} GiB; "
+            f"this machine has {there / 2**30:.3g} GiB\ncheck the spacing of the image, or cut it"
+        )
 
 
 def nonzero_bbox(data_CZYX: npt.NDArray[np.float32], threads: int | None = None) -> tuple[tuple[int, int], ...]:
