@@ -11,9 +11,12 @@ import errno
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what an OSError says of a full disk
 
 
-def printable(text: object) -> str:
-    """A name as it may stand in one line of a message: control characters, which a terminal would obey, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+def printable(text: object, keep: str = "") -> str:
+    """A text as a terminal may be given it: control characters, which it would obey, escaped but those to `keep`."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in str(text)
+    )
 
 
 class FastnnUNetError(Exception):

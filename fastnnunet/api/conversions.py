@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import SpecError
 from fastnnunet.runtime.backends.devices import parse_device
-from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case
+from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case, with_output
 from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
 from fastnnunet.runtime.predict import Planned
 from fastnnunet.runtime.preprocess import Preprocessed
@@ -51,7 +51,13 @@ def plan_cases(
     previous: Path | None,
     save_probabilities: bool,
 ) -> list[Planned]:
-    """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None."""
+    """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None.
+
+    Raises SpecError, and NotFoundError when there is nothing to predict.
+    """
+    for what, value in (("input", source), ("output", output)):
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise SpecError(f"the {what} is an empty name, expected a folder or file (a variable that is not set?)")
     if isinstance(source, str | Path):
         place = Path(source)
         cases = [single_case(place, spec)] if is_single_image(place, spec) else find_cases(place, spec)
@@ -67,7 +73,7 @@ def plan_cases(
         outputs = [Path(f"{name}{spec.file_ending}") for name in output]
     return [
         Planned(
-            case=case,
+            case=case if file is None else with_output(case, file),
             output=file,
             previous=None if previous is None else previous / f"{case.case_id}{spec.file_ending}",
             save_probabilities=save_probabilities,

@@ -151,16 +151,16 @@ class FastPredictor:
             part_id=part_id,
         )
         source, output = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
+        everything = plan_cases(predictor.spec, source, output, previous, save_probabilities)
         planned = [
             plan
-            for plan in take_part(
-                plan_cases(predictor.spec, source, output, previous, save_probabilities), part_id, num_parts
-            )
+            for plan in take_part(everything, part_id, num_parts)
             if overwrite or plan.output is None or not predictor.is_done(plan.output, save_probabilities)
         ]
         folder = Path(output) if isinstance(output, str | Path) else None
         if folder is None and planned and planned[0].output is not None:
             folder = planned[0].output.parent
+        predictor.refuse_overlap(everything, planned, folder)
         if folder is not None:
             check_output_folder(folder)
             make_folder(folder)

@@ -124,10 +124,11 @@ class ImageSet:
         """Raises NotFoundError when nothing was preprocessed yet, CorruptError."""
         return read_record(self.record_file)
 
-    def find_images(self, images: Path) -> dict[str, tuple[Path, ...]]:
-        """Case id -> files in `images`; errors as of `image_folder.find_images`."""
+    def find_images(self, images: Path, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
+        """Case id -> files in `images`; errors and warnings as of `image_folder.find_images`."""
         managers = configuration_of(self.plans, self.configuration)
-        return find_images(images, self.dataset_json["file_ending"], num_input_channels(*managers, self.dataset_json))
+        channels = num_input_channels(*managers, self.dataset_json)
+        return find_images(images, self.dataset_json["file_ending"], channels, tell=tell)
 
 
 def sets_folder(dataset_name: str) -> Path:
@@ -262,7 +263,7 @@ def require_current(target: ImageSet, labelled: Sequence[str], command: str) -> 
     if record.preprocessing != target.preprocessing:
         problems.append("the teacher's plans preprocess images in another way now")
     if record.images.is_dir():
-        found = target.find_images(record.images)
+        found = target.find_images(record.images, tell=False)
         kinds = {
             "new": [c for c in found if c not in record.cases],
             "changed": [c for c, files in record.cases.items() if c in found and not unchanged(found[c], files)],

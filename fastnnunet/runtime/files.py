@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError
 
+_USUAL_LONGEST_NAME = 255
 _under_way: set[Path] = set()  # partial files of this process
 
 
@@ -45,11 +46,29 @@ def check_output_folder(folder: Path) -> None:
 
     Raises FastnnUNetError saying why.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is a file; give another one")
+    # os.path answers False where Path raises, for names that are too long
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):
+        what = "a file" if os.path.exists(existing) else "a link that leads nowhere"
+        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is {what}; give another one")
+    limit = longest_name(existing)
+    for name in folder.absolute().parts[len(existing.parts) :]:
+        if len(os.fsencode(name)) > limit:
+            raise FastnnUNetError(
+                f"cannot create the output folder {folder}: a name in it has {len(os.fsencode(name))} bytes, the file "
+                f"system takes {limit}; give another one"
+            )
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise FastnnUNetError(f"cannot write to the output folder {folder}: no permission; give another one")
+
+
+def longest_name(folder: Path) -> int:
+    """How many bytes a file name in a folder may have; the folder need not exist yet."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(place))
+    try:
+        return os.pathconf(existing, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # not told there, or no POSIX system
+        return _USUAL_LONGEST_NAME
 
 
 def make_folder(path: Path) -> None:

@@ -103,7 +103,9 @@ def _check_segments(file: Path, page: Any, stored_bytes: int) -> None:
     tifffile leaves memory as it finds it where one is not, or where its planes are arranged in no known way.
     """
     if int(page.keyframe.planarconfig) not in (_CONTIGUOUS, _SEPARATE):
-        raise ImageError(f"{file} is damaged: its planar configuration is {int(page.keyframe.planarconfig)}; export it again")
+        raise ImageError(
+            f"{file} is damaged: its planar configuration is {int(page.keyframe.planarconfig)}; export it again"
+        )
     expected, got = math.prod(page.chunked), len(page.dataoffsets)
     if got < expected or len(page.databytecounts) < got:
         raise ImageError(f"{file} is damaged: {got} of {expected} strips or tiles are there; export it again")
