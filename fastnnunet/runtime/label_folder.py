@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError
 from fastnnunet.runtime.files import make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
@@ -56,7 +56,7 @@ def postprocess_folder(
     """Clean every label map of `folder` into `output` under the same name; returns how many there were.
 
     A label map that fails is left out and reported with its error to `on_done(file, error)`.
-    Raises NotFoundError when there is none.
+    Raises NotFoundError when there is none, DiskSpaceError when there is no room for the results.
     """
     files = sorted(
         p
@@ -71,7 +71,8 @@ def postprocess_folder(
         pending = {pool.submit(_clean_file, io, file, output / file.name, cleanup): file for file in files}
         for done in as_completed(pending):
             error = done.exception()
-            if error is not None and not isinstance(error, FastnnUNetError):
+            if isinstance(error, DiskSpaceError) or not isinstance(error, FastnnUNetError | None):
+                pool.shutdown(cancel_futures=True)
                 raise error
             if on_done:
                 on_done(pending[done], error)
