@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError, printable
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError, printable
 from fastnnunet.runtime.files import check_output_folder, make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
@@ -63,7 +63,8 @@ def postprocess_folder(
 
     A label map that fails is left out and reported with its error to `on_done(file, error)`; what else lies in the
     folder is logged as a warning.
-    Raises NotFoundError when there is none, SpecError when a result would replace a label map.
+    Raises NotFoundError when there is none, SpecError when a result would replace a label map, DiskSpaceError when
+    there is no room for the results.
     """
     names = regular_files(folder, source.file_ending) if os.path.isdir(folder) else []
     files = [folder / name for name in names]
@@ -85,7 +86,8 @@ def postprocess_folder(
         pending = {pool.submit(_clean_file, io, file, output / file.name, cleanup): file for file in files}
         for done in as_completed(pending):
             error = done.exception()
-            if error is not None and not isinstance(error, FastnnUNetError):
+            if isinstance(error, DiskSpaceError) or not isinstance(error, FastnnUNetError | None):
+                pool.shutdown(cancel_futures=True)
                 raise error
             if on_done:
                 on_done(pending[done], error)
