@@ -1,14 +1,15 @@
 """Preprocessed cases, read in place from nnU-Net's folder (blosc2 or npz)."""
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.paths import nnunet_folder
 from fastnnunet.nnunet.plans import configuration_of, read_json
 from fastnnunet.specs.canonical import differences
@@ -18,9 +19,8 @@ from fastnnunet.specs.canonical import differences
 class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
-    REMAKE: ClassVar[str] = "run nnUNetv2_preprocess again"
-
     folder: Path
+    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends a damaged case
 
     @cached_property
     def _dataset(self) -> Any:
@@ -47,12 +47,16 @@ class PreprocessedCases:
         """
         try:
             return tuple(self._dataset.load_case(case_id))
-        except FileNotFoundError as e:
-            raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}") from e
-        except (RuntimeError, ValueError, OSError, EOFError) as e:
-            raise CorruptError(
-                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\n{self.REMAKE}"
-            ) from e
+        except Exception as e:  # a damaged pickle raises nearly anything
+            raise self._unreadable(case_id, e) from e
+
+    def _unreadable(self, case_id: str, error: Exception) -> CorruptError | NotFoundError:
+        if isinstance(error, FileNotFoundError):
+            return NotFoundError(
+                f"preprocessed case {case_id!r} is incomplete in {self.folder}: {error}\n{self.remake}"
+            )
+        said = str(error) if isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {error}"
+        return CorruptError(f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{self.remake}")
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
         """Spatial shape of a case."""
@@ -60,8 +64,12 @@ class PreprocessedCases:
         return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
-        """The normalised, resampled image: float32 (C, Z, Y, X)."""
-        return np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
+        """The normalised, resampled image: float32 (C, Z, Y, X). Raises NotFoundError, CorruptError."""
+        stored = self.load(case_id)[0]
+        try:
+            return np.ascontiguousarray(stored[:], dtype=np.float32)
+        except (RuntimeError, ValueError, OSError) as e:  # it was opened, and is unpacked only here
+            raise self._unreadable(case_id, e) from e
 
     def label_ZYX(self, case_id: str) -> np.ndarray:
         """The label map (Z, Y, X) beside the image; -1 outside the non-zero region."""
@@ -113,4 +121,5 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
                 + "\n".join(f"  - {c}" for c in changed)
                 + "\nput the model's plans.json there and preprocess again"
             )
-    return PreprocessedCases(folder)
+    again = preprocess_command(plans["dataset_name"], plans_name, configuration)
+    return PreprocessedCases(folder, remake=f"make it again with: {again}")
