@@ -128,7 +128,11 @@ def test_a_student_is_that_of_the_plans_written_out(tiny, kind, monkeypatch, pri
 
 def test_what_inherits_from_a_students_configuration_stays_the_teachers(tiny):
     given, _ = written(tiny[0], "chain")
+    odd = {"inherits_from": OWN, "architecture": {"network_class_name": "my.Own"}, "preprocessor_name": "Mine"}
+    given["configurations"]["odd"] = odd  # which nobody asks for
     student = student_plans(given, CONFIGURATION, StudentSpec(r=2), DistillSpec())
+    expected = PlansManager(deepcopy(given)).get_configuration("odd").configuration
+    assert {**PlansManager(student).get_configuration("odd").configuration, "inherits_from": OWN} == expected
     for name in ("between", OWN):
         theirs = PlansManager(student).get_configuration(name)
         assert theirs.network_arch_init_kwargs["features_per_stage"] == [16, 32, 32]
