@@ -84,12 +84,12 @@ WAYS = ["inherits", "chain", "short names", "old PlainConvUNet", "old ResidualEn
 
 
 def test_one_room_reads_plans():
-    """Elsewhere nobody looks into plans by hand. What a bundle states is read where nnU-Net is not installed."""
+    """Elsewhere nobody looks into plans by hand. `specs` checks them where nnU-Net is not installed."""
     keys = {"configurations", "architecture", "inherits_from", "UNet_class_name", "previous_stage"}
     keys |= {"foreground_intensity_properties_per_channel", "transpose_forward", "data_identifier"}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.parent.name == "nnunet" or path.name == "reproducible.py":
+        if path.parent.name in ("nnunet", "specs"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             key = None
@@ -128,7 +128,11 @@ def test_a_student_is_that_of_the_plans_written_out(tiny, kind, monkeypatch, pri
 
 def test_what_inherits_from_a_students_configuration_stays_the_teachers(tiny):
     given, _ = written(tiny[0], "chain")
+    odd = {"inherits_from": OWN, "architecture": {"network_class_name": "my.Own"}, "preprocessor_name": "Mine"}
+    given["configurations"]["odd"] = odd  # which nobody asks for
     student = student_plans(given, CONFIGURATION, StudentSpec(r=2), DistillSpec())
+    expected = PlansManager(deepcopy(given)).get_configuration("odd").configuration
+    assert {**PlansManager(student).get_configuration("odd").configuration, "inherits_from": OWN} == expected
     for name in ("between", OWN):
         theirs = PlansManager(student).get_configuration(name)
         assert theirs.network_arch_init_kwargs["features_per_stage"] == [16, 32, 32]
@@ -169,18 +173,20 @@ def test_describe_says_the_same(tiny, tmp_path, monkeypatch, capsys, kind):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"inherits_from": OWN}, "Circular"),
+        ({"inherits_from": OWN}, "circle"),
         ({"inherits_from": "nothing"}, "nothing"),
         ({"UNet_class_name": "SwinUNETR"}, "SwinUNETR"),
-        ({"UNet_class_name": "PlainConvUNet"}, "n_conv_per_stage_encoder"),
-        ({}, "UNet_class_name"),
+        ({"conv_kernel_sizes": None}, "conv_kernel_sizes"),
+        ({"UNet_class_name": None}, "architecture|UNet_class_name"),
     ],
 )
 def test_what_nnunet_cannot_resolve_is_one_message(tiny, change, words):
-    plans = {**tiny[0], "configurations": {**tiny[0]["configurations"], OWN: change}}
+    old = {**before_2_5(tiny[0]["configurations"][CONFIGURATION], "PlainConvUNet"), **change}
+    config = {name: value for name, value in old.items() if value is not None}
+    plans = {**tiny[0], "configurations": {**tiny[0]["configurations"], OWN: config}}
     with pytest.raises(MismatchError, match=words):
         configuration_of(plans, OWN)
-    with pytest.raises(MismatchError, match="correct the plans"):
+    with pytest.raises(MismatchError, match="plan the data set again"):
         student_plans(plans, OWN, StudentSpec(r=2), DistillSpec())
 
 
@@ -273,6 +279,7 @@ def install(monkeypatch):
         module = importlib.import_module(f"nnunetv2.{module}")
         original = getattr(module, like)
         own = type(name, (original,), {}) if isinstance(original, type) else lambda *a, **k: original(*a, **k)
+        own.__module__ = module.__name__
         monkeypatch.setattr(module, name, own, raising=False)
 
     for cached in (named._is_found, named._warn_once):
@@ -340,7 +347,7 @@ def test_all_problems_at_once(tiny):
     plans["foreground_intensity_properties_per_channel"] = {}
     without = deepcopy(plans)
     del without["configurations"][CONFIGURATION]["normalization_schemes"]
-    with pytest.raises(SpecError, match="normalization_schemes: nothing is named"):
+    with pytest.raises(MismatchError, match="normalization_schemes: got None"):
         named.check_reproducible(without, CONFIGURATION)
     with pytest.raises(SpecError, match="4 problem") as error:
         named.check_reproducible(plans, CONFIGURATION)

@@ -15,7 +15,7 @@ from fastnnunet.errors import MismatchError, NotFoundError
 from fastnnunet.nnunet.trust import check_labels, check_trusted
 from fastnnunet.specs.architecture import unet_problems
 from fastnnunet.specs.json_text import read_json_object
-from fastnnunet.specs.plans_checks import is_class_name
+from fastnnunet.specs.plans_checks import is_class_name, resolve_inheritance
 from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
@@ -72,14 +72,17 @@ def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 def with_configuration(plans: dict[str, Any], configuration: str, **changes: Any) -> dict[str, Any]:
     """A copy of the plans in which one configuration is written out in full, with `changes` to its fields.
 
-    All others mean what they meant: those that inherit from it are written out too. Raises MismatchError.
+    All others mean what they meant: those that inherit from it are written out too, whatever they name. Raises
+    MismatchError.
     """
     out = deepcopy(plans)
+    written = {configuration: resolved(plans, configuration) | changes}
     for name in plans["configurations"]:
-        if name == configuration or configuration in _ancestors(plans, name):
-            out["configurations"][name] = resolved(plans, name)
-            out["configurations"][name].pop("inherits_from", None)
-    out["configurations"][configuration] |= changes
+        if configuration in _ancestors(plans, name):
+            written[name] = deepcopy(resolve_inheritance(plans["configurations"], name))
+    for config in written.values():
+        config.pop("inherits_from", None)
+    out["configurations"] |= written
     return out
 
 

@@ -128,10 +128,11 @@ def _locate(name: str) -> Any:
 
 
 def _moved_to(module: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """Where else to look for the class: modules of dynamic_network_architectures have been renamed before."""
-    parent, _, own = module.rpartition(".")
-    if parent == f"{_DNA}.architectures" and own.isidentifier() and module not in modules:
-        return tuple(m for m in modules if m.startswith(f"{parent}."))
+    """Where else to look for the class: modules of dynamic_network_architectures have been renamed before, and nnU-Net
+    then looks for a class of that name in all its architectures.
+    """
+    if f"{module}.".startswith(f"{_DNA}.") and module not in modules:
+        return tuple(m for m in modules if m.startswith(f"{_DNA}.architectures."))
     return ()
 
 

@@ -6,6 +6,8 @@ The resampling functions are in `geometry/resample.py`, which knows their argume
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastnnunet.specs.plans_checks import resolve_inheritance
+
 PREPROCESSOR = "DefaultPreprocessor"
 LABEL_MANAGER = "LabelManager"
 CT = "CTNormalization"
@@ -38,13 +40,7 @@ def normalization_problems(schemes: Sequence[str], intensity_properties: Mapping
 def stated(plans: Mapping[str, Any], configuration: str, field: str) -> Any:
     """What a configuration says of a field, itself or through `inherits_from`; None where nothing does.
 
-    For plans in a bundle, where nnU-Net's own managers, which resolve all there is, are not installed.
+    For plans in a bundle, where nnU-Net's own managers are not installed. Raises MismatchError.
     """
-    configurations, seen = plans.get("configurations", {}), set[str]()
-    while configuration in configurations and configuration not in seen:
-        seen.add(configuration)
-        config = configurations[configuration]
-        if field in config:
-            return config[field]
-        configuration = config.get("inherits_from")
-    return None
+    configurations = plans.get("configurations", {})
+    return resolve_inheritance(configurations, configuration).get(field) if configuration in configurations else None
