@@ -11,6 +11,7 @@ zarr.json                  group; attributes: key, identity, spec, cases, proven
 import json
 import platform
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fastnnunet.cache.storage import ObjectPath, Place, sha256_at, size_bytes
 from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
+from fastnnunet.specs.json_text import parse_json
 from fastnnunet.specs.load import build_spec
 
 GROUP_NAME = "zarr.json"
@@ -107,7 +109,7 @@ class CacheFolder:
 
     def rebuild_command(self, *case_ids: str) -> str:
         """The command that replaces damaged cases."""
-        return f"{self.build_command} --case {' '.join(case_ids)}"
+        return f"{self.build_command} --case {shlex.join(case_ids)}"
 
     def missing_cases(self) -> list[str]:
         """Cases that are not stored, or visibly damaged (a rebuild replaces those)."""
@@ -224,7 +226,7 @@ def open_cache(path: Place) -> CacheFolder:
     """
     file = path / GROUP_NAME
     try:
-        raw = json.loads(file.read_text())
+        raw = parse_json(file.read_text(), file)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"no soft-label cache at {path}: {GROUP_NAME} is missing") from e
     except (OSError, ValueError) as e:

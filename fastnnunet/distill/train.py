@@ -16,7 +16,8 @@ from fastnnunet.cache.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import (
@@ -27,8 +28,9 @@ from fastnnunet.nnunet.checkpoint import (
     weights_digest,
 )
 from fastnnunet.nnunet.engines import resolve_precision
+from fastnnunet.nnunet.named import check_loadable
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.primus import stock_trainer_of
 from fastnnunet.nnunet.splits import split_of
 from fastnnunet.nnunet.student import (
@@ -40,6 +42,7 @@ from fastnnunet.nnunet.student import (
     trainer_of,
 )
 from fastnnunet.nnunet.student_fit import check_fit, check_network
+from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -116,6 +119,7 @@ def train_students(
     """
     from fastnnunet.nnunet.distributed import process_group
 
+    require_versions(TRAINING)
     device = resolve_device(jobs[0].device)
     with process_group(device):
         return _train_students(jobs, device, resume, overwrite, validate, progress)
@@ -133,6 +137,8 @@ def _train_students(
     folders = [fold_folder for _, _, fold_folder in checked]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise SpecError(f"several students would be trained into one folder: {', '.join(map(str, twice))}")
+    if validate:
+        _check_truth(checked[0][0], first)
     soft_labels = None
     if first.distill.alpha > 0:
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
@@ -223,6 +229,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     folder = teacher_folder(job.teacher)
     dataset_json = read_json(folder / "dataset.json")
     teacher_plans = read_json(folder / "plans.json")
+    check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(
         teacher_plans, job.teacher.configuration, job.student, job.distill, dataset_json, trainer_of(job.teacher)
     )
@@ -235,7 +242,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
     if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
-        trainer = stock_trainer_of(plans["configurations"][job.teacher.configuration]["architecture"]) or STOCK_TRAINER
+        trainer = stock_trainer_of(architecture_of(plans, job.teacher.configuration)) or STOCK_TRAINER
         load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder
 
@@ -243,7 +250,7 @@ def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[
 def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     """Refuse a fold with nothing to train on or to validate on, or with cases that are not there."""
     cases = open_cases(plans, job.teacher.configuration).case_ids
-    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
     split = split_of(base, cases, job.fold)
     if split is None:
         if isinstance(job.fold, int):
@@ -259,7 +266,18 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     if missing:
         raise MismatchError(
             f"fold {job.fold} of {base / 'splits_final.json'} names {len(missing)} case(s) that are not preprocessed, "
-            f"first {missing[0]!r}\ncorrect that file, or run nnUNetv2_preprocess again"
+            f"first {missing[0]!r}\ncorrect that file, or run: "
+            + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
+        )
+
+
+def _check_truth(plans: dict[str, Any], job: TrainingJob) -> None:
+    """Refuse a validation whose label maps are gone, before the training that comes first. Raises NotFoundError."""
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
+    if not (truth := base / "gt_segmentations").is_dir():
+        raise NotFoundError(
+            f"{truth} is missing, which a validation compares with\ncopy labelsTr there, leave the validation out with "
+            "--no-validate, or run: " + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
         )
 
 

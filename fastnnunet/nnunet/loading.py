@@ -50,6 +50,28 @@ def generators_kept() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
+class WritableCases:
+    """An nnU-Net data set whose arrays may be written to.
+
+    nnU-Net opens unpacked .npy files as read-only memory maps. A patch that lies within the volume is a view of one,
+    and augmentation in place would end the process. Here pages that are written to become copies; the files stay.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+        self.identifiers = base.identifiers
+
+    def load_case(self, identifier: str) -> tuple[Any, ...]:
+        """As nnU-Net's data sets."""
+        return tuple(_writable(part) for part in self._base.load_case(identifier))
+
+
+def _writable(part: Any) -> Any:
+    if isinstance(part, np.memmap) and part.filename is not None and not part.flags.writeable:
+        return np.load(part.filename, mmap_mode="c")
+    return part
+
+
 @dataclass(frozen=True)
 class Share:
     """Which samples of a batch process `rank` of `world_size` makes and trains on; as nnU-Net divides them."""

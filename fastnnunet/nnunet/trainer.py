@@ -7,6 +7,7 @@ to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from fastnnunet.nnunet.loading import (
     STEP,
     TRAINING,
     VALIDATION,
+    WritableCases,
     loading_in_this_process,
     ordered_batches,
     seed_generators,
@@ -50,6 +52,9 @@ from fastnnunet.nnunet.soft_samples import (
     has_opinion,
 )
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
+
+FINGERPRINT = "dataset_fingerprint.json"
+log = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
@@ -148,9 +153,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        datasets = super().get_tr_and_val_datasets()
+        datasets = tuple(map(WritableCases, super().get_tr_and_val_datasets()))
         if self.soft_labels is None:
-            return datasets
+            return datasets[0], datasets[1]
         training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
         if self.unlabelled is not None:
             unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
@@ -289,6 +294,18 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
         return {name: mean_over_processes(value).item() for name, value in losses.items()} | {"gradient": gradient}
 
+    def on_train_start(self) -> None:
+        """As nnU-Net's, which stops where there is no fingerprint to copy; all it does after that is done here."""
+        try:
+            super().on_train_start()
+        except FileNotFoundError as e:
+            if Path(str(e.filename)).name != FINGERPRINT:
+                raise
+            log.warning(
+                "%s is missing; nnU-Net would copy it beside the model, nothing of a training reads it", e.filename
+            )
+            self._save_debug_information()
+
     def start(self, *, load: bool) -> None:
         """What nnU-Net does before the first epoch; without `load` another trainer's loaders are used."""
         with nnunet_quiet():
@@ -409,9 +426,10 @@ def make_trainer(
 
     The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
     """
+    from fastnnunet.nnunet.plans import architecture_of
     from fastnnunet.nnunet.primus import primus_trainer
 
-    kind = primus_trainer(StudentTrainer, plans["configurations"][configuration]["architecture"]) or StudentTrainer
+    kind = primus_trainer(StudentTrainer, architecture_of(plans, configuration)) or StudentTrainer
     with nnunet_quiet():
         trainer = kind(
             {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)

@@ -10,7 +10,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -35,13 +34,15 @@ from fastnnunet.nnunet.image_case import ENDINGS, PARTIAL, ImageTask, preprocess
 from fastnnunet.nnunet.image_folder import FileStamp, find_images, unchanged, unusable
 from fastnnunet.nnunet.parallel import each
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import configuration_of, num_input_channels
+from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_input_channels
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
+from fastnnunet.specs.json_text import read_json_object
 
 SETS = "unlabelled"
 VERSION = 1
-_PLANS_FIELDS = ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer")
+_PLANS_FIELDS = ("transpose_forward", "image_reader_writer")
+_STATISTICS = "foreground_intensity_properties_per_channel"
 _CONFIGURATION_FIELDS = (
     *PREPROCESSING_FIELDS,
     "resampling_fn_seg",
@@ -106,9 +107,9 @@ class ImageSet:
     @property
     def preprocessing(self) -> str:
         """Digest of what of the plans changes a preprocessed voxel."""
-        config = configuration_of(self.plans, self.configuration)[1].configuration
-        fields = {f: self.plans.get(f) for f in _PLANS_FIELDS}
-        return sha256_of(fields | {f: config.get(f) for f in _CONFIGURATION_FIELDS})
+        manager, config = configuration_of(self.plans, self.configuration)
+        fields = {f: manager.plans.get(f) for f in _PLANS_FIELDS} | {_STATISTICS: intensity_properties(manager)}
+        return sha256_of(fields | {f: config.configuration.get(f) for f in _CONFIGURATION_FIELDS})
 
     @property
     def cases(self) -> UnlabelledCases:
@@ -123,10 +124,11 @@ class ImageSet:
         """Raises NotFoundError when nothing was preprocessed yet, CorruptError."""
         return read_record(self.record_file)
 
-    def find_images(self, images: Path) -> dict[str, tuple[Path, ...]]:
-        """Case id -> files in `images`; errors as of `image_folder.find_images`."""
+    def find_images(self, images: Path, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
+        """Case id -> files in `images`; errors and warnings as of `image_folder.find_images`."""
         managers = configuration_of(self.plans, self.configuration)
-        return find_images(images, self.dataset_json["file_ending"], num_input_channels(*managers, self.dataset_json))
+        channels = num_input_channels(*managers, self.dataset_json)
+        return find_images(images, self.dataset_json["file_ending"], channels, tell=tell)
 
 
 def sets_folder(dataset_name: str) -> Path:
@@ -173,7 +175,7 @@ def resolve_set(plans: dict[str, Any], configuration: str, reference: str) -> st
 def read_record(file: Path) -> Record:
     """Raises NotFoundError, CorruptError."""
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json_object(file)
         if raw["format_version"] != VERSION:
             raise CorruptError(f"{file}: format version {raw['format_version']}, expected {VERSION}")
         cases = {
@@ -261,7 +263,7 @@ def require_current(target: ImageSet, labelled: Sequence[str], command: str) -> 
     if record.preprocessing != target.preprocessing:
         problems.append("the teacher's plans preprocess images in another way now")
     if record.images.is_dir():
-        found = target.find_images(record.images)
+        found = target.find_images(record.images, tell=False)
         kinds = {
             "new": [c for c in found if c not in record.cases],
             "changed": [c for c, files in record.cases.items() if c in found and not unchanged(found[c], files)],

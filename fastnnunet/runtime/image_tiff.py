@@ -16,6 +16,7 @@ from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
 from fastnnunet.runtime.stored import PICTURE_RATIO, SMALL_BYTES, check_claim, open_stored
+from fastnnunet.specs.json_text import read_json_object
 
 TIFF_ENDINGS = (".tif", ".tiff")
 _UNCOMPRESSED = 1
@@ -138,7 +139,7 @@ def _read_spacing(file: ImageSource, beside: Path) -> Any:
         _log.warning("no spacing for %s (expected %s); 1, 1, 1 is assumed", file.name, beside)
         return (1, 1, 1)
     try:
-        spacing = json.loads(beside.read_text())["spacing"]
+        spacing = read_json_object(beside)["spacing"]
         numbers = [float(s) for s in spacing]
     except (ValueError, KeyError, TypeError) as e:
         raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e
