@@ -380,6 +380,7 @@ def test_metaimage_headers_are_refused(old: str, new: str, tmp_path: Path) -> No
         ("key:=value", "data file: /dev/zero"),
         ("key:=value", "byte skip: 2"),
         ("key:=value", "nonsense"),
+        ("key:=value", "#" * (1 << 20)),
     ],
 )
 def test_nrrd_headers_are_refused(old: str, new: str, tmp_path: Path) -> None:
@@ -472,6 +473,8 @@ def test_label_maps_are_held_to_the_same(seeds: dict[str, hostile.Files], tmp_pa
     gipl = seeds["gipl"][".gipl"]
     for files in (
         {".gipl": gipl[:-1]},
+        {".gipl": gipl + b"x"},
+        {".gipl.gz": gzip.compress(gipl[:-1])},
         {".nii": _edited(seeds["nifti scaled"][".nii"], (72, "<h", (0,)))[:-1]},
         {".nii.gz": gzip.compress(_edited(seeds["nifti"][".nii"], (80, "<f", (np.nan,))))},
         {".mha": MHA.replace("Offset = 4", "Offset = nan").encode() + DATA.tobytes()},

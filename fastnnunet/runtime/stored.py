@@ -3,10 +3,10 @@
 What a header claims is compared with the size of the file and with this machine's memory before anything is allocated.
 """
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,7 +134,7 @@ class Stored:
         return data
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_stored(path: Path, *, start: int = 0, packing: str | None = None, detect: bool = False) -> Iterator[Stored]:
     """`detect`: gzip where the file begins like it. Raises ImageError when there is no such file."""
     if not path.is_file():  # a pipe or a device would never end
@@ -172,8 +172,10 @@ def no_memory(what: object, needed_bytes: int) -> ImageError:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine; no limit where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62
+    """Physical memory of this machine, or of this container; no limit where the system does not tell."""
+    limits = [1 << 62]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
