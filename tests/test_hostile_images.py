@@ -6,6 +6,7 @@ The oracle of what is read in spite of damage is nnU-Net's own reader.
 import gzip
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,11 +17,18 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tifffile
 
+from fastnnunet.bench.segmentations import read_segmentation
+from fastnnunet.cli.main import main
 from fastnnunet.errors import ImageError
+from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.image_io import image_io
+from fastnnunet.runtime.predict import Predictor
 from tests import hostile
+from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
+from tests.dicom_files import write_series
 
 MUTATIONS = {"nifti": 500, "nrrd mha png tiff": 280}
 GIB = 2**30
@@ -372,6 +380,7 @@ def test_metaimage_headers_are_refused(old: str, new: str, tmp_path: Path) -> No
         ("key:=value", "data file: /dev/zero"),
         ("key:=value", "byte skip: 2"),
         ("key:=value", "nonsense"),
+        ("key:=value", "#" * (1 << 20)),
     ],
 )
 def test_nrrd_headers_are_refused(old: str, new: str, tmp_path: Path) -> None:
@@ -442,3 +451,96 @@ def test_headers_of_every_legal_kind_as_nnunet(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_bytes(content)
         _same("SimpleITKIO", tmp_path / name)
+
+
+def test_a_dicom_series_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", np.zeros((3, 8, 9), np.int16), Rows=60000, Columns=60000)
+    with pytest.raises(ImageError, match="claims 10800000000 bytes"):
+        image_io("SimpleITKIO").read([DicomSeries(folder=tmp_path / "ct")])
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.raw")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    (tmp_path / "a.mhd").write_text(MHA.replace("LOCAL", "pipe.raw"))
+    (tmp_path / "a.nhdr").write_text(NRRD.replace("key:=value", "data file: pipe.raw"))
+    for name in ("pipe.nii.gz", "a.mhd", "a.nhdr"):
+        with pytest.raises(ImageError, match="pipe"):
+            image_io("SimpleITKIO").read([tmp_path / name])
+
+
+def test_label_maps_are_held_to_the_same(seeds: dict[str, hostile.Files], tmp_path: Path) -> None:
+    gipl = seeds["gipl"][".gipl"]
+    for files in (
+        {".gipl": gipl[:-1]},
+        {".gipl": gipl + b"x"},
+        {".gipl.gz": gzip.compress(gipl[:-1])},
+        {".nii": _edited(seeds["nifti scaled"][".nii"], (72, "<h", (0,)))[:-1]},
+        {".nii.gz": gzip.compress(_edited(seeds["nifti"][".nii"], (80, "<f", (np.nan,))))},
+        {".mha": MHA.replace("Offset = 4", "Offset = nan").encode() + DATA.tobytes()},
+        {".nrrd": NRRD.encode() + DATA.tobytes()[:-1]},
+        {".nii": _edited(seeds["nifti"][".nii"], (70, "<h", (32,)), (42, "<3h", (7, 6, 2)))},
+    ):
+        file = hostile.write(files, tmp_path, "a")
+        for read in (read_segmentation, image_io("SimpleITKIO").read_segmentation):
+            with pytest.raises(ImageError, match=str(file)):
+                read(file)
+    whole = read_segmentation(hostile.write({".gipl": gipl}, tmp_path, "b"))
+    np.testing.assert_array_equal(whole.labels_zyx, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "b.gipl"))))
+
+
+@pytest.mark.parametrize("spacing", [1e6, 1e12, 1e38])
+def test_a_spacing_that_cannot_be_meant(spacing: float, model: ToyModel) -> None:
+    image = smooth_noise((12, 18, 20), 0)[None].astype(np.float32)
+    spec = Predictor.load(model.bundle, "onnxruntime", threads=1)
+    with pytest.raises(ImageError, match="check that of the image"):
+        spec.preprocess(image, {"spacing": [spacing, 1.0, 1.0]})
+    assert spec.preprocess(image, {"spacing": [20.0, 1.0, 1.0]}).data_CZYX.shape == (1, 240, 18, 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
+    return make_toy_model(Toy(), tmp_path_factory.mktemp("toy"))
+
+
+def test_the_rest_of_a_folder_is_predicted(
+    model: ToyModel, seeds: dict[str, hostile.Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole images between thirty damaged ones: every damaged one is told once, the others are as predicted alone."""
+    for name in ("a", "m", "z"):
+        write_image(smooth_noise((12, 18, 20), ord(name)), tmp_path / "alone" / f"{name}_0000.nii.gz", (1.0,) * 3)
+    kinds = ("nifti gz", "nifti scaled gz", "nib gz")
+    damaged = [hostile.damaged(kinds[n % 3], n, seeds[kinds[n % 3]]) for n in range(200)]
+    refused = []
+    for files in damaged:
+        file = hostile.write(files, tmp_path / "try", "a_0000")
+        try:
+            image_io("SimpleITKIO").read([file])
+        except ImageError:
+            refused.append(files)
+    for number, files in enumerate(refused[:30]):
+        hostile.write(files, tmp_path / "all", f"{'bnx'[number % 3]}{number:02d}_0000")
+    for file in (tmp_path / "alone").iterdir():
+        (tmp_path / "all" / file.name).write_bytes(file.read_bytes())
+    for source in ("alone", "all"):
+        command = [
+            "predict",
+            "-i",
+            str(tmp_path / source),
+            "-o",
+            str(tmp_path / f"{source} out"),
+            "-m",
+            str(model.bundle),
+        ]
+        with pytest.raises(SystemExit) as done:
+            main([*command, "-m", str(model.bundle), "--backend", "onnxruntime", "--threads", "1"])
+        assert done.value.code == (1 if source == "all" else 0)
+    printed = "".join(capsys.readouterr())
+    assert "30 case(s) failed" in printed
+    assert "Traceback" not in printed
+    for number in range(30):
+        assert printed.count(f"failed: {'bnx'[number % 3]}{number:02d}: ") == 1
+    written = sorted(p.name for p in (tmp_path / "all out").glob("*.nii.gz"))
+    assert written == ["a.nii.gz", "m.nii.gz", "z.nii.gz"]
+    for name in written:
+        assert (tmp_path / "all out" / name).read_bytes() == (tmp_path / "alone out" / name).read_bytes()

@@ -86,15 +86,16 @@ def test_several_gzip_members(tmp_path: Path) -> None:
     _same("SimpleITKIO", [joined])
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".png"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".png", ".bmp", ".tif"])
 @pytest.mark.parametrize("keep", [0.0, 0.002, 0.5, 0.95])
 def test_truncated_images_are_refused(ending: str, keep: float, tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 255, (1, 64, 96)).astype(np.uint8)
-    array = array[0] if ending == ".png" else array
+    is_picture = ending in (".png", ".bmp", ".tif")
+    array = array[0] if is_picture else array
     whole = write_image(array, tmp_path / f"whole{ending}", (1.0,) * array.ndim)
     cut = tmp_path / f"cut{ending}"
     cut.write_bytes(whole.read_bytes()[: int(keep * whole.stat().st_size)])
-    reader = "NaturalImage2DIO" if ending == ".png" else "SimpleITKIO"
+    reader = "NaturalImage2DIO" if is_picture else "SimpleITKIO"
     with pytest.raises(ImageError, match=f"cut{ending}"):
         image_io(reader).read([cut])
 

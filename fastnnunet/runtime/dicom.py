@@ -16,6 +16,7 @@ from fastnnunet.errors import ImageError, printable
 from fastnnunet.runtime.dicom_grid import check_grid, in_order, slice_spacing_mm
 from fastnnunet.runtime.dicom_head import Head, numbers, read_head
 from fastnnunet.runtime.itk import last_line, no_warnings
+from fastnnunet.runtime.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim
 from fastnnunet.specs.listing import examples, passed_over, regular_files
 
 _log = logging.getLogger(__name__)
@@ -113,6 +114,9 @@ def read_series(series: DicomSeries) -> Any:
     for note in found.notes:
         _log.warning("%s: %s", printable(series.folder), note)
     check_grid(series.folder, found.heads)
+    claimed = sum(head.rows * head.columns for head in found.heads.values())  # a byte a pixel, or more
+    stored = sum(file.stat().st_size for file in found.heads)
+    check_claim(series.folder, claimed, stored, ratio=DEFLATE_RATIO, slack=SMALL_BYTES)
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([str(file) for file in found.heads])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import ImageError
 from fastnnunet.runtime.dicom import DicomSeries
+from fastnnunet.runtime.stored import no_memory
 
 ImageSource = Path | DicomSeries  # one channel of an image: a file, or a DICOM series
 
@@ -20,14 +21,18 @@ _log = logging.getLogger(__name__)
 def stack_channels(files: Sequence[ImageSource], volumes: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
     """Volumes (c, z, y, x) of the files below each other as float32.
 
-    Raises ImageError when there are no voxels at all, or some are complex, NaN or infinite. Shapes must agree already.
+    Raises ImageError when there are no voxels at all, or some are complex, NaN or infinite, or memory is short.
+    Shapes must agree already.
     """
     for file, volume in zip(files, volumes, strict=True):
         if 0 in volume.shape:
             raise ImageError(f"{file} has no voxels: its shape is {volume.shape[1:]} (z, y, x); export it again")
         if np.iscomplexobj(volume):
             raise ImageError(f"{file} holds complex numbers, expected one real number per voxel; convert it first")
-    image_CZYX = np.vstack(volumes, dtype=np.float32, casting="unsafe")
+    try:
+        image_CZYX = np.vstack(volumes, dtype=np.float32, casting="unsafe")
+    except MemoryError as e:
+        raise no_memory(files[0], 4 * sum(volume.size for volume in volumes)) from e
     # float32 values cannot overflow a float64 sum, so it is finite exactly when every voxel is
     if math.isfinite(float(image_CZYX.sum(dtype=np.float64))):
         return image_CZYX

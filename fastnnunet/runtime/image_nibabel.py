@@ -1,5 +1,6 @@
 """nnU-Net's NibabelIO and NibabelIOWithReorient: NIfTI files with the affine that nibabel finds in them."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastnnunet.runtime.dicom import DicomSeries, read_series
 from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
 from fastnnunet.runtime.nifti import is_nifti, read_nifti_voxels
+from fastnnunet.runtime.stored import no_memory
 
 
 class NibabelIO:
@@ -96,6 +98,8 @@ def _load(file: ImageSource) -> Any:
 def _voxels(image: Any, file: ImageSource) -> npt.NDArray[np.float64]:
     try:
         voxels_XYZ: npt.NDArray[np.float64] = image.get_fdata()
+    except MemoryError as e:
+        raise no_memory(file, 8 * math.prod(image.shape)) from e
     except (OSError, ValueError) as e:
         raise ImageError(f"cannot read {file}: {e}\ncopy or export it again") from e
     return voxels_XYZ

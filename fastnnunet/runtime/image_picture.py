@@ -69,18 +69,19 @@ def _read_with_pillow(file: Path) -> npt.NDArray[Any]:
     with open_stored(file) as stored:
         stored_bytes = stored.stored_bytes
     try:
-        if _open(file).format == "PNG":
-            _open(file).verify()  # the checksums, which decoding passes over; an image cannot be read after that
-        picture = _open(file)
-        claimed = picture.width * picture.height * _BYTES_OF.get(picture.mode, len(picture.getbands()))
-        check_claim(file, claimed, stored_bytes, ratio=PICTURE_RATIO, slack=SMALL_BYTES)
-        if getattr(picture, "custom_mimetype", None) == "image/apng":
-            raise ImageError(f"{file} is an animation of {getattr(picture, 'n_frames', 2)} pictures, expected one")
-        if picture.mode == "P":
-            picture = picture.convert(picture.palette.mode)
-        elif picture.format == "PNG" and picture.mode == "I":
-            picture = picture.convert("I;16")
-        return np.asarray(picture)
+        with _open(file) as picture:
+            if picture.format == "PNG":
+                picture.verify()  # the checksums, which decoding passes over; nothing can be decoded after that
+        with _open(file) as picture:
+            claimed = picture.width * picture.height * _BYTES_OF.get(picture.mode, len(picture.getbands()))
+            check_claim(file, claimed, stored_bytes, ratio=PICTURE_RATIO, slack=SMALL_BYTES)
+            if getattr(picture, "custom_mimetype", None) == "image/apng":
+                raise ImageError(f"{file} is an animation of {picture.n_frames} pictures, expected one")
+            if picture.mode == "P":
+                return np.asarray(picture.convert(picture.palette.mode))
+            if picture.format == "PNG" and picture.mode == "I":
+                return np.asarray(picture.convert("I;16"))
+            return np.asarray(picture)
     except ImageError:
         raise
     # what Pillow raises of damaged files is of many kinds (SyntaxError, struct.error, EOFError ...)

@@ -14,7 +14,7 @@ from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_geometry, check_same, smallest_dtype, stack_channels
 from fastnnunet.runtime.itk import last_line
 from fastnnunet.runtime.nifti import is_nifti, is_nifti_pair, read_nifti_voxels
-from fastnnunet.runtime.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim
+from fastnnunet.runtime.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim, open_stored
 from fastnnunet.runtime.text_headers import Layout, read_layout
 
 _GIPL_HEADER_BYTES = 256
@@ -156,12 +156,14 @@ def _scalar_dtype(file: Path, reader: Any) -> np.dtype[Any]:
 
 def _check_claim_of(file: Path, reader: Any, dtype: np.dtype[Any]) -> None:
     """Of a format that only ITK knows, compressed perhaps. Raises ImageError."""
-    stored = file.stat().st_size
     claimed = math.prod(reader.GetSize()) * dtype.itemsize
-    if file.suffix.lower() == ".gipl":  # ITK leaves missing voxels as they are
-        check_claim(file, claimed + _GIPL_HEADER_BYTES, stored)
-    else:
-        check_claim(file, claimed, stored, ratio=DEFLATE_RATIO, slack=SMALL_BYTES)
+    is_gipl = file.name.lower().endswith((".gipl", ".gipl.gz"))
+    with open_stored(file, detect=True) as stored:
+        slack = _GIPL_HEADER_BYTES if is_gipl else SMALL_BYTES
+        ratio = DEFLATE_RATIO if stored.packed or not is_gipl else 1
+        check_claim(file, claimed, stored.stored_bytes, ratio=ratio, slack=slack)
+        if is_gipl:  # ITK leaves missing voxels as they are
+            stored.check(_GIPL_HEADER_BYTES + claimed)
 
 
 def _geometry_of(image: Any) -> _Geometry:

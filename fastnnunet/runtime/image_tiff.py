@@ -89,7 +89,7 @@ def read_tiff(file: Path) -> npt.NDArray[Any]:
         raise
     # tifffile raises whatever its parts and codecs raise; DeflateError and its like are RuntimeErrors
     except Exception as e:
-        if "imagecodecs" in str(e):
+        if "requires the 'imagecodecs'" in str(e):
             raise ImageError(f"cannot read {file}: {e}\ninstall it: pip install 'fastnnunet[images]'") from e
         raise ImageError(f"cannot read {file}: {e}\nexpected a TIFF file; export it again") from e
     if complaints:
@@ -102,10 +102,8 @@ def _check_segments(file: Path, page: Any, stored_bytes: int) -> None:
 
     tifffile leaves memory as it finds it where one is not, or where its planes are arranged in no known way.
     """
-    if int(page.keyframe.planarconfig) not in (_CONTIGUOUS, _SEPARATE):
-        raise ImageError(
-            f"{file} is damaged: its planar configuration is {int(page.keyframe.planarconfig)}; export it again"
-        )
+    if (planes := int(page.keyframe.planarconfig)) not in (_CONTIGUOUS, _SEPARATE):
+        raise ImageError(f"{file} is damaged: its planar configuration is {planes}; export it again")
     expected, got = math.prod(page.chunked), len(page.dataoffsets)
     if got < expected or len(page.databytecounts) < got:
         raise ImageError(f"{file} is damaged: {got} of {expected} strips or tiles are there; export it again")

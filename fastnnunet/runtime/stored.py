@@ -3,10 +3,10 @@
 What a header claims is compared with the size of the file and with this machine's memory before anything is allocated.
 """
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,7 +63,10 @@ class Stored:
 
     def voxels(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """The next `count` numbers, after which nothing follows. Raises ImageError when there are fewer, or more."""
-        flat = np.empty(count, dtype)
+        try:
+            flat = np.empty(count, dtype)
+        except MemoryError as e:
+            raise no_memory(self.path, count * np.dtype(dtype).itemsize) from e
         into = flat.view(np.uint8)
         got = 0
         while got < into.size and (piece := self._take(into.size - got)):
@@ -131,7 +134,7 @@ class Stored:
         return data
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_stored(path: Path, *, start: int = 0, packing: str | None = None, detect: bool = False) -> Iterator[Stored]:
     """`detect`: gzip where the file begins like it. Raises ImageError when there is no such file."""
     if not path.is_file():  # a pipe or a device would never end
@@ -156,16 +159,23 @@ def check_claim(path: Path, claimed_bytes: int, stored_bytes: int, *, ratio: int
             f"{path} is truncated or its header is damaged: it claims {claimed_bytes} bytes of voxels, "
             f"expected at most {stored_bytes * ratio + slack} in {stored_bytes} stored bytes; copy or export it again"
         )
-    if claimed_bytes > (memory := memory_bytes()):
-        raise ImageError(
-            f"{path} does not fit into memory: {claimed_bytes / 2**30:.0f} GiB of voxels, this machine has "
-            f"{memory / 2**30:.0f} GiB; crop or resample it first"
-        )
+    if claimed_bytes > memory_bytes():
+        raise no_memory(path, claimed_bytes)
+
+
+def no_memory(what: object, needed_bytes: int) -> ImageError:
+    """The error of an image that is too large for this machine, or for what it has left."""
+    return ImageError(
+        f"{what} does not fit into memory: {needed_bytes / 2**30:.1f} GiB of voxels, this machine has "
+        f"{memory_bytes() / 2**30:.1f} GiB; crop or resample it first"
+    )
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine; no limit where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62
+    """Physical memory of this machine, or of this container; no limit where the system does not tell."""
+    limits = [1 << 62]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)

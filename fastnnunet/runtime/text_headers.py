@@ -162,6 +162,8 @@ def _read_nrrd(path: Path, head: bytes) -> Layout | str:
                 break
         elif ":=" not in text:
             raise _damaged(path, f"line {text[:60]!r}")
+    if start >= _HEAD_BYTES:
+        raise _damaged(path, f"it is longer than {_HEAD_BYTES} bytes")
     _check_text(path, head[:start])
     axes = _whole(path, "dimension", fields.get("dimension", ""))
     if not 1 <= axes <= 16:
