@@ -1,5 +1,7 @@
 """DICOM SEG of series whose headers are as PACS and anonymisers leave them: mended, said, and legal afterwards."""
 
+import datetime
+import shutil
 import struct
 import warnings
 from collections.abc import Callable
@@ -269,6 +271,33 @@ def test_a_makers_class_is_named_in_every_reference(tmp_path: Path) -> None:
     assert set(named) == {storage_class}
 
 
+def test_sequences_are_in_the_character_set_around_them(tmp_path: Path) -> None:
+    def change(header: Dataset, index: int) -> None:
+        header.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
+        header.PatientName = "Yamada^Tarou=山田^太郎"
+        item = Dataset()
+        item.PatientID = "山田"
+        header.OtherPatientIDsSequence = [item]
+
+    _rewrite(tmp_path / "in", _edited(change))
+    segmentation = pydicom.dcmread(_segment(tmp_path / "in")[0])
+    assert segmentation.PatientName == "Yamada^Tarou=山田^太郎"
+    assert segmentation.OtherPatientIDsSequence[0].PatientID == "山田"
+
+
+def test_copies_and_scouts_are_not_referred_to(tmp_path: Path) -> None:
+    files = _rewrite(tmp_path / "in", _raw(SeriesInstanceUID="1.2.3"))
+    shutil.copy(files[1], tmp_path / "in" / "copy")
+    scout = {"orientation": (0, 1, 0, 0, 0, -1), "prefix": "scout", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    write_series(tmp_path / "in", np.zeros((1, 9, 9)), series_uid="1.2.3", **scout)
+    file, labels_ZYX = _segment(tmp_path / "in")
+    segmentation = _check(file, labels_ZYX, tmp_path / "in")
+    named = [
+        item.ReferencedSOPInstanceUID for item in segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    ]
+    assert named == [pydicom.dcmread(f).SOPInstanceUID for f in files]
+
+
 def test_sequences_are_mended_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def change(header: Dataset, index: int) -> None:
         item = Dataset()
@@ -359,7 +388,7 @@ def test_whatever_was_there_is_legal_afterwards(vr: str, text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dates(min_value=__import__("datetime").date(1000, 1, 1)), st.times(), st.sampled_from([".", "-", "/", ""]))
+@given(st.dates(min_value=datetime.date(1000, 1, 1)), st.times(), st.sampled_from([".", "-", "/", ""]))
 def test_dates_and_times_keep_their_meaning(date: Any, time: Any, between: str) -> None:
     written = between.join((f"{date.year:04d}", f"{date.month:02d}", f"{date.day:02d}"))
     assert mended("DA", written, single=True)[0] == [date.strftime("%Y%m%d")]

@@ -199,7 +199,7 @@ def test_an_input_that_is_no_file_is_refused_at_once(
 ) -> None:
     make(tmp_path / "x_0000.nii.gz")
     assert _predict(model, tmp_path / "x_0000.nii.gz", tmp_path / "out") == 2
-    assert capsys.readouterr().err.count("error: the input") == 1
+    assert capsys.readouterr().err.count("error: input ") == 1
     assert _predict(model, tmp_path / ("y" * 300), tmp_path / "out") == 2
     assert _predict(model, tmp_path, tmp_path / "out", "-prev_stage_predictions", "y" * 300) == 2
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,6 +198,16 @@ def test_a_report_does_not_replace_what_it_is_made_of(
     _refused(tmp_path, capsys, *common, "-o", tmp_path / "g" / "dataset.json")
     _refused(tmp_path, capsys, *common, "-o", tmp_path / "p" / "plans.json")
     _refused(tmp_path, capsys, *common, "-dj", tmp_path / "described.json", "-o", tmp_path / "described.json")
+
+
+@pytest.mark.parametrize("kind", ["bundle", "folder"])
+def test_a_model_keeps_its_plans(
+    kind: str, model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _image(tmp_path / "in" / "x_0000.nii.gz")
+    shutil.copytree(getattr(model, kind), tmp_path / "model")
+    words = ("predict", "-i", tmp_path / "in", "-o", tmp_path / "model", "-m", model.bundle, "--backend", "onnxruntime")
+    assert "is the folder of a model" in _refused(tmp_path, capsys, *words)
 
 
 def test_letter_case_where_it_matters_not(tmp_path: Path) -> None:

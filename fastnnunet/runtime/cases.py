@@ -65,8 +65,8 @@ def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
     Raises NotFoundError when the folder is missing or has no image.
     """
     if not os.path.isdir(source):
-        what = "is no file but a pipe, socket or device" if os.path.exists(source) else "was not found"
-        raise NotFoundError(f"the input {printable(source)} {what}\nexpected an image file or a folder of images")
+        what = "is no file but a pipe, socket or device" if os.path.exists(source) else "not found"
+        raise NotFoundError(f"input {what}: {printable(source)}\nexpected an image file or a folder of images")
     if names := regular_files(source, spec.file_ending):
         cases = _by_case(source, names, spec.file_ending, numbered=True)
         _tell(source, passed_over(source, {*names, *_companions(source, names, cases, spec)}, spec.file_ending))

@@ -56,7 +56,14 @@ class _Slices:
 
 def is_dicom_folder(folder: Path) -> bool:
     """Whether some file directly in `folder` is DICOM, whatever its name."""
-    return folder.is_dir() and any(is_dicom_file(file) for file in _files(folder))
+    return folder.is_dir() and any(_seems_dicom(file) for file in _files(folder))
+
+
+def _seems_dicom(file: Path) -> bool:
+    try:
+        return is_dicom_file(file)
+    except ImageError:  # of a file that cannot be opened; said when the series is read that others make it part of
+        return False
 
 
 def folders_below(folder: Path) -> list[Path]:
@@ -69,7 +76,7 @@ def folders_below(folder: Path) -> list[Path]:
     for depth in range(_DEEPEST_FOLDER):
         below = []
         for parent in level:
-            with contextlib.suppress(PermissionError):  # what cannot be looked into cannot be predicted either
+            with contextlib.suppress(PermissionError):  # cannot be predicted either
                 below += sorted(p for p in parent.iterdir() if p.is_dir() and not p.is_symlink())
         level = [p for p in below if not p.name.startswith(".")]
         for place in level if depth else ():
@@ -309,7 +316,11 @@ def _by_reader(file: Path) -> Head | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in regular_files(folder) if name.upper() != "DICOMDIR"]
+    try:
+        names = regular_files(folder)
+    except PermissionError:  # as good as empty; whoever lists the folder above names it
+        return []
+    return [folder / name for name in names if name.upper() != "DICOMDIR"]
 
 
 def _names(files: list[Path]) -> str:

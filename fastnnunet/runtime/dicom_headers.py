@@ -97,7 +97,8 @@ def _mend(series: DicomSeries, heads: dict[Path, Head], first: Any) -> SourceHea
     from pydicom.dataset import Dataset
 
     done: dict[str, str] = {}
-    copied, identifying = _mend_data_set(first, done, 0), Dataset()
+    encodings = _encodings(first, [])
+    copied, identifying = _mend_data_set(first, encodings, done, 0), Dataset()
     for name in IDENTIFYING:
         if name in copied:
             identifying.add(copied[name])
@@ -105,7 +106,7 @@ def _mend(series: DicomSeries, heads: dict[Path, Head], first: Any) -> SourceHea
         else:
             setattr(identifying, name, "")
         setattr(copied, name, "")  # the writer checks these more strictly than it must; they are set afterwards
-    sex, what = mended_sex(_raw_text(first, "PatientSex"))
+    sex, what = mended_sex(_raw_text(first, "PatientSex", encodings))
     done.pop("PatientSex", None)
     identifying.PatientSex = sex
     _note(done, "PatientSex", what)
@@ -124,7 +125,7 @@ def _mend(series: DicomSeries, heads: dict[Path, Head], first: Any) -> SourceHea
         header.ImageOrientationPatient = _decimals(orientation, 6, series, "ImageOrientationPatient")
         header.PixelSpacing = _decimals(head.pixel_spacing, 2, series, "PixelSpacing")
         slices.append(header)
-    _set_thickness(slices, _raw_text(first, "SliceThickness"), done)
+    _set_thickness(slices, _raw_text(first, "SliceThickness", encodings), done)
     return SourceHeaders(
         slices=slices,
         identifying=identifying,
@@ -183,15 +184,16 @@ def _identities(series: DicomSeries, heads: dict[Path, Head], done: dict[str, st
 
 
 def _series_number(first: Any, done: dict[str, str]) -> int:
-    values, _ = mended("IS", _raw_text(first, "SeriesNumber"), single=True)
+    given = _raw_text(first, "SeriesNumber", [])
+    values, _ = mended("IS", given, single=True)
     number = int(values[0] or 0)
-    if not 0 <= number <= _MOST_SERIES_NUMBER - _OURS or (not values[0] and _raw_text(first, "SeriesNumber")):
+    if not 0 <= number <= _MOST_SERIES_NUMBER - _OURS or (given and not values[0]):
         done["SeriesNumber"] = f"{_OURS}, that of the series is no number from 0 to {_MOST_SERIES_NUMBER - _OURS}"
         number = 0
     return number + _OURS
 
 
-def _mend_data_set(header: Any, done: dict[str, str], depth: int) -> Any:
+def _mend_data_set(header: Any, encodings: list[str], done: dict[str, str], depth: int) -> Any:
     """The public attributes of the groups that matter (of an item: all), with legal values only."""
     from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag
     from pydicom.dataelem import DataElement
@@ -208,14 +210,15 @@ def _mend_data_set(header: Any, done: dict[str, str], depth: int) -> Any:
             continue
         vr = dictionary_VR(tag)
         if vr in _TEXT_KINDS:
-            values, what = mended(vr, _raw_text(header, keyword), single=dictionary_VM(tag) == "1")
+            values, what = mended(vr, _raw_text(header, keyword, encodings), single=dictionary_VM(tag) == "1")
             made[tag] = DataElement(tag, vr, values[0] if len(values) == 1 else values)
             _note(done, keyword, what)
             continue
         try:
             value = header[tag].value
             if vr == "SQ":
-                items = [_mend_data_set(item, done, depth + 1) for item in value or ()] if depth < _DEEPEST else []
+                items = list(value or ()) if depth < _DEEPEST else []
+                items = [_mend_data_set(item, _encodings(item, encodings), done, depth + 1) for item in items]
                 made[tag] = DataElement(tag, vr, items)
             elif " or " not in vr:
                 made[tag] = DataElement(tag, vr, value)
@@ -224,36 +227,32 @@ def _mend_data_set(header: Any, done: dict[str, str], depth: int) -> Any:
     return made
 
 
-def _raw_text(header: Any, keyword: str) -> str:
+def _raw_text(header: Any, keyword: str, encodings: list[str]) -> str:
     """The text of an attribute, decoded and otherwise as it is in the file; "" where there is none."""
-    from pydicom.charset import decode_bytes
+    from pydicom.charset import decode_bytes, default_encoding
     from pydicom.datadict import dictionary_VR
-    from pydicom.dataelem import RawDataElement
 
     if keyword not in header:
         return ""
-    element = header.get_item(keyword)
-    value = element.value
+    value = header.get_item(keyword).value
+    if isinstance(value, bytes):
+        delimiters = {"^", "="} if dictionary_VR(keyword) == "PN" else {"\n", "\r", "\t", "\f"}
+        return str(decode_bytes(value, encodings or [default_encoding], delimiters)).strip("\0 ")
     if value is None:
         return ""
-    if not isinstance(element, RawDataElement) or not isinstance(value, bytes):
-        return "\\".join(map(str, value)) if isinstance(value, list | tuple) or hasattr(value, "append") else str(value)
-    delimiters = {"^", "="} if dictionary_VR(element.tag) == "PN" else {"\n", "\r", "\t", "\f"}
-    return decode_bytes(value, _encodings(header), delimiters).strip("\0 ")
+    several = not isinstance(value, str) and hasattr(value, "append")
+    return "\\".join(map(str, value)) if several else str(value)
 
 
-def _encodings(header: Any) -> list[str]:
+def _encodings(header: Any, inherited: list[str]) -> list[str]:
     """Python's names for the character sets of a header; Latin-1 where it names none or none that exists."""
     from pydicom.charset import convert_encodings, default_encoding
 
-    element = header.get_item("SpecificCharacterSet") if "SpecificCharacterSet" in header else None
-    if element is None or not element.value:
-        inherited = getattr(header, "parent_encoding", None)
-        return [inherited] if isinstance(inherited, str) else list(inherited or [default_encoding])
-    value = element.value.decode("latin-1") if isinstance(element.value, bytes) else element.value
-    names = [name.strip("\0 ") for name in (value.split("\\") if isinstance(value, str) else value)]
+    names = _raw_text(header, "SpecificCharacterSet", [])
+    if not names and "SpecificCharacterSet" not in header:
+        return inherited or [default_encoding]
     try:
-        return list(convert_encodings(names))
+        return list(convert_encodings([name.strip("\0 ") for name in names.split("\\")]))
     except LookupError:
         return [default_encoding]
 

@@ -49,8 +49,18 @@ def refuse_overlap(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
             output = there[identity]
             same = "" if os.path.abspath(output) == os.path.abspath(file) else f", which is {printable(output)},"
             raise SpecError(
-                f"{printable(file)}{same} is an input of this run and would be replaced by an output; give another -o"
+                f"{printable(file)}{same} is an input of this run and would be replaced by its segmentation or by a "
+                "file beside it; give another -o"
             )
+
+
+def refuse_model_folder(folder: Path) -> None:
+    """Raises SpecError where the side files of a run would replace the plans.json and dataset.json of a model."""
+    if (folder / "bundle.json").is_file() or any(folder.glob("fold_*/checkpoint_*.pth")):
+        raise SpecError(
+            f"{printable(folder)} is the folder of a model, whose plans.json and dataset.json would be replaced; give "
+            "another -o"
+        )
 
 
 def _identity(file: Path) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ from fastnnunet.runtime.output import (
     write_probabilities,
     write_run_files,
 )
-from fastnnunet.runtime.overlap import inputs_of, refuse_overlap
+from fastnnunet.runtime.overlap import inputs_of, refuse_model_folder, refuse_overlap
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import OnTiles
@@ -242,7 +242,10 @@ class Predictor(LoadedBundle):
         the cases to be predicted now. `run_folder`: where the side files of the run go.
         """
         previous = [plan.previous for plan in everything if plan.previous is not None]
-        side_files = [] if run_folder is None else files_of_run(run_folder)
+        side_files = []
+        if run_folder is not None:
+            refuse_model_folder(run_folder)
+            side_files = files_of_run(run_folder)
         inputs = inputs_of(plan.case for plan in everything)
         refuse_overlap((*inputs, *previous), [*side_files, *self._outputs(planned)])
         # an image is no result of an earlier run; a file that only lies among the images may be one
