@@ -14,9 +14,9 @@ from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec
 from tests.bundles import ToyModel
-from tests.hostile import CONFIGURATION, bundle_json, plans_json, refused, write_bundle
-from tests.hostile import model as model  # a fixture
-from tests.hostile import toy as toy
+from tests.hostile_models import CONFIGURATION, bundle_json, plans_json, refused, write_bundle
+from tests.hostile_models import model as model  # a fixture
+from tests.hostile_models import toy as toy
 
 
 class TestBundleFiles:

@@ -21,8 +21,8 @@ from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of
 from tests.bundles import ToyModel
-from tests.hostile import CONFIGURATION, bundle_json, mutated, plans_json, text_of
-from tests.hostile import toy as toy  # a fixture
+from tests.hostile_models import CONFIGURATION, bundle_json, mutated, plans_json, text_of
+from tests.hostile_models import toy as toy  # a fixture
 
 FUZZ = settings(
     max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -16,9 +16,9 @@ from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.networks import ALLOW_CODE_VARIABLE, allow_code, find_layer, find_network
 from fastnnunet.specs.student import StudentSpec
 from tests.bundles import ToyModel
-from tests.hostile import CONFIGURATION, bundle_json, plans_json, put, refused, strings, write_bundle
-from tests.hostile import model as model  # a fixture
-from tests.hostile import toy as toy
+from tests.hostile_models import CONFIGURATION, bundle_json, plans_json, put, refused, strings, write_bundle
+from tests.hostile_models import model as model  # a fixture
+from tests.hostile_models import toy as toy
 
 DNA = "dynamic_network_architectures"
 PREDICT = ["predict", "-o", "out", "--backend", "torch"]

@@ -349,8 +349,8 @@ def _roots(dataset: str | None, root: str | None) -> "list[Place]":
             raise NotFoundError(_no_place(place))
         return [place]
     base = nnunet_folder("nnUNet_preprocessed")
-    name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return [*sorted(base.glob(f"{name}/fastnnunet_*"))]
+    folders = base.glob("Dataset*") if dataset is None else [base / resolve_dataset(dataset)]
+    return [*sorted(caches for folder in folders for caches in folder.glob("fastnnunet_*"))]
 
 
 def _no_place(place: "Place") -> str:
@@ -358,7 +358,8 @@ def _no_place(place: "Place") -> str:
         return f"--root {place} is not a folder"
     return (
         f"--root {place}: nothing is stored there, or there is no such bucket\n"
-        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build --root"
+        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build -d DATASET "
+        f"--root {place}"
     )
 
 

@@ -1,5 +1,13 @@
-"""Plans, configurations and the networks they describe."""
+"""Plans, configurations and the networks they describe.
 
+Plans are read through nnU-Net's own managers, here and nowhere else: they resolve `inherits_from`, make an
+`architecture` of what was written before nnU-Net 2.5, and know older names of the intensity statistics.
+"""
+
+import contextlib
+import io
+import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +23,11 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+_NETWORKS = "dynamic_network_architectures."
+_UNETS = {
+    name: f"{_NETWORKS}architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
+}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises NotFoundError or CorruptError."""
@@ -22,32 +35,109 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansManager, ConfigurationManager]":
-    """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist."""
+    """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist, or with what
+    nnU-Net says of one that it cannot resolve.
+    """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     check_trusted(plans, configuration)
-    if configuration not in plans.get("configurations", {}):
+    known = plans.get("configurations", {})
+    if configuration not in known:
         raise MismatchError(
             f"plans {plans.get('plans_name')!r} have no configuration {configuration!r}\n"
-            f"expected one of: {', '.join(plans.get('configurations', {})) or '(none)'}"
+            f"expected one of: {', '.join(known) or '(none)'}"
         )
     manager = PlansManager(plans)
-    return manager, manager.get_configuration(configuration)
+    try:
+        with warnings.catch_warnings():  # about plans of before 2.5, whenever they are read
+            warnings.simplefilter("ignore")
+            return manager, manager.get_configuration(configuration)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{e} is missing" if isinstance(e, KeyError) else str(e)
+        raise MismatchError(
+            f"configuration {configuration!r} of plans {plans.get('plans_name')!r} cannot be read as nnU-Net reads it: "
+            f"{reason}\ncorrect the plans, or plan the data set again"
+        ) from e
+
+
+def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration as nnU-Net resolves it, a copy: what it inherits, and always an `architecture`.
+
+    Raises MismatchError.
+    """
+    config: dict[str, Any] = configuration_of(plans, configuration)[1].configuration
+    return config
+
+
+def with_configuration(plans: dict[str, Any], configuration: str, **changes: Any) -> dict[str, Any]:
+    """A copy of the plans in which one configuration is written out in full, with `changes` to its fields.
+
+    All others mean what they meant: those that inherit from it are written out too. Raises MismatchError.
+    """
+    out = deepcopy(plans)
+    for name in plans["configurations"]:
+        if name == configuration or configuration in _ancestors(plans, name):
+            out["configurations"][name] = resolved(plans, name)
+            out["configurations"][name].pop("inherits_from", None)
+    out["configurations"][configuration] |= changes
+    return out
+
+
+def _ancestors(plans: dict[str, Any], configuration: str) -> list[str]:
+    """The configurations that one inherits from, the nearest first; as far as they are there and differ."""
+    chain: list[str] = []
+    known = plans["configurations"]
+    while (parent := known[configuration].get("inherits_from")) in known and parent not in chain:
+        chain.append(parent)
+        configuration = parent
+    return chain
+
+
+def architecture_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """`architecture` of a configuration, a copy, with its network under the name it has now.
+
+    nnU-Net looks for classes of dynamic_network_architectures that were moved; `residual_unet`, which it writes for
+    plans of before 2.5, is such a place. Raises MismatchError.
+    """
+    architecture = deepcopy(resolved(plans, configuration)["architecture"])
+    return {**architecture, "network_class_name": _name_now(architecture["network_class_name"])}
+
+
+def _name_now(class_name: str) -> str:
+    moved = _UNETS.get(class_name.rsplit(".", 1)[-1])
+    return moved if moved and class_name.startswith(_NETWORKS) else class_name
+
+
+def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
+    """Statistics of the training voxels for each channel. Raises MismatchError for plans that have none."""
+    try:
+        statistics: dict[str, Any] = plans_manager.foreground_intensity_properties_per_channel
+    except KeyError as e:
+        raise MismatchError(
+            f"plans {plans_manager.plans.get('plans_name')!r} lack {e}\ncorrect them, or plan the data set again"
+        ) from e
+    return statistics
 
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
-    """nnU-Net's label manager: heads, regions, ignore label."""
+    """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
     check_labels(plans_manager, dataset_json)
-    return plans_manager.get_label_manager(dataset_json)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
+        if plans_manager.label_manager_class is None:
+            raise MismatchError(
+                f"label_manager: got {plans_manager.plans['label_manager']!r}, which is not in "
+                "nnunetv2.utilities.label_handling\ninstall it there, as nnU-Net needs it"
+            )
+        return plans_manager.get_label_manager(dataset_json)
 
 
 def num_input_channels(
     plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
 ) -> int:
-    """Image channels plus, in a cascade, one channel per foreground label."""
+    """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    check_labels(plans_manager, dataset_json)
+    label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
@@ -66,6 +156,7 @@ def build_network(
     import inspect
 
     plans_manager, config = configuration_of(plans, configuration)
+    config.configuration["architecture"] = architecture_of(plans, configuration)
     described = (
         config.network_arch_class_name,
         config.network_arch_init_kwargs,
@@ -99,8 +190,6 @@ def check_fits(
 
     Raises MismatchError, and what `build_network` raises.
     """
-    import warnings
-
     import torch
 
     from fastnnunet.nnunet.checkpoint import load_weights
@@ -118,9 +207,6 @@ def trainer_class(name: str) -> Any:
 
     Raises NotFoundError.
     """
-    import contextlib
-    import io
-
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:

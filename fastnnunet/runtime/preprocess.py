@@ -6,7 +6,6 @@ Axes: C channel, Z Y X in nnU-Net's internal order after transpose_forward, unle
 """
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,11 @@ from fastnnunet import native
 from fastnnunet.errors import ImageError
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
 from fastnnunet.runtime.normalize import SCHEMES
+from fastnnunet.runtime.stored import memory_bytes
 from fastnnunet.specs.bundle import BundleSpec
+
+_MOST_GROWTH = 4096  # times as many voxels: 16 along each axis, where thick slices of large pixels reach 20 in all
+_FEW_VOXELS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,10 @@ def preprocess(
             f"nothing of the image would be left: {cropped_shape} voxels of {tuple(spacing)} mm are {shape} voxels of "
             f"the model's {tuple(target)} mm\nexpected an image at least half such a voxel wide; check its spacing"
         )
-    _check_size(shape, expected + len(spec.previous_labels), target)
     plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
+    if plan is not None:
+        voxel_bytes = data.itemsize * (len(data) + len(spec.previous_labels))
+        _check_growth(cropped_shape, plan.shape_out, spacing, target, voxel_bytes=voxel_bytes)
     data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
         plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)
@@ -115,19 +120,27 @@ def preprocess(
     )
 
 
-def _check_size(shape: tuple[int, ...], channels: int, target_mm: tuple[float, ...]) -> None:
-    """Refuse an image of more memory than the machine has, before any is taken. Raises ImageError."""
-    needed, there = 4 * channels * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ImageError(
-            f"at the model's {target_mm} mm the image has {shape} voxels, which take {needed / 2**30:.3g} GiB; "
-            f"this machine has {there / 2**30:.3g} GiB\ncheck the spacing of the image, or cut it"
-        )
-
-
 def nonzero_bbox(data_CZYX: npt.NDArray[np.float32], threads: int | None = None) -> tuple[tuple[int, int], ...]:
     """Half-open box around the voxels that are non-zero in any channel; the whole image when there are none."""
     return native.nonzero_box(data_CZYX, threads=threads)
+
+
+def _check_growth(
+    shape: tuple[int, ...],
+    shape_out: tuple[int, ...],
+    spacing: tuple[float, ...],
+    target: tuple[float, ...],
+    *,
+    voxel_bytes: int,
+) -> None:
+    """Raises ImageError when a spacing that is damaged or in another unit would make far too large an image."""
+    voxels = math.prod(shape_out)
+    too_many = voxels > max(_FEW_VOXELS, _MOST_GROWTH * math.prod(shape))
+    if too_many or voxels * voxel_bytes > memory_bytes():
+        raise ImageError(
+            f"the resampled image would not fit: {shape} voxels of {spacing} mm are {shape_out} voxels of the model's "
+            f"{target} mm\nexpected a spacing in millimetres; check that of the image"
+        )
 
 
 def _check_previous(previous_ZYX: npt.NDArray[Any] | None, shape: tuple[int, ...], spec: BundleSpec) -> None:
