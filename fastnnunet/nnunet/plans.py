@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.plans_checks import is_class_name
 from fastnnunet.nnunet.trust import check_labels, check_trusted
 from fastnnunet.specs.architecture import unet_problems
 from fastnnunet.specs.json_text import read_json_object
-from fastnnunet.specs.plans_checks import is_class_name
 from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:

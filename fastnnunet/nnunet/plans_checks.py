@@ -85,7 +85,7 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     configurations = plans.get("configurations")
     if (
         not isinstance(configurations, dict)
-        or not all(isinstance(c, dict) for c in configurations.values())
+        or not all(isinstance(c, dict) and isinstance(c.get("inherits_from", ""), str) for c in configurations.values())
         or len(configurations) > _MAX_CONFIGURATIONS
     ):
         problems.append(f"configurations: got {shown(configurations)}, expected configurations by name")
