@@ -1,5 +1,6 @@
 """The store: any Zarr v3 reader opens it, equal voxels give equal bytes, and a case is there whole or not at all."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,10 +15,11 @@ from fastnnunet.cache.codecs import SimplexU8, encode_block
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.folder import create_cache, open_cache
 from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.shard import ShardWriter, layout_for
+from fastnnunet.cache.shard import ShardWriter, array_document, layout_for, layout_of_document
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, MismatchError, NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.canonical import sha256_of
 from tests.cache_fakes import COMMAND, SHAPES, FakeCases, FakeFactory, digests, make_job
 
 
@@ -325,3 +327,70 @@ class TestDamage:
 
     def test_the_command_names_all_damaged_cases(self, cache):
         assert cache.rebuild_command("a", "b") == f"{COMMAND} --case a b"
+
+
+class TestForged:
+    """Metadata whose digests are right, as whoever changes them can make them."""
+
+    @staticmethod
+    def forge(cache, place, value):
+        """The cache's folder with another value somewhere in its metadata, under the name that then is its own."""
+        raw = json.loads((cache.path / "zarr.json").read_text())
+        body = raw["attributes"]["fastnnunet"]
+        del body["self_sha256"]
+        inner = body
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        if isinstance(body["identity"], dict) and isinstance(body["identity"].get("data"), dict):
+            body["identity"]["data"]["sha256"] = sha256_of(body["cases"])
+        body["key"] = sha256_of(body["identity"])
+        body["self_sha256"] = sha256_of({k: v for k, v in body.items() if k != "self_sha256"})
+        folder = cache.path.with_name(body["key"][:16])
+        if folder != cache.path:
+            shutil.copytree(cache.path, folder)
+        (folder / "zarr.json").write_text(json.dumps(raw))
+        return folder
+
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            (("cases", "../../elsewhere"), "0" * 64),
+            (("cases", "a\nb"), "0" * 64),
+            (("cases",), ["large"]),
+            (("cases", "large"), 3),
+            (("identity",), []),
+            (("identity", "data"), 3),
+            (("identity", "soft_labels"), {}),
+            (("identity", "soft_labels", "heads"), 10**9),
+            (("identity", "soft_labels", "heads"), True),
+            (("identity", "soft_labels", "temperature"), "x"),
+            (("identity", "soft_labels", "encoding"), "other"),
+            (("identity", "soft_labels", "levels"), 0),
+            (("spec", "chunk_zyx"), [10**9] * 2),
+            (("provenance",), 3),
+            (("provenance", "command"), "\x1b[2J"),
+            (("format_version",), "1"),
+        ],
+    )
+    def test_metadata(self, cache, place, value):
+        folder = self.forge(cache, place, value)
+        with pytest.raises(CorruptError, match="damaged"):
+            open_cache(folder)
+
+    def test_chunks_that_no_memory_holds(self, cache):
+        document = json.loads((cache.case_dir("large") / "zarr.json").read_text())
+        layout = layout_of_document(document)
+        for chunk in ((2**16,) * 4, (1, 32.0, 32, 32)):
+            forged = array_document(dataclasses.replace(layout, chunk=chunk), document["attributes"])
+            with pytest.raises(CorruptError, match="does not write"):
+                layout_of_document(forged)
+
+    @pytest.mark.parametrize("text", ["[" * 10**5, '{"a": ' * 200 + "1" + "}" * 200, "9" * 5000, '{"a": NaN}'])
+    def test_documents_that_are_no_metadata(self, cache, text):
+        (cache.case_dir("large") / "manifest.json").write_text(text)
+        with pytest.raises(CorruptError, match="--case large"):
+            SoftLabelReader(cache.path).read_case("large")
+        (cache.path / "zarr.json").write_text(text)
+        with pytest.raises(CorruptError, match="damaged"):
+            open_cache(cache.path)

@@ -193,7 +193,7 @@ class TestNames:
         ("field", "name"),
         [
             *(("image_reader_writer", name) for name in ("os", "np", "sitk", "a.b", "__builtins__")),
-            *(("label_manager", name) for name in ("torch", "np", "determine_num_input_channels", "Nothing", None)),
+            *(("label_manager", name) for name in ("torch", "np", "determine_num_input_channels", None)),
             *((f"resampling_fn_{kind}", "torch") for kind in ("data", "seg", "probabilities")),
             *(("preprocessor_name", name) for name in ("multiprocessing", "os.system")),
         ],

@@ -32,6 +32,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
 from fastnnunet.specs.json_text import parse_json
 from fastnnunet.specs.load import build_spec
+from fastnnunet.specs.problems import is_integer, is_name, is_number
 
 GROUP_NAME = "zarr.json"
 ARRAY_NAME = "zarr.json"
@@ -255,7 +256,7 @@ def open_cache(path: Place) -> CacheFolder:
     """
     file = path / GROUP_NAME
     try:
-        raw = parse_json(file.read_text(), file)
+        raw = parse_json(file.read_text(), file, finite=True)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"no soft-label cache at {path}: {GROUP_NAME} is missing") from e
     except (OSError, ValueError) as e:
@@ -263,7 +264,9 @@ def open_cache(path: Place) -> CacheFolder:
     try:
         body = raw["attributes"]["fastnnunet"]
         version = body["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if not isinstance(version, int):
+            raise SpecError("format_version: expected a number")
+        if version > FORMAT_VERSION:
             raise NewerFormatError(
                 f"cache {path} was written by a newer fastnnunet\n"
                 f"  got      format version {version}\n  expected at most {FORMAT_VERSION}\n"
@@ -282,6 +285,7 @@ def open_cache(path: Place) -> CacheFolder:
             cases=body["cases"],
             provenance=body["provenance"],
         )
+        _check_parts(folder)
     except (KeyError, TypeError, AttributeError, SpecError) as e:
         raise CorruptError(_damaged(path, f"{GROUP_NAME} is not that of a soft-label cache: {e}")) from e
     if cache_key(folder.identity) != folder.key or path.name != folder.key[:KEY_CHARS_IN_NAME]:
@@ -291,6 +295,23 @@ def open_cache(path: Place) -> CacheFolder:
     if folder.identity["data"]["sha256"] != sha256_of(folder.cases):
         raise CorruptError(_damaged(path, "the list of cases does not match the identity"))
     return folder
+
+
+def _check_parts(folder: CacheFolder) -> None:
+    """What a digest does not say: that the parts are what they are taken for. Raises SpecError, TypeError, KeyError."""
+    if not all(is_name(case) and isinstance(digest, str) for case, digest in folder.cases.items()):
+        raise SpecError("a case id cannot be the name of a folder")
+    if not isinstance(folder.identity["data"]["sha256"], str) or not folder.build_command.isprintable():
+        raise SpecError("digest of the cases, command: expected text without control characters")
+    temperature = folder.identity["soft_labels"].get("temperature")
+    if temperature is not None and not is_number(temperature):
+        raise SpecError("temperature: expected a number")
+    if not is_integer(folder.identity["soft_labels"]["heads"], 1, 2**16):
+        raise SpecError("heads: expected a whole number of at least 1")
+    try:
+        _ = folder.codec
+    except (ValueError, IndexError, OverflowError) as e:
+        raise SpecError(f"soft_labels: {e}") from e
 
 
 def cache_folders(root: Place) -> Iterable[Place]:

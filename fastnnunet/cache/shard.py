@@ -25,6 +25,7 @@ from numcodecs import blosc, zstd
 from fastnnunet.cache.interfaces import StoredArray
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.problems import is_integer
 
 SHARD_NAME = "c/0/0/0/0"  # Zarr's default chunk key of the one shard
 ABSENT = 2**64 - 1
@@ -34,6 +35,7 @@ ENTRY_BYTES = 16
 # `compressor: auto` takes zstd up to this volume (about 100^3): whatever the patch, zstd then costs at most about a
 # millisecond per stored channel, less than nnU-Net needs to augment the patch by far
 AUTO_ZSTD_VOXELS = 1 << 20
+MAX_CHUNK_VALUES = 1 << 30  # a reader decodes whole chunks; they are about 32^3 voxels
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 Shape = tuple[int, ...]
@@ -227,6 +229,8 @@ def layout_of_document(document: dict[str, Any]) -> ShardLayout:
             dtype={"uint8": "uint8", "float16": "float16"}[document["data_type"]],
         )
         known = array_document(layout, document["attributes"]) == document
+        sizes = (*layout.shape, *layout.chunk)
+        known = known and all(is_integer(n, 0, 2**40) for n in sizes) and 0 < layout.chunk_values <= MAX_CHUNK_VALUES
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as e:
         raise CorruptError(f"zarr.json does not describe a soft-label array ({type(e).__name__}: {e})") from e
     if not known:

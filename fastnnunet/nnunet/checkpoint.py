@@ -1,6 +1,7 @@
 """Reading nnU-Net checkpoints without running code from them, and digests of their weights."""
 
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -11,11 +12,13 @@ from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.pickles import RefusedTypeError
+from fastnnunet.specs.problems import is_list, shown
 
 if TYPE_CHECKING:
     import torch
 
 Weights = dict[str, "torch.Tensor"]
+_AXES = [[], *(list(axes) for count in (1, 2, 3) for axes in itertools.combinations("012", count))]
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # torch.compile wraps parts of a network too
 
 
@@ -49,11 +52,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CorruptError(
             f"{path} is not an nnU-Net v2 checkpoint: network_weights, init_args or trainer_name missing"
         )
+    if problems := _problems(checkpoint):
+        raise CorruptError(f"{path} is not an nnU-Net v2 checkpoint: " + "; ".join(problems))
     from fastnnunet.nnunet.checkpoint_digest import DIGEST, require_undamaged
 
     if DIGEST in checkpoint:
         require_undamaged(checkpoint, path)
     return checkpoint
+
+
+def _problems(checkpoint: dict[str, Any]) -> list[str]:
+    """What of a checkpoint is not of the kind that is worked with."""
+    import torch
+
+    weights, arguments = checkpoint["network_weights"], checkpoint["init_args"]
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    wrong = []
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+    ):
+        wrong.append("network_weights: expected tensors by name")
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("configuration"), str):
+        wrong.append("init_args: expected the name of a configuration in it")
+    if not isinstance(checkpoint["trainer_name"], str):
+        wrong.append(f"trainer_name: got {shown(checkpoint['trainer_name'])}, expected a name")
+    if axes is not None and not (is_list(axes) and sorted(map(str, axes)) in _AXES):
+        wrong.append(f"inference_allowed_mirroring_axes: got {shown(axes)}, expected axes of 0, 1, 2")
+    return wrong
 
 
 def _shortened(path: Path) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.plans_checks import is_class_name
 from fastnnunet.nnunet.trust import check_labels, check_trusted
 from fastnnunet.specs.architecture import unet_problems
 from fastnnunet.specs.json_text import read_json_object
-from fastnnunet.specs.plans_checks import is_class_name, resolve_inheritance
 from fastnnunet.specs.problems import shown
+from fastnnunet.specs.reproducible import resolve_inheritance
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,10 @@ from types import FunctionType
 from typing import Any
 
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.plans_checks import check_dataset_json, check_plans, is_class_name
 from fastnnunet.specs.networks import ALLOW_CODE_OPTION, code_is_allowed
-from fastnnunet.specs.plans_checks import check_dataset_json, check_plans, is_class_name, resolve_inheritance
 from fastnnunet.specs.problems import shown
+from fastnnunet.specs.reproducible import resolve_inheritance
 
 # field of plans or of a configuration -> where nnU-Net searches for what it names, and what it writes there itself
 _SEARCHED = {
@@ -62,6 +63,8 @@ def check_trusted(plans: Mapping[str, Any], configuration: str) -> None:
 def check_labels(plans_manager: Any, dataset_json: Mapping[str, Any]) -> None:
     """Refuse a dataset.json of which nnU-Net's label manager cannot be made. Raises MismatchError."""
     check_dataset_json(dataset_json)
+    if plans_manager.label_manager_class is None:
+        return  # told where it is asked for
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # that plans name no label manager
             plans_manager.get_label_manager(dataset_json)
@@ -74,18 +77,17 @@ def check_labels(plans_manager: Any, dataset_json: Mapping[str, Any]) -> None:
 
 
 def _check_defined(name: Any, field: str, place: str) -> None:
-    """What is not there at all is left to whoever needs it, but for the label manager, which everything does."""
+    """What is not there at all is left to whoever needs it."""
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     kind = FunctionType if field.startswith("resampling") else type
     folder = importlib.import_module(place).__path__[0]
     found = recursive_find_python_class(folder, name, place) if is_class_name(name) else object
-    if field == "label_manager":
-        is_theirs = isinstance(found, type) and issubclass(found, LabelManager)
-    else:
-        is_theirs = found is None or (isinstance(found, kind) and found.__module__.startswith("nnunetv2."))
-    if not is_theirs:
+    if found is None:
+        return
+    is_theirs = isinstance(found, kind) and found.__module__.startswith("nnunetv2.")
+    if not is_theirs or (field == "label_manager" and not issubclass(found, LabelManager)):
         what = "function" if kind is FunctionType else "class"
         raise MismatchError(
             f"{field}: got {shown(name)}, expected the name of a {what} of {place}: other code is not run\n"

@@ -72,7 +72,10 @@ class BundleSpec:
 
     def measured(self, precision: str, backend: str) -> dict[str, Any] | None:
         """How that precision compares with fp32 on a backend, if it was measured."""
-        return self.provenance.get(PRECISIONS, {}).get(precision, {}).get(backend)
+        found: Any = self.provenance
+        for key in (PRECISIONS, precision, backend):
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
 
 
 def is_bundle(folder: Path) -> bool:

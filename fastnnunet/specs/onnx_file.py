@@ -6,6 +6,7 @@ The file is protobuf: a message is a row of fields, each a number, a wire type a
 """
 
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from fastnnunet.errors import CorruptError
 FLOAT32 = 1  # TensorProto.DataType
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # TensorProto.DataLocation
+_SMALL = 2**20  # bytes of a node that are searched as a whole, which is faster than field by field
+_SUSPICIOUS = re.compile(b"location|EPContext")  # a reference to another file has one of these words
 _MAX_DEPTH = 16  # of graphs within nodes
 # message -> number of a field -> the message it holds; other fields are of no interest
 _HOLDS = {
@@ -105,7 +108,9 @@ def _walk(content: mmap.mmap, kind: str, start: int, end: int, depth: int) -> No
             raise ValueError("weights lie in another file, expected all of them inside")
         if kind == "node" and number == 4 and wire == _BYTES and content[first:last] == b"EPContext":
             raise ValueError("a node EPContext takes a compiled network from another file")
-        if number in holds and wire == _BYTES:
+        if number not in holds or wire != _BYTES:
+            continue
+        if holds[number] != "node" or last - first > _SMALL or _SUSPICIOUS.search(content[first:last]):
             _walk(content, holds[number], first, last, depth + 1)
 
 

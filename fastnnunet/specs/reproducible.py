@@ -6,7 +6,8 @@ The resampling functions are in `geometry/resample.py`, which knows their argume
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastnnunet.specs.plans_checks import resolve_inheritance
+from fastnnunet.errors import MismatchError
+from fastnnunet.specs.problems import shown
 
 PREPROCESSOR = "DefaultPreprocessor"
 LABEL_MANAGER = "LabelManager"
@@ -35,6 +36,22 @@ def normalization_problems(schemes: Sequence[str], intensity_properties: Mapping
         if missing:
             problems.append(f"{CT} of channel {index} needs the training statistics {', '.join(missing)}")
     return problems
+
+
+def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with what it inherits, as nnU-Net resolves it. Raises MismatchError when that has no end."""
+    chain = [name]
+    while "inherits_from" in configurations[name]:
+        name = configurations[name]["inherits_from"]
+        if not isinstance(name, str) or name not in configurations:
+            raise MismatchError(f"inherits_from: got {shown(name)}, which is no configuration of these plans")
+        if name in chain:
+            raise MismatchError(f"inherits_from: {shown([*chain, name])} is a circle, expected an end")
+        chain.append(name)
+    config: dict[str, Any] = {}
+    for one in reversed(chain):
+        config |= configurations[one]
+    return config
 
 
 def stated(plans: Mapping[str, Any], configuration: str, field: str) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ class OpenVINOBackend:
         self.precision = precision
         try:
             model = core.read_model(str(model_file))
+            _check_shapes(model, spec)
             batch, channels, *space = model.input(0).partial_shape
             if any(axis.is_dynamic for axis in space):  # kernels are made for the patch size
                 model.reshape([batch, channels, *spec.patch_size])
@@ -66,3 +68,13 @@ class OpenVINOBackend:
             except RuntimeError as e:
                 raise BackendError(f"openvino failed on a batch of shape {batch_NCX.shape}: {e}") from e
         return results[0]
+
+
+def _check_shapes(model: Any, spec: BundleSpec) -> None:
+    """Of a quantised model, which nobody has looked into yet. Raises RuntimeError."""
+    channels = len(spec.channel_names) + len(spec.previous_labels)
+    for what, values, axis in (("input", model.inputs, channels), ("output", model.outputs, spec.num_heads)):
+        expected = [-1 if spec.batch_size is None else spec.batch_size, axis, *spec.patch_size]
+        shapes = [value.partial_shape for value in values]
+        if len(shapes) != 1 or not shapes[0].compatible(type(shapes[0])(expected)):
+            raise RuntimeError(f"it has {what} {', '.join(map(str, shapes))}, expected one {what} {expected}")

@@ -24,6 +24,7 @@ from fastnnunet.specs.problems import (
     spacing_problems,
     transpose_problems,
 )
+from fastnnunet.specs.reproducible import resolve_inheritance
 
 _STATISTICS = ("foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality")
 _MAX_CONFIGURATIONS = 1000
@@ -85,7 +86,7 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     configurations = plans.get("configurations")
     if (
         not isinstance(configurations, dict)
-        or not all(isinstance(c, dict) for c in configurations.values())
+        or not all(isinstance(c, dict) and isinstance(c.get("inherits_from", ""), str) for c in configurations.values())
         or len(configurations) > _MAX_CONFIGURATIONS
     ):
         problems.append(f"configurations: got {shown(configurations)}, expected configurations by name")
@@ -101,22 +102,6 @@ def _is_text(value: Any) -> bool:
 def is_class_name(value: Any) -> bool:
     """An identifier: nnU-Net searches its own modules for an attribute of that name."""
     return isinstance(value, str) and value.isidentifier() and not value.startswith("_")
-
-
-def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with what it inherits, as nnU-Net resolves it. Raises MismatchError when that has no end."""
-    chain = [name]
-    while "inherits_from" in configurations[name]:
-        name = configurations[name]["inherits_from"]
-        if not isinstance(name, str) or name not in configurations:
-            raise MismatchError(f"inherits_from: got {shown(name)}, which is no configuration of these plans")
-        if name in chain:
-            raise MismatchError(f"inherits_from: {shown([*chain, name])} is a circle, expected an end")
-        chain.append(name)
-    config: dict[str, Any] = {}
-    for one in reversed(chain):
-        config |= configurations[one]
-    return config
 
 
 def _configuration_problems(plans: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
