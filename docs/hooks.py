@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-
 from reference import pages as reference_pages
 
 ROOT = Path(__file__).resolve().parents[1]
