@@ -315,6 +315,38 @@ def test_the_figures_of_the_doors() -> None:
     is_shown(times[1], bf16["times_faster_than_single_fold"])
 
 
+def test_speed_as_measured() -> None:
+    text = (ROOT / "docs" / "measured.md").read_text()
+    arms = record("2026-11-28_hippocampus_benchmark.json")["arms"]
+    names = ("nnunetv2 ensemble", "nnunetv2 one fold", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
+    common = arms[names[0]]["per_case_s"].keys()
+    rows = {what: cells for what, *cells in tables(section(text, "Hippocampus, image file to label file"))[0]}
+    for column, arm in enumerate(arms[name] for name in names):
+        scale = 1e3 if column else 1  # students and the single fold: milliseconds
+        seconds = median(arm["per_case_s"][case] for case in common)
+        is_shown(rows["median of the 3 cases that all predicted"][column], scale * seconds)
+        if arm["kind"] == "bundle":
+            is_shown(rows["median of 20 cases"][column], 1e3 * arm["median_s"])
+        is_shown(rows["times faster than the ensemble, same cases"][column], arm["times_faster_than_ensemble"])
+        is_shown(rows["times faster than one fold, same cases"][column], arm["times_faster_than_single_fold"])
+        is_shown(rows["cold, process start to file written"][column], arm["cold"]["median_s"])
+        is_shown(rows["peak memory of the process"][column], arm["peak_memory_bytes"] / 1e6)
+        is_shown(rows["Dice of these 3 cases"][column], arm["dice_on_common_cases"])
+        is_shown(rows["model file"][column], arm["size_bytes"] / 1e6)
+
+    ct = record("2026-11-28_large_volume.json")
+    _, ensemble, fold, *students = tables(section(text, "A large CT"))[0]
+    assert round(ct["nnunetv2"]["ensemble_s"], -2) == float(ensemble[1].split()[0].replace(",", ""))
+    is_shown(fold[1], ct["nnunetv2"]["single_fold_s"])
+    is_shown(fold[3], ct["nnunetv2"]["ensemble_s"] / ct["nnunetv2"]["single_fold_s"])
+    for row, precision in zip(students, ("fp32", "bf16"), strict=True):
+        of = ct["fastnnunet"][f"openvino {precision}"]
+        is_shown(row[1], of["seconds"])
+        is_shown(row[2], of["times_faster_than_single_fold"])
+        is_shown(row[3], of["times_faster_than_ensemble"])
+        is_shown(row[4], 100 * of["agreement_with_nnunetv2"])
+
+
 def test_students_as_measured() -> None:
     measured = record("2026-11-29_student_table.json")["table"]
     losses = {
