@@ -40,9 +40,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# its tools are installed when it is asked for the first time: about ten seconds that nothing else needs
+# Its tools are installed the first time, about ten seconds that nothing else needs; not as .[docs], which would compile the core.
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(BIN)/python -m pip install --quiet
 	touch $@
 
 docs: $(VENV)/.installed-docs

@@ -117,7 +117,8 @@ def nnunet_style_help() -> dict[str, str]:
     for name, target in entry_points().items():
         module, function = target.split(":")
         out = io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), mock.patch("sys.argv", [name]):
+        as_asked = mock.patch("sys.argv", [name]), mock.patch.dict("os.environ", COLUMNS="100")
+        with as_asked[0], as_asked[1], contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             getattr(importlib.import_module(module), function)(["--help"])
         found[name] = out.getvalue()
     return found
