@@ -50,6 +50,7 @@ def benchmark(
     cold_rounds: Annotated[int, typer.Option("--cold-rounds", help="New processes per arm; 0: no cold start.")] = 3,
     device: Annotated[str, typer.Option("-device", "--device", help="Of the nnU-Net arms: cpu or cuda.")] = "cpu",
     tolerance_mm: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice in mm.")] = 1.0,
+    allow_code: options.AllowCode = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also a page with plots and slices, one file without links.")
     ] = None,
@@ -119,7 +120,7 @@ def benchmark(
         def show(what: str, done: float, expected: float) -> None:
             progress.update(task, description=what, completed=done, total=expected)
 
-        record = run_benchmark(job, show)
+        record = run_benchmark(job, show, [] if html is None else [html])
     record["command"] = shlex.join(["fastnnunet", *sys.argv[1:]])
     record["summary"] = headline(record)
     stamp = record["created"][:19].replace("-", "").replace(":", "")

@@ -1,27 +1,29 @@
 """A DICOM series as one image: found in a folder, read by ITK's GDCM reader, refused where its slices form no grid.
 
-Compressed transfer syntaxes and rescaling are GDCM's business. Positions are millimetres, axes x to the left, y to the
-back, z to the head of the patient (LPS). Attributes: DICOM PS3.3 C.7.6.2 (image plane module).
+Compressed transfer syntaxes and rescaling are GDCM's business. Files without preamble are DICOM too.
 """
 
-import re
-from dataclasses import dataclass
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fastnnunet.errors import ImageError
+from fastnnunet.errors import ImageError, printable
+from fastnnunet.runtime.dicom_grid import check_grid, in_order, slice_spacing_mm
+from fastnnunet.runtime.dicom_head import Head, numbers, read_head
 from fastnnunet.runtime.itk import last_line, no_warnings
+from fastnnunet.specs.listing import examples, passed_over, regular_files
 
-_OFF_GRID = 0.05  # of the spacing: how far a slice may lie from where a regular grid has it
-_HALF_PIXEL = 0.5  # how far the last slice may be shifted sideways against the first
+_log = logging.getLogger(__name__)
 # segmentations and registrations, radiotherapy objects: they refer to a series, and may lie beside it
 _NO_IMAGES = ("1.2.840.10008.5.1.4.1.1.66.", "1.2.840.10008.5.1.4.1.1.481.")
-_STORAGE_CLASS = re.compile(rb"\x02\x00\x02\x00UI(..)", re.DOTALL)  # (0002,0002), explicit little endian
-_HEAD_BYTES = 1024
 _PREAMBLE_BYTES = 128
+_DEEPEST_FOLDER = 5  # patient, study, series, and what archives put above them
+_FOLDERS_SHOWN, _FOLDERS_LOOKED_AT = 3, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,52 +45,169 @@ class DicomSeries:
         return str(self.folder)
 
 
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """The slices of a series in their order, and what was left out or assumed."""
+
+    heads: dict[Path, Head]
+    notes: list[str] = field(default_factory=list)
+
+
 def is_dicom_folder(folder: Path) -> bool:
     """Whether some file directly in `folder` is DICOM, whatever its name."""
-    return folder.is_dir() and any(_storage_class(file) is not None for file in _files(folder))
+    return folder.is_dir() and any(is_dicom_file(file) for file in _files(folder))
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """Folders of DICOM files two or more levels below a folder; only the first few that there are. Links are not
+    followed, since they may lead in circles.
+    """
+    found: list[Path] = []
+    level = [folder]
+    looked_at = 0
+    for depth in range(_DEEPEST_FOLDER):
+        below = []
+        for parent in level:
+            with contextlib.suppress(PermissionError):  # what cannot be looked into cannot be predicted either
+                below += sorted(p for p in parent.iterdir() if p.is_dir() and not p.is_symlink())
+        level = [p for p in below if not p.name.startswith(".")]
+        for place in level if depth else ():
+            looked_at += 1
+            if len(found) > _FOLDERS_SHOWN or looked_at > _FOLDERS_LOOKED_AT:
+                return found
+            if is_dicom_folder(place):
+                found.append(place)
+    return found
+
+
+def is_dicom_file(file: Path) -> bool:
+    """Whether a file is DICOM, by its content."""
+    head = read_head(file)
+    return head is not None and (head.has_preamble or head.is_whole)
 
 
 def slice_files(series: DicomSeries) -> tuple[Path, ...]:
     """The files of a series in the order of their positions along the normal of the slices.
 
-    Raises ImageError when the folder holds no image series, several and no `uid` says which, or not that one; and when
-    a file of the series is damaged.
+    A copy of a slice is left out, as are scouts among slices. Raises ImageError when the folder holds no image series,
+    several and no `uid` says which, or not that one; and when a file of the series is damaged.
+    """
+    return tuple(slice_heads(series))
+
+
+def slice_heads(series: DicomSeries) -> dict[Path, Head]:
+    """`slice_files` with what each says of itself."""
+    return _find(series).heads
+
+
+def read_series(series: DicomSeries) -> Any:
+    """The series as a three-dimensional SimpleITK image of float32, rescale slope and intercept applied.
+
+    What was left out of the folder is logged as a warning.
+    Raises ImageError when a slice is damaged, missing, doubled or of another size, or when they do not lie straight
+    above each other (gantry tilt).
     """
     import SimpleITK as sitk
 
+    found = _find(series)
+    for note in found.notes:
+        _log.warning("%s: %s", printable(series.folder), note)
+    check_grid(series.folder, found.heads)
+    reader = sitk.ImageSeriesReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames([str(file) for file in found.heads])
+    # each slice has its own slope: with the type of the first, later ones could be rounded
+    reader.SetOutputPixelType(sitk.sitkFloat32)
+    try:
+        with no_warnings():
+            image = reader.Execute()
+    except RuntimeError as e:
+        culprit, reason = _first_unreadable(tuple(found.heads))
+        raise ImageError(
+            f"cannot read the DICOM series in {series.folder}: {culprit}{reason or last_line(e)}\n"
+            "expected whole slices of one size; export the series again"
+        ) from e
+    if len(found.heads) > 1:
+        _set_spacing(image, series.folder, found.heads)
+    return image
+
+
+def _set_spacing(image: Any, folder: Path, heads: Mapping[Path, Head]) -> None:
+    """The reader takes the pixel spacing of some kinds of images from elsewhere, or for 1 mm where it is not there."""
+    in_plane = next(iter(heads.values())).pixel_spacing
+    x, y, z = image.GetSpacing()
+    if not in_plane and (x, y) == (1, 1):
+        raise ImageError(f"{folder}: the slices do not say their pixel spacing; export the series again")
+    wanted = (*(in_plane[::-1] or (x, y)), slice_spacing_mm(heads))
+    if not np.allclose((x, y, z), wanted, rtol=1e-4):
+        image.SetSpacing(wanted)
+
+
+def _find(series: DicomSeries) -> _Slices:
     folder = series.folder
-    classes = {file: _storage_class(file) for file in _files(folder)}
-    with no_warnings():
-        found = {
-            uid: tuple(map(Path, sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)))
-            for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        }
-    found = {uid: files for uid, files in found.items() if not (classes.get(files[0]) or "").startswith(_NO_IMAGES)}
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is no folder any more")
+    heads = {file: read_head(file) for file in _files(folder)}
+    heads = {file: _by_reader(file) or head if head and not head.is_whole else head for file, head in heads.items()}
+    found: dict[str, dict[Path, Head]] = {}
+    for file, head in heads.items():
+        if head is not None and head.is_image and not head.storage_class.startswith(_NO_IMAGES):
+            found.setdefault(head.series_uid, {})[file] = head
     if not found:
         raise ImageError(f"{folder} holds no DICOM images that can be read; copy or export the series again")
-    uid = series.uid
-    if uid is None and len(found) == 1:
-        (uid,) = found
-    if uid is None or uid not in found:
-        listing = "\n".join(f"  {_describe(uid, files)}" for uid, files in found.items())
-        if uid is not None:
-            raise ImageError(f"{folder} holds no series {uid}, expected one of\n{listing}")
+    uid, notes = _choose(series, found)
+    slices = found[uid]
+    _refuse_damaged(folder, heads, slices)
+    scouts = [file for file, head in slices.items() if head.is_localizer]
+    if scouts and len(scouts) < len(slices):
+        slices = {file: head for file, head in slices.items() if file not in scouts}
+        notes.append(f"left out {len(scouts)} scout(s) among the slices ({_names(scouts)})")
+    copies = _copies(folder, slices)
+    if copies:
+        slices = {file: head for file, head in slices.items() if file not in copies}
+        notes.append(f"left out {len(copies)} file(s) that hold a slice a second time ({_names(copies)})")
+    dicom = {file.name for file, head in heads.items() if head}
+    notes += [f"passed over {note}" for note in passed_over(folder, dicom)]
+    return _Slices({file: slices[file] for file in in_order(slices)}, notes)
+
+
+def _choose(series: DicomSeries, found: Mapping[str, Mapping[Path, Head]]) -> tuple[str, list[str]]:
+    """SeriesInstanceUID of the series that is meant, and what to say about the others."""
+    folder, uid = series.folder, series.uid
+    listing = "\n".join(f"  {_describe(uid, heads)}" for uid, heads in found.items())
+    if uid is not None:
+        if uid not in found:
+            raise ImageError(f"{folder} holds no series {printable(uid)}, expected one of\n{listing}")
+        return uid, []
+    volumes = [uid for uid, heads in found.items() if not all(head.is_localizer for head in heads.values())]
+    if len(found) > 1 and len(volumes) != 1:
         raise ImageError(
             f"{folder} holds {len(found)} DICOM series, expected one:\n{listing}\n"
             "predict one with -i FOLDER --series UID, or give each a folder of its own"
         )
-    files = found[uid]
-    listed = {file for one in found.values() for file in one}
-    suffix, of_series = files[0].suffix, classes.get(files[0])
+    if len(found) == 1:
+        return next(iter(found)), []
+    scouts = [file for uid, heads in found.items() if uid != volumes[0] for file in heads]
+    return volumes[0], [f"left out {len(found) - 1} series of scouts only ({_names(scouts)})"]
+
+
+def _refuse_damaged(folder: Path, heads: Mapping[Path, Head | None], slices: Mapping[Path, Head]) -> None:
+    """Raises ImageError when a file that may be a slice cannot be read: a series without it would be another image."""
+    example = next(iter(slices))
+    suffix, storage_class = example.suffix, slices[example].storage_class
     lost = [
         file
-        for file, kind in classes.items()
-        if file not in listed and (kind == of_series or (kind is None and _may_be_a_slice(file, suffix)))
+        for file, head in heads.items()
+        if (head is None and _may_be_a_slice(file, suffix))
+        or (head is not None and not head.is_image and head.storage_class in ("", storage_class))
+        or (head is not None and head.pixel_bytes and (head.pixels_at or 0) + head.pixel_bytes > file.stat().st_size)
     ]
+    # a link that leads nowhere (data not fetched yet) is a slice when it is called so
+    lost += [p for p in folder.iterdir() if p.is_symlink() and not p.exists() and suffix and p.suffix == suffix]
     if lost:
-        names = ", ".join(file.name for file in lost[:3])
-        raise ImageError(f"{folder}: {len(lost)} file(s) cannot be read as DICOM ({names}); copy or export them again")
-    return files
+        raise ImageError(
+            f"{folder}: {len(lost)} file(s) cannot be read as DICOM ({_names(lost)}); copy or export them again"
+        )
 
 
 def _may_be_a_slice(file: Path, suffix: str) -> bool:
@@ -98,153 +217,103 @@ def _may_be_a_slice(file: Path, suffix: str) -> bool:
     return begins_empty or (suffix != "" and file.suffix == suffix)
 
 
-def read_series(series: DicomSeries) -> Any:
-    """The series as a three-dimensional SimpleITK image of float32, rescale slope and intercept applied.
+def _copies(folder: Path, slices: Mapping[Path, Head]) -> list[Path]:
+    """Files that hold the same slice as another one, which comes first by name: same identity, place and pixels.
 
-    Raises ImageError when a slice is damaged, missing, doubled or of another size, or when they do not lie straight
-    above each other (gantry tilt).
+    Raises ImageError where two with the same identity and place have different pixels.
     """
+    first_of: dict[tuple[object, ...], Path] = {}
+    copies = []
+    # `a.dcm` before `a (1).dcm` and `copy of a.dcm`
+    for file in sorted(slices, key=lambda file: (len(file.name), file.name)):
+        head = slices[file]
+        identity = (head.sop_uid, head.position, head.orientation, head.rows, head.columns)
+        first = first_of.setdefault(identity, file)
+        if first == file:
+            continue
+        if _pixels(first, slices[first]) == _pixels(file, head):
+            copies.append(file)
+        elif head.sop_uid and head.position:
+            raise ImageError(
+                f"{folder}: {first.name} and {file.name} are different slices with the same identity "
+                f"(SOPInstanceUID {printable(head.sop_uid)}) and position; take the wrong one out of the folder"
+            )
+    return copies
+
+
+def _pixels(file: Path, head: Head) -> bytes:
+    with file.open("rb") as f:
+        f.seek(head.pixels_at or 0)
+        return f.read()
+
+
+def _first_unreadable(files: tuple[Path, ...]) -> tuple[str, str]:
+    """Name and fault of the first file that cannot be read by itself; empty where each can."""
     import SimpleITK as sitk
 
-    files = slice_files(series)
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([str(file) for file in files])
-    # each slice has its own slope: with the type of the first, later ones could be rounded
-    reader.SetOutputPixelType(sitk.sitkFloat32)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        with no_warnings():
-            image = reader.Execute()
-    except RuntimeError as e:
-        raise ImageError(
-            f"cannot read the DICOM series in {series.folder}: {last_line(e)}\nexpected slices of one size, all whole; "
-            "export the series again"
-        ) from e
-
-    def values(tag: str, slice_index: int) -> tuple[float, ...]:
-        if not reader.HasMetaDataKey(slice_index, tag):
-            return ()
-        text = str(reader.GetMetaData(slice_index, tag)).strip("\0 ")
-        return tuple(float(part) for part in text.split("\\")) if text else ()
-
-    slices = range(len(files))
-    for index in slices:
-        for tag, what in (("0028|0008", "frames"), ("0028|0002", "colour samples per pixel")):
-            number = (values(tag, index) or (1,))[0]
-            if number > 1:
-                raise ImageError(
-                    f"{files[index]} has {number:g} {what}, expected a grey image of one slice; convert it first"
-                )
-    if len(slices) > 1:
-        _check_grid(
-            series.folder,
-            files,
-            positions_mm=[values("0020|0032", i) for i in slices],
-            orientations=[values("0020|0037", i) for i in slices],
-            pixel_spacings_mm=[values("0028|0030", i) for i in slices],
-        )
-    return image
+    for file in files:
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(file))
+        try:
+            with no_warnings():
+                reader.Execute()
+        except RuntimeError as e:
+            return f"{file.name}: ", last_line(e)
+    return "", ""
 
 
-def _check_grid(
-    folder: Path,
-    files: tuple[Path, ...],
-    *,
-    positions_mm: list[tuple[float, ...]],
-    orientations: list[tuple[float, ...]],
-    pixel_spacings_mm: list[tuple[float, ...]],
-) -> None:
-    """Raises ImageError unless the slices are parallel, straight above each other and evenly spaced."""
-    for what, found, size in (("position", positions_mm, 3), ("orientation", orientations, 6)):
-        for file, value in zip(files, found, strict=True):
-            if len(value) != size:
-                raise ImageError(f"{file} does not say its {what} in the patient; export the series again")
-    for what, found in (("orientation", orientations), ("pixel spacing", pixel_spacings_mm)):
-        for file, value in zip(files, found, strict=True):
-            if len(value) != len(found[0]) or not np.allclose(value, found[0], atol=1e-4):
-                raise ImageError(
-                    f"{folder}: the {what} is {found[0]} in {files[0].name} and {value} in {file.name}, "
-                    "expected parallel slices of one kind (is a scout among them?)"
-                )
-    row, column = np.reshape(orientations[0], (2, 3))
-    normal = np.cross(row, column)
-    positions = np.asarray(positions_mm)
-    offsets = positions - positions[0]
-    heights = offsets @ normal
-    gaps = np.diff(heights)
-    spacing = heights[-1] / len(gaps)
-    if (np.abs(gaps) < 0.01 * abs(spacing)).any() or spacing == 0:
-        index = int(np.argmin(np.abs(gaps)))
-        raise ImageError(
-            f"{folder}: {files[index].name} and {files[index + 1].name} are at the same position, "
-            "expected one image per position (several time points or echoes?); give each a folder of its own"
-        )
-    sideways = np.linalg.norm(offsets[-1] - heights[-1] * normal)
-    if sideways > _HALF_PIXEL * min(pixel_spacings_mm[0] or (1.0,)):
-        tilt = np.degrees(np.arctan2(sideways, abs(heights[-1])))
-        raise ImageError(
-            f"{folder}: the slices are shifted against each other, {sideways:.2f} mm from first to last (a gantry tilt "
-            f"of {tilt:.1f} degrees), expected them straight above each other\n"
-            "resample the series to a rectangular grid first (dcm2niix does)"
-        )
-    off = np.abs(heights - spacing * np.arange(len(heights)))
-    if off.max() > _OFF_GRID * abs(spacing):
-        raise ImageError(f"{folder}: {_uneven(files, gaps)}\nexport the whole series, or resample it evenly first")
-
-
-def _uneven(files: tuple[Path, ...], gaps_mm: npt.NDArray[np.float64]) -> str:
-    usual = float(np.median(gaps_mm))
-    index = int(np.argmax(np.abs(gaps_mm - usual)))
-    between = f"between {files[index].name} and {files[index + 1].name}"
-    steps = gaps_mm / usual
-    missing = np.rint(steps) - 1
-    if np.abs(steps - np.rint(steps)).max() < 0.1 and missing.sum() < len(gaps_mm):
-        return (
-            f"{int(missing.sum())} slice(s) are missing: {gaps_mm[index]:.2f} mm {between}, expected {usual:.2f} mm as "
-            "elsewhere"
-        )
-    return (
-        f"the slices are not evenly spaced: {gaps_mm.min():.2f} to {gaps_mm.max():.2f} mm, the odd one {between}, "
-        "expected one distance"
-    )
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.iterdir() if not p.name.startswith(".") and p.name.upper() != "DICOMDIR" and p.is_file()
-    )
-
-
-def _storage_class(file: Path) -> str | None:
-    """SOP class of a DICOM file from its first bytes; "" where it is not stated, None for any other file."""
-    try:
-        with file.open("rb") as f:
-            head = f.read(_HEAD_BYTES)
-    except OSError as e:
-        raise ImageError(f"cannot read {file}: {e}") from e
-    if head[128:132] != b"DICM":
-        return None
-    match = _STORAGE_CLASS.search(head, 132)
-    if match is None:
-        return ""
-    return (
-        head[match.end() : match.end() + int.from_bytes(match[1], "little")].rstrip(b"\0 ").decode("ascii", "replace")
-    )
-
-
-def _describe(uid: str, files: tuple[Path, ...]) -> str:
-    """One line for a choice: UID, modality, number of images, description."""
+def _by_reader(file: Path) -> Head | None:
+    """The header as ITK's reader has it, for encodings that are not known here; None where it cannot read it either."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(files[0]))
-    parts = []
+    reader.SetFileName(str(file))
     try:
         with no_warnings():
             reader.ReadImageInformation()
-        parts = [reader.GetMetaData(t).strip("\0 ") for t in ("0008|0060", "0008|103e") if reader.HasMetaDataKey(t)]
-    except RuntimeError as e:
-        parts = [last_line(e)]
-    return ", ".join([uid or "(no UID)", f"{len(files)} image(s)", *filter(None, parts)])
+    except RuntimeError:  # the caller goes by what it read itself
+        return None
+
+    def text(tag: str) -> str:
+        return str(reader.GetMetaData(tag)).strip("\0 ") if reader.HasMetaDataKey(tag) else ""
+
+    def count(tag: str) -> int:
+        return int((numbers(text(tag)) or (1,))[0])
+
+    columns, rows = reader.GetSize()[:2]
+    return Head(
+        is_whole=True,
+        storage_class=text("0008|0016"),
+        sop_uid=text("0008|0018"),
+        study_uid=text("0020|000d"),
+        series_uid=text("0020|000e"),
+        frame_uid=text("0020|0052"),
+        image_type=tuple(part.strip().upper() for part in text("0008|0008").split("\\") if part),
+        modality=text("0008|0060"),
+        description=text("0008|103e"),
+        samples=count("0028|0002"),
+        frames=count("0028|0008"),
+        rows=rows,
+        columns=columns,
+        position=numbers(text("0020|0032")),
+        orientation=numbers(text("0020|0037")),
+        pixel_spacing=numbers(text("0028|0030")),
+        pixels_at=0,
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in regular_files(folder) if name.upper() != "DICOMDIR"]
+
+
+def _names(files: list[Path]) -> str:
+    return examples([file.name for file in files])
+
+
+def _describe(uid: str, heads: Mapping[Path, Head]) -> str:
+    """One line for a choice: UID, modality, number of images, description."""
+    head = next(iter(heads.values()))
+    words = [printable(uid) or "(no UID)", f"{len(heads)} image(s)", *map(printable, (head.modality, head.description))]
+    return ", ".join(filter(None, words))
