@@ -1,4 +1,5 @@
 # make demo   the whole job on generated data        make test   the test suite
+# make docs   this documentation, in docs/site       make lint   ruff, mypy, import contracts
 # make cache | train | export | benchmark            one stage on your own data (DATASET= CONFIG= FOLD= R=)
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -11,10 +12,10 @@ EXTRA    ?=
 BIN      := $(VENV)/bin
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test lint cache train export benchmark clean
+.PHONY: help install demo test lint docs cache train export benchmark clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 # One environment for everything; the stamp makes a second run start at once. The native core is part of the install.
 $(VENV)/.installed: pyproject.toml $(shell find fastnnunet/native -name '*.?pp' -o -name CMakeLists.txt)
@@ -39,6 +40,16 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Its tools are installed the first time, about ten seconds that nothing else needs; not as .[docs], which would compile the core.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(BIN)/python -m pip install --quiet
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+	@echo docs/site/index.html
+
 cache: install
 	$(BIN)/python -m pipelines.cache $(DATASET) $(CONFIG) $(EXTRA)
 
@@ -52,4 +63,4 @@ benchmark: install
 	$(BIN)/python -m pipelines.benchmark $(DATASET) $(CONFIG) $(FOLD) $(R) --bundles $(BUNDLES) $(EXTRA)
 
 clean:
-	rm -rf demo_out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf demo_out docs/site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -67,7 +67,7 @@ def resample(
     alone. `torch`: coordinates in float32 and "nearest-exact". `clip`: to the range of the whole channel, or of each
     plane z before planes are combined. float64 results only of float32 input.
     """
-    out = np.empty((len(values_CZYX), *shape_out), dtype)
+    out: npt.NDArray[Any] = np.empty((len(values_CZYX), *shape_out), dtype)
     _core.resample(_readable(values_CZYX), out, orders, torch, clip, threads or 0)
     return out
 

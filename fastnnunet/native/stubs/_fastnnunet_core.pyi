@@ -1,0 +1,242 @@
+from collections.abc import Sequence
+from typing import Annotated, overload
+
+import numpy
+from numpy.typing import NDArray
+
+INTERFACE: int = 3
+
+def kl_classes(
+    logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    soft: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    temperature: float,
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None), order="C", device="cpu", writable=False)] | None,
+    difference: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> tuple[float, int]: ...
+def sample(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    labels: Annotated[NDArray[numpy.int16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    grid: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    outside: int,
+    values_out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    labels_out: Annotated[NDArray[numpy.int16], dict(shape=(None, None), order="C", device="cpu")],
+    threads: int,
+) -> None: ...
+def sample_inside(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    space: Sequence[int],
+    lower: Sequence[int],
+    grid: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    nothing: float,
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    threads: int,
+) -> None: ...
+@overload
+def resample(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    orders: Sequence[int],
+    torch: bool,
+    clip: str,
+    threads: int,
+) -> None: ...
+@overload
+def resample(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float64], dict(shape=(None, None, None, None), device="cpu")],
+    orders: Sequence[int],
+    torch: bool,
+    clip: str,
+    threads: int,
+) -> None: ...
+@overload
+def resample(
+    values: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    orders: Sequence[int],
+    torch: bool,
+    clip: str,
+    threads: int,
+) -> None: ...
+@overload
+def label_logits(
+    logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    labels: Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), device="cpu")],
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    first_in: Sequence[int],
+    first_out: Sequence[int],
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    regions: Sequence[int] | None,
+    threads: int,
+) -> None: ...
+@overload
+def label_logits(
+    logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    labels: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), device="cpu")],
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    first_in: Sequence[int],
+    first_out: Sequence[int],
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    regions: Sequence[int] | None,
+    threads: int,
+) -> None: ...
+@overload
+def label_logits(
+    logits: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    labels: Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), device="cpu")],
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    first_in: Sequence[int],
+    first_out: Sequence[int],
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    regions: Sequence[int] | None,
+    threads: int,
+) -> None: ...
+@overload
+def label_logits(
+    logits: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    labels: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), device="cpu")],
+    size_in: Sequence[int],
+    size_out: Sequence[int],
+    first_in: Sequence[int],
+    first_out: Sequence[int],
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    regions: Sequence[int] | None,
+    threads: int,
+) -> None: ...
+@overload
+def resample_planes(
+    logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    depth_out: int,
+    first_plane: int,
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    threads: int,
+) -> None: ...
+@overload
+def resample_planes(
+    logits: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    depth_out: int,
+    first_plane: int,
+    orders: Sequence[int],
+    torch: bool,
+    to_half: bool,
+    threads: int,
+) -> None: ...
+def last_inputs(size_in: int, size_out: int, order: int, torch: bool) -> list[int]: ...
+@overload
+def label_head(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    to_half: bool,
+    head: int,
+    best: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    labels: Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+@overload
+def label_head(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    to_half: bool,
+    head: int,
+    best: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    labels: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+@overload
+def paint_head(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    to_half: bool,
+    label: int,
+    labels: Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+@overload
+def paint_head(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    to_half: bool,
+    label: int,
+    labels: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+def add_weighted(
+    logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    weights: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    sums: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu")],
+    is_first: bool,
+    threads: int,
+) -> None: ...
+def add_halves(
+    values: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    sums: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+def divide(
+    sums: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu")],
+    total: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None), device="cpu", writable=False)],
+    threads: int,
+) -> tuple[tuple[float, float], tuple[float, float]]: ...
+def round_to_half(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+def moments(
+    channel: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None, None), device="cpu", writable=False)] | None,
+    threads: int,
+) -> tuple[float, float]: ...
+def z_score(
+    channel: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None, None), device="cpu", writable=False)] | None,
+    threads: int,
+) -> None: ...
+def clip_and_scale(
+    channel: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")],
+    low: float,
+    high: float,
+    mean: float,
+    std: float,
+    threads: int,
+) -> None: ...
+def rescale_to_01(
+    channel: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")], threads: int
+) -> None: ...
+def rgb_to_01(
+    channel: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu")], threads: int
+) -> tuple[float, float]: ...
+def limits(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
+    threads: int,
+) -> tuple[float, float]: ...
+def nonzero_box(
+    channels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    threads: int,
+) -> tuple[list[int], list[int]]: ...
+def nonzero_mask(
+    channels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> None: ...
+def label_components(
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None, None), device="cpu", writable=False)],
+    connectivity: int,
+    labels: Annotated[NDArray[numpy.int32], dict(shape=(None, None, None), device="cpu")],
+    threads: int,
+) -> list[int]: ...
+def fill_holes(
+    mask: Annotated[NDArray[numpy.bool_], dict(shape=(None, None, None), device="cpu")], threads: int
+) -> None: ...

@@ -1,0 +1,457 @@
+"""README.md and docs/: commands that work, links that lead somewhere, figures that are the records'."""
+
+import argparse
+import importlib
+import json
+import os
+import posixpath
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import yaml
+
+from tests.dicom_files import write_series
+from tests.tiny import CONFIGURATION, DATASET
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "pipelines" / "results"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
+OURS = ("fastnnunet ", "nnUNetv2_distillation_", "nnUNetv2_resenc_", "nnUNetv2_primus_", "torchrun ")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def code(text: str) -> Iterator[tuple[str, bool]]:
+    """(code, whether it stands in a block): lines of indented and fenced blocks, and what stands in backticks."""
+    fenced = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip(), True
+        else:
+            yield from ((inline, False) for inline in re.findall(r"`([^`]+)`", line))
+
+
+def commands(text: str) -> Iterator[tuple[list[str], bool]]:
+    """Our commands among the code, as (words, whether all that is required must be there): a name alone is no call."""
+    for line, in_block in code(text):
+        if line.startswith(OURS):
+            words = shlex.split(line, comments=True)
+            if words[0] == "torchrun":
+                words = words[words.index("-m") + 1 :]
+            is_call = in_block and "..." not in words and any(word.startswith("-") for word in words)
+            yield [word for word in words if word != "..."], is_call
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below a heading of the second level."""
+    return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def block(text: str, start: str = "fastnnunet") -> list[str]:
+    """The lines of code that begin with `start`."""
+    return [line for line, in_block in code(text) if in_block and line.startswith(start)]
+
+
+# commands
+
+
+def parse(words: list[str], complete: bool) -> None:
+    """Let the command line read the words, without running anything. Raises what it raises for a wrong option."""
+    from fastnnunet.cli.main import command, spread_multi_values
+
+    leaf: Any = command()
+    arguments = spread_multi_values(words)
+    while hasattr(leaf, "commands") and arguments and not arguments[0].startswith("-"):
+        leaf, arguments = leaf.commands[arguments[0]], arguments[1:]
+    if "--help" in arguments or "--version" in arguments or (hasattr(leaf, "commands") and not arguments):
+        return
+    if not complete:
+        required = [p for p in leaf.params if p.required]
+        missing = [p.opts[0] for p in required if p.param_type_name == "option" and not set(p.opts) & set(arguments)]
+        positional = [] if arguments else [p for p in required if p.param_type_name == "argument"]
+        arguments += ["1" for _ in positional] + [word for option in missing for word in (option, "1")]
+    leaf.make_context(leaf.name, arguments)
+
+
+def nnunet_style() -> dict[str, str]:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    return {name: target for name, target in scripts.items() if name.startswith("nnUNetv2_")}
+
+
+class ParsedError(Exception):
+    """The nnU-Net-style command has read its options: stop before it acts."""
+
+
+@each_page
+def test_commands_exist_and_take_these_options(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnnunet.cli import aliases
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*arguments: Any) -> None:
+        parse_args(*arguments)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for words, complete in commands(page.read_text()):
+        if words[0] == "fastnnunet":
+            parse(words[1:], complete)
+        else:
+            function = nnunet_style()[words[0]].split(":")[1]
+            if len(words) > 1:
+                with pytest.raises(ParsedError):
+                    getattr(aliases, function)(words[1:])
+
+
+def test_a_wrong_command_would_be_noticed() -> None:
+    text = "`fastnnunet train ... --nothing`\n\n    fastnnunet predict -i images  # no -o\n\n`fastnnunet destroy`\n"
+    found = list(commands(text))
+    assert len(found) == 3
+    for (words, complete), problem in zip(found, ("--nothing", "output", "destroy"), strict=True):
+        with pytest.raises(Exception, match=problem):
+            parse(words[1:], complete)
+
+
+@each_page
+def test_options_targets_extras_and_modules_exist(page: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    options = {name for _, leaf in leaves() for p in leaf.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for line, _ in code(page.read_text()):
+        if option := re.match(r"--[a-z][\w-]*", line):
+            assert option[0] in options, line
+        if made := re.match(r"make ((?:[a-z]+ ?)+)", line):
+            assert set(made[1].split()) <= set(targets), line
+        for extras in re.findall(r"'(?:\.|fastnnunet)\[([\w,-]+)\]'", line):
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), line
+        for module in re.findall(r"-m (pipelines\.\w+)", line):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), line
+
+
+def leaves() -> Any:
+    from fastnnunet.cli.main import command
+
+    return reference().leaves(command())
+
+
+def reference() -> Any:
+    """docs/reference.py, which makes the command reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        return importlib.import_module("reference")
+
+
+def run(words: list[str]) -> None:
+    from fastnnunet.cli.main import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert not stopped.value.code, words
+
+
+def test_the_three_doors_are_open(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of README.md's doors, in order, on a tiny data set with training cut short; the Python example."""
+    text = (ROOT / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # `train` sets it: here for this test alone
+    raw = world / "raw" / DATASET
+    for name in ("imagesTs", "labelsTs"):
+        (tmp_path / name).symlink_to(raw / name)
+    model_folder = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+    in_here = ["--workers", "0", "--threads", "1"]  # no processes that load torch again
+
+    def follow(line: str) -> None:
+        own = line.replace("-d 4", "-d 998").replace("MODEL_FOLDER", str(model_folder))
+        words = shlex.split(own, comments=True)[1:]
+        run([*words, *{"train": ["-e", "1", "--iterations", "2", "--no-validate"], "cache": in_here}.get(words[0], [])])
+
+    five = block(section(text, "I trained an nnU-Net"))[:5]
+    assert [line.split()[1] for line in five] == ["cache", "train", "export", "predict", "evaluate"]
+    for line in five:
+        follow(line)
+    assert len(json.loads((tmp_path / "scores.json").read_text())["cases"]) == 2
+
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "python.md").read_text(), re.DOTALL)
+    assert example is not None
+    image = sitk.ReadImage(str(raw / "imagesTs" / "tiny_10_0000.nii.gz"))
+    names: dict[str, Any] = {
+        "image_CZYX": sitk.GetArrayFromImage(image)[None],
+        "spacing_zyx_mm": image.GetSpacing()[::-1],
+    }
+    exec(example[1], names)
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "predictions" / "tiny_10.nii.gz")))
+    np.testing.assert_array_equal(names["segmentation"], written)
+
+    deploy = block(section(text, "I must deploy"))
+    assert [line.split()[1] for line in deploy] == ["export", "predict"]
+    for line in deploy:
+        follow(line)
+
+    write_series(tmp_path / "CT_SERIES", np.random.default_rng(0).normal(0, 50, (20, 24, 22)).astype(np.int16))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (hospital,) = block(section(text, "I work in a hospital"))
+    follow(hospital)
+    assert (tmp_path / "out" / "CT_SERIES.dcm").is_file()
+
+
+# links
+
+
+def targets(page: Path) -> Iterator[tuple[str, str]]:
+    """(path in the checkout, anchor) of every link that stays in it."""
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        here = page.relative_to(ROOT).as_posix()
+        yield posixpath.normpath(posixpath.join(posixpath.dirname(here), target)) if target else here, anchor
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and Python-Markdown make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in targets(page):
+        assert (ROOT / target).is_file(), target
+        assert not anchor or anchor in anchors(ROOT / target), f"{target}#{anchor}"
+
+
+@each_page
+def test_files_named_exist(page: Path) -> None:
+    for name, _ in code(page.read_text()):
+        if "NAME" not in name and re.fullmatch(
+            r"(fastnnunet|tests|pipelines|cache_specs|docs)/[\w./-]+\.(py|json|yaml|md|pyi)", name
+        ):
+            assert (ROOT / name).is_file(), name
+
+
+def test_every_record_is_told_of() -> None:
+    records = {path.relative_to(ROOT).as_posix() for path in RESULTS.glob("*.json")}
+    assert records == {target for target, _ in targets(ROOT / "docs" / "measured.md") if target.endswith(".json")}
+
+
+# figures
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Tables -> rows -> cells, without the line below the header."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
+        for table in found
+    ]
+
+
+def record(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def is_shown(text: str, *values: float) -> None:
+    """The numbers in `text` are the values, rounded as they are written."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", text.replace(",", ""))
+    shown = [float(number) for number in numbers]
+    decimals = [len(number.partition(".")[2]) for number in numbers]
+    assert shown == [round(value, places) for value, places in zip(values, decimals, strict=True)], text
+
+
+def test_the_table_of_the_readme() -> None:
+    header, ensemble, fold, fp32, bf16, control = tables((ROOT / "README.md").read_text())[0]
+    assert header[1:] == ["mean Dice", "seconds a case", "times faster", "model file"]
+    benchmark = record("2026-11-28_hippocampus_benchmark.json")["arms"]
+    students = record("2026-11-29_student_table.json")
+    arms = ("nnunetv2 ensemble", "nnunetv2 one fold", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
+    common = benchmark[arms[0]]["per_case_s"].keys()
+    for row, arm in zip((ensemble, fold, fp32, bf16), arms, strict=True):
+        measured = benchmark[arm]
+        is_shown(row[2], median(measured["per_case_s"][case] for case in common))
+        is_shown(row[3], measured["times_faster_than_ensemble"])
+        is_shown(row[4], measured["size_bytes"] / 1e6)
+    is_shown(ensemble[1], students["ensemble"]["mean_dice"])
+    earlier = record("2026-11-23_hippocampus_benchmark.json")["arms"]["nnunetv2 one fold"]
+    is_shown(fold[1], earlier["metrics"]["foreground_mean"]["dice"])
+    distilled, alone = (
+        students["table"][f"r4_lite {loss} 5 fold(s) from teacher, 2000 x 2"] for loss in ("kl", "none")
+    )
+    for row in (fp32, bf16):
+        is_shown(row[1], distilled["mean_dice"])
+    is_shown(control[1], alone["mean_dice"])
+    assert distilled["parameters"] == alone["parameters"] == benchmark[arms[2]]["parameters"]
+
+
+def test_the_figures_of_the_doors() -> None:
+    text = (ROOT / "README.md").read_text()
+    deploy = {row[0]: row[1] for row in tables(section(text, "I must deploy"))[0]}
+    arms = record("2026-11-28_hippocampus_benchmark.json")["arms"]
+    ensemble, fp32, bf16 = (
+        arms[f"{n}"] for n in ("nnunetv2 ensemble", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
+    )
+    expected = {
+        "base install": (record("2026-11-24_slim_install.json")["size_bytes"] / 1e6,),
+        "bundle": (fp32["size_bytes"] / 1e6, ensemble["size_bytes"] / 1e6),
+        "peak memory": (fp32["peak_memory_bytes"] / 1e6, ensemble["peak_memory_bytes"] / 1e6),
+        "cold start": (bf16["cold"]["median_s"], ensemble["cold"]["median_s"]),
+        "labels equal": (100 * record("2026-11-28_agreement.json")["least_agreement"],),
+    }
+    for start, values in expected.items():
+        (shown,) = [value for what, value in deploy.items() if what.startswith(start)]
+        is_shown(shown, *values)
+    times = re.search(r"one unmirrored fold the student is (\d+) times", text)
+    assert times is not None
+    is_shown(times[1], bf16["times_faster_than_single_fold"])
+
+
+def test_speed_as_measured() -> None:
+    text = (ROOT / "docs" / "measured.md").read_text()
+    arms = record("2026-11-28_hippocampus_benchmark.json")["arms"]
+    names = ("nnunetv2 ensemble", "nnunetv2 one fold", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
+    common = arms[names[0]]["per_case_s"].keys()
+    rows = {what: cells for what, *cells in tables(section(text, "Hippocampus, image file to label file"))[0]}
+    for column, arm in enumerate(arms[name] for name in names):
+        scale = 1e3 if column else 1  # students and the single fold: milliseconds
+        seconds = median(arm["per_case_s"][case] for case in common)
+        is_shown(rows["median of the 3 cases that all predicted"][column], scale * seconds)
+        if arm["kind"] == "bundle":
+            is_shown(rows["median of 20 cases"][column], 1e3 * arm["median_s"])
+        is_shown(rows["times faster than the ensemble, same cases"][column], arm["times_faster_than_ensemble"])
+        is_shown(rows["times faster than one fold, same cases"][column], arm["times_faster_than_single_fold"])
+        is_shown(rows["cold, process start to file written"][column], arm["cold"]["median_s"])
+        is_shown(rows["peak memory of the process"][column], arm["peak_memory_bytes"] / 1e6)
+        is_shown(rows["Dice of these 3 cases"][column], arm["dice_on_common_cases"])
+        is_shown(rows["model file"][column], arm["size_bytes"] / 1e6)
+
+    ct = record("2026-11-28_large_volume.json")
+    _, ensemble, fold, *students = tables(section(text, "A large CT"))[0]
+    assert round(ct["nnunetv2"]["ensemble_s"], -2) == float(ensemble[1].split()[0].replace(",", ""))
+    is_shown(fold[1], ct["nnunetv2"]["single_fold_s"])
+    is_shown(fold[3], ct["nnunetv2"]["ensemble_s"] / ct["nnunetv2"]["single_fold_s"])
+    for row, precision in zip(students, ("fp32", "bf16"), strict=True):
+        of = ct["fastnnunet"][f"openvino {precision}"]
+        is_shown(row[1], of["seconds"])
+        is_shown(row[2], of["times_faster_than_single_fold"])
+        is_shown(row[3], of["times_faster_than_ensemble"])
+        is_shown(row[4], 100 * of["agreement_with_nnunetv2"])
+
+
+def test_students_as_measured() -> None:
+    measured = record("2026-11-29_student_table.json")["table"]
+    losses = {
+        "no soft labels": "none",
+        "KL": "kl",
+        "KL, `--anneal`": "kl annealed",
+        "KL, T = 1, `--anneal`": "kl T=1 annealed",
+        "KL, `--anneal`, 4000 steps": "kl annealed",
+    }
+    rows = tables(section((ROOT / "docs" / "measured.md").read_text(), "Families, sizes and losses"))[0]
+    seen = set()
+    for what, *cells in rows[1:-2]:
+        family, loss = what.split(", ", 1)
+        steps = 4000 if "4000" in loss else 2000
+        for r, cell in zip((2, 4, 6), cells, strict=True):
+            if cell:
+                key = f"r{r}_{family} {losses[loss]} 5 fold(s) from teacher, {steps} x 2"
+                of, dice = measured[key], cell.split(" (")[0]
+                seen.add(key)
+                is_shown(dice, *((of["mean_dice"], of["stdev"]) if len(of["seeds"]) > 1 else (of["mean_dice"],)))
+                assert ("seed" in cell) == (len(of["seeds"]) < 3)
+    assert seen == {key for key in measured if key.endswith(("2000 x 2", "4000 x 2"))}
+    for r, ms, parameters in zip((2, 4, 6), rows[-2][1:], rows[-1][1:], strict=True):
+        lite, width = (measured[f"r{r}_{family} kl 5 fold(s) from teacher, 2000 x 2"] for family in ("lite", "width"))
+        is_shown(ms, lite["ms_per_patch"]["bf16"], width["ms_per_patch"]["bf16"])
+        is_shown(parameters, lite["parameters"] / 1e6, width["parameters"] / 1e6)
+
+
+def test_recipes_and_precisions_as_measured() -> None:
+    text = (ROOT / "docs" / "measured.md").read_text()
+    caches = record("2026-11-24_cache_recipes.json")["caches"]
+    for row in tables(section(text, "The cache"))[0][1:]:
+        recipe = re.search(r"`(\w+)\.yaml`", row[0])
+        assert recipe is not None
+        asked = yaml.safe_load((ROOT / "cache_specs" / f"{recipe[1]}.yaml").read_text())
+        (cache,) = [
+            c
+            for c in caches
+            if c["soft_labels"]["encoding"] == asked["encoding"]
+            and c["soft_labels"].get("levels", 255) == asked.get("levels", 255)
+        ]
+        is_shown(row[1], cache["bytes_per_voxel"])
+        is_shown(row[2], cache["max_error"])
+        is_shown(row[3], cache["eps"])
+
+    bundles = record("2026-11-24_precisions.json")["bundles"]
+    for what, *cells in tables(section(text, "bf16 and int8"))[0][1:-1]:
+        backend, precision = what.replace("ONNX Runtime", "onnxruntime").replace("OpenVINO", "openvino").split()
+        for cell, bundle in zip(cells, bundles, strict=True):
+            of = [c for c in bundle["comparisons"] if c["backend"] == backend]
+            dice = {c["precision"]: c["dice"] for c in of} | {"fp32": of[0]["dice_fp32"]}
+            is_shown(cell.replace(", ", " "), dice[precision], bundle["cpu_ms_per_patch"][f"{precision} {backend}"])
+
+
+# the pages and the files beside them
+
+
+def test_every_command_has_a_page_in_the_menu() -> None:
+    pages = reference().pages()
+    menu = (ROOT / "docs" / "mkdocs.yml").read_text()
+    assert {name for name in pages if f"{name}\n" not in menu} == set()
+    for words, leaf in leaves():
+        page = pages[f"reference/{words[0]}.md"]
+        for parameter in leaf.params:
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                assert all(f"`{name}`" in page for name in parameter.opts), parameter.name
+    for name in nnunet_style():
+        assert f"## {name}\n" in pages["reference/nnunet_style.md"]
+
+
+def test_the_documentation_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the tools of the documentation are not installed: make docs")
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d", str(tmp_path / "site")]
+    done = subprocess.run(
+        build, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    front = (tmp_path / "site" / "index.html").read_text()
+    assert "records/2026-11-28_hippocampus_benchmark.png" in front
+    assert "predict_single_npy_array" in (tmp_path / "site" / "reference" / "api.html").read_text()
+
+
+def test_the_citation() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"]["text"])
+    assert citation["references"][0]["doi"] == "10.1038/s41592-020-01008-z"  # nnU-Net
+
+
+def test_hooks_before_a_commit_need_no_network() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {repo["repo"] for repo in repos} == {"local"}
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    for hook in repos[0]["hooks"]:
+        assert hook["language"] == "system"
+        assert f"$(BIN)/{hook['entry']}" in lint
