@@ -199,8 +199,9 @@ class TestWrittenOut:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"features_per_stage": [4, 6]}, "cannot build a network .*: AssertionError features_per_stage"),
-            ({"features_per_stage": [4, "six", 8]}, "cannot build a network .*: TypeError"),
+            ({"features_per_stage": [4, 6]}, r"features_per_stage: got \[4, 6\], expected .* for each of 3 stages"),
+            ({"features_per_stage": [4, "six", 8]}, "features_per_stage: got .*'six'.*, expected whole numbers"),
+            ({"nonlin_kwargs": {"depth": 3}}, "cannot build a network .*: TypeError"),
             ({"strides": 2}, "strides: got 2, expected a list of 3 numbers a stage"),
         ],
     )

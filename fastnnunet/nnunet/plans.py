@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
-from fastnnunet.nnunet.trust import check_trusted
+from fastnnunet.nnunet.trust import check_labels, check_trusted
+from fastnnunet.specs.architecture import unet_problems
 from fastnnunet.specs.json_text import read_json_object
-from fastnnunet.specs.plans_checks import check_dataset_json, is_class_name, resolve_inheritance
+from fastnnunet.specs.plans_checks import is_class_name, resolve_inheritance
 from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
     """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
-    check_dataset_json(dataset_json)
+    check_labels(plans_manager, dataset_json)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
         if plans_manager.label_manager_class is None:
             raise MismatchError(
@@ -196,6 +197,9 @@ def check_fits(
 
     from fastnnunet.nnunet.checkpoint import load_weights
 
+    config = configuration_of(plans, configuration)[1]
+    if problems := unet_problems(config.configuration["architecture"], config.patch_size):
+        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
         load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)

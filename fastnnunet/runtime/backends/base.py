@@ -28,8 +28,9 @@ class Backend(Protocol):
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits (N, heads, *patch) float32 of a contiguous float32 batch (N, C, *patch), any N >= 1.
 
-        The result may be the engine's own memory: it is valid until the next call.
-        Raises BackendError when the engine fails.
+        May be called from several threads at once. The result may be the engine's own memory: it is valid until the
+        same thread calls again, whatever others do meanwhile.
+        Raises BackendError when the engine fails, or cannot be used in this forked process (see `Calls`).
         """
 
 
