@@ -81,6 +81,10 @@ def _check_defined(name: Any, field: str, place: str) -> None:
     kind = FunctionType if field.startswith("resampling") else type
     folder = importlib.import_module(place).__path__[0]
     found = recursive_find_python_class(folder, name, place) if is_class_name(name) else object
+    if field == "label_manager" and found is None:
+        raise MismatchError(
+            f"{field}: got {shown(name)}, which is not in {place}\ninstall it there, as nnU-Net needs it"
+        )
     if field == "label_manager":
         is_theirs = isinstance(found, type) and issubclass(found, LabelManager)
     else:
