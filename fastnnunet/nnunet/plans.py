@@ -124,14 +124,9 @@ def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
 
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
-    """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
+    """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for labels it does not take."""
     check_labels(plans_manager, dataset_json)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
-        if plans_manager.label_manager_class is None:
-            raise MismatchError(
-                f"label_manager: got {plans_manager.plans['label_manager']!r}, which is not in "
-                "nnunetv2.utilities.label_handling\ninstall it there, as nnU-Net needs it"
-            )
         return plans_manager.get_label_manager(dataset_json)
 
 

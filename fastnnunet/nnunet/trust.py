@@ -85,7 +85,12 @@ def _check_defined(name: Any, field: str, place: str) -> None:
     folder = importlib.import_module(place).__path__[0]
     found = recursive_find_python_class(folder, name, place) if is_class_name(name) else object
     if found is None:
-        return
+        if field != "label_manager":
+            return
+        raise MismatchError(
+            f"{field}: got {shown(name)}, which is not in {place}
+install it there, as nnU-Net needs it"
+        )
     is_theirs = isinstance(found, kind) and found.__module__.startswith("nnunetv2.")
     if not is_theirs or (field == "label_manager" and not issubclass(found, LabelManager)):
         what = "function" if kind is FunctionType else "class"
