@@ -7,8 +7,11 @@ A message says what was wrong, what was got, what was expected and how to mend i
 """
 
 import errno
+from collections.abc import Sequence
+from typing import Any
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what an OSError says of a full disk
+# what an OSError says of a full disk, a quota, or a limit on the size of a file
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -21,6 +24,8 @@ def printable(text: object, keep: str = "") -> str:
 
 class FastnnUNetError(Exception):
     """Base of all errors raised on purpose by this package."""
+
+    results: Sequence[Any] | None = None  # of several images of which some failed: one entry each, None where it failed
 
 
 class SpecError(FastnnUNetError, ValueError):

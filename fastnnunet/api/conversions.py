@@ -1,6 +1,7 @@
 """Between what callers of nnU-Net's predictor hand over and what this runtime works on."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def as_float32(data: Any) -> npt.NDArray[np.float32]:
 def listed(value: Any, count: int) -> list[Any]:
     """A list as it is, None as `count` times None, anything else as a list of one."""
     return value if isinstance(value, list) else [value] * (count if value is None else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """An image in memory with what belongs to it."""
+
+    image: Any  # (C, z, y, x)
+    previous: Any  # (1, z, y, x) segmentation of the previous stage, or None
+    properties: dict[str, Any]
+    ofile: str | None  # where the segmentation goes, a file name without its ending
+
+
+def raw_images(images: Any, previous: Any, properties: Any, ofiles: Any) -> list[RawImage]:
+    """Lists, or single ones, of everything, put together. Raises SpecError where there are not as many of each."""
+    count = len(listed(images, 1))
+    columns = [listed(column, count) for column in (images, previous, properties, ofiles)]
+    if lengths := {len(column) for column in columns} - {count}:
+        raise SpecError(f"got {count} image(s) but lists of {lengths}; expected as many of everything")
+    return [RawImage(*row) for row in zip(*columns, strict=True)]
 
 
 def plan_cases(

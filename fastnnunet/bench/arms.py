@@ -100,10 +100,10 @@ class StockArm:
     def load(self) -> Runner:
         """Rebuild the network of every fold. Raises NotFoundError, CorruptError, MismatchError, SpecError."""
         from fastnnunet.nnunet.reference import reference_of_network
-        from fastnnunet.runtime.backends.torch import build_network, load_onnx_weights
+        from fastnnunet.runtime.backends.torch import load_network, load_onnx_weights
 
         spec = load_bundle_spec(self.bundle)
-        network, weights = build_network(spec), []
+        network, weights = load_network(spec, self.bundle / spec.model_file), []
         for file in spec.model_files:
             load_onnx_weights(network, self.bundle / file)
             weights.append({name: tensor.clone() for name, tensor in network.state_dict().items()})

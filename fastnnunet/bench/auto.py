@@ -18,7 +18,7 @@ from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecErro
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import read_json
+from fastnnunet.nnunet.plans import configuration_of, read_json
 from fastnnunet.nnunet.splits import split_of
 from fastnnunet.runtime.backends.base import available_cores
 from fastnnunet.runtime.cases import Case, find_cases
@@ -181,7 +181,7 @@ def _train(jobs: dict[str, TrainingJob], train: Train) -> dict[str, Path]:
 def validation_cases(job: TrainingJob) -> tuple[str, ...]:
     """Cases of the student's fold it does not train on. Raises MismatchError where there are none."""
     plans = read_json(teacher_folder(job.teacher) / "plans.json")
-    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
     split = split_of(base, open_cases(plans, job.teacher.configuration).case_ids, job.fold)
     if split is None or not split["val"]:
         raise MismatchError(

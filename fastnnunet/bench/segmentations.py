@@ -3,7 +3,6 @@
 Axes are (z, y, x) as SimpleITK gives arrays.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError, printable
-from fastnnunet.runtime.nifti import is_nifti, read_nifti_voxels
+from fastnnunet.runtime.image_picture import read_picture
+from fastnnunet.runtime.image_sitk import read_itk
+from fastnnunet.specs.json_text import read_json_object
 from fastnnunet.specs.listing import SIDE_FILES, passed_over, regular_files
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def labels_from_dataset_json(path: Path) -> LabelSet:
     if not path.is_file():
         raise NotFoundError(f"dataset.json not found: {path}\ngive nnU-Net's description of the labels with -dj")
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json_object(path)
         return make_label_set(raw["labels"], str(raw["file_ending"]))
     except (ValueError, KeyError, TypeError) as e:
         raise SpecError(
@@ -147,30 +148,28 @@ class Segmentation:
 
 
 def read_segmentation(path: Path) -> Segmentation:
-    """Read a label file; a 2d image gets a first axis of length 1. Raises ImageError when it is not a label map."""
-    import SimpleITK as sitk
+    """Read a label file; a 2d image gets a first axis of length 1. Raises ImageError when it is not a label map.
 
-    if is_nifti(path):
-        read_nifti_voxels(path)  # ITK reads a truncated file without complaint
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as e:
-        raise ImageError(f"cannot read {path}: {str(e).strip().splitlines()[-1]}") from e
-    array = sitk.GetArrayFromImage(image)
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
-        raise ImageError(
-            f"{path} is not a label map: got {image.GetDimension()} dimensions with "
-            f"{image.GetNumberOfComponentsPerPixel()} component(s) per voxel, expected 2 or 3 with one"
-        )
+    PNG and BMP are read as nnU-Net does, and have a spacing of 1.
+    """
+    is_picture = path.suffix.lower() in (".png", ".bmp")
+    if is_picture:
+        array = read_picture(path)
+        geometry = {"spacing": (1.0,) * array.ndim, "origin": (0.0,) * array.ndim}
+        geometry["direction"] = tuple(np.eye(array.ndim).ravel())
+    else:
+        array, geometry = read_itk(path)
+    if array.ndim not in ((2,) if is_picture else (2, 3)):
+        raise ImageError(f"{path} is not a label map: got the shape {array.shape}, expected (y, x) or (z, y, x)")
     if not np.issubdtype(array.dtype, np.integer):
         if not np.isfinite(array).all() or (array != np.rint(array)).any():
             raise ImageError(f"{path} is not a label map: it holds values that are not whole numbers")
         array = array.astype(np.int32)
-    spacing = tuple(image.GetSpacing()[::-1])
-    if image.GetDimension() == 2:
+    spacing = tuple(geometry["spacing"][::-1])
+    if array.ndim == 2:
         array, spacing = array[None], (1.0, *spacing)
     z, y, x = (float(s) for s in spacing)
-    return Segmentation(array, (z, y, x), tuple(image.GetOrigin()), tuple(image.GetDirection()))
+    return Segmentation(array, (z, y, x), tuple(geometry["origin"]), tuple(geometry["direction"]))
 
 
 def require_same_geometry(case: str, reference: Segmentation, prediction: Segmentation) -> None:

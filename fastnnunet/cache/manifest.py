@@ -1,11 +1,11 @@
 """The manifest of one case: the proof that it was written whole. A case exists if and only if its manifest is valid."""
 
-import json
 from dataclasses import dataclass
 
 from fastnnunet.cache.storage import Place
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.canonical import canonical_json, sha256_of, to_plain
+from fastnnunet.specs.json_text import parse_json
 from fastnnunet.specs.load import build_spec
 
 MANIFEST_NAME = "manifest.json"
@@ -57,7 +57,7 @@ def read_manifest(case_dir: Place) -> Manifest | None:
     except (OSError, UnicodeDecodeError) as e:
         raise CorruptError(f"{path} cannot be read ({e})") from e
     try:
-        raw = json.loads(text)
+        raw = parse_json(text, path)
         declared = raw.pop("self_sha256")
         manifest = build_spec(Manifest, raw, where=str(path))
     except (ValueError, KeyError, AttributeError, TypeError) as e:

@@ -5,7 +5,6 @@ loader workers and inherited by forked ones.
 """
 
 import hashlib
-import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from fastnnunet.cache.shard import (
 )
 from fastnnunet.cache.storage import Place, place_at
 from fastnnunet.errors import CorruptError, FastnnUNetError, NotFoundError
+from fastnnunet.specs.json_text import parse_json
 
 MAX_OPEN_CASES = 256  # mapped shards kept per process
 
@@ -142,7 +142,7 @@ class SoftLabelReader:
             raise CorruptError(f"{folder} cannot be read ({e})") from e
         if hashlib.sha256(document).hexdigest() != manifest.array_sha256:
             raise CorruptError(f"{ARRAY_NAME} was changed (its digest does not match the manifest)")
-        layout = layout_of_document(json.loads(document))
+        layout = layout_of_document(parse_json(document, folder / ARRAY_NAME))
         if len(shard) != manifest.stored_bytes or len(shard) < layout.index_bytes:
             raise CorruptError(f"the shard has {len(shard)} bytes, expected {manifest.stored_bytes}")
         if layout.shape != manifest.shape:

@@ -5,6 +5,7 @@ cache first when there is none.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastnnunet.cli.guard import guarded, refuse_empty
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.specs.networks import allow_code
 
 if TYPE_CHECKING:
     from fastnnunet.distill.train import TrainingJob
@@ -115,6 +117,9 @@ def _parser(variant: str, description: str, example: str) -> argparse.ArgumentPa
     parser.add_argument("-spl", help="name of the student's plans")
     parser.add_argument("-bs", default="auto", help="blocks per stage: reduce, keep, increase or adaptive")
     parser.add_argument("-ts", help="a stock Primus as the student: S, B, M or L")
+    parser.add_argument(
+        "--allow-code", action="store_true", help="run code that the teacher names; only if you trust it"
+    )
     return parser
 
 
@@ -134,7 +139,9 @@ def _run(
 
     def run() -> None:
         refuse_empty(sys.argv[1:] if argv is None else argv)
-        command(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        with allow_code() if args.allow_code else contextlib.nullcontext():
+            command(args)
 
     guarded(run)
 

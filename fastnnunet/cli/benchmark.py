@@ -50,6 +50,7 @@ def benchmark(
     cold_rounds: Annotated[int, typer.Option("--cold-rounds", help="New processes per arm; 0: no cold start.")] = 3,
     device: Annotated[str, typer.Option("-device", "--device", help="Of the nnU-Net arms: cpu or cuda.")] = "cpu",
     tolerance_mm: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice in mm.")] = 1.0,
+    allow_code: options.AllowCode = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also a page with plots and slices, one file without links.")
     ] = None,

@@ -73,6 +73,7 @@ def build(
         str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
     ] = None,
     memory_limit: MemoryLimit = 4.0,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.
 
@@ -145,6 +146,7 @@ def plan(
     workers: Workers = None,
     threads: Threads = None,
     memory_limit: MemoryLimit = 4.0,
+    allow_code: options.AllowCode = False,
     timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
 ) -> None:
     """Say what a build would write, need and take. Writes nothing; exit code 2 when disk or memory is too small.
@@ -347,8 +349,8 @@ def _roots(dataset: str | None, root: str | None) -> "list[Place]":
             raise NotFoundError(_no_place(place))
         return [place]
     base = nnunet_folder("nnUNet_preprocessed")
-    name = "Dataset*" if dataset is None else resolve_dataset(dataset)
-    return [*sorted(base.glob(f"{name}/fastnnunet_*"))]
+    folders = base.glob("Dataset*") if dataset is None else [base / resolve_dataset(dataset)]
+    return [*sorted(caches for folder in folders for caches in folder.glob("fastnnunet_*"))]
 
 
 def _no_place(place: "Place") -> str:
@@ -356,7 +358,8 @@ def _no_place(place: "Place") -> str:
         return f"--root {place} is not a folder"
     return (
         f"--root {place}: nothing is stored there, or there is no such bucket\n"
-        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build --root"
+        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build -d DATASET "
+        f"--root {place}"
     )
 
 

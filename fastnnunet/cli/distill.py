@@ -61,6 +61,7 @@ def auto(
     precision: options.TrainingPrecision = "auto",
     device: options.TrainingDevice = "auto",
     threads: options.Threads = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Train several students from one cache on the same batches and name the smallest that is good enough.
 

@@ -1,5 +1,6 @@
 """`fastnnunet export`: a student, or a trained nnU-Net ensemble, as a bundle."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +58,7 @@ def onnx(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="The graph takes any patch size; U-Nets only.")] = False,
     simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
     batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Write a bundle: model.onnx (or one for each fold) with its weights inside, bundle.json, parity.npz.
 
@@ -152,6 +154,25 @@ def _parity(report: "ParityReport") -> str:
     )
 
 
+def _train_command(
+    dataset: str, configuration: str, plans: str, folds: Sequence[str], student: "StudentSpec", distill: "DistillSpec"
+) -> str:
+    """The `fastnnunet train` command of a student; one that is written out comes from a file."""
+    words = ["fastnnunet", "train", "-d", dataset, "-c", configuration, "-p", plans, "-f", *folds]
+    if student.is_explicit:
+        words += ["--student", "FILE"]
+    elif student.size is not None:
+        words += ["-ts", student.size]
+    else:
+        words += ["-r", str(student.r)]
+        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
+        default = type(student)()
+        for flag, field in options.items():
+            if (value := getattr(student, field)) != getattr(default, field):
+                words += [flag, str(value)]
+    return shlex.join([*words, "-a", f"{distill.alpha:g}", "-temp", f"{distill.temperature:g}"])
+
+
 def export_student(
     *,
     dataset: str,
@@ -190,10 +211,8 @@ def export_student(
         try:
             folder = find_student(name, plans, configuration, student, distill)
         except NotFoundError as e:
-            raise NotFoundError(
-                f"{e}\ntrain it with: fastnnunet train -d {dataset} -c {configuration} -f {' '.join(folds)} "
-                f"-r {student.r} -a {distill.alpha:g} -temp {distill.temperature:g}"
-            ) from e
+            command = _train_command(dataset, configuration, plans, folds, student, distill)
+            raise NotFoundError(f"{e}\ntrain it with: {command}") from e
     output = output or folder / f"fold_{folds[0]}" / "bundle"
     report = export_bundle(
         folder,

@@ -5,6 +5,15 @@ from typing import Annotated
 
 import typer
 
+from fastnnunet.specs.networks import allow_code
+
+
+def _allow_code(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.with_resource(allow_code())  # until the command ends
+    return wanted
+
+
 # which teacher
 Dataset = Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name.")]
 Configuration = Annotated[str, typer.Option("-c", "--configuration", help="nnU-Net configuration.")]
@@ -59,4 +68,10 @@ Start = Annotated[str, typer.Option("--start", help="First weights: teacher (its
 TrainingPrecision = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16 (CPU).")]
 Seed = Annotated[int, typer.Option("--seed", help="Of batches and first weights.")]
 TrainingDevice = Annotated[str, typer.Option("-device", "--device", help="auto, cpu or cuda.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", callback=_allow_code, help="Run code that the model or --student names; only if you trust it."
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads [default: all].")]

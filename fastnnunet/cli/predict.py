@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fastnnunet.cli import options
 from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
 from fastnnunet.errors import SpecError, printable
@@ -124,6 +125,7 @@ def predict(
     min_size: MinSize = None,
     fill_holes: FillHoles = None,
     pp_pkl_file: PostprocessingFile = None,
+    allow_code: options.AllowCode = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
     profile_json: Annotated[
         bool, typer.Option("--profile_json", help=f"Write it beside the output, as {PROFILE_FILE}.")
@@ -136,15 +138,17 @@ def predict(
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
     from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.models import load_model
+    from fastnnunet.api.models import check_reader, load_model
     from fastnnunet.api.progress import RunProgress
     from fastnnunet.runtime.label_rules import cleanup_from_words
     from fastnnunet.runtime.output import RunArguments
 
     begin = time.perf_counter()
     with RunProgress(disable=disable_progress_bar) as progress:
+        folder = _model_folder(model, dataset, configuration, plans, trainer)
+        check_reader(folder)
         predictor = load_model(
-            _model_folder(model, dataset, configuration, plans, trainer),
+            folder,
             _folds(folds, model),
             checkpoint,
             tell=progress.tell,

@@ -29,6 +29,7 @@ def describe(
     plans: options.Plans = "nnUNetPlans",
     trainer: options.Trainer = "nnUNetTrainer",
     folds: Annotated[int, typer.Option("--folds", min=1, help="Folds of the ensemble to compare with.")] = 5,
+    allow_code: options.AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Stages, parameters and work per patch of students, from the plans alone.
@@ -42,7 +43,7 @@ def describe(
     """
     from fastnnunet.cli.train import student_specs
     from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
-    from fastnnunet.nnunet.plans import configuration_of, read_json
+    from fastnnunet.nnunet.plans import architecture_of, configuration_of, read_json
     from fastnnunet.nnunet.student import student_plans
     from fastnnunet.nnunet.student_fit import check_fit, network_cost
     from fastnnunet.specs.distill import DistillSpec
@@ -51,9 +52,9 @@ def describe(
     specs = student_specs(reduction, student_file, choices)
     base = nnunet_folder("nnUNet_preprocessed") / resolve_dataset(dataset)
     teacher, dataset_json = read_json(base / f"{plans}.json"), read_json(base / "dataset.json")
-    configuration_of(teacher, configuration)
+    _, config = configuration_of(teacher, configuration)
     cost = network_cost(teacher, configuration, dataset_json, trainer)
-    copies = folds * 2 ** len(teacher["configurations"][configuration]["patch_size"])
+    copies = folds * 2 ** len(config.patch_size)
     rows: list[dict[str, Any]] = [{"name": "teacher", **cost}]
     for spec in specs:
         made = student_plans(teacher, configuration, spec, DistillSpec(), dataset_json, trainer)
@@ -64,7 +65,7 @@ def describe(
             {
                 "name": spec.tag,
                 **own,
-                "network": made["configurations"][configuration]["architecture"],
+                "network": architecture_of(made, configuration),
                 "faster_than_network": ratios,
                 "faster_than_ensemble": [copies * ratio for ratio in ratios],
             }

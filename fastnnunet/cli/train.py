@@ -79,6 +79,7 @@ def train(
         str, typer.Option("--augment-on", help="device, loader (CPU processes), or auto: device where it is CUDA.")
     ] = "auto",
     threads: options.Threads = None,
+    allow_code: options.AllowCode = False,
     together: Annotated[
         bool, typer.Option("--together", help="Train all sizes on the same batches, which are then made only once.")
     ] = False,
@@ -239,7 +240,6 @@ def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
 
 def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) -> list[Path]:
     """Train students on the same batches with a progress line on standard error; print where they went."""
-    import json
     import sys
     import time
 
@@ -247,6 +247,7 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from fastnnunet.distill.train import TrainingState, train_students
+    from fastnnunet.specs.json_text import read_json_object
 
     first = jobs[0]
     name = f"{' '.join(job.student.tag for job in jobs)} fold {first.fold}"
@@ -286,7 +287,7 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
         print(f"student {job.student.tag}: {folder}")
         summary = folder / "validation" / "summary.json"
         if summary.is_file():
-            mean = json.loads(summary.read_text())["foreground_mean"]["Dice"]
+            mean = read_json_object(summary)["foreground_mean"]["Dice"]
             judged = "training cases, fold all has no others" if job.fold == "all" else "validation fold"
             print(f"mean Dice on the {judged}: {mean:.4f}")
     return folders

@@ -19,7 +19,17 @@ from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants
 from fastnnunet.export.onnx import INPUT, OUTPUT, put_weights, to_onnx
 from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, num_input_channels, read_json
+from fastnnunet.nnunet.named import check_reproducible, resampling_of
+from fastnnunet.nnunet.plans import (
+    architecture_of,
+    build_network,
+    check_fits,
+    configuration_of,
+    intensity_properties,
+    label_manager_of,
+    num_input_channels,
+    read_json,
+)
 from fastnnunet.nnunet.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
@@ -62,8 +72,8 @@ def export_bundle(
     Without `needs_real_patches` noise takes the place of preprocessed cases that are not there.
     `on_fold(done, total)` reports progress.
     Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit, a
-    network that ONNX cannot express), CorruptError (checkpoint), ParityError (the exported model computes something
-    else); leaves nothing at `out` in any of these cases.
+    network that ONNX cannot express), SpecError (the plans name what a bundle cannot reproduce), CorruptError
+    (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` then.
     """
     folds = (folds,) if isinstance(folds, int | str) else tuple(folds)
     _check_target(out, overwrite)
@@ -75,8 +85,11 @@ def export_bundle(
             raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
     stored = load_checkpoint(paths[0])  # as nnU-Net, which takes configuration, trainer and mirrors from the first
     configuration = stored["init_args"]["configuration"]
+    check_reproducible(plans, configuration)
     plans = plans_for(plans, configuration, graph)
     multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    first = strip_prefix(stored["network_weights"])
+    check_fits(plans, configuration, dataset_json, stored["trainer_name"], first, paths[0])
     network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
     image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
 
@@ -214,6 +227,12 @@ def _compare(
     )
 
 
+def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
+    """In the order in which they are written, as nnU-Net takes them; where `modality` is, the old key, that one."""
+    names = dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"]
+    return tuple(map(str, names.values() if isinstance(names, dict) else names))
+
+
 def _bundle_spec(
     plans: dict[str, Any],
     configuration: str,
@@ -225,38 +244,31 @@ def _bundle_spec(
     graph: GraphSpec,
 ) -> BundleSpec:
     plans_manager, config = configuration_of(plans, configuration)
-    channels = dataset_json.get("channel_names") or dataset_json["modality"]  # nnU-Net accepts both keys
     order = dataset_json.get("regions_class_order")
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
     folds = tuple(provenance["weights_sha256"])
     return BundleSpec(
-        name=f"{plans['dataset_name']} {plans['plans_name']} {configuration} "
+        name=f"{plans_manager.dataset_name} {plans_manager.plans_name} {configuration} "
         f"fold{'s' if len(folds) > 1 else ''} {provenance['fold']}",
         configuration=configuration,
-        channel_names=tuple(channels[k] for k in sorted(channels, key=int)),
+        channel_names=_channel_names(dataset_json),
         labels=dataset_json["labels"],
         regions_class_order=tuple(order) if order else None,
         previous_labels=_previous_labels(plans, configuration, dataset_json),
         num_heads=int(label_manager_of(plans_manager, dataset_json).num_segmentation_heads),
         file_ending=dataset_json["file_ending"],
-        reader_writer=plans["image_reader_writer"],
-        transpose_forward=tuple(plans["transpose_forward"]),
-        transpose_backward=tuple(plans["transpose_backward"]),
+        reader_writer=plans_manager.plans["image_reader_writer"],
+        transpose_forward=tuple(plans_manager.transpose_forward),
+        transpose_backward=tuple(plans_manager.transpose_backward),
         spacing_mm=tuple(float(s) for s in config.spacing),
         patch_size=tuple(int(p) for p in config.patch_size),
         normalization_schemes=tuple(config.normalization_schemes),
         use_mask_for_norm=tuple(bool(u) for u in config.use_mask_for_norm),
-        intensity_properties=plans["foreground_intensity_properties_per_channel"],
-        resampling={
-            kind: {
-                "fn": config.configuration[f"resampling_fn_{kind}"],
-                "kwargs": config.configuration[f"resampling_fn_{kind}_kwargs"],
-            }
-            for kind in ("data", "seg", "probabilities")
-        },
+        intensity_properties=intensity_properties(plans_manager),
+        resampling={kind: resampling_of(plans, configuration, kind) for kind in ("data", "seg", "probabilities")},
         mirror_axes=tuple(mirror_axes) if mirror_axes else None,
         batch_size=graph.batch_size,
-        architecture=stock_architecture(config.configuration["architecture"]),
+        architecture=stock_architecture(architecture_of(plans, configuration)),
         plans=plans,
         dataset_json=dataset_json,
         model_files=model_files,

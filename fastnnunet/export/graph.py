@@ -1,14 +1,15 @@
 """Graphs of other shapes than the trained one: another patch size, dynamic space, folded constants, a fixed batch."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastnnunet.errors import ParityError, SpecError
+from fastnnunet.nnunet.plans import architecture_of, resolved, with_configuration
 from fastnnunet.nnunet.primus import is_primus
 from fastnnunet.nnunet.student_fit import patch_problems, stride_products
+from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.graph import GraphSpec
 
 if TYPE_CHECKING:
@@ -24,24 +25,24 @@ def plans_for(plans: dict[str, Any], configuration: str, graph: GraphSpec) -> di
     """
     if graph.patch_size is None and not graph.dynamic_space:
         return plans
-    changed = deepcopy(plans)
-    config = changed["configurations"][configuration]
-    trained, architecture = list(config["patch_size"]), config["architecture"]
+    config = resolved(plans, configuration)
+    trained, architecture = list(config["patch_size"]), architecture_of(plans, configuration)
     if is_primus(architecture) or stride_products(config) is None:
         raise SpecError(
             f"{architecture['network_class_name']} computes on patches of {trained} only; other sizes and dynamic axes "
             "need a U-Net\nleave out --patch-size and --dynamic (-is, -da)"
         )
-    if graph.patch_size is not None:
-        config["patch_size"] = list(graph.patch_size)
-        problems = (
-            [f"got {list(graph.patch_size)}, expected {len(trained)} numbers, as in {trained}"]
-            if len(graph.patch_size) != len(trained)
-            else patch_problems(config)
-        )
-        if problems:
-            raise SpecError("--patch-size (-is): " + "; ".join(problems))
-    return changed
+    if graph.patch_size is None:
+        return plans
+    patch_size = list(graph.patch_size)
+    problems = (
+        [f"got {patch_size}, expected {len(trained)} numbers, as in {trained}"]
+        if len(patch_size) != len(trained)
+        else patch_problems({**config, "patch_size": patch_size})
+    )
+    if problems:
+        raise SpecError("--patch-size (-is): " + "; ".join(problems))
+    return with_configuration(plans, configuration, patch_size=patch_size)
 
 
 def dynamic_multiples(config: dict[str, Any], graph: GraphSpec) -> tuple[int, ...] | None:
@@ -62,6 +63,7 @@ def fold_constants(model: "onnx.ModelProto", network: "torch.nn.Module") -> None
     """
     from onnxscript import optimizer
 
+    require_versions(["onnxscript"])
     weights = set(network.state_dict())
     before = {tensor.name for tensor in model.graph.initializer} & weights
 

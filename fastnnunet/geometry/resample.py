@@ -107,6 +107,18 @@ def parse_resample_spec(entry: Mapping[str, Any], what: str) -> ResampleSpec:
     )
 
 
+def parse_label_resample_spec(entry: Mapping[str, Any], what: str) -> ResampleSpec:
+    """The same for label maps. Raises SpecError for torch's function and for labels interpolated between slices."""
+    kwargs = {**(entry.get("kwargs") or {}), "is_seg": False}
+    spec = parse_resample_spec({**entry, "kwargs": kwargs}, what)
+    if spec.convention == "torch" or spec.order_z != 0:
+        raise SpecError(
+            f"resampling of {what}: label maps by {entry.get('fn')} with order_z {spec.order_z} are nothing that this "
+            "runtime reproduces\npredict with nnU-Net itself"
+        )
+    return spec
+
+
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], target_spacing_mm: Sequence[float]
 ) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.cases import PreprocessedCases
+from fastnnunet.nnunet.advice import validate_command
+from fastnnunet.nnunet.cases import PreprocessedCases, dataset_class
 from fastnnunet.nnunet.paths import model_folder, resolve_dataset
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of
 from fastnnunet.specs.teacher import TeacherSpec
@@ -29,17 +30,15 @@ class CascadeCases(PreprocessedCases):
 
     @cached_property
     def _dataset(self) -> Any:
-        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
-        dataset_class = infer_dataset_class(str(self.folder))
-        return dataset_class(str(self.folder), folder_with_segs_from_previous_stage=str(self.previous))
+        return dataset_class(self.folder)(str(self.folder), folder_with_segs_from_previous_stage=str(self.previous))
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
         """Image and one-hot previous segmentation: float32 (C + labels, Z, Y, X). Raises MismatchError."""
         from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
         image_CZYX = PreprocessedCases.image_CZYX(self, case_id)
-        previous_ZYX = np.asarray(self._dataset.load_case(case_id)[2][:])
+        with self._reading(case_id):
+            previous_ZYX = np.asarray(self.load(case_id)[2][:])
         if previous_ZYX.shape != image_CZYX.shape[1:]:
             raise MismatchError(
                 f"previous segmentation of {case_id} in {self.previous} has shape {previous_ZYX.shape}, expected "
@@ -85,11 +84,9 @@ def open_cascade(
             f"{' '.join(missing[:_SHOWN])}{more}\n{_how_to_make(spec, config.previous_stage_name)}"
         )
     labels = label_manager_of(manager, dataset_json).foreground_labels
-    return CascadeCases(cases.folder, previous, tuple(labels))
+    return CascadeCases(cases.folder, previous, tuple(labels), remake=cases.remake)
 
 
 def _how_to_make(spec: TeacherSpec, stage: str) -> str:
-    return (
-        "validation of the previous stage writes them, one fold at a time:\n"
-        f"  nnUNetv2_train {spec.dataset} {stage} FOLD -p {spec.plans} -tr {spec.trainer} --val   (FOLD 0 1 2 3 4)"
-    )
+    command = validate_command(spec, stage, range(5))
+    return f"validation of the previous stage writes them, one fold at a time:\n  {command}"

@@ -1,16 +1,19 @@
 """Preprocessed cases, read in place from nnU-Net's folder (blosc2 or npz)."""
 
+import contextlib
 import hashlib
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import configuration_of, read_json
+from fastnnunet.nnunet.plans import configuration_of, read_json, resolved
 from fastnnunet.specs.canonical import differences
 
 
@@ -18,15 +21,12 @@ from fastnnunet.specs.canonical import differences
 class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
-    REMAKE: ClassVar[str] = "run nnUNetv2_preprocess again"
-
     folder: Path
+    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends a damaged case
 
     @cached_property
     def _dataset(self) -> Any:
-        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
-        return infer_dataset_class(str(self.folder))(str(self.folder))
+        return dataset_class(self.folder)(str(self.folder))
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -45,13 +45,23 @@ class PreprocessedCases:
 
         Raises NotFoundError, CorruptError.
         """
-        try:
+        with self._reading(case_id):
             return tuple(self._dataset.load_case(case_id))
+
+    @contextlib.contextmanager
+    def _reading(self, case_id: str) -> Iterator[None]:
+        try:
+            yield
+        except FastnnUNetError:
+            raise
         except FileNotFoundError as e:
-            raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}") from e
-        except (RuntimeError, ValueError, OSError, EOFError) as e:
+            raise NotFoundError(
+                f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}\n{self.remake}"
+            ) from e
+        except Exception as e:  # a damaged pickle raises nearly anything
+            said = str(e) if isinstance(e, OSError | RuntimeError) else f"{type(e).__name__}: {e}"
             raise CorruptError(
-                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\n{self.REMAKE}"
+                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{self.remake}"
             ) from e
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
@@ -60,12 +70,18 @@ class PreprocessedCases:
         return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
-        """The normalised, resampled image: float32 (C, Z, Y, X)."""
-        return np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
+        """The normalised, resampled image: float32 (C, Z, Y, X), no view of a file.
+
+        Raises NotFoundError, CorruptError.
+        """
+        with self._reading(case_id):
+            image_CZYX = np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
+            return image_CZYX if image_CZYX.flags.writeable else image_CZYX.copy()
 
     def label_ZYX(self, case_id: str) -> np.ndarray:
         """The label map (Z, Y, X) beside the image; -1 outside the non-zero region."""
-        return np.asarray(self._dataset.load_case(case_id)[1][0])
+        with self._reading(case_id):
+            return np.asarray(self.load(case_id)[1][0])
 
     def digest(self, case_id: str) -> str:
         """Hex SHA-256 over dtype, shape and decoded bytes of the image; how the file is compressed does not matter."""
@@ -73,6 +89,22 @@ class PreprocessedCases:
         digest = hashlib.sha256(f"{image_CZYX.dtype.str}{image_CZYX.shape}".encode())
         digest.update(image_CZYX.data)
         return digest.hexdigest()
+
+
+def dataset_class(folder: Path) -> Any:
+    """nnU-Net's class for the files of a folder of preprocessed cases. Raises CorruptError where it cannot tell."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    try:
+        return infer_dataset_class(str(folder))
+    except (AssertionError, KeyError) as e:
+        endings = sorted({path.suffix or path.name for path in folder.iterdir() if path.is_file()})
+        raise CorruptError(
+            f"{folder}: nnU-Net cannot tell what kind of preprocessed cases it holds\n"
+            f"  got      files ending in {', '.join(endings) or '(none)'}\n"
+            "  expected .b2nd and .pkl; or .npz and .pkl, with or without unpacked .npy\n"
+            "remove what is not nnU-Net's, or preprocess again"
+        ) from e
 
 
 PREPROCESSING_FIELDS = (
@@ -90,19 +122,19 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
     Raises NotFoundError with the command that makes them, MismatchError when the plans beside the preprocessed data
     prepare images in another way than the model's.
     """
-    _, config = configuration_of(plans, configuration)
-    base = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    manager, config = configuration_of(plans, configuration)
+    base = nnunet_folder("nnUNet_preprocessed") / manager.dataset_name
     folder = base / config.data_identifier
-    plans_name = config.data_identifier.removesuffix(f"_{configuration}")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise NotFoundError(
             f"no preprocessed cases in {folder}\n"
-            f"put the model's plans.json at {base / plans_name}.json and run: "
-            f"nnUNetv2_preprocess -d {plans['dataset_name']} -plans_name {plans_name} -c {configuration}"
+            f"put the model's plans.json at {base / manager.plans_name}.json and run: "
+            + preprocess_command(manager.dataset_name, manager.plans_name, configuration)
         )
-    beside = base / f"{plans_name}.json"
-    if beside.is_file():
-        theirs = configuration_of(read_json(beside), configuration)[1].configuration
+    beside = base / f"{made_by(plans, configuration, config.data_identifier)}.json"
+    found = read_json(beside) if beside.is_file() else {}
+    if configuration in found.get("configurations", {}):
+        theirs = resolved(found, configuration)
         changed = differences(
             {f: config.configuration.get(f) for f in PREPROCESSING_FIELDS},
             {f: theirs.get(f) for f in PREPROCESSING_FIELDS},
@@ -111,6 +143,19 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
             raise MismatchError(
                 f"{beside} preprocesses differently from the model's plans (model -> data):\n"
                 + "\n".join(f"  - {c}" for c in changed)
-                + "\nput the model's plans.json there and preprocess again"
+                + "\nput the model's plans.json there and run: "
+                + preprocess_command(manager.dataset_name, beside.stem, configuration)
             )
-    return PreprocessedCases(folder)
+    again = preprocess_command(manager.dataset_name, beside.stem, configuration)
+    return PreprocessedCases(folder, remake=f"make it again with: {again}")
+
+
+def made_by(plans: dict[str, Any], configuration: str, data_identifier: str) -> str:
+    """Name of the plans that data were preprocessed with, from the planner's `PLANS_CONFIGURATION`.
+
+    A student shares its teacher's data, and a configuration those of the one it inherits from.
+    """
+    for name in (configuration, *sorted(plans["configurations"], key=len, reverse=True)):
+        if (plans_name := data_identifier.removesuffix(f"_{name}")) != data_identifier:
+            return plans_name
+    return str(plans["plans_name"])

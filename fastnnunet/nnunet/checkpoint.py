@@ -2,60 +2,94 @@
 
 import hashlib
 import json
-import pickle
-import zipfile
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.pickles import RefusedTypeError
 
 if TYPE_CHECKING:
     import torch
 
 Weights = dict[str, "torch.Tensor"]
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # torch.compile wraps parts of a network too
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint on the CPU with `weights_only=True`; numpy scalars, which nnU-Net's logs contain, are allowed.
+    """Load a checkpoint on the CPU: tensors, numbers, text and plain containers, and nothing that could run code.
 
-    Raises NotFoundError, or CorruptError when the file is truncated, damaged or no nnU-Net checkpoint.
+    Raises NotFoundError, or CorruptError when the file is truncated, damaged or no nnU-Net checkpoint, or holds a type
+    that is not read, which it names.
     """
-    import numpy as np
-    import torch
-    from numpy._core import multiarray
+    from fastnnunet.nnunet.torch_file import read_torch_file
 
     if not path.is_file():
         raise NotFoundError(f"checkpoint not found: {path}")
-    scalar_types = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
-    allowed: list[Any] = [multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype]
     try:
-        with torch.serialization.safe_globals([*allowed, *scalar_types]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, ValueError, KeyError) as e:
+        checkpoint = read_torch_file(path)
+    except RefusedTypeError as e:
+        raise CorruptError(
+            f"checkpoint {path} cannot be read: it holds {e.name}; expected tensors, numbers, text and containers of "
+            "them, since anything else could run code. Nothing of it was run\n"
+            "if you trust where it comes from, keep of it what prediction needs (this runs what is in it) and name the "
+            f"new file with -chk:\n{_shortened(path)}"
+        ) from e
+    except Exception as e:  # a damaged pickle raises nearly anything
         reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        if "Weights only load failed" in reason:  # torch goes on about its own options
-            reason = "it holds something else than tensors, numbers, text and lists or dicts of them"
         raise CorruptError(
             f"checkpoint {path} cannot be read ({path.stat().st_size} bytes): {reason}\n"
-            "it is truncated, damaged, or not an nnU-Net checkpoint; copy it again or retrain that fold"
+            "it is truncated, damaged, or not an nnU-Net checkpoint; copy it again from where it is whole. Only if no "
+            "whole copy is left, train that fold again"
         ) from e
     if not isinstance(checkpoint, dict) or not {"network_weights", "init_args", "trainer_name"} <= checkpoint.keys():
         raise CorruptError(
             f"{path} is not an nnU-Net v2 checkpoint: network_weights, init_args or trainer_name missing"
         )
+    from fastnnunet.nnunet.checkpoint_digest import DIGEST, require_undamaged
+
+    if DIGEST in checkpoint:
+        require_undamaged(checkpoint, path)
     return checkpoint
 
 
+def _shortened(path: Path) -> str:
+    """A command that writes what prediction needs of a checkpoint beside it."""
+    keys = ("network_weights", "trainer_name", "inference_allowed_mirroring_axes")
+    new = path.with_name(f"{path.stem}_plain.pth")
+    program = (
+        "import sys, torch; c = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+        f"torch.save({{**{{k: c.get(k) for k in {keys}}}, "
+        "'init_args': {'configuration': c['init_args']['configuration']}}, sys.argv[2])"
+    )
+    return shlex.join(["python", "-c", program, str(path), str(new)])
+
+
 def strip_prefix(weights: Weights) -> Weights:
-    """Drop the `module.` and `_orig_mod.` prefixes that DDP and torch.compile leave in state dicts."""
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    """Drop what DDP (`module.`) and torch.compile (`_orig_mod.`) put before names, in any order and number.
+
+    Names that would become equal stay as they are.
+    """
+    stripped = {_bare(name): tensor for name, tensor in weights.items()}
+    return stripped if len(stripped) == len(weights) else dict(weights)
+
+
+def _bare(name: str) -> str:
+    return _WRAPPERS.sub("", name)
 
 
 def load_weights(network: "torch.nn.Module", weights: Weights, where: Path) -> None:
-    """`load_state_dict(strict=True)`; a misfit is a MismatchError that names the first differences."""
+    """`load_state_dict(strict=True)`; a misfit is a MismatchError that names the first differences.
+
+    Names count without what wrappers put before them, on both sides: a network may have a part called `module`.
+    """
     own = network.state_dict()
+    names = {_bare(name): name for name in own}
+    if len(names) == len(own):
+        weights = {names.get(bare, bare): tensor for bare, tensor in strip_prefix(weights).items()}
     problems = [f"missing {k}" for k in own if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in own]
     problems += [

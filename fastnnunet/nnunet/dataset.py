@@ -5,6 +5,7 @@ from pathlib import Path
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.cascade import open_cascade, previous_folder
 from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.named import check_loadable
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.plans import read_json
 from fastnnunet.nnunet.splits import load_splits
@@ -23,6 +24,7 @@ def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[Preprocessed
     dataset_name = resolve_dataset(spec.dataset)
     folder = teacher_folder(spec)
     plans = read_json(folder / "plans.json")
+    check_loadable(plans, spec.configuration)
     previous = previous_folder(spec, plans)
     cases = open_cases(plans, spec.configuration)
     if previous is not None:

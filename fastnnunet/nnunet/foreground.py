@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.errors import CorruptError
+from fastnnunet.specs.json_text import parse_json
 
 Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> voxels (n, 4): channel 0, z, y, x
 
@@ -44,7 +45,7 @@ def read_locations(file: Path) -> Locations:
     """What `write_locations` stored. Raises CorruptError."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {_kind(json.loads(name)): arrays[name] for name in arrays.files}
+            return {_kind(parse_json(name, file)): arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError) as e:
         raise CorruptError(f"{file} cannot be read: {e}\nremove it and run the same cache build --images again") from e
 

@@ -28,24 +28,49 @@ def nnunet_folder(name: FolderName) -> Path:
 def resolve_dataset(dataset: str) -> str:
     """`4`, `004` or `Dataset004_Hippocampus` -> `Dataset004_Hippocampus`, looked up as nnU-Net does.
 
-    Raises NotFoundError with the names that exist, SpecError when an id stands for two names.
+    What begins with `Dataset` is a name, whatever follows. A number stands for the folder whose name begins with it,
+    written with at least three digits.
+    Raises NotFoundError with the names that exist, SpecError when a number stands for two names.
     """
+    names = _dataset_names()
+    found = [dataset] if dataset in names else []
+    if not dataset.startswith("Dataset"):
+        found = _names_of(dataset, names)
+    if len(found) > 1:
+        raise SpecError(f"data set id {dataset} stands for several names: {', '.join(found)}\ngive the full name")
+    if not found:
+        short = [n for n in names if re.fullmatch(rf"Dataset{re.escape(dataset)}(\D.*)?", n)]
+        hint = f"\n{short[0]} has too few digits for an id: give the full name" if short else ""
+        raise NotFoundError(
+            f"unknown data set {dataset!r}\nexpected an id or name among: {', '.join(names) or '(none found)'}\n"
+            f"looked in: {', '.join(map(str, _dataset_roots()))}{hint}"
+        )
+    return found[0]
+
+
+def dataset_number(dataset_name: str) -> int | None:
+    """The id that stands for a data set, for those of nnU-Net's commands that take nothing else; None: none does."""
+    match = re.match(r"Dataset(\d+)", dataset_name)
+    found = _names_of(match[1], _dataset_names()) if match else []
+    return int(match[1]) if match and found == [dataset_name] else None
+
+
+def _names_of(number: str, names: Sequence[str]) -> list[str]:
+    """What nnU-Net finds for a number: by the beginning of the name only, so 123 finds Dataset1234_X as well."""
+    try:
+        beginning = f"Dataset{int(number):03d}"
+    except ValueError:
+        return []
+    return [name for name in names if name.startswith(beginning)]
+
+
+def _dataset_names() -> list[str]:
+    return sorted({p.name for root in _dataset_roots() if root.is_dir() for p in root.glob("Dataset*") if p.is_dir()})
+
+
+def _dataset_roots() -> list[Path]:
     roots = [Path(v) for n in ("nnUNet_preprocessed", "nnUNet_raw", "nnUNet_results") if (v := os.environ.get(n))]
-    if not roots:
-        nnunet_folder("nnUNet_preprocessed")
-    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset[0-9][0-9][0-9]_*")})
-    if dataset in names:
-        return dataset
-    if re.fullmatch(r"\d{1,3}", dataset):
-        found = [n for n in names if n.startswith(f"Dataset{int(dataset):03d}_")]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise SpecError(f"data set id {dataset} stands for several names: {', '.join(found)}\ngive the full name")
-    raise NotFoundError(
-        f"unknown data set {dataset!r}\nexpected an id or name among: {', '.join(names) or '(none found)'}\n"
-        f"looked in: {', '.join(map(str, roots))}"
-    )
+    return roots or [nnunet_folder("nnUNet_preprocessed")]
 
 
 def model_folder(dataset_name: str, trainer: str, plans: str, configuration: str) -> Path:

@@ -1,54 +1,143 @@
-"""Plans, configurations and the networks they describe."""
+"""Plans, configurations and the networks they describe.
 
-import json
+Plans are read through nnU-Net's own managers, here and nowhere else: they resolve `inherits_from`, make an
+`architecture` of what was written before nnU-Net 2.5, and know older names of the intensity statistics.
+"""
+
+import contextlib
+import io
+import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.trust import check_labels, check_trusted
+from fastnnunet.specs.architecture import unet_problems
+from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.plans_checks import is_class_name
+from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
     import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+_NETWORKS = "dynamic_network_architectures."
+_UNETS = {
+    name: f"{_NETWORKS}architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
+}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises NotFoundError or CorruptError."""
-    if not path.is_file():
-        raise NotFoundError(f"{path} is missing")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise CorruptError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_json_object(path)
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansManager, ConfigurationManager]":
-    """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist."""
+    """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist, or with what
+    nnU-Net says of one that it cannot resolve.
+    """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    if configuration not in plans.get("configurations", {}):
+    check_trusted(plans, configuration)
+    known = plans.get("configurations", {})
+    if configuration not in known:
         raise MismatchError(
             f"plans {plans.get('plans_name')!r} have no configuration {configuration!r}\n"
-            f"expected one of: {', '.join(plans.get('configurations', {})) or '(none)'}"
+            f"expected one of: {', '.join(known) or '(none)'}"
         )
     manager = PlansManager(plans)
-    return manager, manager.get_configuration(configuration)
+    try:
+        with warnings.catch_warnings():  # about plans of before 2.5, whenever they are read
+            warnings.simplefilter("ignore")
+            return manager, manager.get_configuration(configuration)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{e} is missing" if isinstance(e, KeyError) else str(e)
+        raise MismatchError(
+            f"configuration {configuration!r} of plans {plans.get('plans_name')!r} cannot be read as nnU-Net reads it: "
+            f"{reason}\ncorrect the plans, or plan the data set again"
+        ) from e
+
+
+def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration as nnU-Net resolves it, a copy: what it inherits, and always an `architecture`.
+
+    Raises MismatchError.
+    """
+    config: dict[str, Any] = configuration_of(plans, configuration)[1].configuration
+    return config
+
+
+def with_configuration(plans: dict[str, Any], configuration: str, **changes: Any) -> dict[str, Any]:
+    """A copy of the plans in which one configuration is written out in full, with `changes` to its fields.
+
+    All others mean what they meant: those that inherit from it are written out too. Raises MismatchError.
+    """
+    out = deepcopy(plans)
+    for name in plans["configurations"]:
+        if name == configuration or configuration in _ancestors(plans, name):
+            out["configurations"][name] = resolved(plans, name)
+            out["configurations"][name].pop("inherits_from", None)
+    out["configurations"][configuration] |= changes
+    return out
+
+
+def _ancestors(plans: dict[str, Any], configuration: str) -> list[str]:
+    """The configurations that one inherits from, the nearest first; as far as they are there and differ."""
+    chain: list[str] = []
+    known = plans["configurations"]
+    while (parent := known[configuration].get("inherits_from")) in known and parent not in chain:
+        chain.append(parent)
+        configuration = parent
+    return chain
+
+
+def architecture_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """`architecture` of a configuration, a copy, with its network under the name it has now.
+
+    nnU-Net looks for classes of dynamic_network_architectures that were moved; `residual_unet`, which it writes for
+    plans of before 2.5, is such a place. Raises MismatchError.
+    """
+    architecture = deepcopy(resolved(plans, configuration)["architecture"])
+    return {**architecture, "network_class_name": _name_now(architecture["network_class_name"])}
+
+
+def _name_now(class_name: str) -> str:
+    moved = _UNETS.get(class_name.rsplit(".", 1)[-1])
+    return moved if moved and class_name.startswith(_NETWORKS) else class_name
+
+
+def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
+    """Statistics of the training voxels for each channel. Raises MismatchError for plans that have none."""
+    try:
+        statistics: dict[str, Any] = plans_manager.foreground_intensity_properties_per_channel
+    except KeyError as e:
+        raise MismatchError(
+            f"plans {plans_manager.plans.get('plans_name')!r} lack {e}\ncorrect them, or plan the data set again"
+        ) from e
+    return statistics
 
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
-    """nnU-Net's label manager: heads, regions, ignore label."""
-    return plans_manager.get_label_manager(dataset_json)
+    """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
+    check_labels(plans_manager, dataset_json)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
+        if plans_manager.label_manager_class is None:
+            raise MismatchError(
+                f"label_manager: got {plans_manager.plans['label_manager']!r}, which is not in "
+                "nnunetv2.utilities.label_handling\ninstall it there, as nnU-Net needs it"
+            )
+        return plans_manager.get_label_manager(dataset_json)
 
 
 def num_input_channels(
     plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
 ) -> int:
-    """Image channels plus, in a cascade, one channel per foreground label."""
+    """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+    label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
@@ -67,6 +156,7 @@ def build_network(
     import inspect
 
     plans_manager, config = configuration_of(plans, configuration)
+    config.configuration["architecture"] = architecture_of(plans, configuration)
     described = (
         config.network_arch_class_name,
         config.network_arch_init_kwargs,
@@ -81,26 +171,52 @@ def build_network(
     arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
     try:
         return build(*arguments, enable_deep_supervision=deep_supervision)
-    except (AssertionError, TypeError, ImportError) as e:
+    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
         raise MismatchError(
             f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
             f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
         ) from e
 
 
-def trainer_class(name: str) -> Any:
-    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`. Raises NotFoundError."""
-    import contextlib
-    import io
+def check_fits(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    trainer: str,
+    weights: "dict[str, torch.Tensor]",
+    where: Path,
+) -> None:
+    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
 
+    Raises MismatchError, and what `build_network` raises.
+    """
+    import torch
+
+    from fastnnunet.nnunet.checkpoint import load_weights
+
+    config = configuration_of(plans, configuration)[1]
+    if problems := unet_problems(config.configuration["architecture"], config.patch_size):
+        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
+        load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
+
+    Raises NotFoundError.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
+        if not is_class_name(name):
+            raise TypeError("no name of a class")
         with contextlib.redirect_stdout(io.StringIO()):
             return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError, TypeError) as e:  # also of what is there under this name and is no trainer
         raise NotFoundError(
-            f"trainer {name!r} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
+            f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
 
 

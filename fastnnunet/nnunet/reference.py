@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.paths import resolve_dataset
-from fastnnunet.nnunet.plans import configuration_of
+from fastnnunet.nnunet.plans import configuration_of, read_json, trainer_class
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def load_reference(
     would hold nnU-Net to fewer threads than asked for, which would flatter whatever is compared with it.
     """
     for fold in folds:  # before nnU-Net unpickles them: only files that hold nothing but tensors and numbers
-        load_checkpoint(model_folder / f"fold_{fold}" / checkpoint)
+        stored = load_checkpoint(model_folder / f"fold_{fold}" / checkpoint)
+        trainer_class(stored["trainer_name"])  # and before it looks up the names in plans
+        configuration_of(read_json(model_folder / "plans.json"), stored["init_args"]["configuration"])
     predictor = _predictor(mirroring=mirroring, threads=threads, step_size=step_size, device=device)
     with contextlib.redirect_stdout(io.StringIO()):
         predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), checkpoint)

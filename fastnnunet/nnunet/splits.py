@@ -1,9 +1,9 @@
 """nnU-Net's cross-validation splits."""
 
-import json
 from pathlib import Path
 
 from fastnnunet.errors import CorruptError, MismatchError
+from fastnnunet.specs.json_text import read_json
 
 
 def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict[str, list[str]]]:
@@ -11,7 +11,7 @@ def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict
     path = preprocessed_base / "splits_final.json"
     if path.is_file():
         try:
-            splits = json.loads(path.read_text())
+            splits = read_json(path)
             return [{"train": list(s["train"]), "val": list(s["val"])} for s in splits]
         except (ValueError, TypeError, KeyError) as e:
             raise CorruptError(f"{path} is no nnU-Net splits file: {e}\ncorrect it, or delete it for five folds") from e

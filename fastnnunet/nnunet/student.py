@@ -3,15 +3,16 @@
 import json
 import logging
 import os
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.paths import model_folder, nnunet_folder, teacher_folder
-from fastnnunet.nnunet.plans import build_network, trainer_class
+from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, trainer_class, with_configuration
 from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.json_text import read_json
+from fastnnunet.specs.networks import find_network
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 
@@ -52,21 +53,23 @@ def student_plans(
     dataset_json: dict[str, Any] | None = None,
     trainer: str = STOCK_TRAINER,
 ) -> dict[str, Any]:
-    """The student's plans: another architecture (and batch size) in `configuration`, all else as the teacher's.
+    """The student's plans: another architecture (and batch size) in `configuration`, written out; all else as the
+    teacher's.
 
     The preprocessed data are shared with the teacher because `data_identifier` stays. `dataset_json` is needed for
     teachers whose `trainer` builds the network. Raises MismatchError for an architecture nothing can be derived from,
     SpecError for a student that leaves nothing of it.
     """
-    out = deepcopy(plans)
-    out["plans_name"] = student_plans_name(plans["plans_name"], student, distill)
-    if out["plans_name"] == plans["plans_name"]:
-        raise SpecError(f"-spl {out['plans_name']} is the name of the teacher's plans; give the student another")
-    config = out["configurations"].get(configuration, {})
-    config["architecture"] = student_architecture(plans, configuration, student, dataset_json, trainer)
+    manager, _ = configuration_of(plans, configuration)
+    name = student_plans_name(manager.plans_name, student, distill)
+    if name == manager.plans_name:
+        raise SpecError(f"-spl {name} is the name of the teacher's plans; give the student another")
+    changes: dict[str, Any] = {
+        "architecture": student_architecture(plans, configuration, student, dataset_json, trainer)
+    }
     if distill.batch_size is not None:
-        config["batch_size"] = distill.batch_size
-    return out
+        changes["batch_size"] = distill.batch_size
+    return with_configuration(plans, configuration, **changes) | {"plans_name": name}
 
 
 def student_architecture(
@@ -77,8 +80,7 @@ def student_architecture(
     trainer: str = STOCK_TRAINER,
 ) -> dict[str, Any]:
     """`architecture` of the student's plans."""
-    config = plans["configurations"].get(configuration, {})
-    described = deepcopy(config.get("architecture", {}))
+    described = architecture_of(plans, configuration)
     if student.is_explicit:
         return _explicit(student, described)
     own_network = trainer != STOCK_TRAINER and _builds_its_own(trainer)
@@ -126,7 +128,8 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (tests/benchmarks/lite_student.py). [1, 3, 3] halves the time and
     still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
-    kernels = [list(k) for k in kwargs["kernel_sizes"]]
+    axes = 2 if "2d" in str(kwargs.get("conv_op")) else 3
+    kernels = [[k] * axes if isinstance(k, int) else list(k) for k in _per_stage(kwargs["kernel_sizes"], stages)]
     if len(kernels[0]) == 3:
         kernels[0] = [1, *kernels[0][1:]]
     kwargs["kernel_sizes"] = kernels
@@ -135,7 +138,7 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     kwargs["n_conv_per_stage_decoder"] = [*_per_stage(kwargs["n_conv_per_stage_decoder"], stages - 1)[:-1], 1]
 
 
-def _per_stage(value: int | list[int], stages: int) -> list[int]:
+def _per_stage(value: Any, stages: int) -> list[Any]:
     return [value] * stages if isinstance(value, int) else list(value)
 
 
@@ -152,7 +155,7 @@ def _primus(
 
     if dataset_json is None:
         raise MismatchError(f"the network of trainer {trainer} needs dataset.json; got none")
-    patch_size = [int(p) for p in plans["configurations"][configuration]["patch_size"]]
+    patch_size = [int(p) for p in configuration_of(plans, configuration)[1].patch_size]
     if student.size is not None:
         stock = stock_trainer(student.size)
         with torch.device("meta"):  # an L is 1.3 GB
@@ -170,11 +173,8 @@ def _written(class_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _explicit(student: StudentSpec, described: dict[str, Any]) -> dict[str, Any]:
     """A network written out; kinds of layers that it takes and does not name are the teacher's."""
     import inspect
-    import pydoc
 
-    kind = pydoc.locate(student.network_class_name or "")
-    if not inspect.isclass(kind):
-        raise SpecError(f"network_class_name: got {student.network_class_name!r}, expected an importable class")
+    kind: Any = find_network(student.network_class_name)
     known = inspect.signature(kind.__init__).parameters
     kwargs = dict(student.arch_kwargs or {})
     problems = [] if "deep_supervision" in known else ["the class takes no deep_supervision, which nnU-Net hands over"]
@@ -222,7 +222,7 @@ def check_plans_name(dataset_name: str, plans_name: str) -> None:
     taken = plans_name in NNUNET_FILES
     if path.is_file() and not taken:
         try:
-            there = json.loads(path.read_text())
+            there = read_json(path)
         except ValueError:  # whatever it is, it is none of ours
             there = None
         taken = not (isinstance(there, dict) and there.get(STUDENT_MARK))

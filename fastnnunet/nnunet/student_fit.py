@@ -1,11 +1,12 @@
 """Whether teacher, preprocessed data and student fit together, and what a student costs."""
 
+import contextlib
 import math
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import build_network, read_json
+from fastnnunet.nnunet.plans import build_network, configuration_of, num_input_channels, read_json, resolved
 from fastnnunet.nnunet.primus import PATCH_EMBED, is_primus, stock_trainer_of
 
 SHARED = ("spacing", "normalization_schemes", "data_identifier")  # what a teacher's and its data's plans must agree in
@@ -16,7 +17,7 @@ def check_fit(
 ) -> None:
     """Refuse a teacher, data and a student that do not fit. Raises MismatchError with all problems."""
     problems = _data_problems(teacher, dataset_json, configuration)
-    problems += patch_problems(student["configurations"][configuration])
+    problems += patch_problems(resolved(student, configuration))
     if problems:
         raise MismatchError(
             f"teacher and student do not fit, {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems)
@@ -65,18 +66,17 @@ def stride_products(config: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def _data_problems(teacher: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> list[str]:
-    base = nnunet_folder("nnUNet_preprocessed") / teacher["dataset_name"]
+    manager, config = configuration_of(teacher, configuration)
+    base = nnunet_folder("nnUNet_preprocessed") / manager.dataset_name
     problems = []
-    try:
-        theirs = read_json(base / f"{teacher['plans_name']}.json")["configurations"].get(configuration, {})
-        mine = teacher["configurations"][configuration]
+    with contextlib.suppress(NotFoundError):  # planned elsewhere; the cases themselves are asked for later
+        plans, mine = read_json(base / f"{manager.plans_name}.json"), config.configuration
+        theirs = resolved(plans, configuration) if configuration in plans.get("configurations", {}) else {}
         problems += [
             f"{name}: teacher {mine.get(name)}, preprocessed data {theirs[name]}"
             for name in SHARED
             if name in theirs and theirs[name] != mine.get(name)
         ]
-    except NotFoundError:  # planned elsewhere; the cases themselves are asked for later
-        pass
     try:
         data = read_json(base / "dataset.json")
     except NotFoundError:
@@ -97,11 +97,11 @@ def network_cost(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = plans["configurations"][configuration]
-    name = stock_trainer_of(config["architecture"]) or trainer
+    manager, config = configuration_of(plans, configuration)
+    name = stock_trainer_of(config.configuration["architecture"]) or trainer
     with torch.device("meta"):
         network = build_network(plans, configuration, dataset_json, trainer=name).eval()
-    channels = len(dataset_json.get("channel_names") or dataset_json["modality"])
+    channels = num_input_channels(manager, config, dataset_json)
     activations = 0
 
     def count(_module: Any, _inputs: Any, output: Any) -> None:
@@ -111,7 +111,7 @@ def network_cost(
     for module in {id(m): m for m in network.modules() if not any(m.children())}.values():
         module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, channels, *config["patch_size"], device="meta"))
+        network(torch.empty(1, channels, *config.patch_size, device="meta"))
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "flops": int(counter.get_total_flops()),

@@ -28,6 +28,7 @@ from fastnnunet.nnunet.engines import (
 )
 from fastnnunet.nnunet.plans import (
     build_network,
+    check_fits,
     configuration_of,
     label_manager_of,
     network_class_name,
@@ -146,9 +147,12 @@ class NnUNetTeacher:
     def load(self, threads: int) -> "LoadedTeacher":
         """Read all folds into the engine. Raises CorruptError, MismatchError."""
         networks: dict[Fold, torch.nn.Module] = {}
+        described = (self.plans, self.configuration, self.dataset_json)
         for fold in self.folds:
-            network = build_network(self.plans, self.configuration, self.dataset_json, trainer=self.trainer)
-            load_weights(network, self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint)
+            weights, path = self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint
+            check_fits(*described, self.trainer, weights, path)
+            network = build_network(*described, trainer=self.trainer)
+            load_weights(network, weights, path)
             networks[fold] = network
         engine: Engine
         if self.engine == "openvino":

@@ -7,8 +7,8 @@ to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX
 
 import contextlib
 import io
-import os
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from fastnnunet.nnunet.advice import preprocess_command
+from fastnnunet.nnunet.cases import made_by
 from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.checkpoint_digest import require_undamaged, write_checkpoint
 from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, device_augmentation
 from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.distributed import (
@@ -38,10 +41,12 @@ from fastnnunet.nnunet.loading import (
     STEP,
     TRAINING,
     VALIDATION,
+    WritableCases,
     loading_in_this_process,
     ordered_batches,
     seed_generators,
 )
+from fastnnunet.nnunet.loading_errors import first_cases
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.soft_samples import (
     SampleTransforms,
@@ -50,6 +55,9 @@ from fastnnunet.nnunet.soft_samples import (
     has_opinion,
 )
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
+
+FINGERPRINT = "dataset_fingerprint.json"
+log = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
@@ -92,6 +100,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
+    _note_cases: Callable[[Sequence[Any]], None] = staticmethod(lambda datasets: None)
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -148,9 +157,10 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        datasets = super().get_tr_and_val_datasets()
+        datasets = tuple(map(WritableCases, super().get_tr_and_val_datasets()))
+        self._note_cases(datasets)
         if self.soft_labels is None:
-            return datasets
+            return datasets[0], datasets[1]
         training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
         if self.unlabelled is not None:
             unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
@@ -160,7 +170,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
         num_processes = get_allowed_n_proc_DA()
-        with loading_in_this_process():
+        with loading_in_this_process(), first_cases(self.repair) as self._note_cases:
             loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
         for loader in loaders:
             DrawnBoxes(loader)
@@ -168,6 +178,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             (TRAINING, self.num_iterations_per_epoch, num_processes),
             (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
         )
+        training: Any
+        validation: Any
         training, validation = (
             ordered_batches(
                 loader,
@@ -179,12 +191,26 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 share=share(),
                 unlabelled=self.unlabelled if stream == TRAINING else None,
                 transform=loader.transforms.batch if isinstance(loader.transforms, DrawnSamples) else None,
+                repair=self.repair,
             )
             for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
         )
         if self.device_augmentation is not None:
             training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
         return training, validation
+
+    def repair(self, case: str) -> str:
+        """The commands that make the preprocessed files of a case again."""
+        if self.unlabelled is not None and case in self.unlabelled.identifiers:
+            return self.unlabelled.repair(case)
+        configuration, data = self.configuration_name, str(self.configuration_manager.data_identifier)
+        plans = made_by(self.plans_manager.plans, configuration, data)
+        command = preprocess_command(self.plans_manager.dataset_name, plans, configuration)
+        if self.is_cascaded:
+            command += (
+                f"\nor, if it is the one in {self.folder_with_segs_from_previous_stage}, predict that stage again"
+            )
+        return command
 
     def _nnunet_transforms(self) -> list[Any]:
         """The training transforms that nnU-Net gives its loader."""
@@ -289,6 +315,18 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
         return {name: mean_over_processes(value).item() for name, value in losses.items()} | {"gradient": gradient}
 
+    def on_train_start(self) -> None:
+        """As nnU-Net's, which stops where there is no fingerprint to copy; all it does after that is done here."""
+        try:
+            super().on_train_start()
+        except FileNotFoundError as e:
+            if Path(str(e.filename)).name != FINGERPRINT:
+                raise
+            log.warning(
+                "%s is missing; nnU-Net would copy it beside the model, nothing of a training reads it", e.filename
+            )
+            self._save_debug_information()
+
     def start(self, *, load: bool) -> None:
         """What nnU-Net does before the first epoch; without `load` another trainer's loaders are used."""
         with nnunet_quiet():
@@ -346,7 +384,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Left out: nnU-Net's plot needs a library that no longer works."""
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write an nnU-Net checkpoint plus `fastnnunet` provenance, atomically."""
+        """Write an nnU-Net checkpoint plus `fastnnunet` provenance and a digest, atomically."""
         if not is_first():
             return
         checkpoint = {
@@ -361,13 +399,12 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "fastnnunet": self.provenance,
         }
-        temporary = Path(f"{filename}.tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+        write_checkpoint(checkpoint, Path(filename))
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
+        require_undamaged(checkpoint, path)
         check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
         load_weights(self.plain_network, strip_prefix(checkpoint["network_weights"]), path)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
@@ -409,9 +446,10 @@ def make_trainer(
 
     The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
     """
+    from fastnnunet.nnunet.plans import architecture_of
     from fastnnunet.nnunet.primus import primus_trainer
 
-    kind = primus_trainer(StudentTrainer, plans["configurations"][configuration]["architecture"]) or StudentTrainer
+    kind = primus_trainer(StudentTrainer, architecture_of(plans, configuration)) or StudentTrainer
     with nnunet_quiet():
         trainer = kind(
             {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)

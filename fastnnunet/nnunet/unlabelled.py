@@ -9,16 +9,14 @@
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fastnnunet.errors import (
     NO_ROOM,
@@ -35,13 +33,16 @@ from fastnnunet.nnunet.image_case import ENDINGS, PARTIAL, ImageTask, preprocess
 from fastnnunet.nnunet.image_folder import FileStamp, find_images, unchanged, unusable
 from fastnnunet.nnunet.parallel import each
 from fastnnunet.nnunet.paths import nnunet_folder
-from fastnnunet.nnunet.plans import configuration_of, num_input_channels
+from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_input_channels
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
+from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.system.locks import locked
 
 SETS = "unlabelled"
 VERSION = 1
-_PLANS_FIELDS = ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer")
+_PLANS_FIELDS = ("transpose_forward", "image_reader_writer")
+_STATISTICS = "foreground_intensity_properties_per_channel"
 _CONFIGURATION_FIELDS = (
     *PREPROCESSING_FIELDS,
     "resampling_fn_seg",
@@ -56,9 +57,8 @@ Progress = Callable[[int, int], None]
 class UnlabelledCases(PreprocessedCases):
     """The finished cases of a set."""
 
-    REMAKE: ClassVar[str] = "remove it and run the same fastnnunet cache build --images again"
-
     finished: tuple[str, ...]
+    remake: str = field(default="remove it and run the same fastnnunet cache build --images again", kw_only=True)
 
     @cached_property
     def case_ids(self) -> tuple[str, ...]:
@@ -106,9 +106,9 @@ class ImageSet:
     @property
     def preprocessing(self) -> str:
         """Digest of what of the plans changes a preprocessed voxel."""
-        config = configuration_of(self.plans, self.configuration)[1].configuration
-        fields = {f: self.plans.get(f) for f in _PLANS_FIELDS}
-        return sha256_of(fields | {f: config.get(f) for f in _CONFIGURATION_FIELDS})
+        manager, config = configuration_of(self.plans, self.configuration)
+        fields = {f: manager.plans.get(f) for f in _PLANS_FIELDS} | {_STATISTICS: intensity_properties(manager)}
+        return sha256_of(fields | {f: config.configuration.get(f) for f in _CONFIGURATION_FIELDS})
 
     @property
     def cases(self) -> UnlabelledCases:
@@ -174,7 +174,7 @@ def resolve_set(plans: dict[str, Any], configuration: str, reference: str) -> st
 def read_record(file: Path) -> Record:
     """Raises NotFoundError, CorruptError."""
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json_object(file)
         if raw["format_version"] != VERSION:
             raise CorruptError(f"{file}: format version {raw['format_version']}, expected {VERSION}")
         cases = {
@@ -348,16 +348,16 @@ def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One build of a set at a time; the system gives the lock back when the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as e:
-        raise _write_error(e, folder) from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """One build of a set at a time; the system gives the lock back when the process dies.
+
+    Where it has no locks a warning asks the user to see to it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except BlockingIOError as e:
+            raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
+        except OSError as e:
+            raise _write_error(e, folder) from e
         yield
-    except BlockingIOError as e:
-        raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
-    finally:
-        os.close(descriptor)

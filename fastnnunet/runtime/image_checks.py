@@ -20,11 +20,13 @@ _log = logging.getLogger(__name__)
 def stack_channels(files: Sequence[ImageSource], volumes: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
     """Volumes (c, z, y, x) of the files below each other as float32.
 
-    Raises ImageError when there are no voxels at all, or some are NaN or infinite. Shapes must agree already.
+    Raises ImageError when there are no voxels at all, or some are complex, NaN or infinite. Shapes must agree already.
     """
     for file, volume in zip(files, volumes, strict=True):
         if 0 in volume.shape:
             raise ImageError(f"{file} has no voxels: its shape is {volume.shape[1:]} (z, y, x); export it again")
+        if np.iscomplexobj(volume):
+            raise ImageError(f"{file} holds complex numbers, expected one real number per voxel; convert it first")
     image_CZYX = np.vstack(volumes, dtype=np.float32, casting="unsafe")
     # float32 values cannot overflow a float64 sum, so it is finite exactly when every voxel is
     if math.isfinite(float(image_CZYX.sum(dtype=np.float64))):
@@ -68,6 +70,15 @@ def check_spacing(file: ImageSource, spacing: Sequence[float], *, signed: bool =
     if not all(math.isfinite(s) and (s != 0 if signed else s > 0) for s in spacing):
         got = ", ".join(f"{s:g}" for s in spacing)
         raise ImageError(f"{file} has a damaged header: its spacing is ({got}), expected millimetres; export it again")
+
+
+def check_geometry(file: ImageSource, geometry: dict[str, Any]) -> None:
+    """Raises ImageError when `spacing` is no length, or `origin` or `direction` no number."""
+    check_spacing(file, geometry["spacing"])
+    for name in ("origin", "direction"):
+        if not all(map(math.isfinite, geometry[name])):
+            got = ", ".join(f"{v:g}" for v in geometry[name])
+            raise ImageError(f"{file} has a damaged header: its {name} is ({got}), expected numbers; export it again")
 
 
 def smallest_dtype(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -83,7 +83,7 @@ def _load(file: ImageSource) -> Any:
     try:
         image = nibabel.load(file)
         if voxels_ZYX is not None:
-            image = nibabel.Nifti1Image(voxels_ZYX.transpose(2, 1, 0), image.affine, image.header)
+            image = type(image)(voxels_ZYX.transpose(2, 1, 0), image.affine, image.header)
     except (ImageFileError, HeaderDataError, OSError, ValueError) as e:
         raise ImageError(f"cannot read {file}: {e}\nexpected a NIfTI image") from e
     if image.ndim != 3:

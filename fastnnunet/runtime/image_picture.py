@@ -1,5 +1,6 @@
 """nnU-Net's NaturalImage2DIO."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,23 @@ from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_same, smallest_dtype, stack_channels
 from fastnnunet.runtime.image_sitk import write_sitk
-from fastnnunet.runtime.itk import last_line
+from fastnnunet.runtime.image_tiff import TIFF_ENDINGS, read_tiff
+from fastnnunet.runtime.stored import PICTURE_RATIO, SMALL_BYTES, check_claim, open_stored
+
+_FORMATS = ("PNG", "BMP", "DIB", "JPEG", "TIFF", "WEBP", "JPEG2000", "PPM")  # none that runs another program
+_BYTES_OF = {"1": 1, "I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
+_unlimited = threading.Lock()
 
 
 class NaturalImage2DIO:
     """PNG, BMP and TIFF pictures: one file may hold three (RGB) or four (RGBA) channels, spacing is 1."""
 
     def read(self, files: Sequence[ImageSource]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        import SimpleITK as sitk
-
         pictures = []
         for file in files:
             if isinstance(file, DicomSeries):
                 raise ImageError(f"{file}: this model reads pictures (PNG, BMP, TIFF), not DICOM; convert it first")
-            if not file.is_file():
-                raise ImageError(f"image not found: {file}")
-            try:
-                pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-            except RuntimeError as e:
-                raise ImageError(f"cannot read {file}: {last_line(e)}\nexpected a PNG, BMP or TIFF picture") from e
-            if pixels.ndim == 3 and _is_grey_bmp(file, pixels):
-                pixels = pixels[..., 0]
+            pixels = read_picture(file)
             if pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
                 pictures.append(pixels.transpose(2, 0, 1)[:, None])
             elif pixels.ndim == 2:
@@ -55,8 +52,49 @@ class NaturalImage2DIO:
         return segmentation_ZYX
 
 
-def _is_grey_bmp(picture: Path, pixels: npt.NDArray[Any]) -> bool:
-    """BMP stores greys as a palette, which ITK turns into colours and nnU-Net's reader does not."""
-    with picture.open("rb") as f:
-        header = f.read(30)
-    return header[:2] == b"BM" and header[28] <= 8 and bool((pixels == pixels[..., :1]).all())
+def read_picture(file: Path) -> npt.NDArray[Any]:
+    """Pixels as `skimage.io.imread` gives them: (y, x), (y, x, channels), or more for several pages.
+
+    That is tifffile for names ending in .tif or .tiff, and Pillow for all others, whatever their content is.
+    Raises ImageError when the file is missing, damaged, truncated or of another format.
+    """
+    pixels = read_tiff(file) if file.name.lower().endswith(TIFF_ENDINGS) else _read_with_pillow(file)
+    if pixels.ndim > 2 and pixels.shape[-1] not in (3, 4) and pixels.shape[-3] in (3, 4):
+        return np.moveaxis(pixels, -3, -1)
+    return pixels
+
+
+def _read_with_pillow(file: Path) -> npt.NDArray[Any]:
+    """As imageio's plugin does, which is what skimage calls."""
+    with open_stored(file) as stored:
+        stored_bytes = stored.stored_bytes
+    try:
+        if _open(file).format == "PNG":
+            _open(file).verify()  # the checksums, which decoding passes over; an image cannot be read after that
+        picture = _open(file)
+        claimed = picture.width * picture.height * _BYTES_OF.get(picture.mode, len(picture.getbands()))
+        check_claim(file, claimed, stored_bytes, ratio=PICTURE_RATIO, slack=SMALL_BYTES)
+        if getattr(picture, "custom_mimetype", None) == "image/apng":
+            raise ImageError(f"{file} is an animation of {getattr(picture, 'n_frames', 2)} pictures, expected one")
+        if picture.mode == "P":
+            picture = picture.convert(picture.palette.mode)
+        elif picture.format == "PNG" and picture.mode == "I":
+            picture = picture.convert("I;16")
+        return np.asarray(picture)
+    except ImageError:
+        raise
+    # what Pillow raises of damaged files is of many kinds (SyntaxError, struct.error, EOFError ...)
+    except Exception as e:
+        raise ImageError(f"cannot read {file}: {e}\nexpected a PNG, BMP or TIFF picture; export it again") from e
+
+
+def _open(file: Path) -> Any:
+    """A picture of which the header is read."""
+    from PIL import Image
+
+    with _unlimited:  # the limit is one of the whole process; here sizes are compared with the file instead
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit

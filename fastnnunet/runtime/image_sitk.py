@@ -1,5 +1,6 @@
 """nnU-Net's SimpleITKIO and SimpleITKIOWithReorient."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy.typing as npt
 from fastnnunet.errors import FastnnUNetError, ImageError
 from fastnnunet.runtime.dicom import DicomSeries, read_series
 from fastnnunet.runtime.files import atomic_output
-from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
+from fastnnunet.runtime.image_checks import ImageSource, check_geometry, check_same, smallest_dtype, stack_channels
 from fastnnunet.runtime.itk import last_line
-from fastnnunet.runtime.nifti import is_nifti, read_nifti_voxels
+from fastnnunet.runtime.nifti import is_nifti, is_nifti_pair, read_nifti_voxels
+from fastnnunet.runtime.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim
+from fastnnunet.runtime.text_headers import Layout, read_layout
 
+_GIPL_HEADER_BYTES = 256
 _Geometry = dict[str, Any]
 
 
@@ -29,7 +33,6 @@ class SimpleITKIO:
         for file in files:
             voxels, geometry = self._read_one(file)
             volumes.append(voxels if voxels.ndim == 4 else voxels[(None,) * (4 - voxels.ndim)])
-            check_spacing(file, geometry["spacing"])
             geometries.append(geometry)
         compared = ("spacing", "origin", "direction")
         check_same(
@@ -47,47 +50,27 @@ class SimpleITKIO:
     def _read_one(self, file: ImageSource) -> tuple[npt.NDArray[Any], _Geometry]:
         import SimpleITK as sitk
 
-        if not isinstance(file, DicomSeries) and not file.is_file():
-            raise ImageError(f"image not found: {file}")
-        voxels = None
+        image = None
         if isinstance(file, DicomSeries):
-            image: Any = read_series(file)
+            image = read_series(file)
+            voxels, geometry = sitk.GetArrayFromImage(image), _geometry_of(image)
+            check_geometry(file, geometry)
         else:
-            image = sitk.ImageFileReader()
-            image.SetFileName(str(file))
-            if is_nifti(file):
-                voxels = read_nifti_voxels(file)
-                image.SetImageIO("NiftiImageIO")  # spares ITK from asking every format whether the file is its own
-        original_orientation = None
-        try:
-            if voxels is not None and self.orientation is None:
-                image.ReadImageInformation()
-                if image.GetSize() != voxels.shape[::-1]:
-                    raise ImageError(f"{file}: size {image.GetSize()} does not fit its voxels {voxels.shape[::-1]}")
-            else:
-                image = image if isinstance(file, DicomSeries) else image.Execute()
-                if self.orientation is not None:
-                    original_orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(
-                        image.GetDirection()
-                    )
-                    image = sitk.DICOMOrient(image, self.orientation)
-                voxels = sitk.GetArrayFromImage(image)
-        except RuntimeError as e:
-            raise ImageError(f"cannot read {file}: {last_line(e)}\nexpected an image that SimpleITK can read") from e
-        if not 2 <= voxels.ndim <= 4 or voxels.ndim != len(image.GetSpacing()):
+            voxels, geometry = read_itk(file)
+        if not 2 <= voxels.ndim <= 4:
             raise ImageError(
-                f"{file} has {len(image.GetSpacing())} dimensions and voxels of shape {voxels.shape}, expected a "
-                "scalar image of 2 or 3 dimensions, or 4 where the last is the channel"
+                f"{file} has {voxels.ndim} dimensions, expected a scalar image of 2 or 3 dimensions, or 4 where the "
+                "last is the channel"
             )
-        geometry = {
-            "spacing": image.GetSpacing(),
-            "origin": image.GetOrigin(),
-            # plus zero: ITK's header reader leaves -0.0 where its image reader has 0.0
-            "direction": tuple(cosine + 0.0 for cosine in image.GetDirection()),
-        }
-        if original_orientation is not None:
-            geometry["original_orientation"] = original_orientation
-        return voxels, geometry
+        if self.orientation is None:
+            return voxels, geometry
+        image = image or _to_sitk(voxels, geometry)
+        try:
+            original = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(image.GetDirection())
+            image = sitk.DICOMOrient(image, self.orientation)
+        except RuntimeError as e:
+            raise ImageError(f"cannot turn {file} to {self.orientation}: {last_line(e)}") from e
+        return sitk.GetArrayFromImage(image), {**_geometry_of(image), "original_orientation": original}
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         with atomic_output(file) as partial:
@@ -107,11 +90,101 @@ class SimpleITKIO:
             # nnU-Net stops here; a multi-channel 4d input has a three-dimensional segmentation
             geometry = _first_three_dimensions(geometry)
         labels = segmentation_ZYX[0] if dimensions == 2 else segmentation_ZYX
-        image = sitk.GetImageFromArray(smallest_dtype(labels))
-        image.SetSpacing(geometry["spacing"])
-        image.SetOrigin(geometry["origin"])
-        image.SetDirection(geometry["direction"])
+        image = _to_sitk(smallest_dtype(labels), geometry)
         return image if self.orientation is None else sitk.DICOMOrient(image, geometry["original_orientation"])
+
+
+def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
+    """Voxels (..., y, x) of a scalar image and ITK's `spacing`, `origin`, `direction` (axes x, y, ...).
+
+    What the header claims is compared with the file before memory is allocated.
+    Raises ImageError when the file is missing, damaged, truncated or no scalar image, or its geometry is none.
+    """
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    layout: Layout | str | None = None
+    voxels = None
+    if is_nifti(file) or is_nifti_pair(file):
+        voxels = read_nifti_voxels(file)
+        layout = "NiftiImageIO"
+    else:
+        layout = read_layout(file)
+    if layout is not None:
+        # spares ITK from asking every format whether the file is its own
+        reader.SetImageIO(layout if isinstance(layout, str) else layout.image_io)
+    try:
+        reader.ReadImageInformation()
+        dtype = _scalar_dtype(file, reader)
+        if isinstance(layout, Layout) and layout.describes(reader.GetSize(), dtype):
+            voxels = layout.read()
+        if voxels is not None and reader.GetSize() != voxels.shape[::-1]:
+            raise ImageError(f"{file}: size {reader.GetSize()} does not fit its voxels {voxels.shape[::-1]}")
+        if voxels is None:
+            if layout is None:
+                _check_claim_of(file, reader, dtype)
+            voxels = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as e:
+        raise ImageError(f"cannot read {file}: {last_line(e)}\nexpected an image that SimpleITK can read") from e
+    geometry = _geometry_of(reader)
+    check_geometry(file, geometry)
+    try:
+        _to_sitk(np.zeros((1,) * voxels.ndim, np.uint8), geometry)  # ITK has the last word on directions
+    except RuntimeError as e:
+        raise ImageError(f"{file} has a damaged header: {last_line(e)}; export it again") from e
+    return voxels, geometry
+
+
+def _scalar_dtype(file: Path, reader: Any) -> np.dtype[Any]:
+    """Type of the voxels that ITK is about to read. Raises ImageError unless that is one real number each."""
+    import SimpleITK as sitk
+
+    kinds = {
+        **{sitk.sitkUInt8: "u1", sitk.sitkInt8: "i1", sitk.sitkUInt16: "u2", sitk.sitkInt16: "i2"},
+        **{sitk.sitkUInt32: "u4", sitk.sitkInt32: "i4", sitk.sitkUInt64: "u8", sitk.sitkInt64: "i8"},
+        **{sitk.sitkFloat32: "f4", sitk.sitkFloat64: "f8"},
+    }
+    if (kind := kinds.get(reader.GetPixelID())) is None:
+        got = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+        raise ImageError(
+            f"{file} has {reader.GetNumberOfComponents()} value(s) per voxel ({got}), expected one real number; "
+            "make a file of each channel"
+        )
+    return np.dtype(kind)
+
+
+def _check_claim_of(file: Path, reader: Any, dtype: np.dtype[Any]) -> None:
+    """Of a format that only ITK knows, compressed perhaps. Raises ImageError."""
+    stored = file.stat().st_size
+    claimed = math.prod(reader.GetSize()) * dtype.itemsize
+    if file.suffix.lower() == ".gipl":  # ITK leaves missing voxels as they are
+        check_claim(file, claimed + _GIPL_HEADER_BYTES, stored)
+    else:
+        check_claim(file, claimed, stored, ratio=DEFLATE_RATIO, slack=SMALL_BYTES)
+
+
+def _geometry_of(image: Any) -> _Geometry:
+    """Of an image or a reader. A negative spacing becomes an axis that runs the other way, as in ITK's image reader."""
+    spacing = image.GetSpacing()
+    axes = len(spacing)
+    signs = [-1.0 if s < 0 else 1.0 for s in spacing]
+    return {
+        "spacing": tuple(abs(s) for s in spacing),
+        "origin": tuple(o + 0.0 for o in image.GetOrigin()),
+        # plus zero: ITK's header reader leaves -0.0 where its image reader has 0.0
+        "direction": tuple(cosine * signs[i % axes] + 0.0 for i, cosine in enumerate(image.GetDirection())),
+    }
+
+
+def _to_sitk(voxels: npt.NDArray[Any], geometry: _Geometry) -> Any:
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(voxels, isVector=False)
+    image.SetSpacing(geometry["spacing"])
+    image.SetOrigin(geometry["origin"])
+    image.SetDirection(geometry["direction"])
+    return image
 
 
 def write_sitk(image: Any, partial: Path, file: Path) -> None:

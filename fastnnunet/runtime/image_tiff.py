@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,12 @@ from fastnnunet.errors import FastnnUNetError, ImageError
 from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
+from fastnnunet.runtime.stored import PICTURE_RATIO, SMALL_BYTES, check_claim, open_stored
+from fastnnunet.specs.json_text import read_json_object
 
-_ENDINGS = (".tif", ".tiff")
+TIFF_ENDINGS = (".tif", ".tiff")
+_UNCOMPRESSED = 1
+_CONTIGUOUS, _SEPARATE = 1, 2
 _log = logging.getLogger(__name__)
 
 
@@ -52,23 +57,64 @@ class Tiff3DIO:
 
 def _read_one(file: ImageSource) -> npt.NDArray[Any]:
     """Voxels (z, y, x). Raises ImageError."""
-    import tifffile
-
-    if isinstance(file, DicomSeries) or _ending(file).lower() not in _ENDINGS:
+    if isinstance(file, DicomSeries) or _ending(file).lower() not in TIFF_ENDINGS:
         raise ImageError(f"{file}: this model reads TIFF files (.tif, .tiff); convert the image first")
-    if not file.is_file():
-        raise ImageError(f"image not found: {file}")
-    try:
-        with _complaints() as complaints:
-            voxels = tifffile.imread(file)
-    # tifffile raises whatever its parts and codecs raise; DeflateError and its like are RuntimeErrors
-    except (ValueError, OSError, RuntimeError, LookupError, TypeError) as e:
-        raise ImageError(f"cannot read {file}: {e}\nexpected a three-dimensional TIFF file") from e
-    if complaints:
-        raise ImageError(f"{file} is truncated or damaged ({complaints[0]}); copy or export it again")
+    voxels = read_tiff(file)
     if voxels.ndim != 3:
         raise ImageError(f"{file} has shape {voxels.shape}, expected three dimensions (z, y, x)")
     return voxels
+
+
+def read_tiff(file: Path) -> npt.NDArray[Any]:
+    """The first series of a TIFF file in tifffile's order of axes.
+
+    Raises ImageError when the file is missing, damaged, truncated or no TIFF, or when its compression needs a package
+    that is not installed.
+    """
+    import tifffile
+
+    with open_stored(file) as stored:
+        stored_bytes = stored.stored_bytes
+    try:
+        with _complaints() as complaints, tifffile.TiffFile(file) as tiff:
+            len(tiff.pages)  # follows all pages, which finds a circle; looking for series would walk in it for ever
+            series = tiff.series[0]
+            packed = any(page is not None and int(page.compression) != _UNCOMPRESSED for page in series.pages[:1])
+            check_claim(file, series.nbytes, stored_bytes, ratio=PICTURE_RATIO if packed else 1, slack=SMALL_BYTES)
+            for page in series.pages:
+                if page is not None:
+                    _check_segments(file, page, stored_bytes)
+            voxels = series.asarray()
+    except ImageError:
+        raise
+    # tifffile raises whatever its parts and codecs raise; DeflateError and its like are RuntimeErrors
+    except Exception as e:
+        if "imagecodecs" in str(e):
+            raise ImageError(f"cannot read {file}: {e}\ninstall it: pip install 'fastnnunet[images]'") from e
+        raise ImageError(f"cannot read {file}: {e}\nexpected a TIFF file; export it again") from e
+    if complaints:
+        raise ImageError(f"{file} is truncated or damaged ({complaints[0]}); copy or export it again")
+    return voxels
+
+
+def _check_segments(file: Path, page: Any, stored_bytes: int) -> None:
+    """Raises ImageError unless every strip or tile is in the file, or a tile left out on purpose.
+
+    tifffile leaves memory as it finds it where one is not, or where its planes are arranged in no known way.
+    """
+    if int(page.keyframe.planarconfig) not in (_CONTIGUOUS, _SEPARATE):
+        raise ImageError(
+            f"{file} is damaged: its planar configuration is {int(page.keyframe.planarconfig)}; export it again"
+        )
+    expected, got = math.prod(page.chunked), len(page.dataoffsets)
+    if got < expected or len(page.databytecounts) < got:
+        raise ImageError(f"{file} is damaged: {got} of {expected} strips or tiles are there; export it again")
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if offset + size > stored_bytes or (offset == 0) != (size == 0) or (size == 0 and got == 1):
+            raise ImageError(
+                f"{file} is truncated or damaged: a strip or tile has {size} bytes from {offset} on, expected them "
+                f"within {stored_bytes}; copy or export it again"
+            )
 
 
 @contextmanager
@@ -95,7 +141,7 @@ def _read_spacing(file: ImageSource, beside: Path) -> Any:
         _log.warning("no spacing for %s (expected %s); 1, 1, 1 is assumed", file.name, beside)
         return (1, 1, 1)
     try:
-        spacing = json.loads(beside.read_text())["spacing"]
+        spacing = read_json_object(beside)["spacing"]
         numbers = [float(s) for s in spacing]
     except (ValueError, KeyError, TypeError) as e:
         raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e

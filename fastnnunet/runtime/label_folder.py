@@ -1,6 +1,5 @@
 """Tidying a folder of label maps with the reader its predictions were written with."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError, printable
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError, printable
 from fastnnunet.runtime.files import check_output_folder, make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
 from fastnnunet.runtime.output import files_of_case, sibling
 from fastnnunet.runtime.overlap import refuse_overlap
+from fastnnunet.specs.json_text import read_json_object
 from fastnnunet.specs.listing import passed_over, regular_files
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def postprocess_folder(
 
     A label map that fails is left out and reported with its error to `on_done(file, error)`; what else lies in the
     folder is logged as a warning.
-    Raises NotFoundError when there is none, SpecError when a result would replace a label map.
+    Raises NotFoundError when there is none, SpecError when a result would replace a label map, DiskSpaceError when
+    there is no room for the results.
     """
     names = regular_files(folder, source.file_ending) if os.path.isdir(folder) else []
     files = [folder / name for name in names]
@@ -85,7 +86,8 @@ def postprocess_folder(
         pending = {pool.submit(_clean_file, io, file, output / file.name, cleanup): file for file in files}
         for done in as_completed(pending):
             error = done.exception()
-            if error is not None and not isinstance(error, FastnnUNetError):
+            if isinstance(error, DiskSpaceError) or not isinstance(error, FastnnUNetError | None):
+                pool.shutdown(cancel_futures=True)
                 raise error
             if on_done:
                 on_done(pending[done], error)
@@ -116,6 +118,6 @@ def _read_json(path: Path, option: str) -> dict[str, Any]:
             f"name one with {option} (of an ensemble: that of any member)"
         )
     try:
-        return dict(json.loads(path.read_text()))
+        return read_json_object(path)
     except (ValueError, TypeError) as e:
         raise SpecError(f"{path} is not JSON of nnU-Net: {e}") from e

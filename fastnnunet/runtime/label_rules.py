@@ -1,38 +1,26 @@
 """Where rules for tidying label maps come from: nnU-Net's postprocessing.pkl and .json, and words on the command line.
 
-A pickle can run any code when it is read. nnU-Net's holds `([function, ...], [its keyword arguments, ...])`, so this
-reader admits that one function by its name, which it does not import, and plain containers.
+A pickle can run any code when it is read. nnU-Net's holds `([function, ...], [its keyword arguments, ...])`, so plain
+values are admitted, NumPy's integers among them, which are what nnU-Net's label manager has, and that one function,
+which is never imported: its name stands for it.
 """
 
 import io
-import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastnnunet.errors import CorruptError, NotFoundError, SpecError
 from fastnnunet.runtime.labels import Cleanup, KeepLargest, SizeUnit
+from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.pickles import load_plain
 
 _FUNCTION = "remove_all_but_largest_component_from_segmentation"
 _MODULE = "nnunetv2.postprocessing.remove_connected_components"
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>voxels?|mm3|)")
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """Stands for a function of nnU-Net in a pickle."""
-
-    name: str
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (_MODULE, _FUNCTION):
-            return _Named(name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
 def read_postprocessing(path: Path) -> tuple[KeepLargest, ...]:
@@ -47,12 +35,12 @@ def read_postprocessing(path: Path) -> tuple[KeepLargest, ...]:
         )
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content = read_json_object(path)
             names, arguments = content["postprocessing_fns"], content["postprocessing_kwargs"]
         else:
-            functions, arguments = _Unpickler(io.BytesIO(path.read_bytes())).load()
-            names = [function.name if isinstance(function, _Named) else str(function) for function in functions]
-        pairs = list(zip(names, arguments, strict=True))
+            pickled = io.BytesIO(path.read_bytes())
+            names, arguments = load_plain(pickled, {f"{_MODULE}.{_FUNCTION}": _FUNCTION})
+        pairs = [(str(name), kwargs) for name, kwargs in zip(names, arguments, strict=True)]
     # a damaged pickle raises nearly anything
     except Exception as e:
         raise CorruptError(
@@ -69,11 +57,16 @@ def _step(path: Path, name: str, kwargs: Mapping[str, Any]) -> KeepLargest:
             f"{path} asks for {name} with {kwargs}, expected {_FUNCTION} with labels_or_regions\n"
             "apply it with nnUNetv2_apply_postprocessing"
         )
-    return KeepLargest(_flat(kwargs["labels_or_regions"]), int(kwargs.get("background_label", 0)))
+    try:
+        return KeepLargest(_flat(kwargs["labels_or_regions"]), int(kwargs.get("background_label", 0)))
+    except (TypeError, ValueError) as e:
+        raise CorruptError(f"{path}: labels_or_regions and background_label: got {kwargs}, expected integers") from e
 
 
 def _flat(labels: Any) -> tuple[int, ...]:
     """A label, a region or a list of both: nnU-Net joins them all into one mask."""
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
     if isinstance(labels, list | tuple):
         return tuple(label for item in labels for label in _flat(item))
     return (int(labels),)

@@ -1,5 +1,6 @@
 """A bundle in memory and its stages on arrays, each as nnU-Net 2.8 would."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
-from fastnnunet.geometry.resample import ResampleSpec, parse_resample_spec
+from fastnnunet.geometry.resample import ResampleSpec, parse_label_resample_spec, parse_resample_spec
 from fastnnunet.runtime.backends.base import Backend, Precision, create_ensemble
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.label_stream import stream_labels
@@ -21,6 +22,7 @@ from fastnnunet.runtime.preprocess import Preprocessed, preprocess
 from fastnnunet.runtime.sliding_window import OnTiles, SlidingWindow
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
+from fastnnunet.specs.reproducible import preprocessing_problems, stated
 
 # Logits of more bytes are not kept but labelled while the window goes on. Smaller ones are kept until it has passed, so
 # that another thread can label them while the network is at the next case.
@@ -48,9 +50,14 @@ class Prediction:
 
 
 class LoadedBundle:
-    """A loaded bundle. Not for use from several threads at once.
+    """A loaded bundle. Any number of threads may predict with it at once; each gets what it would get alone.
 
-    `step_size`, `mirror_axes` and `use_gaussian` may be changed between predictions.
+    Predictions run side by side, each with the backend's threads and with memory of its own; those of TensorRT take
+    turns batch by batch. Where many threads predict, `threads=1` keeps them from competing for the cores.
+    `step_size`, `mirror_axes` and `use_gaussian` may be changed between predictions, which read them once; threads that
+    want different ones take a bundle each from `with_settings`.
+    In a forked process a loaded bundle goes on working on CPUs, unless another thread was predicting at that moment: it
+    is refused then (BackendError), as it always is on a GPU.
     """
 
     def __init__(
@@ -73,25 +80,17 @@ class LoadedBundle:
         self.spec = spec
         self.backends = backends
         self.step_size = spec.step_size if step_size is None else step_size
-        if not 0 < self.step_size <= 1:
-            raise SpecError(f"step_size: got {self.step_size}, expected a number in (0, 1]")
+        _check_step_size(self.step_size)
         self.mirror_axes = spec.mirror_axes if mirroring else None
         self.use_gaussian = use_gaussian
         self.threads = threads
+        _check_names(spec)
         check_normalization(spec.normalization_schemes, spec.intensity_properties)
         self._resample_data = parse_resample_spec(spec.resampling["data"], "the image")
         self._resample_logits = parse_resample_spec(spec.resampling["probabilities"], "the logits")
         self._resample_seg: ResampleSpec | None = None
         if spec.previous_labels:
-            kwargs = {**spec.resampling["seg"].get("kwargs", {}), "is_seg": False}
-            self._resample_seg = parse_resample_spec(
-                {**spec.resampling["seg"], "kwargs": kwargs}, "the previous segmentation"
-            )
-            if self._resample_seg.convention == "torch" or self._resample_seg.order_z != 0:
-                raise SpecError(
-                    "the bundle resamples segmentations in a way this runtime does not have (torch, or order_z not 0)"
-                    "\npredict with nnU-Net itself"
-                )
+            self._resample_seg = parse_label_resample_spec(spec.resampling["seg"], "the previous segmentation")
         self._label_rule = label_rule(spec)
 
     @classmethod
@@ -117,6 +116,15 @@ class LoadedBundle:
             spec = _with_folds(spec, [str(fold) for fold in folds])
         backends = create_ensemble(backend, bundle, spec, threads=threads, precision=precision, device=device)
         return cls(spec, backends, step_size=step_size, mirroring=mirroring, use_gaussian=use_gaussian, threads=threads)
+
+    def with_settings(self, *, step_size: float, mirroring: bool, use_gaussian: bool) -> Self:
+        """The same bundle, not loaded again, with settings that nobody else changes. Raises SpecError."""
+        _check_step_size(step_size)
+        other = copy.copy(self)
+        other.step_size = step_size
+        other.mirror_axes = self.spec.mirror_axes if mirroring else None
+        other.use_gaussian = use_gaussian
+        return other
 
     @property
     def backend(self) -> Backend:
@@ -244,6 +252,22 @@ class LoadedBundle:
             "mirror_axes": list(self.mirror_axes or ()),
             "use_gaussian": self.use_gaussian,
         }
+
+
+def _check_names(spec: BundleSpec) -> None:
+    """Refuse what earlier exports let pass. Raises SpecError."""
+    preprocessor = stated(spec.plans, spec.configuration, "preprocessor_name")
+    if problems := preprocessing_problems(preprocessor, spec.plans.get("label_manager")):
+        raise SpecError(
+            f"the bundle {spec.name} is of a model that this runtime cannot reproduce\n"
+            + "\n".join(f"  - {p}" for p in problems)
+            + "\npredict with nnU-Net itself, nnUNetv2_predict"
+        )
+
+
+def _check_step_size(step_size: float) -> None:
+    if not 0 < step_size <= 1:
+        raise SpecError(f"step_size: got {step_size}, expected a number in (0, 1]")
 
 
 def _with_folds(spec: BundleSpec, folds: list[str]) -> BundleSpec:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError, SpecError
+from fastnnunet.specs.reproducible import normalization_problems
 
 Channel = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -59,9 +60,5 @@ SCHEMES: dict[str, Callable[..., None]] = {
 
 def check_normalization(schemes: tuple[str, ...], intensity_properties: Mapping[str, Any]) -> None:
     """Raise SpecError for a scheme this runtime does not have, or CT without its intensity statistics."""
-    for index, scheme in enumerate(schemes):
-        if scheme not in SCHEMES:
-            raise SpecError(f"normalisation {scheme!r} of channel {index} is unknown; known: {', '.join(SCHEMES)}")
-        needed = {"mean", "std", "percentile_00_5", "percentile_99_5"} if scheme == "CTNormalization" else set()
-        if missing := sorted(needed - intensity_properties.get(str(index), {}).keys()):
-            raise SpecError(f"CTNormalization of channel {index} needs the training statistics {', '.join(missing)}")
+    if problems := normalization_problems(schemes, intensity_properties):
+        raise SpecError("\n".join(problems))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import __version__
-from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.files import atomic_output, make_folder
 from fastnnunet.specs.bundle import BundleSpec
 
 RUN_FILES = ("predict_from_raw_data_args.json", "dataset.json", "plans.json")
@@ -81,8 +81,9 @@ def _plain(value: object) -> Any:
 def write_run_files(spec: BundleSpec, arguments: dict[str, Any], folder: Path, run: dict[str, Any]) -> None:
     """predict_from_raw_data_args.json, dataset.json and plans.json, which nnU-Net's later steps look for.
 
-    `run`: what predicted, recorded beside nnU-Net's own `arguments`.
+    `run`: what predicted, recorded beside nnU-Net's own `arguments`. The folder need not exist yet.
     """
+    make_folder(folder)
     contents = ({**arguments, "fastnnunet": {"version": __version__, **run}}, spec.dataset_json, spec.plans)
     for name, content, sort_keys in zip(RUN_FILES, contents, (True, False, False), strict=True):
         with atomic_output(folder / name) as partial:

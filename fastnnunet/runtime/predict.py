@@ -3,9 +3,11 @@
 `Predictor.load(bundle)` then `predict_array` (arrays in, arrays out) or `predict_files` (what the command line runs).
 """
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError
 from fastnnunet.runtime.cases import (
     DICOM_SEG_ENDING,
     Case,
@@ -26,6 +28,7 @@ from fastnnunet.runtime.cases import (
 )
 from fastnnunet.runtime.dicom import DicomSeries, is_dicom_file
 from fastnnunet.runtime.files import check_output_folder, make_folder
+from fastnnunet.runtime.finished import is_archive, is_pickle, is_segmentation
 from fastnnunet.runtime.image_io import image_io
 from fastnnunet.runtime.labels import Cleanup, clean
 from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
@@ -42,6 +45,8 @@ from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import OnTiles
 from fastnnunet.runtime.times import StageTimes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +282,8 @@ class Predictor(LoadedBundle):
         `arguments`: which part of a folder, and how many threads.
         `cleanup` is done to every label map. `dicom_series` is the UID of one series of a DICOM folder; `dicom_seg`
         writes DICOM SEG, which takes DICOM input.
-        In a folder a case that fails is recorded in its result and the others go on; a single image raises.
+        In a folder a case that fails is recorded in its result and the others go on; a single image raises, and so does
+        a full disk.
         `on_start(case, index, total)`, `on_tiles(done, total)` and `on_done(result)` report progress.
         """
         arguments = arguments or RunArguments()
@@ -315,7 +321,6 @@ class Predictor(LoadedBundle):
 
         def write_side_files() -> None:
             """With the first segmentation, so that a folder has both or neither."""
-            make_folder(output)
             described = arguments.describe(source, output, save_probabilities, overwrite, previous)
             write_run_files(self.spec, described, output, self.describe())
 
@@ -330,7 +335,7 @@ class Predictor(LoadedBundle):
             )
         ) as outcomes:
             for result in outcomes:
-                if result.error is not None and not is_folder:
+                if result.error is not None and (not is_folder or isinstance(result.error, DiskSpaceError)):
                     raise result.error
                 results.append(result)
                 if on_done:
@@ -338,8 +343,24 @@ class Predictor(LoadedBundle):
         return results
 
     def is_done(self, file: Path, save_probabilities: bool) -> bool:
-        """Whether a case was predicted: its segmentation is written last, whole or not at all."""
-        return file.is_file() and (not save_probabilities or sibling(file, self._ending(file), ".npz").is_file())
+        """Whether a case was predicted: its segmentation is there and whole, and so are its probabilities if wanted.
+
+        Other programs, and computers that crash, leave empty files and beginnings of files.
+        """
+        if not file.is_file():
+            return False
+        ending = self._ending(file)
+        wanted = [(file, partial(is_segmentation, image_io(self.spec.reader_writer), file))]
+        if save_probabilities:
+            archive, properties = sibling(file, ending, ".npz"), sibling(file, ending, ".pkl")
+            if not (archive.is_file() and properties.is_file()):
+                return False
+            wanted += [(archive, partial(is_archive, archive)), (properties, partial(is_pickle, properties))]
+        for path, is_whole in wanted:
+            if not is_whole():
+                _log.warning("%s is damaged or not complete: its case is predicted again", path)
+                return False
+        return True
 
     def _ending(self, output: Path) -> str:
         return DICOM_SEG_ENDING if output.name.endswith(DICOM_SEG_ENDING) else self.spec.file_ending

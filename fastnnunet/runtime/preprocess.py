@@ -5,6 +5,7 @@ filling where no channel is normalised inside the mask).
 Axes: C channel, Z Y X in nnU-Net's internal order after transpose_forward, unless the name says `_image`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,11 @@ from fastnnunet import native
 from fastnnunet.errors import ImageError
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
 from fastnnunet.runtime.normalize import SCHEMES
+from fastnnunet.runtime.stored import memory_bytes
 from fastnnunet.specs.bundle import BundleSpec
+
+_MOST_GROWTH = 4096  # times as many voxels: 16 along each axis, where thick slices of large pixels reach 20 in all
+_FEW_VOXELS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,9 @@ def preprocess(
             f"the model's {tuple(target)} mm\nexpected an image at least half such a voxel wide; check its spacing"
         )
     plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
+    if plan is not None:
+        voxel_bytes = data.itemsize * (len(data) + len(spec.previous_labels))
+        _check_growth(cropped_shape, plan.shape_out, spacing, target, voxel_bytes=voxel_bytes)
     data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
         plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)
@@ -115,6 +123,24 @@ def preprocess(
 def nonzero_bbox(data_CZYX: npt.NDArray[np.float32], threads: int | None = None) -> tuple[tuple[int, int], ...]:
     """Half-open box around the voxels that are non-zero in any channel; the whole image when there are none."""
     return native.nonzero_box(data_CZYX, threads=threads)
+
+
+def _check_growth(
+    shape: tuple[int, ...],
+    shape_out: tuple[int, ...],
+    spacing: tuple[float, ...],
+    target: tuple[float, ...],
+    *,
+    voxel_bytes: int,
+) -> None:
+    """Raises ImageError when a spacing that is damaged or in another unit would make far too large an image."""
+    voxels = math.prod(shape_out)
+    too_many = voxels > max(_FEW_VOXELS, _MOST_GROWTH * math.prod(shape))
+    if too_many or voxels * voxel_bytes > memory_bytes():
+        raise ImageError(
+            f"the resampled image would not fit: {shape} voxels of {spacing} mm are {shape_out} voxels of the model's "
+            f"{target} mm\nexpected a spacing in millimetres; check that of the image"
+        )
 
 
 def _check_previous(previous_ZYX: npt.NDArray[Any] | None, shape: tuple[int, ...], spec: BundleSpec) -> None:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import CorruptError, NewerFormatError, NotFoundError
+from fastnnunet.errors import CorruptError, NewerFormatError, NotFoundError, SpecError
+from fastnnunet.specs.bundle_checks import check_bundle_spec, check_model
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
+from fastnnunet.specs.json_text import read_json_object
 from fastnnunet.specs.load import build_spec
 
 FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
@@ -90,29 +92,34 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     """Read and check a bundle folder.
 
     Raises NotFoundError when it is not a bundle, CorruptError when any file in it was changed, truncated or removed,
-    NewerFormatError when it was written by a later version of this package.
+    lies elsewhere, or is not what an export writes; NewerFormatError when it was written by a later version of this
+    package.
     """
     path = folder / "bundle.json"
     if not path.is_file():
         raise NotFoundError(
             f"no bundle at {folder}: bundle.json is missing\nmake one with: fastnnunet export onnx ... -o {folder}"
         )
-    try:
-        raw = json.loads(path.read_text())
-        declared = raw.pop("self_sha256")
-        version = int(raw.get("format_version", 0))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise CorruptError(f"{path} is damaged ({e}); export the bundle again") from e
+    _check_inside(folder, path.name)
+    raw = read_json_object(path, finite=True)
+    declared, version = raw.pop("self_sha256", None), raw.get("format_version")
+    if declared is None or not isinstance(version, int):
+        raise CorruptError(f"{path} is damaged (self_sha256 or format_version is missing); export the bundle again")
     if version > FORMAT_VERSION:
         raise NewerFormatError(
-            f"{path} has format version {raw['format_version']}, this fastnnunet reads up to {FORMAT_VERSION}\n"
+            f"{path} has format version {str(version)[:20]}, this fastnnunet reads up to {FORMAT_VERSION}\n"
             "update it: pip install --upgrade fastnnunet, or export the bundle again with this version"
         )
     if sha256_of(raw) != declared:
         raise CorruptError(f"{path} was changed after export (its digest does not match); export the bundle again")
-    spec = build_spec(BundleSpec, raw, where=str(path))
+    try:
+        spec = build_spec(BundleSpec, raw, where=str(path))
+    except SpecError as e:
+        raise CorruptError(f"{e}\nexport the bundle again") from e
+    check_bundle_spec(spec, path)
     for name, digest in spec.files.items():
         file = folder / name
+        _check_inside(folder, name)
         if not file.is_file():
             raise CorruptError(f"bundle {folder} is incomplete: {name} is missing; export it again")
         if (got := sha256_of_file(file)) != digest:
@@ -120,4 +127,15 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
                 f"{file} was changed after export\n"
                 f"  got      sha256 {got}\n  expected sha256 {digest}\nexport the bundle again"
             )
+        if name.endswith(".onnx"):
+            check_model(file, spec)
     return spec
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Refuse a file of a bundle that is a link: it may be a file of the user's, and is not copied with the bundle."""
+    if (folder / name).is_symlink():
+        raise CorruptError(
+            f"{folder / name} is a link, expected a file inside the bundle\ncopy the bundle with what it links to: "
+            f"cp -rL {folder} COPY"
+        )

@@ -1,6 +1,7 @@
 """YAML -> frozen dataclass, with every problem reported at once."""
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -9,8 +10,37 @@ from typing import Any, TypeVar
 import yaml
 
 from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.specs.json_text import check_tree
 
 T = TypeVar("T")
+MAX_YAML_BYTES = 2**18  # a recipe or a student has a hundredth of it
+_MAX_INTEGER = 2**63
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as far as JSON goes: no dates, sets or bytes, and no key twice."""
+
+    yaml_constructors: typing.ClassVar = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (
+            None,
+            *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")),
+        )
+    }
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Called for every mapping, before `<<` puts in the keys of others, which its own may replace."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or mapping, which nothing here takes as a key
+            name = key.value if key.tag.endswith(":merge") else self.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(name)
+        super().flatten_mapping(node)
 
 
 def load_yaml_spec(cls: type[T], path: Path) -> T:
@@ -18,8 +48,15 @@ def load_yaml_spec(cls: type[T], path: Path) -> T:
     if not path.is_file():
         raise NotFoundError(f"spec file not found: {path}\nexpected a YAML file such as cache_specs/default.yaml")
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        with path.open("rb") as f:
+            text = f.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise ValueError(f"it has more than {MAX_YAML_BYTES} bytes")
+        raw = yaml.load(text.decode(), _Loader)
+        check_tree(raw)
+    except RecursionError:
+        raise SpecError(f"{path} is not valid YAML: it is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: also numbers that Python does not take
         raise SpecError(f"{path} is not valid YAML: {e}") from e
     if raw is None:
         raw = {}
@@ -32,7 +69,7 @@ def build_spec(cls: type[T], raw: dict[str, Any], where: str = "spec") -> T:
     """Build the dataclass `cls` from a mapping. Raises SpecError listing every unknown, missing or mistyped field."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    problems = [f"unknown field {k!r}; known: {', '.join(fields)}" for k in raw if k not in fields]
+    problems = [f"unknown field {_shown(k)}; known: {', '.join(fields)}" for k in raw if k not in fields]
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in raw:
@@ -68,11 +105,11 @@ def _coerce(value: Any, hint: Any) -> Any:
         raise TypeError("; ".join(errors))
     if origin is typing.Literal:
         if value not in args:
-            raise ValueError(f"got {value!r}, expected one of {', '.join(map(repr, args))}")
+            raise ValueError(f"got {_shown(value)}, expected one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError(f"got {value!r}, expected a list")
+            raise TypeError(f"got {_shown(value)}, expected a list")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_coerce(v, args[0]) for v in value)
         if len(value) != len(args):
@@ -80,14 +117,23 @@ def _coerce(value: Any, hint: Any) -> Any:
         return tuple(_coerce(v, a) for v, a in zip(value, args, strict=True))
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise TypeError(f"got {value!r}, expected a mapping")
+            raise TypeError(f"got {_shown(value)}, expected a mapping")
         return value
+    if isinstance(value, int) and not -_MAX_INTEGER <= value < _MAX_INTEGER:
+        raise ValueError("got a number of more than 64 bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"got {value}, expected a finite number")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is type(None):
         if value is not None:
-            raise TypeError(f"got {value!r}, expected null")
+            raise TypeError(f"got {_shown(value)}, expected null")
         return None
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise TypeError(f"got {value!r} ({type(value).__name__}), expected {getattr(hint, '__name__', hint)}")
+    raise TypeError(f"got {_shown(value)} ({type(value).__name__}), expected {getattr(hint, '__name__', hint)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

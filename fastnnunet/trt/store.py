@@ -24,6 +24,7 @@ from fastnnunet.errors import CorruptError, SpecError
 from fastnnunet.specs.bundle import int8_file
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.home import local_home
+from fastnnunet.specs.json_text import read_json_object
 from fastnnunet.specs.load import build_spec
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def list_engines(bundle_dir: Path, model_file: Path) -> list[StoredEngine]:
 def _read(path: Path) -> StoredEngine:
     file = path / INFO_FILE
     try:
-        info = build_spec(EngineInfo, json.loads(file.read_text()), where=str(file))
+        info = build_spec(EngineInfo, read_json_object(file), where=str(file))
         return StoredEngine(path, build_spec(EngineKey, info.key, where=str(file)), info)
     except (OSError, ValueError, SpecError) as e:
         raise CorruptError(f"{file} cannot be read: {e}\nremove {path} and export again") from e
