@@ -221,6 +221,25 @@ def test_letter_case_where_it_matters_not(tmp_path: Path) -> None:
     refuse_overlap([], [outputs[0], outputs[1].with_name("b.nii.gz")])
 
 
+def test_predictions_among_the_images_are_gone_on_with(
+    model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for case in ("x", "y"):
+        _image(tmp_path / "in" / f"{case}_0000.nii.gz")
+    words = ["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "in"), "-m", str(model.bundle)]
+    for more in ([], ["--continue_prediction"]):
+        with pytest.raises(SystemExit) as done:
+            main([*words, *more])
+        assert done.value.code == 0
+        (tmp_path / "in" / "y.nii.gz").unlink()
+    assert "x.nii.gz is an input of this run" in _refused(tmp_path, capsys, *words)
+    # beside the image that it was made from, a file without channel number is a case that fails
+    with pytest.raises(SystemExit) as done:
+        main([*words[:4], str(tmp_path / "out"), *words[5:]])
+    assert done.value.code == 1
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["x.nii.gz", "y.nii.gz"]
+
+
 def test_outputs_of_an_earlier_run_are_replaced(model: ToyModel, tmp_path: Path) -> None:
     _image(tmp_path / "in" / "x_0000.nii.gz")
     for _ in range(2):

@@ -253,9 +253,10 @@ class Predictor(LoadedBundle):
         refuse_overlap((*images, *previous), self._outputs(everything))
 
     def _outputs(self, planned: Sequence[Planned]) -> list[Path]:
+        """What is written for cases; nothing for those that cannot be predicted."""
         found: list[Path] = []
         for plan in planned:
-            if plan.output is not None:
+            if plan.output is not None and not plan.case.problem:
                 ending = self._ending(plan.output)
                 found += files_of_case(plan.output, ending, save_probabilities=plan.save_probabilities)
         return found
