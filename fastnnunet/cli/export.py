@@ -1,5 +1,7 @@
 """`fastnnunet export`: a student, or a trained nnU-Net ensemble, as a bundle."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,7 @@ from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.export.bundle import ParityReport
+    from fastnnunet.export.parity import ParityReport
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
     from fastnnunet.specs.student import StudentSpec
@@ -139,6 +141,7 @@ def export_teacher(
         overwrite=overwrite,
         graph=graph,
         needs_real_patches=False,
+        on_stage=lambda number, total, what: print(f"export {number}/{total}: {what}", file=sys.stderr),
     )
     print(f"bundle: {output}")
     print(_parity(report))
@@ -192,8 +195,8 @@ def export_student(
             folder = find_student(name, plans, configuration, student, distill)
         except NotFoundError as e:
             raise NotFoundError(
-                f"{e}\ntrain it with: fastnnunet train -d {dataset} -c {configuration} -f {' '.join(folds)} "
-                f"-r {student.r} -a {distill.alpha:g} -temp {distill.temperature:g}"
+                f"{e}\ntrain it with: fastnnunet train -d {shlex.quote(dataset)} -c {configuration} "
+                f"-f {' '.join(folds)} -r {student.r} -a {distill.alpha:g} -temp {distill.temperature:g}"
             ) from e
     output = output or folder / f"fold_{folds[0]}" / "bundle"
     report = export_bundle(
