@@ -7,17 +7,25 @@ A message says what was wrong, what was got, what was expected and how to mend i
 """
 
 import errno
+from collections.abc import Sequence
+from typing import Any
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # what an OSError says of a full disk
+# what an OSError says of a full disk, a quota, or a limit on the size of a file
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def printable(text: object) -> str:
-    """A name as it may stand in one line of a message: control characters, which a terminal would obey, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+def printable(text: object, keep: str = "") -> str:
+    """A text as a terminal may be given it: control characters, which it would obey, escaped but those to `keep`."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in str(text)
+    )
 
 
 class FastnnUNetError(Exception):
     """Base of all errors raised on purpose by this package."""
+
+    results: Sequence[Any] | None = None  # of several images of which some failed: one entry each, None where it failed
 
 
 class SpecError(FastnnUNetError, ValueError):

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import random
-import resource
 import struct
 import sys
 import traceback
@@ -26,7 +25,7 @@ Files = dict[str, bytes]  # of one image: ending -> content, that of the file to
 READERS = {"nib": "NibabelIO", "picture": "NaturalImage2DIO", "tiff3d": "Tiff3DIO"}  # by the begin of the kind
 
 
-def _voxels(shape: tuple[int, ...] = (5, 6, 7)) -> np.ndarray:
+def voxels(shape: tuple[int, ...] = (5, 6, 7)) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
 
 
@@ -34,7 +33,7 @@ def _nifti(
     dtype: type = np.int16, shape: tuple[int, ...] = (7, 6, 5), slope: float | None = None, two: bool = False
 ) -> bytes:
     kind = nibabel.Nifti2Image if two else nibabel.Nifti1Image
-    image = kind(_voxels(shape).astype(dtype), np.diag([1.0, 2.0, 3.0, 1.0]))
+    image = kind(voxels(shape).astype(dtype), np.diag([1.0, 2.0, 3.0, 1.0]))
     image.set_qform(image.affine, 1)
     if slope:
         image.header.set_slope_inter(slope, 1.0)
@@ -42,7 +41,7 @@ def _nifti(
 
 
 def _itk(ending: str, *, compressed: bool = False, folder: Path) -> Files:
-    image = sitk.GetImageFromArray(_voxels().astype(np.int16))
+    image = sitk.GetImageFromArray(voxels().astype(np.int16))
     image.SetSpacing((1.0, 2.0, 3.0))
     for old in folder.iterdir():
         old.unlink()
@@ -65,10 +64,10 @@ def _tiff(pixels: np.ndarray, **options: object) -> bytes:
 
 def seeds(folder: Path) -> dict[str, Files]:
     """Kind -> a valid image. `folder` is an empty one that may be used."""
-    grey, rgb = _voxels((24, 20)), _voxels((24, 20, 3))
+    grey, rgb = voxels((24, 20)), voxels((24, 20, 3))
     palette = Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
     nifti = _nifti()
-    pair = nibabel.Nifti1Pair(_voxels((7, 6, 5)).astype(np.int16), np.diag([1.0, 2.0, 3.0, 1.0]))
+    pair = nibabel.Nifti1Pair(voxels((7, 6, 5)).astype(np.int16), np.diag([1.0, 2.0, 3.0, 1.0]))
     holders = nibabel.Nifti1Pair.make_file_map({"header": io.BytesIO(), "image": io.BytesIO()})
     pair.to_file_map(holders)
     header, data = (holders[part].fileobj.getvalue() for part in ("header", "image"))
@@ -101,8 +100,8 @@ def seeds(folder: Path) -> dict[str, Files]:
         "picture tiff tiles": {".tif": _tiff(rgb, tile=(16, 16), compression="zlib", photometric="rgb")},
         "picture tiff jpeg": {".tif": _tiff(rgb, compression="jpeg", photometric="ycbcr")},
         "picture tiff lzw": {".tif": _tiff(grey, compression="lzw")},
-        "tiff3d": {".tif": _tiff(_voxels())},
-        "tiff3d zlib": {".tif": _tiff(_voxels(), compression="zlib", metadata=None)},
+        "tiff3d": {".tif": _tiff(voxels())},
+        "tiff3d zlib": {".tif": _tiff(voxels(), compression="zlib", metadata=None)},
     }
 
 
@@ -195,23 +194,31 @@ def main(list_file: Path) -> None:
         told: dict[str, object] = {}
         try:
             array, properties = image_io(reader).read([Path(file)])
-            told["ours"] = _digest(array, properties)
+            told["ours"] = digest(array, properties)
         except ImageError as e:
             told["refused"] = str(e)
         except BaseException:
             told["traceback"] = traceback.format_exc()
-        told["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told["peak_bytes"] = _peak_bytes()
         if "ours" in told:
             if reader not in theirs:
                 theirs[reader] = recursive_find_reader_writer_by_name(reader)
             try:
-                told["nnunet"] = _digest(*theirs[reader]().read_images([file]))  # type: ignore[attr-defined]
+                told["nnunet"] = digest(*theirs[reader]().read_images([file]))  # type: ignore[attr-defined]
             except Exception as e:
                 told["nnunet_refused"] = f"{type(e).__name__}: {e}"
         print(json.dumps(told), flush=True)
 
 
-def _digest(array: np.ndarray, properties: dict) -> list[object]:
+def _peak_bytes() -> int:
+    """Of this process alone; getrusage begins with what the one that started it had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell the memory of a process")
+
+
+def digest(array: np.ndarray, properties: dict) -> list[object]:
     digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
     geometry = json.dumps(properties, default=lambda a: np.asarray(a).tolist(), sort_keys=True)
     return [list(array.shape), digest, geometry.replace("-0.0", "0.0")]

@@ -173,6 +173,13 @@ class TestSampling:
         np.testing.assert_array_equal(one[0], many[0])
         np.testing.assert_array_equal(one[1], many[1])
 
+    def test_a_transform_that_is_too_old(self):
+        """As those of batchgeneratorsv2 before 0.3.6, which know no tie-break."""
+        spatial = nnUNetTrainer.get_training_transforms((8, 8, 8), (0, 0), None, (0,), False).transforms[0]
+        del spatial.seg_tiebreak
+        with pytest.raises(MismatchError, match=r"(?s)has no seg_tiebreak.*'batchgeneratorsv2>=0\.3\.6'"):
+            SpatialDrawnFirst(spatial)
+
     def test_other_settings_are_refused(self):
         spatial = nnUNetTrainer.get_training_transforms((8, 8, 8), (0, 0), None, (0,), False).transforms[0]
         SpatialDrawnFirst(spatial)

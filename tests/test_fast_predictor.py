@@ -188,9 +188,9 @@ class TestFiles:
         ours.predict_from_files(lists, names)
         assert (tmp_path / "named" / "y.nii.gz").is_file()
         (tmp_path / "named" / "y.nii.gz").unlink()
-        (tmp_path / "named" / "x.nii.gz").write_bytes(b"done before")
+        write_image(np.ones((2, 3, 4), np.uint8), tmp_path / "named" / "x.nii.gz")  # done before
         assert ours.predict_from_files(lists, names, overwrite=False) == [None]
-        assert (tmp_path / "named" / "x.nii.gz").read_bytes() == b"done before"
+        assert sitk.ReadImage(str(tmp_path / "named" / "x.nii.gz")).GetSize() == (4, 3, 2)
         with pytest.raises(SpecError, match="2 cases and 1 output"):
             ours.predict_from_files(lists, names[:1])
 

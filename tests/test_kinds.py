@@ -31,13 +31,18 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.samples import NNUNETS, transformed
-from tests.tiny import CONFIGURATION, DATASET, FEATURES
+from tests.tiny import CONFIGURATION, DATASET, FEATURES, before_2_5
 
 RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
 SHORT = DistillSpec(epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
 CASCADE, LOWRES = "3d_cascade_fullres", "3d_lowres"
 REGIONS = {"background": 0, "both": [1, 2], "dark": 2}
-CONFIGURATIONS = {"2d": "2d", "cascade": CASCADE, "lowres": LOWRES}  # of kinds; the others have the tiny world's
+CONFIGURATIONS = {
+    "2d": "2d",
+    "cascade": CASCADE,
+    "lowres": LOWRES,
+    "inherits": "3d_fullres_bd",
+}  # of kinds; the others have the tiny world's
 TEACHERS = {  # what is not nnU-Net's default
     "resenc_m": {"plans": "nnUNetResEncUNetMPlans"},
     "resenc_l": {"plans": "nnUNetResEncUNetLPlans"},
@@ -73,6 +78,14 @@ def prepare(world, kind):
     plans, dataset_json = (json.loads((base / n).read_text()) for n in (f"{spec.plans}.json", "dataset.json"))
     config = plans["configurations"][CONFIGURATION]
     name = spec.configuration
+    if kind in ("old", "old_resenc"):  # with cases as they were stored then, and a fingerprint that got lost
+        config = before_2_5(config, "PlainConvUNet" if kind == "old" else "ResidualEncoderUNet")
+        plans["foreground_intensity_properties_by_modality"] = plans.pop("foreground_intensity_properties_per_channel")
+        store_as_npz(base / config["data_identifier"], unpacked=kind == "old")
+        (base / "dataset_fingerprint.json").unlink()
+    if kind == "inherits":
+        plans["configurations"]["between"] = {"inherits_from": CONFIGURATION, "batch_size": 3}
+        config = {"inherits_from": "between", "batch_dice": True}
     if kind == "2d":
         config = two_dimensional(config)
     if kind == "anisotropic":
@@ -85,7 +98,7 @@ def prepare(world, kind):
         del architecture["arch_kwargs"]["n_conv_per_stage"]
         architecture["arch_kwargs"]["n_blocks_per_stage"] = [1, 2, 2]
     if kind == "cascade":
-        config = {**config, "previous_stage": LOWRES}
+        config = {"inherits_from": CONFIGURATION, "previous_stage": LOWRES}  # as nnU-Net's planner writes it
         plans["configurations"][LOWRES] = {**plans["configurations"][CONFIGURATION], "next_stage": [CASCADE]}
     if kind == "lowres":
         plans["configurations"][CASCADE] = {**config, "previous_stage": LOWRES}
@@ -107,6 +120,7 @@ def prepare(world, kind):
         dataset_json["labels"]["ignore"] = 3
         ignore_a_slab(world / "raw" / DATASET / "labelsTr")
     plans["configurations"][name] = config
+    config = resolved_by_nnunet(plans, name)
     folder = world / "results" / DATASET / f"{spec.trainer}__{spec.plans}__{name}"
     (folder / "fold_0").mkdir(parents=True, exist_ok=True)
     for where in (base / f"{spec.plans}.json", folder / "plans.json"):
@@ -131,6 +145,26 @@ def prepare(world, kind):
     if kind == "cascade":
         write_previous(base / config["data_identifier"], previous_folder(world))
     return name
+
+
+def resolved_by_nnunet(plans, name):
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    return PlansManager(plans).get_configuration(name).configuration
+
+
+def store_as_npz(folder, *, unpacked):
+    """As nnU-Net before 2.6 stored preprocessed cases; `unpacked` by a training."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
+
+    dataset = nnUNetDatasetBlosc2(str(folder))
+    for case in dataset.identifiers:
+        data, seg, _, properties = dataset.load_case(case)
+        nnUNetDatasetNumpy.save_case(data[:], seg[:], properties, str(folder / case))
+        (folder / f"{case}.b2nd").unlink()
+        (folder / f"{case}_seg.b2nd").unlink()
+    if unpacked:
+        nnUNetDatasetNumpy.unpack_dataset(str(folder), num_processes=1)
 
 
 def plan_resenc(base, name):
@@ -251,7 +285,7 @@ def nnunet_soft_label(world, spec, regions, case):
 
 KINDS = [
     "2d", "anisotropic", "regions", "ignore", "ignore_regions", "cascade", "lowres", "channels", "resenc", "resenc_l",
-    "named",
+    "named", "old", "old_resenc", "inherits",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastnnunet.distill.train import resolve_device, train_student, train_studen
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint
 from fastnnunet.nnunet.inherit import inherit
+from fastnnunet.nnunet.versions import OLDEST
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import load_yaml_spec
@@ -113,6 +115,22 @@ def test_all_sizes_are_checked_before_the_first_is_trained(world, capsys):
     assert students(world) == []
 
 
+def test_a_validation_without_label_maps(world, capsys):
+    shutil.rmtree(world / "preprocessed" / DATASET / "gt_segmentations")
+    said = refused(f"train {WORDS.replace('--no-validate', '')} -r 2", capsys)
+    assert "gt_segmentations is missing" in said
+    assert "--no-validate, or run: nnUNetv2_preprocess -d 998 -plans_name nnUNetPlans -c 3d_fullres" in said
+    assert students(world) == []
+
+
+def test_a_package_that_is_too_old(world, capsys, monkeypatch):
+    monkeypatch.setitem(OLDEST, "batchgeneratorsv2", "99.1")
+    said = refused(f"train {WORDS} -r 2", capsys)
+    assert "batchgeneratorsv2: got 0." in said
+    assert "pip install 'batchgeneratorsv2>=99.1'" in said
+    assert students(world) == []
+
+
 def test_the_same_student_twice(world):
     with pytest.raises(SpecError, match="into one folder"):
         train_students([make_job(distill=CONTROL)] * 2)
@@ -181,8 +199,9 @@ class TestWrittenOut:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"features_per_stage": [4, 6]}, "cannot build a network .*: AssertionError features_per_stage"),
-            ({"features_per_stage": [4, "six", 8]}, "cannot build a network .*: TypeError"),
+            ({"features_per_stage": [4, 6]}, r"features_per_stage: got \[4, 6\], expected .* for each of 3 stages"),
+            ({"features_per_stage": [4, "six", 8]}, "features_per_stage: got .*'six'.*, expected whole numbers"),
+            ({"nonlin_kwargs": {"depth": 3}}, "cannot build a network .*: TypeError"),
             ({"strides": 2}, "strides: got 2, expected a list of 3 numbers a stage"),
         ],
     )

@@ -65,6 +65,22 @@ def shrink_plans(plans: dict) -> dict:
     return {**plans, "configurations": {CONFIGURATION: config}}
 
 
+def before_2_5(config: dict, network: str) -> dict:
+    """A configuration of `shrink_plans` as nnU-Net wrote it before 2.5: no `architecture`, the network in fields."""
+    old = {name: value for name, value in config.items() if name != "architecture"}
+    kwargs, stages = config["architecture"]["arch_kwargs"], len(FEATURES)
+    return old | {
+        "UNet_class_name": network,
+        "UNet_base_num_features": FEATURES[0],
+        "unet_max_num_features": FEATURES[-1],
+        "n_conv_per_stage_encoder": [1] * stages,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "num_pool_per_axis": [stages - 1] * 3,
+        "pool_op_kernel_sizes": kwargs["strides"],
+        "conv_kernel_sizes": kwargs["kernel_sizes"],
+    }
+
+
 def write_teacher(preprocessed: Path, results: Path, folds: range = range(5)) -> Path:
     """Five folds of random weights, scaled so that their softmax is far from uniform, stored as nnU-Net does."""
     import torch

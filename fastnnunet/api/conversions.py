@@ -1,6 +1,7 @@
 """Between what callers of nnU-Net's predictor hand over and what this runtime works on."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import SpecError
 from fastnnunet.runtime.backends.devices import parse_device
-from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case
+from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case, with_output
 from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
 from fastnnunet.runtime.predict import Planned
 from fastnnunet.runtime.preprocess import Preprocessed
@@ -44,6 +45,25 @@ def listed(value: Any, count: int) -> list[Any]:
     return value if isinstance(value, list) else [value] * (count if value is None else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """An image in memory with what belongs to it."""
+
+    image: Any  # (C, z, y, x)
+    previous: Any  # (1, z, y, x) segmentation of the previous stage, or None
+    properties: dict[str, Any]
+    ofile: str | None  # where the segmentation goes, a file name without its ending
+
+
+def raw_images(images: Any, previous: Any, properties: Any, ofiles: Any) -> list[RawImage]:
+    """Lists, or single ones, of everything, put together. Raises SpecError where there are not as many of each."""
+    count = len(listed(images, 1))
+    columns = [listed(column, count) for column in (images, previous, properties, ofiles)]
+    if lengths := {len(column) for column in columns} - {count}:
+        raise SpecError(f"got {count} image(s) but lists of {lengths}; expected as many of everything")
+    return [RawImage(*row) for row in zip(*columns, strict=True)]
+
+
 def plan_cases(
     spec: BundleSpec,
     source: str | Path | Sequence[Sequence[str | Path]],
@@ -51,7 +71,13 @@ def plan_cases(
     previous: Path | None,
     save_probabilities: bool,
 ) -> list[Planned]:
-    """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None."""
+    """Cases of a folder or of lists of channel files, and where they go: a folder, truncated file names, or None.
+
+    Raises SpecError, and NotFoundError when there is nothing to predict.
+    """
+    for what, value in (("input", source), ("output", output)):
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise SpecError(f"the {what} is an empty name, expected a folder or file (a variable that is not set?)")
     if isinstance(source, str | Path):
         place = Path(source)
         cases = [single_case(place, spec)] if is_single_image(place, spec) else find_cases(place, spec)
@@ -67,7 +93,7 @@ def plan_cases(
         outputs = [Path(f"{name}{spec.file_ending}") for name in output]
     return [
         Planned(
-            case=case,
+            case=case if file is None else with_output(case, file),
             output=file,
             previous=None if previous is None else previous / f"{case.case_id}{spec.file_ending}",
             save_probabilities=save_probabilities,

@@ -6,20 +6,30 @@ Axes: C channel, H head, Z Y X space.
 """
 
 import logging
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.api.conversions import as_float32, as_preprocessed, device_name, is_tensor, listed, plan_cases
+from fastnnunet.api.conversions import (
+    RawImage,
+    as_float32,
+    as_preprocessed,
+    device_name,
+    is_tensor,
+    plan_cases,
+    raw_images,
+)
 from fastnnunet.api.models import CHECKPOINT, Fold, load_model, trained_folds
 from fastnnunet.api.progress import RunProgress
-from fastnnunet.errors import FastnnUNetError, SpecError
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, SpecError
 from fastnnunet.runtime.backends.base import Precision
 from fastnnunet.runtime.cases import take_part
-from fastnnunet.runtime.files import check_output_folder, make_folder
+from fastnnunet.runtime.files import check_output_folder
 from fastnnunet.runtime.loaded import Inferred
 from fastnnunet.runtime.output import RunArguments, write_run_files
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
@@ -31,10 +41,16 @@ _log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 # a segmentation, with its probabilities if asked for; None: written to a file
 Result = Array | tuple[Array, Array] | None
+Item = TypeVar("Item")
 
 
 class FastPredictor:
-    """A drop-in for `nnUNetPredictor`: initialise once, then predict any number of images."""
+    """A drop-in for `nnUNetPredictor`: initialise once, then predict any number of images, from any number of threads.
+
+    Every call gives what it would give alone, whatever other threads predict: it has the settings (`tile_step_size`,
+    `use_gaussian`, `use_mirroring`) of the moment it began, and what it returns is the caller's. See `LoadedBundle` for
+    how threads share the machine, and for forked processes.
+    """
 
     def __init__(
         self,
@@ -114,15 +130,15 @@ class FastPredictor:
         return self._loaded().spec.mirror_axes
 
     def _loaded(self) -> Predictor:
-        """The predictor with the settings of this moment. Raises SpecError before initialisation."""
-        if self._predictor is None:
+        """The predictor with the settings of this moment, for one call. Raises SpecError before initialisation."""
+        predictor = self._predictor
+        if predictor is None:
             raise SpecError("no model is loaded: call initialize_from_trained_model_folder first")
         if not 0 < self.tile_step_size <= 1:
             raise SpecError(f"tile_step_size: got {self.tile_step_size}, expected a number in (0, 1]")
-        self._predictor.step_size = self.tile_step_size
-        self._predictor.use_gaussian = self.use_gaussian
-        self._predictor.mirror_axes = self._predictor.spec.mirror_axes if self.use_mirroring else None
-        return self._predictor
+        return predictor.with_settings(
+            step_size=self.tile_step_size, mirroring=self.use_mirroring, use_gaussian=self.use_gaussian
+        )
 
     def predict_from_files(
         self,
@@ -139,7 +155,8 @@ class FastPredictor:
         """Predict a folder or lists of channel files; one result a case, None where it was written to a file.
 
         Counts of processes both 0: one case after another, in this thread; else one thread reads and one writes.
-        Cases that fail leave the others alone; they are told together in an error of the first one's class at the end.
+        Cases that fail leave the others alone; they are told together in an error of the first one's class at the end,
+        whose `results` are what would have been returned, None for what failed. A full disk ends the run at once.
         """
         predictor = self._loaded()
         previous = None if folder_with_segs_from_prev_stage is None else Path(folder_with_segs_from_prev_stage)
@@ -151,37 +168,46 @@ class FastPredictor:
             part_id=part_id,
         )
         source, output = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
+        everything = plan_cases(predictor.spec, source, output, previous, save_probabilities)
         planned = [
             plan
-            for plan in take_part(
-                plan_cases(predictor.spec, source, output, previous, save_probabilities), part_id, num_parts
-            )
+            for plan in take_part(everything, part_id, num_parts)
             if overwrite or plan.output is None or not predictor.is_done(plan.output, save_probabilities)
         ]
         folder = Path(output) if isinstance(output, str | Path) else None
         if folder is None and planned and planned[0].output is not None:
             folder = planned[0].output.parent
+        predictor.refuse_overlap(everything, planned, folder)
+        write_side_files = None
         if folder is not None:
             check_output_folder(folder)
-            make_folder(folder)
             described = arguments.describe(source, output, save_probabilities, overwrite, previous)
-            write_run_files(predictor.spec, described, folder, predictor.describe())
+            # with the first segmentation, so that a folder has both or neither
+            write_side_files = partial(write_run_files, predictor.spec, described, folder, predictor.describe())
         results: list[Result] = []
         failed: dict[str, FastnnUNetError] = {}
-        with RunProgress(disable=not self.allow_tqdm) as progress:
-            for result in predictor.predict_planned(
-                planned,
-                threaded=arguments.threaded,
-                on_start=progress.on_start,
-                on_tiles=progress.on_tiles,
-            ):
+        with (
+            RunProgress(disable=not self.allow_tqdm) as progress,
+            closing(
+                predictor.predict_planned(
+                    planned,
+                    threaded=arguments.threaded,
+                    before_first=write_side_files,
+                    on_start=progress.on_start,
+                    on_tiles=progress.on_tiles,
+                )
+            ) as outcomes,
+        ):
+            for result in outcomes:
                 progress.case_done()
                 if result.error is not None:
                     failed[result.case_id] = result.error
                 kept = result.prediction
                 probabilities = None if kept is None else kept.probabilities_HZYX
                 results.append(None if kept is None else _result(kept.segmentation_ZYX, probabilities))
-        _raise_failures(failed, len(planned))
+                if isinstance(result.error, DiskSpaceError):
+                    break
+        _raise_failures(failed, results, len(planned))
         return results
 
     def predict_from_files_sequential(
@@ -216,24 +242,15 @@ class FastPredictor:
 
         `num_processes` changes nothing: whoever iterates does the work.
         """
-        images = listed(image_or_list_of_images, 1)
-        count = len(images)
-        others = (
+        predictor = self._loaded()
+        for raw in raw_images(
+            image_or_list_of_images,
             segs_from_prev_stage_or_list_of_segs_from_prev_stage,
             properties_or_list_of_properties,
             truncated_ofname,
-        )
-        if lengths := {len(listed(other, count)) for other in others} - {count}:
-            raise SpecError(f"got {count} image(s) but lists of {lengths}; expected as many of everything")
-        for image, previous, properties, ofile in zip(
-            images,
-            listed(segs_from_prev_stage_or_list_of_segs_from_prev_stage, count),
-            listed(properties_or_list_of_properties, count),
-            listed(truncated_ofname, count),
-            strict=True,
         ):
-            case = self._preprocess(image, properties, previous)
-            yield {"data": case.data_CZYX, "data_properties": case.properties, "ofile": ofile}
+            case = self._preprocess(predictor, raw)
+            yield {"data": case.data_CZYX, "data_properties": case.properties, "ofile": raw.ofile}
 
     def predict_from_list_of_npy_arrays(
         self,
@@ -248,16 +265,22 @@ class FastPredictor:
         """Predict images (C, z, y, x) as nnU-Net's reader returns them; `properties` need `spacing` (z, y, x) in mm.
 
         Previous segmentations, of a cascade, are (1, z, y, x). With `truncated_ofname` results are None, and the
-        properties must hold what the writer needs.
+        properties must hold what the writer needs. Images that fail leave the others alone, see `predict_from_files`.
         """
-        iterator = self.get_data_iterator_from_raw_npy_data(
-            image_or_list_of_images,
-            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
-            properties_or_list_of_properties,
-            truncated_ofname,
-            num_processes,
+        predictor = self._loaded()
+        return self._predict_all(
+            predictor,
+            raw_images(
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+            ),
+            lambda raw: self._preprocess(predictor, raw),
+            lambda raw: raw.ofile,
+            save_probabilities,
+            num_processes_segmentation_export > 0,
         )
-        return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
 
     def predict_from_data_iterator(
         self,
@@ -269,27 +292,54 @@ class FastPredictor:
         `data_properties` and `ofile` (a file name without its ending, or None for a result in memory).
 
         The iterator is advanced in one thread and results are written in another (0: in the calling thread).
-        Any case that fails ends the run with its error.
+        Cases that fail leave the others alone, see `predict_from_files`; an error of the iterator ends the run once
+        the cases before it are done.
         """
-        predictor, gate = self._loaded(), WriteGate()
-        results: list[Result] = []
-
-        def finish(item: dict[str, Any], outcome: tuple[Preprocessed, Inferred]) -> Result:
-            case, inferred = outcome
-            return self._finish(case, inferred, item["ofile"], save_probabilities, gate)
-
-        outcomes = run_pipeline(
+        predictor = self._loaded()
+        return self._predict_all(
+            predictor,
             data_iterator,
             lambda item: as_preprocessed(predictor.spec, item["data"], item["data_properties"]),
+            lambda item: item["ofile"],
+            save_probabilities,
+            num_processes_segmentation_export > 0,
+        )
+
+    def _predict_all(
+        self,
+        predictor: Predictor,
+        items: Iterable[Item],
+        load: Callable[[Item], Preprocessed],
+        ofile_of: Callable[[Item], str | None],
+        save_probabilities: bool,
+        threaded: bool,
+    ) -> list[Result]:
+        gate = WriteGate()
+
+        def finish(item: Item, outcome: tuple[Preprocessed, Inferred]) -> Result:
+            case, inferred = outcome
+            return _finish(predictor, case, inferred, ofile_of(item), save_probabilities, gate)
+
+        outcomes = run_pipeline(
+            items,
+            load,
             lambda item, case: (case, predictor.infer(case, StageTimes(), keep_logits=save_probabilities)),
             finish,
             gate,
-            threaded=num_processes_segmentation_export > 0,
+            threaded=threaded,
         )
-        for _, outcome in outcomes:
-            if isinstance(outcome, FastnnUNetError):
-                raise outcome
-            results.append(outcome)
+        results: list[Result] = []
+        failed: dict[str, FastnnUNetError] = {}
+        with closing(outcomes):
+            for number, (item, outcome) in enumerate(outcomes):
+                if not isinstance(outcome, FastnnUNetError):
+                    results.append(outcome)
+                    continue
+                failed[ofile_of(item) or f"image {number}"] = outcome
+                results.append(None)
+                if isinstance(outcome, DiskSpaceError):
+                    break
+        _raise_failures(failed, results)
         return results
 
     def predict_single_npy_array(
@@ -305,9 +355,10 @@ class FastPredictor:
         With `output_file_truncated` these are written to files and None is returned.
         """
         predictor = self._loaded()
-        case = self._preprocess(input_image, image_properties, segmentation_previous_stage)
+        raw = RawImage(input_image, segmentation_previous_stage, image_properties, output_file_truncated)
+        case = self._preprocess(predictor, raw)
         inferred = predictor.infer(case, StageTimes(), keep_logits=save_or_return_probabilities)
-        return self._finish(case, inferred, output_file_truncated, save_or_return_probabilities, WriteGate())
+        return _finish(predictor, case, inferred, raw.ofile, save_or_return_probabilities, WriteGate())
 
     def predict_logits_from_preprocessed_data(self, data: Any) -> Any:
         """float16 logits (H, Z, Y, X), averaged over folds, of a preprocessed image (C, Z, Y, X): an array for an
@@ -327,32 +378,40 @@ class FastPredictor:
 
         return torch.from_numpy(logits_HZYX)
 
-    def _preprocess(self, image: Any, properties: dict[str, Any], previous: Any) -> Preprocessed:
-        previous_ZYX = None if previous is None else np.asarray(previous)[0]
-        case = self._loaded().preprocess_array(image, properties, previous_ZYX)
+    def _preprocess(self, predictor: Predictor, raw: RawImage) -> Preprocessed:
+        previous_ZYX = None if raw.previous is None else np.asarray(raw.previous)[0]
+        case = predictor.preprocess_array(raw.image, raw.properties, previous_ZYX)
         if self.verbose or self.verbose_preprocessing:
-            _log.warning("image %s preprocessed to %s", image.shape, case.data_CZYX.shape)
+            _log.warning("image %s preprocessed to %s", raw.image.shape, case.data_CZYX.shape)
         return case
 
-    def _finish(
-        self, case: Preprocessed, inferred: Inferred, ofile: str | None, save_probabilities: bool, gate: WriteGate
-    ) -> Result:
-        predictor = self._loaded()
-        segmentation, probabilities = predictor.postprocess(inferred, case, save_probabilities)
-        if ofile is None:
-            return _result(segmentation, probabilities)
-        with gate.writing():
-            predictor.write(segmentation, probabilities, case.properties, Path(f"{ofile}{predictor.spec.file_ending}"))
-        return None
+
+def _finish(
+    predictor: Predictor,
+    case: Preprocessed,
+    inferred: Inferred,
+    ofile: str | None,
+    save_probabilities: bool,
+    gate: WriteGate,
+) -> Result:
+    segmentation, probabilities = predictor.postprocess(inferred, case, save_probabilities)
+    if ofile is None:
+        return _result(segmentation, probabilities)
+    with gate.writing():
+        predictor.write(segmentation, probabilities, case.properties, Path(f"{ofile}{predictor.spec.file_ending}"))
+    return None
 
 
 def _result(segmentation_ZYX: Array, probabilities_HZYX: Array | None) -> Result:
     return segmentation_ZYX if probabilities_HZYX is None else (segmentation_ZYX, probabilities_HZYX)
 
 
-def _raise_failures(failed: dict[str, FastnnUNetError], total: int) -> None:
+def _raise_failures(failed: dict[str, FastnnUNetError], results: list[Result], total: int | None = None) -> None:
+    """One error of the first one's class with all of them, and the results of the others."""
     if not failed:
         return
     first = next(iter(failed.values()))
     lines = "\n".join(f"  - {case_id}: {error}" for case_id, error in failed.items())
-    raise type(first)(f"{len(failed)} of {total} case(s) failed:\n{lines}") from first
+    raised = type(first)(f"{len(failed)} of {total or len(results)} case(s) failed:\n{lines}")
+    raised.results = results
+    raise raised from first

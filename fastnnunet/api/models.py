@@ -13,13 +13,16 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.paths import check_model_folder
+from fastnnunet.nnunet.plans import read_json
 from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.image_io import image_io
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import FORMAT_VERSION, is_bundle
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file
@@ -64,6 +67,13 @@ def load_model(
     return Predictor.load(cached_bundle(model, chosen, checkpoint, tell=tell, again=True), **options)
 
 
+def check_reader(model: Path) -> None:
+    """Refuse an nnU-Net model whose images no reader here reads, before it is exported. Raises SpecError."""
+    plans = model / "plans.json"
+    if not is_bundle(model) and plans.is_file():
+        image_io(str(read_json(plans).get("image_reader_writer")))
+
+
 def trained_folds(model_folder: Path, checkpoint: str = CHECKPOINT) -> tuple[int, ...]:
     """The numbered folds that have a checkpoint, as nnU-Net detects them. Raises NotFoundError when there are none."""
     names = (path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
@@ -97,7 +107,7 @@ def cached_bundle(
     bundle = home / key
     if is_bundle(bundle) and not again:
         return bundle
-    _check_export_possible(model_folder)
+    _check_export_possible(model_folder, folds)
     tell(
         f"first use of this model: exporting {len(folds)} fold(s) of {model_folder.name} to {bundle}, once, and "
         "comparing with PyTorch, which takes most of the time"
@@ -133,13 +143,13 @@ def cached_bundle(
     return bundle
 
 
-def _check_export_possible(model_folder: Path) -> None:
+def _check_export_possible(model_folder: Path, folds: Sequence[Fold]) -> None:
     missing = [name for name in _EXPORT_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendError(
             f"{model_folder} is an nnU-Net model, which has to be exported once; that needs {', '.join(missing)}\n"
             f"install it: pip install 'fastnnunet[train]', or export where it is installed and copy the bundle here:\n"
-            f"fastnnunet export onnx -m {model_folder} -o BUNDLE"
+            f"fastnnunet export onnx -m {shlex.quote(str(model_folder))} -f {' '.join(map(str, folds))} -o BUNDLE"
         )
 
 

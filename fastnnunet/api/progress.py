@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastnnunet.errors import printable
 from fastnnunet.runtime.cases import Case
 
 
@@ -14,7 +15,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def __init__(self, *, disable: bool) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a case may be called [x]
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("remaining"),
@@ -36,7 +37,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     def on_start(self, case: Case, index: int, total: int) -> None:
         self._progress.update(self._cases, total=total, visible=True)
-        self._progress.update(self._tiles, description=case.case_id, visible=False)
+        self._progress.update(self._tiles, description=printable(case.case_id), visible=False)
 
     def on_tiles(self, done: int, total: int) -> None:
         self._progress.update(self._tiles, completed=done, total=total, visible=total > 1)

@@ -1,6 +1,6 @@
 """Ensemble, single fold and bundles over the same images: seconds, memory, parity and Dice in one record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fastnnunet.bench.job import ENSEMBLE, SINGLE, BenchmarkJob, Setup, prepare
 from fastnnunet.bench.measure import Measured, measure, summarise
 from fastnnunet.bench.record import hardware, now_utc, versions
 from fastnnunet.nnunet.paths import resolve_dataset
+from fastnnunet.runtime.overlap import inputs_of, refuse_overlap
 
 Progress = Callable[[str, float, float], None]  # what, seconds done, seconds expected
 TIMED = "image file to label file, models loaded and warm, one case after the other, arms interleaved"
@@ -24,9 +25,12 @@ GPU_MEMORY = "used memory of the whole device above what was used before, while 
 ON_CPU, NO_WARM_UP = "this arm computes on the CPU", "it is measured in the warm-up, which was left out"
 
 
-def run_benchmark(job: BenchmarkJob, progress: Progress | None = None) -> dict[str, Any]:
+def run_benchmark(
+    job: BenchmarkJob, progress: Progress | None = None, other_outputs: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Measure and return the record; predictions of every arm are left in `job.output`/predictions/ARM.
 
+    `other_outputs`: what the caller writes; none of it may be an image or a label either.
     Raises NotFoundError, CorruptError, MismatchError, SpecError, BackendError before anything is measured, BuildError
     when a measured process dies.
     """
@@ -36,6 +40,9 @@ def run_benchmark(job: BenchmarkJob, progress: Progress | None = None) -> dict[s
     def output_of(arm: str, case: str) -> Path:
         return prediction_folder(job.output, arm) / f"{case}{setup.labels.file_ending}"
 
+    truth = [] if job.labels is None else [job.labels / f"{case}{setup.labels.file_ending}" for case in setup.cases]
+    outputs = [output_of(arm.name, case) for arm in setup.arms for case in setup.cases]
+    refuse_overlap([*inputs_of(setup.cases.values()), *truth], [*outputs, *other_outputs])
     load_before = hardware()["load_average_1min"]
     measured = measure(setup.arms, setup.cases, setup.limits, output_of, tell)
     common = list(setup.cases)[: min(limit.cases for limit in setup.limits)]

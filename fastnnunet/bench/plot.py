@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.bench.numbers import seconds
+from fastnnunet.runtime.files import atomic_output, make_folder
 
 
 def plot_benchmark(record: dict[str, Any], path: Path) -> None:
@@ -66,10 +67,6 @@ def plot_sizes(record: dict[str, Any], path: Path) -> None:
 
 def save_png(figure: Any, path: Path) -> None:
     """Save a matplotlib figure through a temporary sibling."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    with atomic_output(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")

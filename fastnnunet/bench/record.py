@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastnnunet.runtime.files import atomic_output, make_folder
 from fastnnunet.specs.canonical import to_plain
 
 PACKAGES = (
@@ -56,13 +57,9 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Write `record` (dataclasses allowed; NaN and infinities become null) through a temporary sibling and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(_without_nan(to_plain(record)), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps(_without_nan(to_plain(record)), indent=1, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:

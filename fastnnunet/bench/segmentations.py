@@ -3,7 +3,8 @@
 Axes are (z, y, x) as SimpleITK gives arrays.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError, printable
 from fastnnunet.runtime.image_picture import read_picture
 from fastnnunet.runtime.image_sitk import read_itk
 from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.listing import SIDE_FILES, passed_over, regular_files
+
+_log = logging.getLogger(__name__)
 
 ENDINGS = (".nii.gz", ".nrrd", ".mha", ".nii", ".tif", ".png", ".bmp")  # tried in this order without a dataset.json
 
@@ -84,7 +88,7 @@ def labels_from_files(label_folder: Path) -> LabelSet:
 
 def _visible(folder: Path, ending: str) -> list[Path]:
     """Files of an ending, without hidden ones (macOS leaves `._` twins)."""
-    return sorted(f for f in folder.glob(f"*{ending}") if not f.name.startswith("."))
+    return [folder / name for name in regular_files(folder, ending)] if folder.is_dir() else []
 
 
 def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) -> Pairing:
@@ -95,12 +99,32 @@ def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) ->
             raise NotFoundError(f"{what} folder not found: {folder}")
         cases.append({f.name.removesuffix(file_ending) for f in _visible(folder, file_ending)})
     predicted, labelled = cases
+    for folder in (prediction_folder, label_folder):
+        for kind in passed_over(folder, _known(folder, file_ending), file_ending):
+            _log.warning("%s: not compared: %s", printable(folder), kind)
     if not predicted & labelled:
         raise NotFoundError(
             f"nothing to compare: {len(predicted)} file(s) ending in {file_ending} in {prediction_folder}, "
             f"{len(labelled)} in {label_folder}, no name in common\nexpected CASE{file_ending} in both"
         )
     return Pairing(*(tuple(sorted(s)) for s in (predicted & labelled, labelled - predicted, predicted - labelled)))
+
+
+def _known(folder: Path, file_ending: str) -> set[str]:
+    """Label files and what predicting leaves beside them."""
+    names = regular_files(folder, file_ending)
+    beside = (".npz", ".pkl", ".json")
+    return {*names, *(name.removesuffix(file_ending) + ending for name in names for ending in beside)}
+
+
+def files_read(folders: Iterable[Path], pairing: Pairing, file_ending: str) -> list[Path]:
+    """All files in those folders that belong to a comparison."""
+    endings = (file_ending, ".json")
+    return [
+        folder / name
+        for folder in folders
+        for name in (*SIDE_FILES, *(case + ending for case in pairing.cases for ending in endings))
+    ]
 
 
 def require_complete(pairing: Pairing) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastnnunet.cli.guard import guarded
+from fastnnunet.cli.guard import guarded, refuse_empty
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.specs.networks import allow_code
 
@@ -78,7 +78,7 @@ def _train_command(variant: str, argv: list[str] | None) -> None:
     parser.add_argument(
         "-c_continue", "--c", dest="c_continue", action="store_true", help="continue from the latest checkpoint"
     )
-    _run(_train, parser.parse_args(argv))
+    _run(_train, parser, argv)
 
 
 def _export_command(variant: str, argv: list[str] | None) -> None:
@@ -98,7 +98,7 @@ def _export_command(variant: str, argv: list[str] | None) -> None:
     parser.add_argument("-b", type=int, default=1, help="batch size of -fix; without -fix every batch size works")
     parser.add_argument("-fix", action="store_true", help="fixed shapes, the batch size of -b among them")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    _run(_export, parser.parse_args(argv))
+    _run(_export, parser, argv)
 
 
 def _parser(variant: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -132,10 +132,18 @@ def _student(args: argparse.Namespace, plans_name: str | None) -> "StudentSpec":
     return student_specs(sizes, None, {"blocks": args.bs, "size": args.ts}, plans_name)[0]
 
 
-def _run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def _run(
+    command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None
+) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with allow_code() if args.allow_code else contextlib.nullcontext():
-        guarded(lambda: command(args))
+
+    def run() -> None:
+        refuse_empty(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(argv)
+        with allow_code() if args.allow_code else contextlib.nullcontext():
+            command(args)
+
+    guarded(run)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -120,7 +120,7 @@ def benchmark(
         def show(what: str, done: float, expected: float) -> None:
             progress.update(task, description=what, completed=done, total=expected)
 
-        record = run_benchmark(job, show)
+        record = run_benchmark(job, show, [] if html is None else [html])
     record["command"] = shlex.join(["fastnnunet", *sys.argv[1:]])
     record["summary"] = headline(record)
     stamp = record["created"][:19].replace("-", "").replace(":", "")

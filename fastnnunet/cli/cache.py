@@ -358,7 +358,8 @@ def _no_place(place: "Place") -> str:
         return f"--root {place} is not a folder"
     return (
         f"--root {place}: nothing is stored there, or there is no such bucket\n"
-        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build --root"
+        "expected a bucket and prefix that hold caches; make one with: fastnnunet cache build -d DATASET "
+        f"--root {place}"
     )
 
 

@@ -33,6 +33,7 @@ def evaluate(
     from fastnnunet.bench.record import write_json
     from fastnnunet.bench.tables import case_table, mean_table, wide_console
     from fastnnunet.runtime.files import check_output_folder
+    from fastnnunet.runtime.overlap import refuse_overlap
 
     if output is not None and output.suffix != ".json":
         raise SpecError(f"-o: got {output}, expected a file name ending in .json")
@@ -47,6 +48,9 @@ def evaluate(
     pairing = files.pair_cases(predictions, labels, label_set.file_ending)
     if not chill:
         files.require_complete(pairing)
+    if output is not None:
+        read = files.files_read((predictions, labels), pairing, label_set.file_ending)
+        refuse_overlap([*read, *([described] if described else [])], [output])
     console = wide_console()
     found = evaluate_cases(predictions, labels, pairing.cases, label_set, tolerance_mm, processes)
     results = list(track(found, "evaluating", total=len(pairing.cases), console=console, transient=True))

@@ -156,6 +156,25 @@ def _parity(report: "ParityReport") -> str:
     )
 
 
+def _train_command(
+    dataset: str, configuration: str, plans: str, folds: Sequence[str], student: "StudentSpec", distill: "DistillSpec"
+) -> str:
+    """The `fastnnunet train` command of a student; one that is written out comes from a file."""
+    words = ["fastnnunet", "train", "-d", dataset, "-c", configuration, "-p", plans, "-f", *folds]
+    if student.is_explicit:
+        words += ["--student", "FILE"]
+    elif student.size is not None:
+        words += ["-ts", student.size]
+    else:
+        words += ["-r", str(student.r)]
+        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
+        default = type(student)()
+        for flag, field in options.items():
+            if (value := getattr(student, field)) != getattr(default, field):
+                words += [flag, str(value)]
+    return shlex.join([*words, "-a", f"{distill.alpha:g}", "-temp", f"{distill.temperature:g}"])
+
+
 def export_student(
     *,
     dataset: str,
@@ -194,10 +213,8 @@ def export_student(
         try:
             folder = find_student(name, plans, configuration, student, distill)
         except NotFoundError as e:
-            raise NotFoundError(
-                f"{e}\ntrain it with: fastnnunet train -d {shlex.quote(dataset)} -c {configuration} "
-                f"-f {' '.join(folds)} -r {student.r} -a {distill.alpha:g} -temp {distill.temperature:g}"
-            ) from e
+            command = _train_command(dataset, configuration, plans, folds, student, distill)
+            raise NotFoundError(f"{e}\ntrain it with: {command}") from e
     output = output or folder / f"fold_{folds[0]}" / "bundle"
     report = export_bundle(
         folder,

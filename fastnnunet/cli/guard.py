@@ -1,11 +1,13 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
 import errno
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from fastnnunet.errors import NO_ROOM, FastnnUNetError
+from fastnnunet.errors import NO_ROOM, FastnnUNetError, SpecError, printable
 
 # top-level modules that are no part of the base install
 EXTRA_OF = {
@@ -28,7 +30,21 @@ MENDED = {
     **dict.fromkeys(NO_ROOM, "free some space, or write to another disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change the permissions, or give another folder"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "give a folder where one is asked for"),
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "mend the link, which leads in circles",
 }
+LINES = "\n\t"  # what may stand in a message of several lines
+
+
+def refuse_empty(argv: Sequence[str]) -> None:
+    """Raises SpecError for an empty argument: a variable that is not set would be taken for the current folder."""
+    for before, token in zip(["the command", *argv], argv, strict=False):
+        if token == "" or (token.startswith("--") and token.endswith("=")):
+            where = f"behind {before}" if token == "" else f"in {token}"
+            raise SpecError(
+                f"an empty value {printable(where)}, expected something (a variable of the shell that is not set?)\n"
+                "give a value, . for the current folder, or leave the option out"
+            )
 
 
 def guarded(command: Callable[[], None]) -> None:
@@ -38,7 +54,8 @@ def guarded(command: Callable[[], None]) -> None:
     try:
         command()
     except FastnnUNetError as e:
-        print(f"error: {e}", file=sys.stderr)
+        # a name of a file may hold what a terminal obeys
+        print(f"error: {printable(e, keep=LINES)}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as e:
         module = (e.name or "").split(".")[0]
@@ -53,9 +70,18 @@ def guarded(command: Callable[[], None]) -> None:
     except OSError as e:
         if e.errno not in MENDED:
             raise
-        where = f": {e.filename}" if e.filename else ""
+        where = f": {printable(e.filename)}" if e.filename else ""
         print(f"error: {e.strerror}{where}\n{MENDED[e.errno]}, and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave_interrupted()
+    except SystemExit as e:
+        if isinstance(getattr(e.__context__, "__cause__", None), KeyboardInterrupt):  # typer made it of one
+            _leave_interrupted()
+        raise
+
+
+def _leave_interrupted() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only spoil the way out
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)

@@ -12,7 +12,7 @@ from fastnnunet.cli.cache import app as cache_app
 from fastnnunet.cli.distill import app as distill_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
-from fastnnunet.cli.guard import guarded
+from fastnnunet.cli.guard import guarded, refuse_empty
 from fastnnunet.cli.postprocess import postprocess
 from fastnnunet.cli.predict import EXAMPLES as PREDICT_EXAMPLES
 from fastnnunet.cli.predict import predict
@@ -103,8 +103,13 @@ def spread_multi_values(argv: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 0 done, 1 some cases failed, 2 wrong input, 130 interrupted."""
-    args = spread_multi_values(sys.argv[1:] if argv is None else argv)
-    guarded(lambda: command()(args))
+    given = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        refuse_empty(given)
+        command()(spread_multi_values(given))
+
+    guarded(run)
 
 
 if __name__ == "__main__":

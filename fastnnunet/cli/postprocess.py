@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def postprocess(
 
       fastnnunet postprocess -i predictions -o cleaned --keep-largest liver spleen --min-size 50mm3 --fill-holes
     """
-    from fastnnunet.errors import SpecError
+    from fastnnunet.errors import SpecError, printable
     from fastnnunet.runtime.label_folder import postprocess_folder, read_label_source
     from fastnnunet.runtime.label_rules import cleanup_from_words
 
@@ -59,7 +60,7 @@ def postprocess(
         nonlocal failed
         if error is not None:
             failed += 1
-            print(f"failed: {file.name}: {error}", file=sys.stderr)
+            print(f"failed: {printable(file.name)}: {printable(error, keep=LINES)}", file=sys.stderr)
 
     total = postprocess_folder(source, output, labels, cleanup, workers=workers, on_done=on_done)
     print(f"{total - failed} label map(s) postprocessed into {output}")

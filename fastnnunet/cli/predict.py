@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastnnunet.cli import options
+from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
-from fastnnunet.errors import SpecError
+from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from fastnnunet.runtime.predict import CaseResult, Predictor
@@ -137,15 +138,17 @@ def predict(
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
     from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.models import load_model
+    from fastnnunet.api.models import check_reader, load_model
     from fastnnunet.api.progress import RunProgress
     from fastnnunet.runtime.label_rules import cleanup_from_words
     from fastnnunet.runtime.output import RunArguments
 
     begin = time.perf_counter()
     with RunProgress(disable=disable_progress_bar) as progress:
+        folder = _model_folder(model, dataset, configuration, plans, trainer)
+        check_reader(folder)
         predictor = load_model(
-            _model_folder(model, dataset, configuration, plans, trainer),
+            folder,
             _folds(folds, model),
             checkpoint,
             tell=progress.tell,
@@ -173,7 +176,7 @@ def predict(
         def on_done(result: "CaseResult") -> None:
             progress.case_done()
             if result.error is not None:
-                progress.tell(f"failed: {result.case_id}: {result.error}")
+                progress.tell(f"failed: {printable(result.case_id)}: {printable(result.error, keep=LINES)}")
             elif verbose:
                 progress.tell(_describe(result))
 
@@ -250,7 +253,7 @@ def _leave_interrupted(progress: Any) -> None:
 
 def _describe(result: "CaseResult") -> str:
     times = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means([result]).items())
-    return f"{result.case_id}: image {result.image_shape}, network sees {result.network_shape}; ms: {times}"
+    return f"{printable(result.case_id)}: image {result.image_shape}, network sees {result.network_shape}; ms: {times}"
 
 
 def _means(results: "list[CaseResult]") -> dict[str, float]:
@@ -263,6 +266,7 @@ def _means(results: "list[CaseResult]") -> dict[str, float]:
 def _print_profile(done: "list[CaseResult]") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="milliseconds (cases overlap: the time on the clock is shorter than the sum)")
     table.add_column("case")
@@ -270,7 +274,7 @@ def _print_profile(done: "list[CaseResult]") -> None:
         table.add_column(stage, justify="right")
     for result in done:
         values = [*_means([result]).values(), result.times.total_s]
-        table.add_row(result.case_id, *(f"{1e3 * value:.1f}" for value in values))
+        table.add_row(Text(printable(result.case_id)), *(f"{1e3 * value:.1f}" for value in values))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 

@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from fastnnunet.cache.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
 from fastnnunet.nnunet.checkpoint import (
@@ -26,6 +28,7 @@ from fastnnunet.nnunet.checkpoint import (
     strip_prefix,
     weights_digest,
 )
+from fastnnunet.nnunet.checkpoint_digest import require_undamaged
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.named import check_loadable
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
@@ -41,7 +44,7 @@ from fastnnunet.nnunet.student import (
     trainer_of,
 )
 from fastnnunet.nnunet.student_fit import check_fit, check_network
-from fastnnunet.nnunet.versions import require_versions
+from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
@@ -118,7 +121,7 @@ def train_students(
     """
     from fastnnunet.nnunet.distributed import process_group
 
-    require_versions()
+    require_versions(TRAINING)
     device = resolve_device(jobs[0].device)
     with process_group(device):
         return _train_students(jobs, device, resume, overwrite, validate, progress)
@@ -136,6 +139,8 @@ def _train_students(
     folders = [fold_folder for _, _, fold_folder in checked]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise SpecError(f"several students would be trained into one folder: {', '.join(map(str, twice))}")
+    if validate:
+        _check_truth(checked[0][0], first)
     soft_labels = None
     if first.distill.alpha > 0:
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
@@ -159,8 +164,12 @@ def _train_students(
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
         reached = reached_checkpoint(fold_folder) if resume else None
-        if resume and reached is None:
-            log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
+        if resume and reached is None and is_first():
+            log.warning(
+                "--continue: %s holds no checkpoint, the run starts from the beginning%s",
+                fold_folder,
+                _beside(job, fold_folder),
+            )
         trainer = _configure(job, plans, dataset_json, soft_labels, reached is not None, device, unlabelled)
         trainers.append(trainer)
         finished = reached is not None and _resume(trainer, reached)
@@ -263,7 +272,18 @@ def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:
     if missing:
         raise MismatchError(
             f"fold {job.fold} of {base / 'splits_final.json'} names {len(missing)} case(s) that are not preprocessed, "
-            f"first {missing[0]!r}\ncorrect that file, or run nnUNetv2_preprocess again"
+            f"first {missing[0]!r}\ncorrect that file, or run: "
+            + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
+        )
+
+
+def _check_truth(plans: dict[str, Any], job: TrainingJob) -> None:
+    """Refuse a validation whose label maps are gone, before the training that comes first. Raises NotFoundError."""
+    base = nnunet_folder("nnUNet_preprocessed") / configuration_of(plans, job.teacher.configuration)[0].dataset_name
+    if not (truth := base / "gt_segmentations").is_dir():
+        raise NotFoundError(
+            f"{truth} is missing, which a validation compares with\ncopy labelsTr there, leave the validation out with "
+            "--no-validate, or run: " + preprocess_command(base.name, job.teacher.plans, job.teacher.configuration)
         )
 
 
@@ -284,16 +304,31 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         )
     if resume and existing:  # before a cache is asked for, which another teacher would need
         path = fold_folder / existing[0]
-        now, stored = _provenance(job, None), load_checkpoint(path).get("fastnnunet", {})
+        now, stored = _provenance(job, None), _reached(path).get("fastnnunet", {})
         there = {name: value for name, value in stored.items() if name in {*now, "pretrained_sha256"}}
         check_same_run(path, {**there, "cache_key": None}, now)  # caches and the rest are compared on loading
-    if resume and not existing and (others := _runs_beside(job, fold_folder)):
-        shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
-        raise MismatchError(
-            f"--continue: there is no run {fold_folder.parent.name.split('__')[1]}; with other hyper-parameters "
-            f"(there -> now) there is\n{shown}\ngive the options of the run to continue, or start this one without "
-            "--continue"
-        )
+
+
+def _reached(path: Path) -> dict[str, Any]:
+    """The checkpoint to go on from. Raises CorruptError with what there is to go on from without it."""
+    try:
+        checkpoint = load_checkpoint(path)
+        require_undamaged(checkpoint, path)
+        return checkpoint
+    except CorruptError as e:
+        kept = [name for name in (LATEST, BEST) if name != path.name and (path.parent / name).is_file()]
+        raise CorruptError(
+            f"{str(e).splitlines()[0]}\n"
+            f"remove it with: rm {shlex.quote(str(path))}\n"
+            f"and give the same command again: with --continue it goes on from {kept[0] if kept else 'the beginning'}"
+        ) from e
+
+
+def _beside(job: TrainingJob, fold_folder: Path) -> str:
+    """Words on runs of the same student with other hyper-parameters; '' where there are none."""
+    others = _runs_beside(job, fold_folder)
+    shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
+    return f"; with other hyper-parameters (there -> now) there is\n{shown}" if others else ""
 
 
 def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
@@ -302,14 +337,15 @@ def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
     pattern = f"{stem}*__{job.teacher.configuration}/{fold_folder.name}/{LATEST[:11]}*.pth"
     runs = {path.parent: path for path in sorted(fold_folder.parent.parent.glob(pattern))}
     now = _provenance(job, None)
-    return {
-        folder.parent.name.split("__")[1]: [
-            line
-            for line in differences(load_checkpoint(path).get("fastnnunet", {}), now)
-            if not line.startswith(("version", "cache_key", "unlabelled_cache_key", "augmented_on"))
-        ]
-        for folder, path in runs.items()
-    }
+    beside = {}
+    for folder, path in runs.items():
+        try:
+            changed = differences(load_checkpoint(path).get("fastnnunet", {}), now)
+        except FastnnUNetError as e:  # it is not the run that is asked for
+            changed = [str(e).splitlines()[0]]
+        others = ("version", "cache_key", "unlabelled_cache_key", "augmented_on")
+        beside[folder.parent.name.split("__")[1]] = [line for line in changed if not line.startswith(others)]
+    return beside
 
 
 def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.errors import ParityError, SpecError
-from fastnnunet.nnunet.plans import resolved, with_configuration
+from fastnnunet.nnunet.plans import architecture_of, resolved, with_configuration
 from fastnnunet.nnunet.primus import is_primus
 from fastnnunet.nnunet.student_fit import patch_problems, stride_products
+from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.graph import GraphSpec
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def plans_for(plans: dict[str, Any], configuration: str, graph: GraphSpec) -> di
     if graph.patch_size is None and not graph.dynamic_space:
         return plans
     config = resolved(plans, configuration)
-    trained, architecture = list(config["patch_size"]), config["architecture"]
+    trained, architecture = list(config["patch_size"]), architecture_of(plans, configuration)
     if is_primus(architecture) or stride_products(config) is None:
         raise SpecError(
             f"{architecture['network_class_name']} computes on patches of {trained} only; other sizes and dynamic axes "
@@ -62,6 +63,7 @@ def fold_constants(model: "onnx.ModelProto", network: "torch.nn.Module") -> None
     """
     from onnxscript import optimizer
 
+    require_versions(["onnxscript"])
     weights = set(network.state_dict())
     before = {tensor.name for tensor in model.graph.initializer} & weights
 

@@ -7,6 +7,7 @@ loses too much is one error, and nothing of that model file is stored.
 """
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -290,6 +291,7 @@ def _model_file(bundle: Path, spec: BundleSpec, model_file: str, precision: Engi
     if file.name not in spec.files:
         raise NotFoundError(
             f"{bundle} has no {file.name}, the quantised (Q/DQ) model that int8 engines are built from\n"
-            f"make it: fastnnunet export quantize {bundle} --backend onnxruntime; or build with --precision fp16"
+            f"make it: fastnnunet export quantize {shlex.quote(str(bundle))} --backend onnxruntime; "
+            "or build with --precision fp16"
         )
     return file

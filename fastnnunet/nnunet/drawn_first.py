@@ -17,6 +17,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
 from fastnnunet import native
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.versions import OLDEST
 
 Box = tuple[list[int], list[int]]  # first voxel, and last + 1, along each axis; may reach beyond the volume
 
@@ -33,10 +34,16 @@ SAMPLING = {
 
 
 def check_settings(transform: Any, settings: Mapping[str, Any]) -> None:
-    """Raise MismatchError where a transform of nnU-Net does not have these settings."""
+    """Raise MismatchError where a transform of nnU-Net does not have these settings, or is too old to know them."""
     for name, expected in settings.items():
+        kind = type(transform).__name__
+        if not hasattr(transform, name):
+            raise MismatchError(
+                f"{kind} has no {name}, expected {expected!r}: batchgeneratorsv2 is too old\n"
+                f"update: pip install 'batchgeneratorsv2>={OLDEST['batchgeneratorsv2']}'"
+            )
         if (got := getattr(transform, name)) != expected:
-            raise MismatchError(f"{type(transform).__name__} has {name}={got!r}, expected {expected!r}")
+            raise MismatchError(f"{kind} has {name}={got!r}, expected {expected!r}")
 
 
 def image_of(num_channels: int, space: Sequence[int]) -> torch.Tensor:

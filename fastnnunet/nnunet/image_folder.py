@@ -1,34 +1,41 @@
 """A folder of images without labels, named as nnU-Net names them: CASE_0000.nii.gz, CASE_0001.nii.gz, ..."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastnnunet.errors import ImageError, NotFoundError
+from fastnnunet.errors import ImageError, NotFoundError, printable
 from fastnnunet.specs.canonical import sha256_of_file
+from fastnnunet.specs.listing import passed_over, regular_files
 
-_CHANNEL = re.compile(r"(.+)_(\d{4})")
+_log = logging.getLogger(__name__)
+_CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)  # a name may have a line break
+_BESIDE = (".json", ".raw", ".zraw", ".img", ".hdr")  # files that belong to images without being one
 
 FileStamp = tuple[int, int, str]  # size in bytes, time of last change in ns, SHA-256
 
 
-def find_images(folder: Path, file_ending: str, num_channels: int) -> dict[str, tuple[Path, ...]]:
-    """Case id -> its files in the order of their channels; hidden files are passed over.
+def find_images(folder: Path, file_ending: str, num_channels: int, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
+    """Case id -> its files in the order of their channels; hidden files are passed over, what else there is
+    is logged as a warning (`tell`).
 
     Raises NotFoundError when there is no such folder or no image in it, ImageError naming every file without channel
     number, every case whose channels are not 0 to `num_channels` - 1, and every name nnU-Net's own files would take.
     """
     if not folder.is_dir():
         raise NotFoundError(f"--images: {folder} is not a folder\nexpected a folder of CASE_0000{file_ending} ...")
-    names = sorted(
-        p.name for p in folder.iterdir() if p.is_file() and p.name.endswith(file_ending) and not p.name.startswith(".")
-    )
+    names = regular_files(folder, file_ending)
+    stems = [name.removesuffix(file_ending) for name in names]
+    beside = {stem + ending for stem in (*stems, *(stem[:-5] for stem in stems)) for ending in _BESIDE}
+    others = passed_over(folder, {*names, *beside}, file_ending)
     if not names:
-        others = sorted(p.name for p in folder.iterdir())[:3]
         raise NotFoundError(
-            f"--images: no image in {folder}\n  got      {', '.join(others) or 'an empty folder'}\n"
+            f"--images: no image in {folder}\n  got      {'; '.join(others) or 'an empty folder'}\n"
             f"  expected files named CASE_0000{file_ending}, as the teacher's data set has them"
         )
+    for kind in others if tell else ():
+        _log.warning("--images: %s: not used: %s", printable(folder), kind)
     problems: dict[str, str] = {}
     channels: dict[str, dict[int, Path]] = {}
     for name in names:
@@ -52,7 +59,7 @@ def unusable(folder: Path, problems: Mapping[str, str]) -> ImageError:
     """One error that names all images that cannot be used."""
     return ImageError(
         f"{len(problems)} image(s) in {folder} cannot be used\n"
-        + "\n".join(f"  - {name}: {problem}" for name, problem in sorted(problems.items()))
+        + "\n".join(f"  - {printable(name)}: {problem}" for name, problem in sorted(problems.items()))
         + "\nmend or remove them and run the same command again"
     )
 

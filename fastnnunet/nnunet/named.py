@@ -75,7 +75,7 @@ def _missing(plans: dict[str, Any], configuration: str) -> list[str]:
             problems.append(f"{field}: nothing is named, which nnU-Net needs")
         elif not _is_found(package, str(name), is_class=field not in _RESAMPLING):
             problems.append(f"{field}: got {name!r}, which is not in nnunetv2.{package}")
-    return problems
+    return list(dict.fromkeys(problems))  # channels may share a scheme
 
 
 def _named(plans: dict[str, Any], configuration: str) -> Iterator[tuple[str, str, Any]]:
@@ -106,7 +106,8 @@ def _irreproducible(plans: dict[str, Any], configuration: str) -> list[str]:
     """What the runtime does not have. An image reader is none of it: arrays can be predicted without one."""
     manager, config = configuration_of(plans, configuration)
     problems = preprocessing_problems(config.configuration.get("preprocessor_name"), manager.plans.get("label_manager"))
-    problems += normalization_problems(config.normalization_schemes, intensity_properties(manager))
+    schemes = config.configuration.get("normalization_schemes") or ()
+    problems += normalization_problems(schemes, intensity_properties(manager))
     # without a previous stage nnU-Net resamples a segmentation only to throw it away
     parsers = {"data": parse_resample_spec, "probabilities": parse_resample_spec, "seg": parse_label_resample_spec}
     for kind, parse in parsers.items():

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
-from fastnnunet.nnunet.trust import check_trusted
+from fastnnunet.nnunet.trust import check_labels, check_trusted
+from fastnnunet.specs.architecture import unet_problems
 from fastnnunet.specs.json_text import read_json_object
-from fastnnunet.specs.plans_checks import check_dataset_json, is_class_name
+from fastnnunet.specs.plans_checks import is_class_name
 from fastnnunet.specs.problems import shown
 
 if TYPE_CHECKING:
@@ -99,10 +100,12 @@ def architecture_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]
     plans of before 2.5, is such a place. Raises MismatchError.
     """
     architecture = deepcopy(resolved(plans, configuration)["architecture"])
-    name = str(architecture.get("network_class_name"))
-    if name.startswith(_NETWORKS) and (moved := _UNETS.get(name.rsplit(".", 1)[-1])):
-        architecture["network_class_name"] = moved
-    return architecture
+    return {**architecture, "network_class_name": _name_now(architecture["network_class_name"])}
+
+
+def _name_now(class_name: str) -> str:
+    moved = _UNETS.get(class_name.rsplit(".", 1)[-1])
+    return moved if moved and class_name.startswith(_NETWORKS) else class_name
 
 
 def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
@@ -118,7 +121,7 @@ def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
 
 def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
     """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for one that is not installed."""
-    check_dataset_json(dataset_json)
+    check_labels(plans_manager, dataset_json)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
         if plans_manager.label_manager_class is None:
             raise MismatchError(
@@ -131,9 +134,10 @@ def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]
 def num_input_channels(
     plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
 ) -> int:
-    """Image channels plus, in a cascade, one channel per foreground label."""
+    """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+    label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
@@ -152,6 +156,7 @@ def build_network(
     import inspect
 
     plans_manager, config = configuration_of(plans, configuration)
+    config.configuration["architecture"] = architecture_of(plans, configuration)
     described = (
         config.network_arch_class_name,
         config.network_arch_init_kwargs,
@@ -189,6 +194,9 @@ def check_fits(
 
     from fastnnunet.nnunet.checkpoint import load_weights
 
+    config = configuration_of(plans, configuration)[1]
+    if problems := unet_problems(config.configuration["architecture"], config.patch_size):
+        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
         load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)

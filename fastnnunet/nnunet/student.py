@@ -128,7 +128,8 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (tests/benchmarks/lite_student.py). [1, 3, 3] halves the time and
     still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
-    kernels = [list(k) for k in kwargs["kernel_sizes"]]
+    axes = 2 if "2d" in str(kwargs.get("conv_op")) else 3
+    kernels = [[k] * axes if isinstance(k, int) else list(k) for k in _per_stage(kwargs["kernel_sizes"], stages)]
     if len(kernels[0]) == 3:
         kernels[0] = [1, *kernels[0][1:]]
     kwargs["kernel_sizes"] = kernels
@@ -137,7 +138,7 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     kwargs["n_conv_per_stage_decoder"] = [*_per_stage(kwargs["n_conv_per_stage_decoder"], stages - 1)[:-1], 1]
 
 
-def _per_stage(value: int | list[int], stages: int) -> list[int]:
+def _per_stage(value: Any, stages: int) -> list[Any]:
     return [value] * stages if isinstance(value, int) else list(value)
 
 

@@ -1,13 +1,15 @@
 """What plans may name of nnU-Net's own: its classes and functions, not whatever its modules have imported."""
 
+import contextlib
 import importlib
+import io
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.specs.networks import ALLOW_CODE_OPTION, code_is_allowed
-from fastnnunet.specs.plans_checks import check_plans, is_class_name, resolve_inheritance
+from fastnnunet.specs.plans_checks import check_dataset_json, check_plans, is_class_name, resolve_inheritance
 from fastnnunet.specs.problems import shown
 
 # field of plans or of a configuration -> where nnU-Net searches for what it names, and what it writes there itself
@@ -57,16 +59,35 @@ def check_trusted(plans: Mapping[str, Any], configuration: str) -> None:
                 _check_defined(name, field, f"nnunetv2.{place}")
 
 
-def _check_defined(name: Any, field: str, place: str) -> None:
-    """Nothing of that name is nnU-Net's to say; it is asked for it later."""
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+def check_labels(plans_manager: Any, dataset_json: Mapping[str, Any]) -> None:
+    """Refuse a dataset.json of which nnU-Net's label manager cannot be made. Raises MismatchError."""
+    check_dataset_json(dataset_json)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # that plans name no label manager
+            plans_manager.get_label_manager(dataset_json)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise MismatchError(
+            f"the labels in dataset.json are not as nnU-Net takes them: {e}\n"
+            f"  got      {shown(dataset_json['labels'])}\n"
+            '  expected {"background": 0, "organ": 1, ...}, and regions_class_order where there are regions'
+        ) from e
 
+
+def _check_defined(name: Any, field: str, place: str) -> None:
+    """What is not there at all is left to whoever needs it, but for the label manager, which everything does."""
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    kind = FunctionType if field.startswith("resampling") else type
     folder = importlib.import_module(place).__path__[0]
     found = recursive_find_python_class(folder, name, place) if is_class_name(name) else object
-    if found is None:
-        return
-    if not isinstance(found, type | FunctionType) or not found.__module__.startswith("nnunetv2."):
+    if field == "label_manager":
+        is_theirs = isinstance(found, type) and issubclass(found, LabelManager)
+    else:
+        is_theirs = found is None or (isinstance(found, kind) and found.__module__.startswith("nnunetv2."))
+    if not is_theirs:
+        what = "function" if kind is FunctionType else "class"
         raise MismatchError(
-            f"{field}: got {shown(name)}, expected the name of a class or function of {place}: other code is not run\n"
+            f"{field}: got {shown(name)}, expected the name of a {what} of {place}: other code is not run\n"
             f"if you trust whoever made this model, give {ALLOW_CODE_OPTION}"
         )

@@ -9,15 +9,14 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fastnnunet.errors import (
     NO_ROOM,
@@ -38,6 +37,7 @@ from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
 from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.system.locks import locked
 
 SETS = "unlabelled"
 VERSION = 1
@@ -57,9 +57,8 @@ Progress = Callable[[int, int], None]
 class UnlabelledCases(PreprocessedCases):
     """The finished cases of a set."""
 
-    REMAKE: ClassVar[str] = "remove it and run the same fastnnunet cache build --images again"
-
     finished: tuple[str, ...]
+    remake: str = field(default="remove it and run the same fastnnunet cache build --images again", kw_only=True)
 
     @cached_property
     def case_ids(self) -> tuple[str, ...]:
@@ -124,10 +123,11 @@ class ImageSet:
         """Raises NotFoundError when nothing was preprocessed yet, CorruptError."""
         return read_record(self.record_file)
 
-    def find_images(self, images: Path) -> dict[str, tuple[Path, ...]]:
-        """Case id -> files in `images`; errors as of `image_folder.find_images`."""
+    def find_images(self, images: Path, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
+        """Case id -> files in `images`; errors and warnings as of `image_folder.find_images`."""
         managers = configuration_of(self.plans, self.configuration)
-        return find_images(images, self.dataset_json["file_ending"], num_input_channels(*managers, self.dataset_json))
+        channels = num_input_channels(*managers, self.dataset_json)
+        return find_images(images, self.dataset_json["file_ending"], channels, tell=tell)
 
 
 def sets_folder(dataset_name: str) -> Path:
@@ -262,7 +262,7 @@ def require_current(target: ImageSet, labelled: Sequence[str], command: str) -> 
     if record.preprocessing != target.preprocessing:
         problems.append("the teacher's plans preprocess images in another way now")
     if record.images.is_dir():
-        found = target.find_images(record.images)
+        found = target.find_images(record.images, tell=False)
         kinds = {
             "new": [c for c in found if c not in record.cases],
             "changed": [c for c, files in record.cases.items() if c in found and not unchanged(found[c], files)],
@@ -348,16 +348,16 @@ def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One build of a set at a time; the system gives the lock back when the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as e:
-        raise _write_error(e, folder) from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """One build of a set at a time; the system gives the lock back when the process dies.
+
+    Where it has no locks a warning asks the user to see to it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except BlockingIOError as e:
+            raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
+        except OSError as e:
+            raise _write_error(e, folder) from e
         yield
-    except BlockingIOError as e:
-        raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
-    finally:
-        os.close(descriptor)

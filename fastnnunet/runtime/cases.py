@@ -1,21 +1,28 @@
 """Which files belong to which case, and where its prediction goes: nnU-Net's naming."""
 
+import logging
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from fastnnunet.errors import ImageError, NotFoundError, SpecError
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder, slice_files
+from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError, printable
+from fastnnunet.runtime.dicom import DicomSeries, folders_below, is_dicom_folder
+from fastnnunet.runtime.files import longest_name
 from fastnnunet.specs.bundle import BundleSpec
+from fastnnunet.specs.listing import examples, passed_over, regular_files
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)  # a name may have a line break
 DICOM_SEG_ENDING = ".dcm"
 _IMAGE_ENDINGS = (
     *(".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff"),
     DICOM_SEG_ENDING,
 )
+_COMPANION_ENDINGS = (".json", ".raw", ".zraw", ".img", ".hdr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +39,20 @@ class Case:
         """What a reader reads."""
         return self.series or self.files
 
+    def told(self, error: FastnnUNetError) -> FastnnUNetError:
+        """The error of this case with control characters in the names of its files escaped."""
+        message = str(error)
+        for place in (*self.channels, *(place.name for place in self.channels), self.case_id):
+            if (name := str(place)) != printable(name):
+                message = message.replace(name, printable(name))
+        return error if message == str(error) else type(error)(message)
+
 
 def is_single_image(source: Path, spec: BundleSpec) -> bool:
     """Whether `source` is one image: a file, or a folder of DICOM files without images of the model's file ending."""
-    return source.is_file() or (source.is_dir() and not _images(source, spec) and is_dicom_folder(source))
+    # these two never raise, whatever the name
+    is_file, is_folder = os.path.isfile(source), os.path.isdir(source)
+    return is_file or (is_folder and not regular_files(source, spec.file_ending) and is_dicom_folder(source))
 
 
 def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
@@ -44,20 +61,20 @@ def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
     Where there is no file of the model's ending, folders of DICOM files are the images: `NAME`, or `NAME_0000`,
     `NAME_0001`, ... for a model of several channels.
     Files of the model's ending that are not named so become a case with a problem, as do gaps in the channels; hidden
-    files (macOS leaves `._` twins) are passed over.
+    files (macOS leaves `._` twins) are passed over. What else lies in the folder is logged as a warning.
     Raises NotFoundError when the folder is missing or has no image.
     """
-    if not source.is_dir():
-        raise NotFoundError(f"input not found: {source}\nexpected an image file or a folder of images")
-    if names := _images(source, spec):
-        return _by_case(source, names, spec.file_ending, numbered=True)
+    if not os.path.isdir(source):
+        what = "is no file but a pipe, socket or device" if os.path.exists(source) else "was not found"
+        raise NotFoundError(f"the input {printable(source)} {what}\nexpected an image file or a folder of images")
+    if names := regular_files(source, spec.file_ending):
+        cases = _by_case(source, names, spec.file_ending, numbered=True)
+        _tell(source, passed_over(source, {*names, *_companions(source, names, cases, spec)}, spec.file_ending))
+        return cases
     folders = sorted(p.name for p in source.iterdir() if not p.name.startswith(".") and is_dicom_folder(p))
     if not folders:
-        others = sorted(p.name for p in source.iterdir())[:3]
-        raise NotFoundError(
-            f"no image in {source}: expected files named NAME_0000{spec.file_ending} or folders of DICOM files, "
-            f"found {', '.join(others) or 'nothing'}"
-        )
+        _refuse_empty(source, spec)
+    _tell(source, [*passed_over(source, folders), *_deeper(source, folders)])
     cases = _by_case(source, folders, "", numbered=len(spec.channel_names) > 1)
     return [_of_series(case) for case in cases]
 
@@ -99,12 +116,35 @@ def _of_series(case: Case, uid: str | None = None) -> Case:
     return Case(case.case_id, (), case.problem, tuple(DicomSeries(folder=folder, uid=uid) for folder in case.files))
 
 
-def _images(folder: Path, spec: BundleSpec) -> list[str]:
-    return sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.name.endswith(spec.file_ending) and not p.name.startswith(".") and p.is_file()
+def _refuse_empty(source: Path, spec: BundleSpec) -> None:
+    """Raises NotFoundError saying what there is instead of images."""
+    found = [*passed_over(source, (), spec.file_ending), *_deeper(source, ())]
+    raise NotFoundError(
+        f"no image in {printable(source)}: expected files named NAME_0000{spec.file_ending} or folders of DICOM files, "
+        f"found {'; '.join(found) or 'nothing'}"
     )
+
+
+def _tell(source: Path, kinds: list[str]) -> None:
+    for kind in kinds:
+        _log.warning("%s: not predicted: %s", printable(source), kind)
+
+
+def _deeper(source: Path, taken: Sequence[str]) -> list[str]:
+    """Where DICOM files lie below folders that hold none themselves, in words; nothing where there are none."""
+    below = [folder for folder in folders_below(source) if folder.relative_to(source).parts[0] not in taken]
+    if not below:
+        return []
+    return [
+        f"DICOM files deeper in it, in {examples([str(folder.relative_to(source)) for folder in below])} "
+        f"(predict them with -i {printable(below[0].parent)})"
+    ]
+
+
+def _companions(source: Path, names: list[str], cases: list[Case], spec: BundleSpec) -> set[str]:
+    """Files that belong to images without being one: the voxels of a header, the spacing of a TIFF file."""
+    stems = [name[: len(name) - len(spec.file_ending)] for name in names]
+    return {stem + ending for stem in (*stems, *(case.case_id for case in cases)) for ending in _COMPANION_ENDINGS}
 
 
 def _by_case(source: Path, names: list[str], ending: str, *, numbered: bool) -> list[Case]:
@@ -115,13 +155,12 @@ def _by_case(source: Path, names: list[str], ending: str, *, numbered: bool) -> 
         stem = name[: len(name) - len(ending)]
         match = _CHANNEL.fullmatch(stem)
         if (problem := _unusable_name(name)) is not None:
-            printable = stem.encode("utf-8", "backslashreplace").decode()
-            cases.append(Case(printable, (source / name,), problem))
+            cases.append(Case(printable(stem), (source / name,), problem))
         elif match is not None:
             channels.setdefault(match["case"], {})[int(match["channel"])] = source / name
         elif numbered:
-            expected = f"expected a name such as {stem}_0000{ending}"
-            cases.append(Case(stem, (source / name,), f"{source / name} has no channel number; {expected}"))
+            expected = f"expected a name such as {printable(stem)}_0000{ending}"
+            cases.append(Case(stem, (source / name,), f"{printable(source / name)} has no channel number; {expected}"))
         else:
             cases.append(Case(stem, (source / name,)))
     for case_id, files in channels.items():
@@ -138,7 +177,7 @@ def _unusable_name(name: str) -> str | None:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        return f"{name!r} is a file name that is not UTF-8; rename the file"
+        return f"{printable(name)} is a file name that is not UTF-8; rename the file"
     return None
 
 
@@ -152,15 +191,19 @@ def take_part(cases: list[T], part_id: int, num_parts: int) -> list[T]:
     return cases[part_id::num_parts]
 
 
-def refuse_input_as_output(case: Case, output: Path) -> None:
-    """Raises SpecError when the segmentation would be written over the image it is made from."""
-    if not output.is_file():
-        return
-    place = output.resolve()
-    beside = [series for series in case.series if series.folder.resolve() == place.parent]
-    images = [*case.files, *(file for series in beside for file in slice_files(series))]
-    if place in {image.resolve() for image in images}:
-        raise SpecError(f"{output} is an input image and would be replaced by its segmentation; give another -o")
+def with_output(case: Case, output: Path) -> Case:
+    """A case as it is, or with the problem that no file `output` can be written, which the images cannot tell."""
+    problem = None
+    limit = longest_name(output.parent)
+    # of the segmentation, or of what is written beside it
+    if len(os.fsencode(output.name)) > limit or len(os.fsencode(output.stem)) + len(".json") > limit:
+        problem = (
+            f"the name of its output has {len(os.fsencode(output.name))} bytes ({printable(output.name[:20])}...), the "
+            f"file system takes {limit} with every ending; rename the image"
+        )
+    elif os.path.isdir(output):
+        problem = f"its output {printable(output)} is a folder; give another -o, or rename it"
+    return case if problem is None or case.problem else replace(case, problem=problem)
 
 
 def output_file(source: Path, output: Path, case: Case, spec: BundleSpec, ending: str | None = None) -> Path:

@@ -3,6 +3,7 @@
 Compressed transfer syntaxes and rescaling are GDCM's business. Files without preamble are DICOM too.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _log = logging.getLogger(__name__)
 # segmentations and registrations, radiotherapy objects: they refer to a series, and may lie beside it
 _NO_IMAGES = ("1.2.840.10008.5.1.4.1.1.66.", "1.2.840.10008.5.1.4.1.1.481.")
 _PREAMBLE_BYTES = 128
+_DEEPEST_FOLDER = 5  # patient, study, series, and what archives put above them
+_FOLDERS_SHOWN, _FOLDERS_LOOKED_AT = 3, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,28 @@ class _Slices:
 def is_dicom_folder(folder: Path) -> bool:
     """Whether some file directly in `folder` is DICOM, whatever its name."""
     return folder.is_dir() and any(is_dicom_file(file) for file in _files(folder))
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """Folders of DICOM files two or more levels below a folder; only the first few that there are. Links are not
+    followed, since they may lead in circles.
+    """
+    found: list[Path] = []
+    level = [folder]
+    looked_at = 0
+    for depth in range(_DEEPEST_FOLDER):
+        below = []
+        for parent in level:
+            with contextlib.suppress(PermissionError):  # what cannot be looked into cannot be predicted either
+                below += sorted(p for p in parent.iterdir() if p.is_dir() and not p.is_symlink())
+        level = [p for p in below if not p.name.startswith(".")]
+        for place in level if depth else ():
+            looked_at += 1
+            if len(found) > _FOLDERS_SHOWN or looked_at > _FOLDERS_LOOKED_AT:
+                return found
+            if is_dicom_folder(place):
+                found.append(place)
+    return found
 
 
 def is_dicom_file(file: Path) -> bool:

@@ -1,43 +1,123 @@
 """Files that are whole or not there."""
 
-import hashlib
 import os
-from collections.abc import Iterator
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError
+from fastnnunet.runtime.whole import is_whole
 
-_under_way: set[Path] = set()  # partial files of this process
+_USUAL_LONGEST_NAME = 255
+_PROBE = bytes(2**16)
+_under_way: dict[Path, int] = {}  # partial files of this process -> the thread that writes them
+
+
+class _Together(threading.local):
+    """Of each thread: files that are complete and not in their places yet, or None outside `files_together`."""
+
+    waiting: dict[Path, Path] | None = None  # partial file -> its place
+
+
+_together = _Together()
 
 
 @contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` with the same file ending; rename it on success, remove it on failure.
 
+    Its name is of this call alone, so that threads and processes, also of other machines, may write the same file.
     Raises DiskSpaceError when the disk is full, FastnnUNetError for any other reason that `path` cannot be written.
     """
     # writers choose the format by the ending, and ITK by any `.nii` or `.img` in a name, hence none of the rest of it
     ending = path.name[-len(".nii.gz") :] if path.name.lower().endswith(".nii.gz") else path.suffix
-    stem = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    partial = path.with_name(f".partial-{os.getpid()}-{stem}{ending}")
-    _under_way.add(partial)
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}{ending}")
+    _under_way[partial] = threading.get_ident()
+    is_waiting = False
     try:
         yield partial
-        partial.replace(path)
+        if partial.is_file() and is_whole(partial) is False:
+            raise FastnnUNetError(f"cannot write {path}: not all of it was written")
+        if _together.waiting is None:
+            _put([(partial, path)])
+        else:
+            _together.waiting[partial] = path
+            is_waiting = True
+    except FastnnUNetError as e:  # of a library that does not say why
+        reason = None if isinstance(e, OSError) else _why_no_room(partial)
+        if reason is None:
+            raise
+        raise _cannot_write(path, reason) from e
     except OSError as e:
-        if e.errno in NO_ROOM:
-            raise DiskSpaceError(f"no room left to write {path}; free some space and run again") from e
-        raise FastnnUNetError(f"cannot write {path}: {e}") from e
+        raise _cannot_write(path, e) from e
     finally:
-        partial.unlink(missing_ok=True)
-        _under_way.discard(partial)
+        if not is_waiting:
+            _remove([partial])
 
 
-def abandon_output() -> None:
-    """Remove what another thread has written of files that are not finished; it cannot finish them then."""
-    for partial in list(_under_way):
+@contextmanager
+def files_together() -> Iterator[None]:
+    """What `atomic_output` completes inside is put into place at the end, in order: all of it or, on failure, nothing.
+
+    Raises what `atomic_output` raises.
+    """
+    waiting = _together.waiting = {}
+    try:
+        yield
+        _put(list(waiting.items()))
+    finally:
+        _together.waiting = None
+        _remove(waiting)
+
+
+def _put(files: Sequence[tuple[Path, Path]]) -> None:
+    """Rename partial files to their places, unless one was abandoned. Raises FastnnUNetError."""
+    for partial, path in files:
+        if partial not in _under_way:
+            raise FastnnUNetError(f"cannot write {path}: interrupted")
+    for partial, path in files:
+        try:
+            partial.replace(path)
+        except OSError as e:
+            raise _cannot_write(path, e) from e
+
+
+def _cannot_write(path: Path, error: OSError) -> FastnnUNetError:
+    if error.errno in NO_ROOM:
+        return DiskSpaceError(
+            f"no room left to write {path} ({os.strerror(error.errno)}); free some space, or raise the limit (quota, "
+            "ulimit -f), and run again"
+        )
+    return FastnnUNetError(f"cannot write {path}: {error}")
+
+
+def _why_no_room(partial: Path) -> OSError | None:
+    """The system's error where not even a little more can be written to a partial file."""
+    try:
+        with partial.open("ab") as f:
+            f.write(_PROBE)
+    except OSError as e:
+        return e if e.errno in NO_ROOM else None
+    return None
+
+
+def _remove(partials: Iterable[Path]) -> None:
+    for partial in partials:
         partial.unlink(missing_ok=True)
+        _under_way.pop(partial, None)
+
+
+def abandon_output(thread: int) -> None:
+    """Remove what another thread (its identifier) has not finished writing; it cannot finish that then."""
+    for partial, writer in list(_under_way.items()):
+        if writer == thread:
+            _remove([partial])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_under_way.clear)  # they are the parent's
 
 
 def check_output_folder(folder: Path) -> None:
@@ -45,11 +125,29 @@ def check_output_folder(folder: Path) -> None:
 
     Raises FastnnUNetError saying why.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is a file; give another one")
+    # os.path answers False where Path raises, for names that are too long
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):
+        what = "a file" if os.path.exists(existing) else "a link that leads nowhere"
+        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is {what}; give another one")
+    limit = longest_name(existing)
+    for name in folder.absolute().parts[len(existing.parts) :]:
+        if len(os.fsencode(name)) > limit:
+            raise FastnnUNetError(
+                f"cannot create the output folder {folder}: a name in it has {len(os.fsencode(name))} bytes, the file "
+                f"system takes {limit}; give another one"
+            )
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise FastnnUNetError(f"cannot write to the output folder {folder}: no permission; give another one")
+
+
+def longest_name(folder: Path) -> int:
+    """How many bytes a file name in a folder may have; the folder need not exist yet."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(place))
+    try:
+        return os.pathconf(existing, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # not told there, or no POSIX system
+        return _USUAL_LONGEST_NAME
 
 
 def make_folder(path: Path) -> None:

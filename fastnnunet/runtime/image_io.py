@@ -50,7 +50,7 @@ def image_io(reader_writer: str) -> ImageIO:
     }
     if reader_writer not in readers:
         raise SpecError(
-            f"the bundle's image reader is {reader_writer!r}, which this runtime does not have; "
+            f"the model's image reader is {reader_writer!r}, which this runtime does not have; "
             f"known: {', '.join(readers)}\nread the images yourself and call Predictor.predict_array"
         )
     return readers[reader_writer]()

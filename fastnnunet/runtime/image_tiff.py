@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastnnunet.specs.json_text import read_json_object
 
 TIFF_ENDINGS = (".tif", ".tiff")
 _UNCOMPRESSED = 1
+_CONTIGUOUS, _SEPARATE = 1, 2
 _log = logging.getLogger(__name__)
 
 
@@ -75,9 +77,13 @@ def read_tiff(file: Path) -> npt.NDArray[Any]:
         stored_bytes = stored.stored_bytes
     try:
         with _complaints() as complaints, tifffile.TiffFile(file) as tiff:
+            len(tiff.pages)  # follows all pages, which finds a circle; looking for series would walk in it for ever
             series = tiff.series[0]
             packed = any(page is not None and int(page.compression) != _UNCOMPRESSED for page in series.pages[:1])
             check_claim(file, series.nbytes, stored_bytes, ratio=PICTURE_RATIO if packed else 1, slack=SMALL_BYTES)
+            for page in series.pages:
+                if page is not None:
+                    _check_segments(file, page, stored_bytes)
             voxels = series.asarray()
     except ImageError:
         raise
@@ -89,6 +95,26 @@ def read_tiff(file: Path) -> npt.NDArray[Any]:
     if complaints:
         raise ImageError(f"{file} is truncated or damaged ({complaints[0]}); copy or export it again")
     return voxels
+
+
+def _check_segments(file: Path, page: Any, stored_bytes: int) -> None:
+    """Raises ImageError unless every strip or tile is in the file, or a tile left out on purpose.
+
+    tifffile leaves memory as it finds it where one is not, or where its planes are arranged in no known way.
+    """
+    if int(page.keyframe.planarconfig) not in (_CONTIGUOUS, _SEPARATE):
+        raise ImageError(
+            f"{file} is damaged: its planar configuration is {int(page.keyframe.planarconfig)}; export it again"
+        )
+    expected, got = math.prod(page.chunked), len(page.dataoffsets)
+    if got < expected or len(page.databytecounts) < got:
+        raise ImageError(f"{file} is damaged: {got} of {expected} strips or tiles are there; export it again")
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if offset + size > stored_bytes or (offset == 0) != (size == 0) or (size == 0 and got == 1):
+            raise ImageError(
+                f"{file} is truncated or damaged: a strip or tile has {size} bytes from {offset} on, expected them "
+                f"within {stored_bytes}; copy or export it again"
+            )
 
 
 @contextmanager

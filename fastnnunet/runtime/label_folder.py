@@ -1,17 +1,23 @@
 """Tidying a folder of label maps with the reader its predictions were written with."""
 
+import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import FastnnUNetError, ImageError, NotFoundError, SpecError
-from fastnnunet.runtime.files import make_folder
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError, printable
+from fastnnunet.runtime.files import check_output_folder, make_folder
 from fastnnunet.runtime.image_io import ImageIO, image_io
 from fastnnunet.runtime.labels import Cleanup, clean
+from fastnnunet.runtime.output import files_of_case, sibling
+from fastnnunet.runtime.overlap import refuse_overlap
 from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.listing import passed_over, regular_files
 
+_log = logging.getLogger(__name__)
 MAX_LABEL = 2**16 - 1
 
 
@@ -55,27 +61,42 @@ def postprocess_folder(
 ) -> int:
     """Clean every label map of `folder` into `output` under the same name; returns how many there were.
 
-    A label map that fails is left out and reported with its error to `on_done(file, error)`.
-    Raises NotFoundError when there is none.
+    A label map that fails is left out and reported with its error to `on_done(file, error)`; what else lies in the
+    folder is logged as a warning.
+    Raises NotFoundError when there is none, SpecError when a result would replace a label map, DiskSpaceError when
+    there is no room for the results.
     """
-    files = sorted(
-        p
-        for p in (folder.iterdir() if folder.is_dir() else ())
-        if p.name.endswith(source.file_ending) and not p.name.startswith(".") and p.is_file()
-    )
+    names = regular_files(folder, source.file_ending) if os.path.isdir(folder) else []
+    files = [folder / name for name in names]
+    beside = {file.name for name in names for file in _files_beside(folder / name, source.file_ending)}
+    others = passed_over(folder, {*names, *beside}, source.file_ending) if os.path.isdir(folder) else []
     if not files:
-        raise NotFoundError(f"no label map in {folder}: expected files ending in {source.file_ending}")
+        found = "; ".join(others) or "nothing"
+        raise NotFoundError(f"no label map in {folder}: expected files ending in {source.file_ending}, found {found}")
+    for kind in others:
+        _log.warning("%s: not postprocessed: %s", printable(folder), kind)
+    check_output_folder(output)
+    refuse_overlap(
+        [place for file in files for place in (file, *_files_beside(file, source.file_ending))],
+        [place for file in files for place in files_of_case(output / file.name, source.file_ending)],
+    )
     io = image_io(source.reader_writer)
     make_folder(output)
     with ThreadPoolExecutor(workers) as pool:
         pending = {pool.submit(_clean_file, io, file, output / file.name, cleanup): file for file in files}
         for done in as_completed(pending):
             error = done.exception()
-            if error is not None and not isinstance(error, FastnnUNetError):
+            if isinstance(error, DiskSpaceError) or not isinstance(error, FastnnUNetError | None):
+                pool.shutdown(cancel_futures=True)
                 raise error
             if on_done:
                 on_done(pending[done], error)
     return len(files)
+
+
+def _files_beside(label_map: Path, file_ending: str) -> list[Path]:
+    """What predicting leaves beside a label map: probabilities, and the spacing of a TIFF file."""
+    return [sibling(label_map, file_ending, ending) for ending in (".npz", ".pkl", ".json")]
 
 
 def _clean_file(io: ImageIO, file: Path, output: Path, cleanup: Cleanup) -> None:

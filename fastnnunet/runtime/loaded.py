@@ -1,5 +1,6 @@
 """A bundle in memory and its stages on arrays, each as nnU-Net 2.8 would."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -49,9 +50,14 @@ class Prediction:
 
 
 class LoadedBundle:
-    """A loaded bundle. Not for use from several threads at once.
+    """A loaded bundle. Any number of threads may predict with it at once; each gets what it would get alone.
 
-    `step_size`, `mirror_axes` and `use_gaussian` may be changed between predictions.
+    Predictions run side by side, each with the backend's threads and with memory of its own; those of TensorRT take
+    turns batch by batch. Where many threads predict, `threads=1` keeps them from competing for the cores.
+    `step_size`, `mirror_axes` and `use_gaussian` may be changed between predictions, which read them once; threads that
+    want different ones take a bundle each from `with_settings`.
+    In a forked process a loaded bundle goes on working on CPUs, unless another thread was predicting at that moment: it
+    is refused then (BackendError), as it always is on a GPU.
     """
 
     def __init__(
@@ -74,8 +80,7 @@ class LoadedBundle:
         self.spec = spec
         self.backends = backends
         self.step_size = spec.step_size if step_size is None else step_size
-        if not 0 < self.step_size <= 1:
-            raise SpecError(f"step_size: got {self.step_size}, expected a number in (0, 1]")
+        _check_step_size(self.step_size)
         self.mirror_axes = spec.mirror_axes if mirroring else None
         self.use_gaussian = use_gaussian
         self.threads = threads
@@ -111,6 +116,15 @@ class LoadedBundle:
             spec = _with_folds(spec, [str(fold) for fold in folds])
         backends = create_ensemble(backend, bundle, spec, threads=threads, precision=precision, device=device)
         return cls(spec, backends, step_size=step_size, mirroring=mirroring, use_gaussian=use_gaussian, threads=threads)
+
+    def with_settings(self, *, step_size: float, mirroring: bool, use_gaussian: bool) -> Self:
+        """The same bundle, not loaded again, with settings that nobody else changes. Raises SpecError."""
+        _check_step_size(step_size)
+        other = copy.copy(self)
+        other.step_size = step_size
+        other.mirror_axes = self.spec.mirror_axes if mirroring else None
+        other.use_gaussian = use_gaussian
+        return other
 
     @property
     def backend(self) -> Backend:
@@ -249,6 +263,11 @@ def _check_names(spec: BundleSpec) -> None:
             + "\n".join(f"  - {p}" for p in problems)
             + "\npredict with nnU-Net itself, nnUNetv2_predict"
         )
+
+
+def _check_step_size(step_size: float) -> None:
+    if not 0 < step_size <= 1:
+        raise SpecError(f"step_size: got {step_size}, expected a number in (0, 1]")
 
 
 def _with_folds(spec: BundleSpec, folds: list[str]) -> BundleSpec:

@@ -10,13 +10,27 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import __version__
-from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.files import atomic_output, make_folder
 from fastnnunet.specs.bundle import BundleSpec
+
+RUN_FILES = ("predict_from_raw_data_args.json", "dataset.json", "plans.json")
+_TIFF = (".tif", ".tiff")  # their spacing lies beside them
 
 
 def sibling(segmentation: Path, file_ending: str, ending: str) -> Path:
     """`case.nii.gz` -> `case.npz`: a file of the same case."""
     return segmentation.with_name(segmentation.name.removesuffix(file_ending) + ending)
+
+
+def files_of_case(segmentation: Path, file_ending: str, *, save_probabilities: bool = False) -> list[Path]:
+    """All files that are written for a case."""
+    endings = [*((".npz", ".pkl") if save_probabilities else ()), *((".json",) if file_ending in _TIFF else ())]
+    return [segmentation, *(sibling(segmentation, file_ending, ending) for ending in endings)]
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """What `write_run_files` writes."""
+    return [folder / name for name in RUN_FILES]
 
 
 def write_probabilities(
@@ -67,12 +81,10 @@ def _plain(value: object) -> Any:
 def write_run_files(spec: BundleSpec, arguments: dict[str, Any], folder: Path, run: dict[str, Any]) -> None:
     """predict_from_raw_data_args.json, dataset.json and plans.json, which nnU-Net's later steps look for.
 
-    `run`: what predicted, recorded beside nnU-Net's own `arguments`.
+    `run`: what predicted, recorded beside nnU-Net's own `arguments`. The folder need not exist yet.
     """
-    for name, content, sort_keys in (
-        ("predict_from_raw_data_args.json", {**arguments, "fastnnunet": {"version": __version__, **run}}, True),
-        ("dataset.json", spec.dataset_json, False),
-        ("plans.json", spec.plans, False),
-    ):
+    make_folder(folder)
+    contents = ({**arguments, "fastnnunet": {"version": __version__, **run}}, spec.dataset_json, spec.plans)
+    for name, content, sort_keys in zip(RUN_FILES, contents, (True, False, False), strict=True):
         with atomic_output(folder / name) as partial:
             partial.write_text(json.dumps(content, indent=4, sort_keys=sort_keys))

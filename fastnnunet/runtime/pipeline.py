@@ -4,16 +4,17 @@ Three cases are in memory at most: one in each thread and one in the network, wh
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, get_ident
 from typing import Any, TypeAlias, TypeVar
 
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.runtime.files import abandon_output
+from fastnnunet.runtime.files import abandon_output, files_together
 
 _log = logging.getLogger(__name__)
 
@@ -26,13 +27,17 @@ _GRACE_S = 2.0  # for the file that is being written when the run is interrupted
 
 
 class WriteGate:
-    """Lets the writing thread write until it is closed; closing waits for the file that is being written."""
+    """Lets the writing thread write until it is closed; closing waits for the file that is being written.
+
+    What is written between two calls of `writing` appears together at the end or, where anything fails, not at all.
+    """
 
     def __init__(self, first: Callable[[], None] | None = None) -> None:
-        """`first` is called once, before anything else is written."""
+        """`first` is called before anything else is written, until it has worked once."""
         self._lock = Lock()
         self._closed = False
         self._first = first
+        self._writer = 0  # the thread that is writing
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -40,18 +45,24 @@ class WriteGate:
         with self._lock:
             if self._closed:
                 raise FastnnUNetError("interrupted")
-            if self._first:
-                self._first()
-                self._first = None
-            yield
+            self._writer = get_ident()
+            with files_together():
+                if self._first:
+                    self._first()
+                yield
+            self._first = None
 
-    def close(self) -> None:
+    def close(self, grace_s: float | None = None) -> None:
         """Nothing is written afterwards. A file that takes long is given up, and what there is of it removed."""
         self._closed = True
-        if self._lock.acquire(timeout=_GRACE_S):
-            self._lock.release()
-        else:
-            abandon_output()
+        is_over = False
+        try:
+            is_over = self._lock.acquire(timeout=_GRACE_S if grace_s is None else grace_s)
+        finally:  # also when interrupted again
+            if is_over:
+                self._lock.release()
+            else:
+                abandon_output(self._writer)
 
 
 def run_pipeline(
@@ -62,12 +73,13 @@ def run_pipeline(
     gate: WriteGate,
     *,
     threaded: bool,
-) -> Iterator[tuple[Item, Outcome[Finished]]]:
+) -> Generator[tuple[Item, Outcome[Finished]]]:
     """Each item with what `finish` made of it, or with the error that stopped it, in order.
 
     `load` (and iterating over `items`) and `finish` run in a thread each. An exception of one item leaves the others
     alone; one that is no FastnnUNetError becomes one, and is logged with its traceback at level DEBUG. When the run
-    ends early, by Ctrl-C or by closing the iterator, the gate is closed and the threads are left to themselves.
+    ends early, by Ctrl-C, by an error of `items` or by closing the iterator, what has been through the network has two
+    seconds to be finished; then the gate is closed and the threads are left to themselves.
     """
 
     def complete(item: Item, inferred: Outcome[Inferred]) -> Finished:
@@ -90,23 +102,32 @@ def run_pipeline(
         return None
 
     reader, writer = _Worker("read"), _Worker("write")
+    behind: tuple[Item, Future[Finished]] | None = None
+    ready: tuple[Item, Outcome[Inferred]] | None = None  # has been through the network and is not in `behind` yet
     try:
-        behind: tuple[Item, Future[Finished]] | None = None
         ahead = reader.submit(load_next)
-        while (following := ahead.result()) is not None:
+        while ahead.exception() is None and (following := ahead.result()) is not None:
             ahead = reader.submit(load_next)
             item, loaded = following
-            inferred = loaded if isinstance(loaded, FastnnUNetError) else _attempt(infer, item, loaded)
+            ready = item, loaded if isinstance(loaded, FastnnUNetError) else _attempt(infer, item, loaded)
             if behind is not None:  # its memory is free before the next one is written
                 yield behind[0], _attempt(behind[1].result)
-            behind = item, writer.submit(complete, item, inferred)
-            del following, loaded, inferred
+            behind, ready = (item, writer.submit(complete, *ready)), None
+            del following, loaded
         if behind is not None:
             yield behind[0], _attempt(behind[1].result)
+        ahead.result()  # raises what `items` raised
     finally:
-        gate.close()
-        reader.close()
-        writer.close()
+        deadline = time.monotonic() + _GRACE_S
+        try:
+            if ready is not None:
+                behind = ready[0], writer.submit(complete, *ready)
+            if behind is not None:
+                wait([behind[1]], _GRACE_S)
+        finally:
+            gate.close(max(0.0, deadline - time.monotonic()))
+            reader.close()
+            writer.close()
 
 
 def _attempt(call: Callable[..., Finished], *arguments: Any) -> Outcome[Finished]:

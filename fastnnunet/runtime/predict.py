@@ -3,9 +3,11 @@
 `Predictor.load(bundle)` then `predict_array` (arrays in, arrays out) or `predict_files` (what the command line runs).
 """
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,27 +15,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError
 from fastnnunet.runtime.cases import (
     DICOM_SEG_ENDING,
     Case,
     find_cases,
     is_single_image,
     output_file,
-    refuse_input_as_output,
     single_case,
     take_part,
+    with_output,
 )
-from fastnnunet.runtime.dicom import DicomSeries
+from fastnnunet.runtime.dicom import DicomSeries, is_dicom_file
 from fastnnunet.runtime.files import check_output_folder, make_folder
+from fastnnunet.runtime.finished import is_archive, is_pickle, is_segmentation
 from fastnnunet.runtime.image_io import image_io
 from fastnnunet.runtime.labels import Cleanup, clean
 from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
-from fastnnunet.runtime.output import RunArguments, sibling, write_probabilities, write_run_files
+from fastnnunet.runtime.output import (
+    RunArguments,
+    files_of_case,
+    files_of_run,
+    sibling,
+    write_probabilities,
+    write_run_files,
+)
+from fastnnunet.runtime.overlap import inputs_of, refuse_overlap
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import OnTiles
 from fastnnunet.runtime.times import StageTimes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +123,7 @@ class Predictor(LoadedBundle):
         times = StageTimes()
         with times.stage("read"):
             image_CZYX, properties = io.read(plan.case.channels)
+            self._check_slices(plan.case, image_CZYX.shape[1])
             previous_ZYX = None
             if plan.previous is not None:
                 if not plan.previous.is_file():
@@ -117,6 +131,16 @@ class Predictor(LoadedBundle):
                 previous_ZYX = io.read_segmentation(plan.previous)[0][0]
         with times.stage("preprocess"):
             return _Loaded(self.preprocess(image_CZYX, properties, previous_ZYX), times)
+
+    def _check_slices(self, case: Case, slices: int) -> None:
+        """Raises ImageError where one DICOM file was given for a volume; of other formats one slice is nnU-Net's."""
+        if slices > 1 or len(self.spec.spacing_mm) < 3 or self.spec.file_ending == DICOM_SEG_ENDING:
+            return
+        if case.series or is_dicom_file(case.files[0]):
+            raise ImageError(
+                f"{case.channels[0]} is one DICOM slice, and this model segments volumes\n"
+                "give the folder of the whole series with -i FOLDER"
+            )
 
     def _infer(self, plan: Planned, loaded: _Loaded, on_tiles: OnTiles | None) -> Inferred:
         return self.infer(loaded.preprocessed, loaded.times, on_tiles, keep_logits=plan.save_probabilities)
@@ -186,12 +210,10 @@ class Predictor(LoadedBundle):
         """Predict cases in order, failing ones included; the next is read and the last written meanwhile.
 
         `before_first()` is called before the first segmentation is written. Raises SpecError, before anything else,
-        where a segmentation would replace an image.
+        where an output would replace an input of the run or another output.
         `on_start(case, index, total)` is called when a case comes to the network, `on_tiles(done, total)` for tiles.
         """
-        for plan in planned:
-            if plan.output is not None:
-                refuse_input_as_output(plan.case, plan.output)
+        self.refuse_overlap(planned, planned)
         gate = WriteGate(before_first)
         numbers = {id(plan): number for number, plan in enumerate(planned)}
 
@@ -205,8 +227,35 @@ class Predictor(LoadedBundle):
 
         for plan, outcome in run_pipeline(planned, self._load, infer, finish, gate, threaded=threaded):
             if isinstance(outcome, FastnnUNetError):
-                outcome = CaseResult(case_id=plan.case.case_id, output=plan.output, error=outcome)
+                outcome = CaseResult(case_id=plan.case.case_id, output=plan.output, error=plan.case.told(outcome))
             yield outcome
+
+    def refuse_overlap(
+        self,
+        everything: Sequence[Planned],
+        planned: Sequence[Planned],
+        run_folder: Path | None = None,
+    ) -> None:
+        """Raises SpecError where an output would replace an input, or another output, of a run.
+
+        `everything`: all its cases, those of its other parts and those that are predicted already included; `planned`:
+        the cases to be predicted now. `run_folder`: where the side files of the run go.
+        """
+        previous = [plan.previous for plan in everything if plan.previous is not None]
+        side_files = [] if run_folder is None else files_of_run(run_folder)
+        inputs = inputs_of(plan.case for plan in everything)
+        refuse_overlap((*inputs, *previous), [*side_files, *self._outputs(planned)])
+        # an image is no result of an earlier run; a file that only lies among the images may be one
+        images = inputs_of(plan.case for plan in everything if not plan.case.problem)
+        refuse_overlap((*images, *previous), self._outputs(everything))
+
+    def _outputs(self, planned: Sequence[Planned]) -> list[Path]:
+        found: list[Path] = []
+        for plan in planned:
+            if plan.output is not None:
+                ending = self._ending(plan.output)
+                found += files_of_case(plan.output, ending, save_probabilities=plan.save_probabilities)
+        return found
 
     def predict_files(
         self,
@@ -230,7 +279,8 @@ class Predictor(LoadedBundle):
         `arguments`: which part of a folder, and how many threads.
         `cleanup` is done to every label map. `dicom_series` is the UID of one series of a DICOM folder; `dicom_seg`
         writes DICOM SEG, which takes DICOM input.
-        In a folder a case that fails is recorded in its result and the others go on; a single image raises.
+        In a folder a case that fails is recorded in its result and the others go on; a single image raises, and so does
+        a full disk.
         `on_start(case, index, total)`, `on_tiles(done, total)` and `on_done(result)` report progress.
         """
         arguments = arguments or RunArguments()
@@ -243,24 +293,31 @@ class Predictor(LoadedBundle):
             raise SpecError(f"--series chooses one series of one folder of DICOM files, {source} is none")
         cases = find_cases(source, self.spec) if is_folder else [single_case(source, self.spec, dicom_series)]
         ending = DICOM_SEG_ENDING if dicom_seg else self.spec.file_ending
-        planned = []
-        for case in take_part(cases, arguments.part_id, arguments.num_parts):
+        everything = []
+        for case in cases:
             file = output_file(source, output, case, self.spec, ending)
-            if overwrite or not self.is_done(file, save_probabilities):
-                check_output_folder(file.parent)
-                planned.append(
-                    Planned(
-                        case=case,
-                        output=file,
-                        previous=None if previous is None else previous / f"{case.case_id}{self.spec.file_ending}",
-                        save_probabilities=save_probabilities,
-                        cleanup=cleanup,
-                    )
+            everything.append(
+                Planned(
+                    case=with_output(case, file),
+                    output=file,
+                    previous=None if previous is None else previous / f"{case.case_id}{self.spec.file_ending}",
+                    save_probabilities=save_probabilities,
+                    cleanup=cleanup,
                 )
+            )
+        planned = [
+            plan
+            for plan in take_part(everything, arguments.part_id, arguments.num_parts)
+            if plan.output is not None and (overwrite or not self.is_done(plan.output, save_probabilities))
+        ]
+        for plan in planned:
+            if plan.output is not None:
+                check_output_folder(plan.output.parent)
+        is_file = any(plan.output == output for plan in planned)
+        self.refuse_overlap(everything, planned, None if is_file else output)
 
         def write_side_files() -> None:
             """With the first segmentation, so that a folder has both or neither."""
-            make_folder(output)
             described = arguments.describe(source, output, save_probabilities, overwrite, previous)
             write_run_files(self.spec, described, output, self.describe())
 
@@ -269,13 +326,13 @@ class Predictor(LoadedBundle):
             self.predict_planned(
                 planned,
                 threaded=is_folder and arguments.threaded,
-                before_first=None if any(plan.output == output for plan in planned) else write_side_files,
+                before_first=None if is_file else write_side_files,
                 on_start=on_start,
                 on_tiles=on_tiles,
             )
         ) as outcomes:
             for result in outcomes:
-                if result.error is not None and not is_folder:
+                if result.error is not None and (not is_folder or isinstance(result.error, DiskSpaceError)):
                     raise result.error
                 results.append(result)
                 if on_done:
@@ -283,8 +340,24 @@ class Predictor(LoadedBundle):
         return results
 
     def is_done(self, file: Path, save_probabilities: bool) -> bool:
-        """Whether a case was predicted: its segmentation is written last, whole or not at all."""
-        return file.is_file() and (not save_probabilities or sibling(file, self._ending(file), ".npz").is_file())
+        """Whether a case was predicted: its segmentation is there and whole, and so are its probabilities if wanted.
+
+        Other programs, and computers that crash, leave empty files and beginnings of files.
+        """
+        if not file.is_file():
+            return False
+        ending = self._ending(file)
+        wanted = [(file, partial(is_segmentation, image_io(self.spec.reader_writer), file))]
+        if save_probabilities:
+            archive, properties = sibling(file, ending, ".npz"), sibling(file, ending, ".pkl")
+            if not (archive.is_file() and properties.is_file()):
+                return False
+            wanted += [(archive, partial(is_archive, archive)), (properties, partial(is_pickle, properties))]
+        for path, is_whole in wanted:
+            if not is_whole():
+                _log.warning("%s is damaged or not complete: its case is predicted again", path)
+                return False
+        return True
 
     def _ending(self, output: Path) -> str:
         return DICOM_SEG_ENDING if output.name.endswith(DICOM_SEG_ENDING) else self.spec.file_ending

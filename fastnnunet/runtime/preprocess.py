@@ -97,7 +97,8 @@ def preprocess(
         )
     plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
     if plan is not None:
-        _check_growth(cropped_shape, plan.shape_out, spacing, target, voxel_bytes=data.itemsize * len(data))
+        voxel_bytes = data.itemsize * (len(data) + len(spec.previous_labels))
+        _check_growth(cropped_shape, plan.shape_out, spacing, target, voxel_bytes=voxel_bytes)
     data = resample(data, plan, threads=threads)
     if previous is not None and resample_seg is not None:
         plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)

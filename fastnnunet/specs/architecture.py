@@ -45,10 +45,7 @@ def architecture_problems(architecture: Any, patch_size: list[int] | tuple[int, 
     problems += _size_problems(kwargs)
     if problems:
         return problems
-    problems = _range_problems(kwargs, len(patch_size))
-    if not problems and str(name).rpartition(".")[2] in _UNETS:
-        problems = _unet_problems(kwargs, patch_size)
-    return problems
+    return _range_problems(kwargs, len(patch_size))
 
 
 def _size_problems(kwargs: dict[str, Any]) -> list[str]:
@@ -110,10 +107,10 @@ def _listed(name: str, value: Any, count: int | None, fits: Callable[[Any], bool
     return []
 
 
-def _unet_problems(kwargs: dict[str, Any], patch_size: list[int] | tuple[int, ...]) -> list[str]:
-    """Skip connections need axes that the strides divide; nnU-Net itself always plans them so."""
-    strides = kwargs.get("strides")
-    if not is_list(strides):
+def unet_problems(architecture: dict[str, Any], patch_size: list[int] | tuple[int, ...]) -> list[str]:
+    """Axes that the strides of a U-Net do not divide, as its skip connections need them. `architecture` is checked."""
+    strides = architecture["arch_kwargs"].get("strides")
+    if architecture["network_class_name"].rpartition(".")[2] not in _UNETS or not is_list(strides):
         return []
     total = [1] * len(patch_size)
     for stride in strides or ():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastnnunet.errors import CorruptError
-from fastnnunet.specs.architecture import architecture_problems
+from fastnnunet.specs.architecture import architecture_problems, unet_problems
 from fastnnunet.specs.onnx_file import FLOAT32, OnnxValue, read_onnx_file
 from fastnnunet.specs.problems import (
     intensity_problems,
@@ -73,7 +73,8 @@ def _field_problems(spec: "BundleSpec") -> list[str]:
         problems.append(f"batch_size: got {spec.batch_size}, expected 1 to {2**10}")
     for kind in ("data", "probabilities", *(["seg"] if spec.previous_labels else [])):
         problems += resampling_problems(spec.resampling.get(kind), f"resampling.{kind}")
-    return problems + architecture_problems(spec.architecture, spec.patch_size)
+    wrong = architecture_problems(spec.architecture, spec.patch_size)
+    return problems + (wrong or unet_problems(spec.architecture, spec.patch_size))
 
 
 def _file_problems(spec: "BundleSpec") -> list[str]:

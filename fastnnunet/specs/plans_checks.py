@@ -58,12 +58,12 @@ def check_plans(plans: Mapping[str, Any], configuration: str) -> None:
 
 def check_dataset_json(dataset_json: Mapping[str, Any]) -> None:
     """Refuse a dataset.json without usable labels, channels or file ending. Raises MismatchError."""
-    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    channels = dataset_json.get("modality", dataset_json.get("channel_names"))
     problems = label_problems(dataset_json.get("labels"), dataset_json.get("regions_class_order"))
-    if not isinstance(channels, dict) or not 0 < len(channels) <= 1000:
+    if not isinstance(channels, dict) or not 0 < len(channels) <= 1000 or not all(map(_is_text, channels.values())):
         problems.append(f"channel_names: got {shown(channels)}, expected numbers with names")
-    if not is_file_ending(dataset_json.get("file_ending", ".nii.gz")):
-        problems.append(f"file_ending: got {shown(dataset_json['file_ending'])}, expected one such as .nii.gz")
+    if not is_file_ending(dataset_json.get("file_ending")):
+        problems.append(f"file_ending: got {shown(dataset_json.get('file_ending'))}, expected one such as .nii.gz")
     if problems:
         raise MismatchError(
             f"dataset.json cannot be used, {len(problems)} problem(s):\n" + "\n".join(f"  - {p}" for p in problems)
@@ -79,7 +79,7 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{field}: got {shown(plans[field])}, expected the name of a class"
         for field in ("image_reader_writer", "label_manager", "experiment_planner_used")
-        if plans.get(field) is not None and not is_class_name(plans[field])
+        if field in plans and not is_class_name(plans[field])
     ]
     problems += [f"{field} is missing" for field in ("dataset_name", "plans_name") if field not in plans]
     configurations = plans.get("configurations")
@@ -92,6 +92,10 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     if "transpose_forward" in plans or "transpose_backward" in plans:
         problems += transpose_problems(plans.get("transpose_forward"), plans.get("transpose_backward"))
     return problems
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
 
 
 def is_class_name(value: Any) -> bool:

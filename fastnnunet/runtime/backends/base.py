@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ class Backend(Protocol):
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits (N, heads, *patch) float32 of a contiguous float32 batch (N, C, *patch), any N >= 1.
 
-        The result may be the engine's own memory: it is valid until the next call.
-        Raises BackendError when the engine fails.
+        May be called from several threads at once. The result may be the engine's own memory: it is valid until the
+        same thread calls again, whatever others do meanwhile.
+        Raises BackendError when the engine fails, or cannot be used in this forked process (see `Calls`).
         """
 
 
@@ -142,7 +144,7 @@ def model_path(bundle_dir: Path, spec: BundleSpec, precision: Precision, backend
         others = [name for name, file in names.items() if file in spec.files]
         raise BackendError(
             f"this bundle has no int8 model for {backend}: {names[backend]} is missing\n"
-            f"make it: fastnnunet export quantize {bundle_dir} --precision int8 --backend {backend}"
+            f"make it: fastnnunet export quantize {shlex.quote(str(bundle_dir))} --precision int8 --backend {backend}"
             + (f"\nor predict with --backend {others[0]}, which has one" if others else "")
         )
     return bundle_dir / names[backend]

@@ -4,6 +4,7 @@
 the one that came last, whatever the other one's metadata says, so the module itself is asked what it can do.
 """
 
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision, model_path
+from fastnnunet.runtime.backends.calls import Calls
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
@@ -56,21 +58,24 @@ class OnnxRuntimeBackend:
             )
         self._input, self._output = self._session.get_inputs()[0].name, self._session.get_outputs()[0].name
         self._num_heads = spec.num_heads
-        self._logits_NHX = np.empty(0, np.float32)
+        self._calls = Calls(self.name)
+        self._own = threading.local()  # logits_NHX of each thread
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits in an array that is written to again by the next call: those of many classes are large."""
+        """Logits in an array that the thread's next call writes to again: those of many classes are large."""
         shape = (len(batch_NCX), self._num_heads, *batch_NCX.shape[2:])
-        if self._logits_NHX.shape != shape:
-            self._logits_NHX = np.empty(shape, np.float32)
-        try:
-            binding = self._session.io_binding()
-            binding.bind_cpu_input(self._input, batch_NCX)
-            binding.bind_output(self._output, "cpu", 0, np.float32, shape, self._logits_NHX.ctypes.data)
-            self._session.run_with_iobinding(binding)
-        except Exception as e:
-            raise BackendError(f"onnxruntime failed on a batch of shape {batch_NCX.shape}: {e}") from e
-        return self._logits_NHX
+        logits_NHX = getattr(self._own, "logits_NHX", None)
+        if logits_NHX is None or logits_NHX.shape != shape:
+            logits_NHX = self._own.logits_NHX = np.empty(shape, np.float32)
+        with self._calls:
+            try:
+                binding = self._session.io_binding()
+                binding.bind_cpu_input(self._input, batch_NCX)
+                binding.bind_output(self._output, "cpu", 0, np.float32, shape, logits_NHX.ctypes.data)
+                self._session.run_with_iobinding(binding)
+            except Exception as e:
+                raise BackendError(f"onnxruntime failed on a batch of shape {batch_NCX.shape}: {e}") from e
+        return logits_NHX
 
 
 def why_no_cuda() -> str | None:

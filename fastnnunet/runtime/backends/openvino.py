@@ -1,6 +1,7 @@
 """OpenVINO on the CPU: the fastest here (oneDNN kernels made for the patch size, bf16 where the CPU has it)."""
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision, model_path
+from fastnnunet.runtime.backends.calls import Calls
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 
@@ -37,7 +39,7 @@ class OpenVINOBackend:
             batch, channels, *space = model.input(0).partial_shape
             if any(axis.is_dynamic for axis in space):  # kernels are made for the patch size
                 model.reshape([batch, channels, *spec.patch_size])
-            compiled = core.compile_model(
+            self._compiled = core.compile_model(
                 model,
                 "CPU",
                 {
@@ -49,13 +51,18 @@ class OpenVINOBackend:
                     "ENABLE_CPU_PINNING": False,
                 },
             )
-            self._request = compiled.create_infer_request()
         except RuntimeError as e:
             raise BackendError(f"openvino cannot load {model_file}: {e}") from e
+        self._calls = Calls(self.name)
+        self._own = threading.local()  # the request of each thread, which holds its results
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        try:
-            results = self._request.infer({0: batch_NCX}, share_inputs=True, share_outputs=True)
-        except RuntimeError as e:
-            raise BackendError(f"openvino failed on a batch of shape {batch_NCX.shape}: {e}") from e
+        with self._calls:
+            try:
+                request = getattr(self._own, "request", None)
+                if request is None:
+                    request = self._own.request = self._compiled.create_infer_request()
+                results = request.infer({0: batch_NCX}, share_inputs=True, share_outputs=True)
+            except RuntimeError as e:
+                raise BackendError(f"openvino failed on a batch of shape {batch_NCX.shape}: {e}") from e
         return results[0]

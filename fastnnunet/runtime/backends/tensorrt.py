@@ -1,22 +1,26 @@
 """TensorRT on an NVIDIA GPU: an engine of `fastnnunet export tensorrt`, replayed as a CUDA graph for each batch size.
 
 Everything a batch size needs is made when it is first seen: an execution context (its shapes are part of the captured
-graph, so it is never given others), one ordinary run as warm-up, and the graph of copy in, inference, copy out. All
-contexts share the buffers and the working memory, since they run one after the other on one stream.
+graph, so it is never given others), one ordinary run as warm-up, and the graph of copy in and inference. All contexts
+share the buffers and the working memory, since they run one after the other on one stream. Results are copied out to
+memory of the thread that called, so that those of others do not change under them.
 """
 
 import logging
+import shlex
+import threading
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import BackendError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.calls import Calls
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.trt.cuda import Cuda
@@ -24,6 +28,7 @@ from fastnnunet.trt.library import Library, find_library, installed_names
 from fastnnunet.trt.store import StoredEngine, list_engines, source_file
 
 log = logging.getLogger(__name__)
+_Pinned: TypeAlias = tuple[int, npt.NDArray[np.float32]]  # address and array of page-locked memory
 
 
 @dataclass(slots=True)
@@ -63,14 +68,16 @@ class TensorRTBackend:
             )
         self._input, self._output = _io_names(self._engine, stored, library.module)
         self._prepared: dict[int, _Prepared] = {}
+        self._calls = Calls(self.name, survives_fork=False)
+        self._turn = threading.Lock()  # held while a batch has the stream and the buffers
+        self._own = threading.local()  # output: the _Pinned memory for the results of each thread
         with ExitStack() as release:
             self._stream = cuda.new_stream()
             release.callback(cuda.destroy_stream, self._stream)
-            input_shape, output_shape = (key.max_batch, *key.input_shape), (key.max_batch, *key.output_shape)
-            self._host_input_address, self._host_input = cuda.allocate_pinned(input_shape)
-            self._host_output_address, self._host_output = cuda.allocate_pinned(output_shape)
+            self._host_input_address, self._host_input = cuda.allocate_pinned((key.max_batch, *key.input_shape))
+            self._unused = [self._new_output()]  # for the first thread that runs a batch
             self._device_input = _on_device(cuda, release, self._host_input.nbytes)
-            self._device_output = _on_device(cuda, release, self._host_output.nbytes)
+            self._device_output = _on_device(cuda, release, self._unused[0][1].nbytes)
             self._work_bytes = int(self._engine.device_memory_size_v2)
             self._work = _on_device(cuda, release, max(self._work_bytes, 1))
             release.callback(_destroy_graphs, cuda, self._prepared)
@@ -79,35 +86,53 @@ class TensorRTBackend:
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if batch_NCX.ndim < 2 or batch_NCX.shape[1:] != self._key.input_shape or not len(batch_NCX):
             raise BackendError(f"tensorrt failed on a batch of shape {batch_NCX.shape}: {self._expected()}")
-        self._cuda.use_device()  # the current device is a matter of the thread
-        most = self._key.max_batch
-        if len(batch_NCX) <= most:
-            return self._run_once(batch_NCX)
-        logits_NHX = np.empty((len(batch_NCX), *self._key.output_shape), np.float32)
-        for first in range(0, len(batch_NCX), most):
-            logits_NHX[first : first + most] = self._run_once(batch_NCX[first : first + most])
-        return logits_NHX
+        with self._calls:
+            self._cuda.use_device()  # the current device is a matter of the thread
+            most = self._key.max_batch
+            if len(batch_NCX) <= most:
+                return self._run_once(batch_NCX)
+            logits_NHX = np.empty((len(batch_NCX), *self._key.output_shape), np.float32)
+            for first in range(0, len(batch_NCX), most):
+                logits_NHX[first : first + most] = self._run_once(batch_NCX[first : first + most])
+            return logits_NHX
 
     def captured(self) -> list[int]:
         """Batch sizes that are replayed as CUDA graphs."""
         return sorted(size for size, one in self._prepared.items() if one.graph is not None)
 
     def _run_once(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits in the pinned buffer."""
+        """Logits in the thread's pinned buffer."""
         size = len(batch_NCX)
-        self._host_input[:size] = batch_NCX
-        prepared = self._prepared.get(size)
-        if prepared is None:
-            prepared = self._prepare(size)
-        elif prepared.graph is not None:
-            self._cuda.launch(prepared.graph, self._stream)
-        else:
-            self._issue(prepared.context, size)
-        self._cuda.synchronize(self._stream)
-        return self._host_output[:size]
+        address, host_output = self._output_of_thread()
+        logits_NHX = host_output[:size]
+        with self._turn:
+            self._host_input[:size] = batch_NCX
+            prepared = self._prepared.get(size)
+            if prepared is None:
+                self._prepare(size)
+            elif prepared.graph is not None:
+                self._cuda.launch(prepared.graph, self._stream)
+            else:
+                self._issue(prepared.context, size)
+            self._cuda.copy_to_host(address, self._device_output, logits_NHX.nbytes, self._stream)
+            self._cuda.synchronize(self._stream)
+        return logits_NHX
+
+    def _new_output(self) -> _Pinned:
+        return self._cuda.allocate_pinned((self._key.max_batch, *self._key.output_shape))
+
+    def _output_of_thread(self) -> _Pinned:
+        output: _Pinned | None = getattr(self._own, "output", None)
+        if output is None:
+            try:
+                output = self._unused.pop()
+            except IndexError:
+                output = self._new_output()
+            self._own.output = output
+        return output
 
     def _prepare(self, size: int) -> _Prepared:
-        """Run a batch size for the first time, which computes what is in the buffers, and capture it."""
+        """Run a batch size for the first time, which computes what is in the buffer, and capture it."""
         context = self._library.new_context(self._engine)
         shape = (size, *self._key.input_shape)
         if context is None or not (
@@ -128,12 +153,11 @@ class TensorRTBackend:
         return prepared
 
     def _issue(self, context: Any, size: int) -> None:
-        """Put copy in, inference and copy out of the first `size` patches on the stream."""
-        input_bytes, output_bytes = self._host_input[:size].nbytes, self._host_output[:size].nbytes
+        """Put copy in and inference of the first `size` patches on the stream."""
+        input_bytes = self._host_input[:size].nbytes
         self._cuda.copy_to_device(self._device_input, self._host_input_address, input_bytes, self._stream)
         if not context.execute_async_v3(self._stream):
             raise self._failed(f"inference of a batch of {size} failed")
-        self._cuda.copy_to_host(self._host_output_address, self._device_output, output_bytes, self._stream)
 
     def _failed(self, what: str) -> BackendError:
         errors = "; ".join(self._library.logger.errors) or "the library gave no reason"
@@ -168,7 +192,8 @@ def choose_engine(
     raise BackendError(
         f"no engine of {bundle_dir} ({spec.model_file}) fits this machine: needed {precision} {architecture} {here}\n"
         f"engines of this model that were found:\n{there}\n"
-        f"make one with: fastnnunet export tensorrt {bundle_dir} --arch {architecture} --precision {precision}"
+        f"make one with: fastnnunet export tensorrt {shlex.quote(str(bundle_dir))} --arch {architecture} "
+        f"--precision {precision}"
     )
 
 

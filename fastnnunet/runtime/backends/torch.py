@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import BackendError, CorruptError, MismatchError
 from fastnnunet.runtime.backends.base import Precision
+from fastnnunet.runtime.backends.calls import Calls
 from fastnnunet.runtime.backends.devices import Device
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.specs.networks import find_arguments, find_network
@@ -32,16 +33,19 @@ class TorchBackend:
         self._threads = threads
         self._network = load_network(spec, bundle_dir / spec.model_file).eval()
         self._torch = torch
+        self._calls = Calls(self.name)
 
     def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         torch = self._torch
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-                return self._network(torch.from_numpy(batch_NCX)).float().numpy()
-        except RuntimeError as e:
-            raise BackendError(f"torch failed on a batch of shape {batch_NCX.shape}: {e}") from e
+        threads = 1 if self._calls.is_forked else self._threads  # the others of OpenMP's pool are the parent's
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)  # of this thread
+        with self._calls:
+            try:
+                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+                    return self._network(torch.from_numpy(batch_NCX)).float().numpy()
+            except RuntimeError as e:
+                raise BackendError(f"torch failed on a batch of shape {batch_NCX.shape}: {e}") from e
 
 
 def build_network(spec: BundleSpec) -> Any:
