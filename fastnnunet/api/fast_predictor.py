@@ -99,7 +99,7 @@ class FastPredictor:
             Path(model_training_output_dir),
             folds,
             None if checkpoint_name == CHECKPOINT else checkpoint_name,
-            tell=_log.warning if self.verbose else _log.info,
+            tell=_log.warning if self.verbose or self.allow_tqdm else _log.info,
             backend=self.backend,
             threads=self.threads,
             precision=self.precision,

@@ -101,16 +101,19 @@ def cached_bundle(
     identity = {
         "format": FORMAT_VERSION,
         "folds": [str(fold) for fold in folds],  # their order too: float16 sums depend on it
-        "files": _digests(model_folder, names, home / "files"),
+        "files": _digests(model_folder, names, home / "files", tell),
     }
     key = sha256_of(identity)[:16]
     bundle = home / key
     if is_bundle(bundle) and not again:
         return bundle
     _check_export_possible(model_folder, folds)
-    from fastnnunet.export.bundle import export_bundle
+    tell(
+        f"first use of this model: exporting {len(folds)} fold(s) of {model_folder.name} to {bundle}, once, and "
+        "comparing with PyTorch, which takes most of the time"
+    )
+    from fastnnunet.export.bundle import export_bundle  # takes seconds
 
-    tell(f"first use of this model: exporting {len(folds)} fold(s) of {model_folder.name} to {bundle}, once")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net about variables that are not needed here
             report = export_bundle(
@@ -120,7 +123,7 @@ def cached_bundle(
                 checkpoint=checkpoint,
                 overwrite=again,
                 needs_real_patches=False,
-                on_fold=lambda done, total: tell(f"fold {done} of {total} exported"),
+                on_stage=lambda number, total, what: tell(f"export {number}/{total}: {what}"),
             )
     except MismatchError:
         if again or not is_bundle(bundle):  # unless another process made the same one meanwhile
@@ -150,7 +153,12 @@ def _check_export_possible(model_folder: Path, folds: Sequence[Fold]) -> None:
         )
 
 
-def _digests(folder: Path, names: Sequence[str], memory: Path) -> dict[str, str]:
+def _marks(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _digests(folder: Path, names: Sequence[str], memory: Path, tell: Callable[[str], None]) -> dict[str, str]:
     """SHA-256 of files below `folder`, remembered as long as neither size, times nor inode of a file change."""
     remembered_file = memory / f"{sha256_of(str(folder.absolute()))[:16]}.json"
     try:
@@ -158,11 +166,13 @@ def _digests(folder: Path, names: Sequence[str], memory: Path) -> dict[str, str]
     except (OSError, ValueError):  # none yet, or damaged: only time is lost
         remembered = {}
     known = dict(remembered)
-    for name in names:
-        status = (folder / name).stat()
-        marks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        if known.get(name, {}).get("marks") != marks:
-            known[name] = {"marks": marks, "sha256": sha256_of_file(folder / name)}
+    marks = {name: _marks(folder / name) for name in names}
+    new = [name for name in names if known.get(name, {}).get("marks") != marks[name]]
+    if new:
+        size = sum((folder / name).stat().st_size for name in new)
+        tell(f"{folder.name}: reading {len(new)} new or changed file(s), {size / 1e6:.0f} MB, to recognise them")
+    for name in new:
+        known[name] = {"marks": marks[name], "sha256": sha256_of_file(folder / name)}
     if known != remembered:
         # where nothing can be kept, this is done each time
         with contextlib.suppress(OSError, FastnnUNetError):

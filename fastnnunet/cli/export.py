@@ -1,6 +1,7 @@
 """`fastnnunet export`: a student, or a trained nnU-Net ensemble, as a bundle."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.export.bundle import ParityReport
+    from fastnnunet.export.parity import ParityReport
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
     from fastnnunet.specs.student import StudentSpec
@@ -140,6 +141,7 @@ def export_teacher(
         overwrite=overwrite,
         graph=graph,
         needs_real_patches=False,
+        on_stage=lambda number, total, what: print(f"export {number}/{total}: {what}", file=sys.stderr),
     )
     print(f"bundle: {output}")
     print(_parity(report))

@@ -7,16 +7,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastnnunet import __version__
-from fastnnunet.errors import MismatchError, NotFoundError, ParityError
-from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, larger_patches, plans_for
-from fastnnunet.export.onnx import INPUT, OUTPUT, put_weights, to_onnx
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
+from fastnnunet.export.onnx import put_weights, to_onnx
+from fastnnunet.export.parity import ParityCheck, ParityReport
 from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.named import check_reproducible, resampling_of
@@ -31,29 +31,13 @@ from fastnnunet.nnunet.plans import (
     read_json,
 )
 from fastnnunet.nnunet.primus import stock_architecture
+from fastnnunet.nnunet.student_fit import stride_products
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec
 
-if TYPE_CHECKING:
-    import torch
-
 Fold = int | str
 PARITY_FILE = "parity.npz"
-# fp32 convolutions summed in another order differ in the last digits; anything more is a wrong graph
-RELATIVE_TOLERANCE = 1e-3
-LABEL_AGREEMENT = 0.9999
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityReport:
-    """How far the exported model is from PyTorch on the parity patches; of an ensemble, its worst fold."""
-
-    patches: int
-    real: bool  # patches of preprocessed cases, else noise
-    max_abs_difference: float  # in logits
-    max_abs_logit: float
-    label_agreement: float  # share of voxels with the same argmax
 
 
 def export_bundle(
@@ -65,12 +49,12 @@ def export_bundle(
     overwrite: bool = False,
     graph: GraphSpec = GraphSpec(),
     needs_real_patches: bool = True,
-    on_fold: Callable[[int, int], None] | None = None,
+    on_stage: Callable[[int, int, str], None] = lambda number, total, what: None,
 ) -> ParityReport:
     """Export one fold of an nnU-Net model folder, or several as an ensemble, as a bundle at `out`.
 
     Without `needs_real_patches` noise takes the place of preprocessed cases that are not there.
-    `on_fold(done, total)` reports progress.
+    `on_stage(number, total, what)` is called before each stage of the work, counted from 1.
     Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit, a
     network that ONNX cannot express), SpecError (the plans name what a bundle cannot reproduce), CorruptError
     (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` then.
@@ -83,6 +67,8 @@ def export_bundle(
         if not path.is_file():
             there = sorted(p.parent.name.removeprefix("fold_") for p in model_folder.glob(f"fold_*/{checkpoint}"))
             raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
+    stages = _Stages(on_stage, 2 + 2 * len(folds))
+    stages.begin("building the network")
     stored = load_checkpoint(paths[0])  # as nnU-Net, which takes configuration, trainer and mirrors from the first
     configuration = stored["init_args"]["configuration"]
     check_reproducible(plans, configuration)
@@ -97,35 +83,36 @@ def export_bundle(
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         model_files = [MODEL_FILE] if len(folds) == 1 else [f"model_{i}.onnx" for i in range(len(folds))]
-        total_NKZYX = np.zeros(())
+        total_NKZYX: Any = 0
         reports, digests = [], {}
-        model = None
+        stages.begin("writing its graph")
+        load_weights(network, first, paths[0])
+        model = to_onnx(network, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
+        if graph.simplify:
+            fold_constants(model, network)
+        has_regions = bool(label_manager_of(configuration_of(plans, configuration)[0], dataset_json).has_regions)
+        parity = ParityCheck(network, image_NCZYX, is_real=is_real, has_regions=has_regions)
+        parity.choose_patches(model, stride_products(configuration_of(plans, configuration)[1].configuration))
         for number, (fold, path, name) in enumerate(zip(folds, paths, model_files, strict=True)):
-            weights = strip_prefix((load_checkpoint(path) if number else stored)["network_weights"])
+            weights = strip_prefix(load_checkpoint(path)["network_weights"]) if number else first
             load_weights(network, weights, path)
             digests[str(fold)] = weights_digest(weights)
-            logits_NKZYX = _run_torch(network, image_NCZYX)
-            if model is None:
-                model = to_onnx(network, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
-                if graph.simplify:
-                    fold_constants(model, network)
-            else:
-                put_weights(model, weights)
+            if number:
+                put_weights(model, network.state_dict())
             (temporary / name).write_bytes(model.SerializeToString())
-            reports.append(_compare(temporary / name, image_NCZYX, logits_NKZYX, is_real))
-            if multiples:
-                larger = larger_patches(image_NCZYX, multiples)
-                _compare(temporary / name, larger, _run_torch(network, larger), is_real)
+            stages.begin(f"fold {fold}, {parity} through PyTorch")
+            logits_NKZYX = parity.run_torch()
+            stages.begin(f"fold {fold}, the same through ONNX Runtime, to compare")
+            reports.append(parity.check(temporary / name, logits_NKZYX))
+            if not number:
+                parity.check_graph(temporary / name, multiples)
             if graph.batch_size is not None:
                 fix_batch(temporary / name, graph.batch_size)
-                images, logits = (np.resize(a, (graph.batch_size, *a.shape[1:])) for a in (image_NCZYX, logits_NKZYX))
-                _compare(temporary / name, images, logits, is_real, alone=False)
+                parity.check_fixed_batch(temporary / name, graph.batch_size, logits_NKZYX)
             total_NKZYX = total_NKZYX + logits_NKZYX
-            if on_fold:
-                on_fold(number + 1, len(folds))
         report = max(reports, key=lambda r: r.max_abs_difference / r.max_abs_logit)
         np.savez_compressed(
-            temporary / PARITY_FILE, image=image_NCZYX, logits=(total_NKZYX / len(folds)).astype(np.float32)
+            temporary / PARITY_FILE, image=parity.image_NCX, logits=(total_NKZYX / len(folds)).astype(np.float32)
         )
         provenance = {
             "fastnnunet": __version__,
@@ -156,6 +143,17 @@ def export_bundle(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return report
+
+
+class _Stages:
+    """Tells which stage begins, of how many."""
+
+    def __init__(self, on_stage: Callable[[int, int, str], None], total: int) -> None:
+        self._on_stage, self._total, self._number = on_stage, total, 0
+
+    def begin(self, what: str) -> None:
+        self._number += 1
+        self._on_stage(self._number, self._total, what)
 
 
 def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> tuple[int, ...]:
@@ -189,42 +187,6 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise MismatchError(f"{out} exists already\ngive another -o, or --overwrite to replace the bundle in it")
     if not (out / "bundle.json").is_file() and any(out.iterdir()):
         raise MismatchError(f"--overwrite: {out} is not a bundle and not empty; it is left alone\ngive another -o")
-
-
-def _run_torch(network: "torch.nn.Module", image_NCZYX: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.inference_mode():
-        return network(torch.from_numpy(image_NCZYX)).float().numpy()
-
-
-def _compare(
-    model_file: Path, image_NCZYX: np.ndarray, expected: np.ndarray, is_real: bool, alone: bool = True
-) -> ParityReport:
-    """In one batch and, with `alone`, one by one. Raises ParityError."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(model_file), providers=["CPUExecutionProvider"])
-    together = session.run([OUTPUT], {INPUT: image_NCZYX})[0]
-    results = [together]
-    if alone:
-        results.append(np.concatenate([session.run([OUTPUT], {INPUT: image[None]})[0] for image in image_NCZYX]))
-    difference = max(float(np.abs(got - expected).max()) for got in results)
-    scale = float(np.abs(expected).max())
-    agreement = float((together.argmax(1) == expected.argmax(1)).mean())
-    if not difference <= RELATIVE_TOLERANCE * scale or agreement < LABEL_AGREEMENT:
-        raise ParityError(
-            f"the exported model differs from PyTorch on {len(image_NCZYX)} {'real' if is_real else 'noise'} patches:\n"
-            f"  largest logit difference {difference:.3g}, allowed {RELATIVE_TOLERANCE * scale:.3g}\n"
-            f"  same label on {agreement:.4%} of voxels, expected at least {LABEL_AGREEMENT:.2%}\nno bundle was written"
-        )
-    return ParityReport(
-        patches=len(image_NCZYX),
-        real=is_real,
-        max_abs_difference=difference,
-        max_abs_logit=scale,
-        label_agreement=agreement,
-    )
 
 
 def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
