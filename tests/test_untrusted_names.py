@@ -133,6 +133,7 @@ class TestNames:
         [
             *(f"{DNA}.architectures.unet.{kind}" for kind in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")),
             f"{DNA}.architectures.residual_unet.ResidualEncoderUNet",  # as nnU-Net writes it for plans before 2.5
+            f"{DNA}.architectures.PlainConvUNet",
             f"{DNA}.architectures.primus.Primus",
             "fastnnunet.nnunet.primus.PrimusStudent",
         ],

@@ -128,12 +128,13 @@ def _locate(name: str) -> Any:
 
 
 def _moved_to(module: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """Where else to look for the class: modules of dynamic_network_architectures have been renamed before, and nnU-Net
-    then looks for a class of that name in all its architectures.
+    """Where else to look for the class: modules of dynamic_network_architectures have been renamed before,
+    and nnU-Net then looks for a class of that name in all its architectures.
     """
-    if f"{module}.".startswith(f"{_DNA}.") and module not in modules:
-        return tuple(m for m in modules if m.startswith(f"{_DNA}.architectures."))
-    return ()
+    parts = module.split(".")
+    if parts[0] != _DNA or len(parts) > 3 or module in modules or not all(part.isidentifier() for part in parts):
+        return ()
+    return tuple(m for m in modules if m.startswith(f"{_DNA}.architectures."))
 
 
 def _attribute(module: str, name: str) -> Any:
