@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastnnunet.bench.metrics import METRICS, LabelMetrics, label_metrics, nanme
 from fastnnunet.bench.record import now_utc, versions
 from fastnnunet.bench.segmentations import LabelSet, Pairing, read_segmentation, require_same_geometry
 from fastnnunet.errors import SpecError
+from fastnnunet.system.children import Children
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,15 @@ def evaluate_cases(
         for reference, prediction in jobs:
             yield evaluate_case(reference, prediction, labels, tolerance_mm)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(evaluate_case, *job, labels, tolerance_mm) for job in jobs]
-        for future in futures:
-            yield future.result()
+    children = Children()
+    with ProcessPoolExecutor(processes, mp_context=children) as pool:
+        try:
+            futures = [pool.submit(evaluate_case, *job, labels, tolerance_mm) for job in jobs]
+            for future in futures:
+                yield future.result()
+        except KeyboardInterrupt:  # nobody waits for the cases they are at
+            children.end()
+            raise
 
 
 def mean_metrics(results: Sequence[CaseResult], names: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,5 @@
 """An arm in a process of its own, so that neither its memory nor what its libraries set mixes with another's."""
 
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.system.children import Children
 
 _PATIENCE_S = 5.0
 
@@ -52,7 +52,7 @@ class Worker:
 
     def __init__(self, arm: Arm) -> None:
         self._name = arm.name
-        context = multiprocessing.get_context("spawn")
+        context = Children()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, arm), daemon=True)
         self._process.start()

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastnnunet.cache.crew import Crew, Outcome, open_crew
@@ -22,6 +23,7 @@ from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_sp
 from fastnnunet.cache.storage import require_shared, require_writable
 from fastnnunet.cache.store import remove_leftovers
 from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.system.locks import has_locks
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ def build_cache(
         return cache
     with open_crew(cache_key(job.identity), job.factory, threads, min(workers, len(todo)), scheduler) as crew:
         cache = job.open() or job.create(_deviation(job, crew, todo))
+        if isinstance(cache.path, Path):
+            has_locks(cache.path)  # says so where there are none: workers, who want them, are not heard
         _tidy(cache)
         tasks = [
             CaseTask(

@@ -1,5 +1,6 @@
 """Writes that survive a kill and a power cut: temporary sibling, fsync, rename, fsync of the folder."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -8,10 +9,13 @@ from fastnnunet.errors import NO_ROOM, BuildError, DiskSpaceError, FastnnUNetErr
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk; some network file systems flush no folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

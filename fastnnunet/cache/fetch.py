@@ -4,7 +4,6 @@ A shard is kept under its digest in `$FASTNNUNET_CACHE_HOME/shards` (default: `~
 serves every cache that holds the same bytes. The folder may be deleted at any time.
 """
 
-import fcntl
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from fastnnunet.cache.storage import ObjectPath, Place
 from fastnnunet.errors import CorruptError, FastnnUNetError
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.home import HOME_VARIABLE, local_home
+from fastnnunet.system.locks import locked
 
 
 def shard_file(case_dir: Place, manifest: Manifest, folder: Path | None = None) -> Path:
@@ -87,8 +87,11 @@ def _fetch(shard: ObjectPath, manifest: Manifest, target: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path, manifest: Manifest) -> Iterator[None]:
-    """Only one process fetches a shard; the others wait and find it there. The lock ends with its process."""
+    """Only one process fetches a shard; the others wait and find it there. The lock ends with its process.
+
+    Without locks each fetches it, under a name of its own until it is whole.
+    """
     file = folder / f".lock-{manifest.shard_sha256[:2]}"  # 256 locks: they stay, since removing one could split it
-    with file.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    file.touch()
+    with locked(file, wait=True):
         yield

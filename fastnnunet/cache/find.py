@@ -1,11 +1,13 @@
 """Finding the cache a training needs, or saying exactly why there is none."""
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from fastnnunet.cache.folder import CacheFolder, cache_folders, open_cache
 from fastnnunet.cache.identity import Identity, cache_name
 from fastnnunet.cache.storage import Place
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError
 from fastnnunet.specs.canonical import differences
 
 NAMED_AT_MOST = 10
@@ -23,7 +25,16 @@ def find_cache(
     """
     path = root / cache_name(identity)
     if path.is_dir():
-        cache = open_cache(path)
+        try:
+            cache = open_cache(path)
+        except NewerFormatError:
+            raise
+        except NotFoundError as e:
+            raise NotFoundError(f"{e}\nbuild it with: {build_command}") from e
+        except CorruptError as e:
+            reason = str(e).splitlines()[0]
+            where = f"remove it with: rm -r {shlex.quote(str(path))}" if isinstance(path, Path) else "remove it"
+            raise CorruptError(f"{reason}\n{where}\nand build it again with: {build_command}") from e
         if missing := cache.missing_cases():
             raise NotFoundError(
                 f"soft-label cache {path} is incomplete: {len(missing)} of {len(cache.cases)} cases are missing "

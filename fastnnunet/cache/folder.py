@@ -9,6 +9,7 @@ zarr.json                  group; attributes: key, identity, spec, cases, proven
 """
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastnnunet.cache.codecs import Codec, LogitGapU8, codec_of_identity
@@ -24,7 +26,7 @@ from fastnnunet.cache.durable import write_atomically, write_error
 from fastnnunet.cache.identity import FORMAT_VERSION, KEY_CHARS_IN_NAME, Identity, cache_key, cache_name
 from fastnnunet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fastnnunet.cache.shard import SHARD_NAME
-from fastnnunet.cache.storage import ObjectPath, Place, sha256_at, size_bytes
+from fastnnunet.cache.storage import ObjectPath, Place, place_at, sha256_at, size_bytes
 from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError, SpecError, StorageError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
@@ -35,6 +37,7 @@ GROUP_NAME = "zarr.json"
 ARRAY_NAME = "zarr.json"
 CACHE_NAME = re.compile(f"[0-9a-f]{{{KEY_CHARS_IN_NAME}}}")
 REQUESTS_AT_ONCE = 16
+NNUNETS_FOLDER = "nnUNet_preprocessed"  # the environment variable
 
 T = TypeVar("T")
 RECORDED_PACKAGES = ("fastnnunet", "numpy", "torch", "nnunetv2", "zarr", "numcodecs", "openvino")
@@ -104,8 +107,8 @@ class CacheFolder:
 
     @property
     def build_command(self) -> str:
-        """The command that built this cache, and completes it."""
-        return str(self.provenance["command"])
+        """The command that built this cache, and completes it where it is now."""
+        return command_at(str(self.provenance["command"]), self.path.parent)
 
     def rebuild_command(self, *case_ids: str) -> str:
         """The command that replaces damaged cases."""
@@ -201,6 +204,32 @@ def create_cache(
         except OSError as e:
             raise write_error(e, path) from e
     return open_cache(path)
+
+
+def command_at(command: str, root: Place) -> str:
+    """A `fastnnunet cache build` command for a cache that lies under `root` by now.
+
+    Without `--root` it builds beside the preprocessed cases, `$nnUNet_preprocessed/<data set>/<root>`.
+    """
+    words = shlex.split(command)
+    if words[:3] != ["fastnnunet", "cache", "build"]:
+        return command
+    if "--root" in words:
+        where = words.index("--root") + 1
+        if _is_same_place(place_at(words[where]), root):
+            return command
+        words[where] = str(root)
+        return shlex.join(words)
+    base = os.environ.get(NNUNETS_FOLDER)
+    if base is not None and isinstance(root, Path) and _is_same_place(Path(base), root.parent.parent):
+        return command
+    return f"{command} --root {shlex.quote(str(root))}"
+
+
+def _is_same_place(one: Place, other: Place) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return str(one) == str(other)
 
 
 def require_root(root: Place) -> None:

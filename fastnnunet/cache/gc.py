@@ -1,7 +1,8 @@
 """Removing what interrupted builds and copies left behind, and nothing else.
 
-A builder holds a lock on the folder it writes, so what can be locked in `.partial/` belongs to nobody. Other places
-have no lock: there a thing counts as left behind when it has not changed for `STALE_S`.
+A builder holds a lock on the folder it writes, so what can be locked in `.partial/` belongs to nobody; on file systems
+without locks, what has not changed for a day. Other places have no lock: there a thing counts as left behind when it
+has not changed for `STALE_S`.
 """
 
 import secrets
@@ -15,8 +16,9 @@ from fastnnunet.cache.gc_objects import collect_objects
 from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.manifest import MANIFEST_NAME
 from fastnnunet.cache.storage import ObjectPath, Place
-from fastnnunet.cache.store import locked, partial_folder
+from fastnnunet.cache.store import is_abandoned, partial_folder
 from fastnnunet.errors import BuildError, CorruptError
+from fastnnunet.system.locks import locked
 
 STALE_S = 3600
 
@@ -61,7 +63,9 @@ def _partial(folder: Path, dry_run: bool) -> Leftover | None:
     if not CACHE_NAME.match(folder.name) or not folder.is_dir():
         return None  # not ours
     try:
-        with locked(folder):
+        with locked(folder) as held:
+            if not held and not is_abandoned(folder):
+                return None
             leftover = Leftover(path=folder, reason="unfinished case of a dead builder", size_bytes=_size_bytes(folder))
             if not dry_run:
                 shutil.rmtree(folder)

@@ -8,12 +8,12 @@ An object store has neither renames nor locks. There a case is written and read 
 its files are uploaded and read back once more, the manifest last: until then the case does not exist.
 """
 
-import fcntl
 import hashlib
 import math
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,8 +39,10 @@ from fastnnunet.cache.storage import ObjectPath, Place
 from fastnnunet.errors import BuildError
 from fastnnunet.specs.canonical import canonical_json, sha256_of_file
 from fastnnunet.specs.home import local_home
+from fastnnunet.system.locks import locked
 
 PARTIAL = ".partial"
+ABANDONED_S = 24 * 3600
 
 
 class CaseWriter:
@@ -165,12 +167,20 @@ def remove_leftovers(cache: CacheFolder) -> list[str]:
     removed = []
     for folder in sorted(partial_folder(cache.path.parent).glob(f"{cache.path.name}.*")):
         try:
-            with locked(folder):
+            with locked(folder) as held:
+                if not held and not is_abandoned(folder):
+                    continue
                 shutil.rmtree(folder)
         except (BlockingIOError, FileNotFoundError):
             continue  # another builder is writing it, or has just finished
         removed.append(folder.name)
     return removed
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nothing in a partial folder has changed for so long that nobody writes it; for want of locks."""
+    newest = max(p.lstat().st_mtime for p in (folder, *folder.rglob("*")))
+    return time.time() - newest > ABANDONED_S
 
 
 def partial_folder(root: Place) -> Path:
@@ -213,7 +223,10 @@ def _move_into_place(cache_path: Path, cache: CacheFolder, case_id: str, folder:
 
 @contextmanager
 def _partial_folder(cache: CacheFolder, case_id: str) -> Iterator[Path]:
-    """A locked temporary folder in `partial_folder`, gone afterwards unless it was renamed."""
+    """A locked temporary folder in `partial_folder`, gone afterwards unless it was renamed.
+
+    Without locks it is safe as well: its name is nobody else's, and what nobody can lock is removed late.
+    """
     parent = partial_folder(cache.path.parent)
     parent.mkdir(exist_ok=True, parents=True)
     with ExitStack() as stack:
@@ -230,17 +243,3 @@ def _partial_folder(cache: CacheFolder, case_id: str) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder; the system releases it when the process dies, however it dies.
-
-    Raises BlockingIOError when another process holds it, FileNotFoundError when the folder is gone.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,11 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
 import errno
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fastnnunet.errors import NO_ROOM, FastnnUNetError, SpecError, printable
 
@@ -72,5 +74,14 @@ def guarded(command: Callable[[], None]) -> None:
         print(f"error: {e.strerror}{where}\n{MENDED[e.errno]}, and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave_interrupted()
+    except SystemExit as e:
+        if isinstance(getattr(e.__context__, "__cause__", None), KeyboardInterrupt):  # typer made it of one
+            _leave_interrupted()
+        raise
+
+
+def _leave_interrupted() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only spoil the way out
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)

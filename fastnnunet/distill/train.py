@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from fastnnunet.cache.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cascade import previous_folder
 from fastnnunet.nnunet.cases import open_cases
@@ -27,6 +28,7 @@ from fastnnunet.nnunet.checkpoint import (
     strip_prefix,
     weights_digest,
 )
+from fastnnunet.nnunet.checkpoint_digest import require_undamaged
 from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.named import check_loadable
 from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
@@ -162,8 +164,12 @@ def _train_students(
     for job, (plans, dataset_json, fold_folder) in zip(jobs, checked, strict=True):
         _seed_everything(job.distill.seed)
         reached = reached_checkpoint(fold_folder) if resume else None
-        if resume and reached is None:
-            log.warning("--continue: %s holds no checkpoint, the run starts from the beginning", fold_folder)
+        if resume and reached is None and is_first():
+            log.warning(
+                "--continue: %s holds no checkpoint, the run starts from the beginning%s",
+                fold_folder,
+                _beside(job, fold_folder),
+            )
         trainer = _configure(job, plans, dataset_json, soft_labels, reached is not None, device, unlabelled)
         trainers.append(trainer)
         finished = reached is not None and _resume(trainer, reached)
@@ -298,16 +304,31 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         )
     if resume and existing:  # before a cache is asked for, which another teacher would need
         path = fold_folder / existing[0]
-        now, stored = _provenance(job, None), load_checkpoint(path).get("fastnnunet", {})
+        now, stored = _provenance(job, None), _reached(path).get("fastnnunet", {})
         there = {name: value for name, value in stored.items() if name in {*now, "pretrained_sha256"}}
         check_same_run(path, {**there, "cache_key": None}, now)  # caches and the rest are compared on loading
-    if resume and not existing and (others := _runs_beside(job, fold_folder)):
-        shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
-        raise MismatchError(
-            f"--continue: there is no run {fold_folder.parent.name.split('__')[1]}; with other hyper-parameters "
-            f"(there -> now) there is\n{shown}\ngive the options of the run to continue, or start this one without "
-            "--continue"
-        )
+
+
+def _reached(path: Path) -> dict[str, Any]:
+    """The checkpoint to go on from. Raises CorruptError with what there is to go on from without it."""
+    try:
+        checkpoint = load_checkpoint(path)
+        require_undamaged(checkpoint, path)
+        return checkpoint
+    except CorruptError as e:
+        kept = [name for name in (LATEST, BEST) if name != path.name and (path.parent / name).is_file()]
+        raise CorruptError(
+            f"{str(e).splitlines()[0]}\n"
+            f"remove it with: rm {shlex.quote(str(path))}\n"
+            f"and give the same command again: with --continue it goes on from {kept[0] if kept else 'the beginning'}"
+        ) from e
+
+
+def _beside(job: TrainingJob, fold_folder: Path) -> str:
+    """Words on runs of the same student with other hyper-parameters; '' where there are none."""
+    others = _runs_beside(job, fold_folder)
+    shown = "\n".join(f"  - {name}: {', '.join(changed)}" for name, changed in others.items())
+    return f"; with other hyper-parameters (there -> now) there is\n{shown}" if others else ""
 
 
 def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
@@ -316,14 +337,15 @@ def _runs_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]:
     pattern = f"{stem}*__{job.teacher.configuration}/{fold_folder.name}/{LATEST[:11]}*.pth"
     runs = {path.parent: path for path in sorted(fold_folder.parent.parent.glob(pattern))}
     now = _provenance(job, None)
-    return {
-        folder.parent.name.split("__")[1]: [
-            line
-            for line in differences(load_checkpoint(path).get("fastnnunet", {}), now)
-            if not line.startswith(("version", "cache_key", "unlabelled_cache_key", "augmented_on"))
-        ]
-        for folder, path in runs.items()
-    }
+    beside = {}
+    for folder, path in runs.items():
+        try:
+            changed = differences(load_checkpoint(path).get("fastnnunet", {}), now)
+        except FastnnUNetError as e:  # it is not the run that is asked for
+            changed = [str(e).splitlines()[0]]
+        others = ("version", "cache_key", "unlabelled_cache_key", "augmented_on")
+        beside[folder.parent.name.split("__")[1]] = [line for line in changed if not line.startswith(others)]
+    return beside
 
 
 def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:

@@ -262,7 +262,12 @@ def unlabelled_for_training(
     _require_other_images(soft_labels, labelled)
     foreground = job.target.foreground_folder(soft_labels.key)
     unlabelled = Unlabelled(
-        cases=cases, foreground=foreground, soft_labels=soft_labels, key=soft_labels.key, share=share
+        cases=cases,
+        foreground=foreground,
+        soft_labels=soft_labels,
+        key=soft_labels.key,
+        share=share,
+        command=job.command,
     )
     unlabelled.require_foreground(job.command)
     return unlabelled

@@ -84,7 +84,7 @@ def open_cascade(
             f"{' '.join(missing[:_SHOWN])}{more}\n{_how_to_make(spec, config.previous_stage_name)}"
         )
     labels = label_manager_of(manager, dataset_json).foreground_labels
-    return CascadeCases(cases.folder, previous, tuple(labels))
+    return CascadeCases(cases.folder, previous, tuple(labels), remake=cases.remake)
 
 
 def _how_to_make(spec: TeacherSpec, stage: str) -> str:

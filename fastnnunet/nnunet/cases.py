@@ -2,33 +2,27 @@
 
 import contextlib
 import hashlib
-import pickle
-import zipfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
+from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError
 from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.paths import nnunet_folder
 from fastnnunet.nnunet.plans import configuration_of, read_json, resolved
 from fastnnunet.specs.canonical import differences
-
-DAMAGED = (EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # in a .npz or a .pkl
 
 
 @dataclass(frozen=True)
 class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
-    REMAKE: ClassVar[str] = "run nnUNetv2_preprocess again"
-
     folder: Path
+    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends a damaged case
 
     @cached_property
     def _dataset(self) -> Any:
@@ -58,11 +52,16 @@ class PreprocessedCases:
     def _reading(self, case_id: str) -> Iterator[None]:
         try:
             yield
+        except FastnnUNetError:
+            raise
         except FileNotFoundError as e:
-            raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}") from e
-        except (*DAMAGED, RuntimeError, ValueError, OSError) as e:
+            raise NotFoundError(
+                f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}\n{self.remake}"
+            ) from e
+        except Exception as e:  # a damaged pickle raises nearly anything
+            said = str(e) if isinstance(e, OSError | RuntimeError) else f"{type(e).__name__}: {e}"
             raise CorruptError(
-                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {e}\n{self.REMAKE}"
+                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{self.remake}"
             ) from e
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
@@ -71,7 +70,10 @@ class PreprocessedCases:
         return z, y, x
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
-        """The normalised, resampled image: float32 (C, Z, Y, X), no view of a file."""
+        """The normalised, resampled image: float32 (C, Z, Y, X), no view of a file.
+
+        Raises NotFoundError, CorruptError.
+        """
         with self._reading(case_id):
             image_CZYX = np.ascontiguousarray(self.load(case_id)[0][:], dtype=np.float32)
             return image_CZYX if image_CZYX.flags.writeable else image_CZYX.copy()
@@ -129,10 +131,10 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
             f"put the model's plans.json at {base / manager.plans_name}.json and run: "
             + preprocess_command(manager.dataset_name, manager.plans_name, configuration)
         )
-    beside = base / f"{_made_by(plans, configuration, config.data_identifier)}.json"
-    made_by = read_json(beside) if beside.is_file() else {}
-    if configuration in made_by.get("configurations", {}):
-        theirs = resolved(made_by, configuration)
+    beside = base / f"{made_by(plans, configuration, config.data_identifier)}.json"
+    found = read_json(beside) if beside.is_file() else {}
+    if configuration in found.get("configurations", {}):
+        theirs = resolved(found, configuration)
         changed = differences(
             {f: config.configuration.get(f) for f in PREPROCESSING_FIELDS},
             {f: theirs.get(f) for f in PREPROCESSING_FIELDS},
@@ -144,15 +146,16 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
                 + "\nput the model's plans.json there and run: "
                 + preprocess_command(manager.dataset_name, beside.stem, configuration)
             )
-    return PreprocessedCases(folder)
+    again = preprocess_command(manager.dataset_name, beside.stem, configuration)
+    return PreprocessedCases(folder, remake=f"make it again with: {again}")
 
 
-def _made_by(plans: dict[str, Any], configuration: str, data_identifier: str) -> str:
+def made_by(plans: dict[str, Any], configuration: str, data_identifier: str) -> str:
     """Name of the plans that data were preprocessed with, from the planner's `PLANS_CONFIGURATION`.
 
     A student shares its teacher's data, and a configuration those of the one it inherits from.
     """
     for name in (configuration, *sorted(plans["configurations"], key=len, reverse=True)):
-        if (made_by := data_identifier.removesuffix(f"_{name}")) != data_identifier:
-            return made_by
+        if (plans_name := data_identifier.removesuffix(f"_{name}")) != data_identifier:
+            return plans_name
     return str(plans["plans_name"])

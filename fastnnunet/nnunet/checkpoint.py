@@ -49,6 +49,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CorruptError(
             f"{path} is not an nnU-Net v2 checkpoint: network_weights, init_args or trainer_name missing"
         )
+    from fastnnunet.nnunet.checkpoint_digest import DIGEST, require_undamaged
+
+    if DIGEST in checkpoint:
+        require_undamaged(checkpoint, path)
     return checkpoint
 
 

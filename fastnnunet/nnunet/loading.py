@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from fastnnunet.nnunet.loading_errors import Repair, loading_error
+
 if TYPE_CHECKING:
+    from fastnnunet.nnunet.loader_processes import LoaderProcesses
     from fastnnunet.nnunet.mixing import Unlabelled
 
 TRAINING, VALIDATION, STEP = range(3)  # streams of random numbers that never meet
@@ -87,7 +88,11 @@ class Share:
 
 
 class NumberedBatches:
-    """nnU-Net's loader giving batches start, start + 1, ...; process i of n gives every n-th one from start + i."""
+    """nnU-Net's loader giving batches start, start + 1, ...; process i of n gives every n-th one from start + i.
+
+    `transform` is called with each batch and returns what is given. What goes wrong is raised as a FastnnUNetError that
+    names the case, with what `repair` says of it.
+    """
 
     def __init__(
         self,
@@ -99,8 +104,13 @@ class NumberedBatches:
         num_processes: int,
         share: Share = Share(),
         unlabelled: "Unlabelled | None" = None,
+        transform: Callable[..., dict[str, Any]] | None = None,
+        repair: Repair | None = None,
     ) -> None:
-        self._unlabelled = unlabelled
+        self._unlabelled, self._transform, self.repair = unlabelled, transform, repair
+        self._mine: list[str] = []  # cases of the batch that is being made
+        self.case = ""  # the one that is being loaded
+        self.on_case: Callable[[str], None] = lambda case: None
         self._loader, self._seed, self._stream = loader, seed, stream
         self._number, self._stride = start, max(1, num_processes)
         if isinstance(loader, nnUNetDataLoader):
@@ -115,11 +125,13 @@ class NumberedBatches:
         cases = list(self._with_whole_batch(self._draw_cases))
         if self._unlabelled is not None:
             cases = self._unlabelled.mixed(cases, self._number)
-        return cases[self._samples.start : self._samples.stop]
+        self._mine = cases[self._samples.start : self._samples.stop]
+        return self._mine
 
     def _begin_sample(self, index: int) -> bool:
         """Called by nnU-Net's loader before every sample: whether it must show foreground."""
         sample = self._samples[index]
+        self._is_loading(self._mine[index])
         seed_generators(self._seed, self._stream, self._number, sample)
         return bool(self._with_whole_batch(self._oversamples, sample))
 
@@ -130,15 +142,28 @@ class NumberedBatches:
         finally:
             self._loader.batch_size = len(self._samples)
 
+    def _is_loading(self, case: str) -> None:
+        self.case = case
+        self.on_case(case)
+
     def set_thread_id(self, thread_id: int) -> None:
         """Called once in each loader process, before its first batch."""
         torch.set_num_threads(1)  # a forked process must not enter its parent's thread pool
         self._number += thread_id
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
     def __next__(self) -> dict[str, Any]:
         with generators_kept():
             seed_generators(self._seed, self._stream, self._number)
-            batch = next(self._loader)
+            try:
+                batch = next(self._loader)
+                self._is_loading("")
+                if self._transform is not None:
+                    batch = self._transform(**batch)
+            except Exception as e:  # a damaged file makes the libraries underneath raise nearly anything
+                raise loading_error(e, self.case, self.repair) from e
         self._number += self._stride
         return batch
 
@@ -154,12 +179,15 @@ def ordered_batches(
     share: Share = Share(),
     unlabelled: "Unlabelled | None" = None,
     transform: Callable[..., dict[str, Any]] | None = None,
-) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
+    repair: Repair | None = None,
+) -> "NumberedBatches | LoaderProcesses":
     """An endless iterator of batches in the order of their numbers; 0 processes loads in this one.
 
     Some samples of each are `unlabelled` cases, where given. `transform` is called with each batch where it is loaded
-    and returns what is handed over.
+    and returns what is handed over. Raises what is named in NumberedBatches, in any number of processes.
     """
+    from fastnnunet.nnunet.loader_processes import LoaderProcesses
+
     batches = NumberedBatches(
         loader,
         seed=seed,
@@ -168,10 +196,10 @@ def ordered_batches(
         num_processes=num_processes,
         share=share,
         unlabelled=unlabelled,
+        transform=transform,
+        repair=repair,
     )
-    if num_processes == 0:
-        return SingleThreadedAugmenter(batches, transform)
-    return MultiThreadedAugmenter(batches, transform, num_processes, pin_memory=pin_memory, wait_time=0.002)
+    return batches if num_processes == 0 else LoaderProcesses(batches, num_processes, pin_memory=pin_memory)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastnnunet.errors import NotFoundError
+from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.nnunet.distributed import LossOverValidVoxels
 from fastnnunet.nnunet.foreground import read_locations
+from fastnnunet.nnunet.image_case import ENDINGS
+from fastnnunet.nnunet.loading_errors import remake, unreadable
 from fastnnunet.nnunet.unlabelled import UnlabelledCases
 
 
@@ -30,6 +32,7 @@ class Unlabelled:
     soft_labels: Any  # trainer.SoftLabels of these cases
     key: str  # of their cache
     share: float
+    command: str  # what a person types to bring images and cache up to date
 
     def require_foreground(self, command: str) -> None:
         """Raise NotFoundError with the command that lists the foreground when some case has no list."""
@@ -50,9 +53,17 @@ class Unlabelled:
 
     def load_case(self, identifier: str) -> tuple[Any, ...]:
         """As nnU-Net's data set class, with the teacher's foreground in the place of the labels'."""
-        image, segmentation, previous, properties = self.cases.load(identifier)
-        locations = read_locations(self._locations_file(identifier))
+        try:
+            image, segmentation, previous, properties = self.cases.load(identifier)
+            locations = read_locations(self._locations_file(identifier))
+        except (NotFoundError, CorruptError) as e:
+            raise unreadable(identifier, e.__cause__ or e, self.repair(identifier)) from e
         return image, segmentation, previous, properties | {"class_locations": locations}
+
+    def repair(self, identifier: str) -> str:
+        """The commands that make the files of a case again."""
+        files = [self.cases.folder / f"{identifier}{ending}" for ending in ENDINGS]
+        return remake([*map(str, files), str(self._locations_file(identifier))], self.command)
 
     def _locations_file(self, case_id: str) -> Path:
         return self.foreground / f"{case_id}.npz"

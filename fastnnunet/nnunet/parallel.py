@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from typing import TypeVar
 
 from fastnnunet.errors import BuildError
+from fastnnunet.system.children import Children
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,9 +22,10 @@ def each(function: Callable[[T], R], items: Mapping[str, T], processes: int) -> 
         for name, item in items.items():
             yield name, _outcome(partial(function, item))
         return
-    with ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(function, item): name for name, item in items.items()}
+    children = Children()
+    with ProcessPoolExecutor(min(processes, len(items)), mp_context=children) as pool:
         try:
+            futures = {pool.submit(function, item): name for name, item in items.items()}
             for future in as_completed(futures):
                 if isinstance(future.exception(), BrokenProcessPool):
                     raise BuildError(
@@ -32,6 +33,9 @@ def each(function: Callable[[T], R], items: Mapping[str, T], processes: int) -> 
                         "use fewer --workers and run the same command again; finished cases are kept"
                     )
                 yield futures[future], _outcome(future.result)
+        except KeyboardInterrupt:  # nobody waits for the cases they are at
+            children.end()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

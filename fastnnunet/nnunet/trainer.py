@@ -8,8 +8,7 @@ to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX
 import contextlib
 import io
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from fastnnunet.nnunet.advice import preprocess_command
+from fastnnunet.nnunet.cases import made_by
 from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.checkpoint_digest import require_undamaged, write_checkpoint
 from fastnnunet.nnunet.device_augmentation import DeviceAugmentation, device_augmentation
 from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.distributed import (
@@ -44,6 +46,7 @@ from fastnnunet.nnunet.loading import (
     ordered_batches,
     seed_generators,
 )
+from fastnnunet.nnunet.loading_errors import first_cases
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.soft_samples import (
     SampleTransforms,
@@ -97,6 +100,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
+    _note_cases: Callable[[Sequence[Any]], None] = staticmethod(lambda datasets: None)
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -154,6 +158,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         datasets = tuple(map(WritableCases, super().get_tr_and_val_datasets()))
+        self._note_cases(datasets)
         if self.soft_labels is None:
             return datasets[0], datasets[1]
         training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
@@ -165,7 +170,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
         num_processes = get_allowed_n_proc_DA()
-        with loading_in_this_process():
+        with loading_in_this_process(), first_cases(self.repair) as self._note_cases:
             loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
         for loader in loaders:
             DrawnBoxes(loader)
@@ -173,6 +178,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             (TRAINING, self.num_iterations_per_epoch, num_processes),
             (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
         )
+        training: Any
+        validation: Any
         training, validation = (
             ordered_batches(
                 loader,
@@ -184,12 +191,26 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 share=share(),
                 unlabelled=self.unlabelled if stream == TRAINING else None,
                 transform=loader.transforms.batch if isinstance(loader.transforms, DrawnSamples) else None,
+                repair=self.repair,
             )
             for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
         )
         if self.device_augmentation is not None:
             training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
         return training, validation
+
+    def repair(self, case: str) -> str:
+        """The commands that make the preprocessed files of a case again."""
+        if self.unlabelled is not None and case in self.unlabelled.identifiers:
+            return self.unlabelled.repair(case)
+        configuration, data = self.configuration_name, str(self.configuration_manager.data_identifier)
+        plans = made_by(self.plans_manager.plans, configuration, data)
+        command = preprocess_command(self.plans_manager.dataset_name, plans, configuration)
+        if self.is_cascaded:
+            command += (
+                f"\nor, if it is the one in {self.folder_with_segs_from_previous_stage}, predict that stage again"
+            )
+        return command
 
     def _nnunet_transforms(self) -> list[Any]:
         """The training transforms that nnU-Net gives its loader."""
@@ -363,7 +384,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Left out: nnU-Net's plot needs a library that no longer works."""
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write an nnU-Net checkpoint plus `fastnnunet` provenance, atomically."""
+        """Write an nnU-Net checkpoint plus `fastnnunet` provenance and a digest, atomically."""
         if not is_first():
             return
         checkpoint = {
@@ -378,13 +399,12 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "fastnnunet": self.provenance,
         }
-        temporary = Path(f"{filename}.tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+        write_checkpoint(checkpoint, Path(filename))
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
+        require_undamaged(checkpoint, path)
         check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
         load_weights(self.plain_network, strip_prefix(checkpoint["network_weights"]), path)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])

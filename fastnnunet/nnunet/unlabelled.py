@@ -9,15 +9,14 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fastnnunet.errors import (
     NO_ROOM,
@@ -38,6 +37,7 @@ from fastnnunet.nnunet.plans import configuration_of, intensity_properties, num_
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.distill import SET_NAME
 from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.system.locks import locked
 
 SETS = "unlabelled"
 VERSION = 1
@@ -57,9 +57,8 @@ Progress = Callable[[int, int], None]
 class UnlabelledCases(PreprocessedCases):
     """The finished cases of a set."""
 
-    REMAKE: ClassVar[str] = "remove it and run the same fastnnunet cache build --images again"
-
     finished: tuple[str, ...]
+    remake: str = field(default="remove it and run the same fastnnunet cache build --images again", kw_only=True)
 
     @cached_property
     def case_ids(self) -> tuple[str, ...]:
@@ -349,16 +348,16 @@ def _remove_others(folder: Path, cases: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One build of a set at a time; the system gives the lock back when the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as e:
-        raise _write_error(e, folder) from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """One build of a set at a time; the system gives the lock back when the process dies.
+
+    Where it has no locks a warning asks the user to see to it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+        except BlockingIOError as e:
+            raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
+        except OSError as e:
+            raise _write_error(e, folder) from e
         yield
-    except BlockingIOError as e:
-        raise BuildError(f"another process is preprocessing {folder}\nwait for it and run the same command") from e
-    finally:
-        os.close(descriptor)
