@@ -13,14 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.folder import command_at
-from fastnnunet.cache.reader import SoftLabelReader
 from fastnnunet.cli.main import main
-from fastnnunet.distill.soft_labels import build_command, cache_for_training
+from fastnnunet.distill.soft_labels import build_command, cache_for_training, cache_job
 from fastnnunet.distill.train import run_folder, train_student, train_students
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.checkpoint_digest import DIGEST, digest_of, write_checkpoint
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.test_distill_train import CACHE, SHORT, build, make_job
@@ -90,28 +92,27 @@ class TestPreprocessedCases:
 
 
 class TestMovedCaches:
-    def test_the_command_builds_where_it_is_now(self, world, tmp_path, capsys):
-        build()
-        job = make_job()
-        cache = cache_for_training(job.teacher, CACHE)
-        assert "--root" not in SoftLabelReader(cache).cache.build_command
-        moved = tmp_path / "moved here"
-        shutil.move(cache.parent, moved)
-        elsewhere = dataclasses.replace(job, cache_root=moved)
-        shards = sorted((moved / cache.name).glob("*/c/0/0/0/0"))
-        whole = {shard: shard.read_bytes() for shard in shards}
-        for shard in shards:
-            shard.write_bytes(whole[shard][:50] + bytes(255 - b for b in whole[shard][50:-200]) + whole[shard][-200:])
-        with pytest.raises(CorruptError) as caught:
-            train_student(elsewhere, validate=False)
-        command, case = re.search(r"with: (fastnnunet cache build .*?--case (\S+))$", str(caught.value), re.M).groups()
+    def test_the_command_builds_where_it_is_now(self, world, tmp_path):
         recipe = world / "recipe.yaml"
         recipe.write_text("precision: fp32\nmirroring: false\n")
+        job = make_job(cache=load_yaml_spec(CacheSpec, recipe), cache_spec_file=recipe)
+        cache = build_cache(cache_job(job.teacher, job.cache, spec_file=recipe))
+        assert "--root" not in cache.build_command
+        moved = tmp_path / "moved here"
+        shutil.move(cache.path.parent, moved)
+        shards = sorted((moved / cache.path.name).glob("*/c/0/0/0/0"))
+        whole = {shard: shard.read_bytes() for shard in shards}
+        for shard, data in whole.items():
+            shard.write_bytes(data[:50] + bytes(255 - b for b in data[50:-200]) + data[-200:])
+        with pytest.raises(CorruptError) as caught:
+            train_student(dataclasses.replace(job, cache_root=moved), validate=False)
+        command, case = re.search(r"with: (fastnnunet cache build .*?--case (\S+))$", str(caught.value), re.M).groups()
         words = shlex.split(command)[1:]
         assert words[words.index("--root") + 1] == str(moved)
-        main_exits(*words, "--spec", recipe, "--workers", "0", "--threads", "1", code=0)
-        assert (moved / cache.name / case / "c/0/0/0/0").read_bytes() == whole[moved / cache.name / case / "c/0/0/0/0"]
-        assert not cache.parent.exists()
+        main_exits(*words, "--workers", "0", "--threads", "1", code=0)
+        shard = moved / cache.path.name / case / "c/0/0/0/0"
+        assert shard.read_bytes() == whole[shard]
+        assert not cache.path.parent.exists()
 
     def test_a_damaged_group(self, world):
         build()
@@ -211,7 +212,9 @@ class TestCheckpoints:
 
         _, folder = run
         stored = load_checkpoint(folder / "checkpoint_latest.pth")
-        trainer = nnUNetTrainer(**stored["init_args"], device=torch.device("cpu"))
+        arguments = stored["init_args"]
+        plans = {**arguments.pop("plans"), "continue_training": True}  # as nnUNetv2_train gives them
+        trainer = nnUNetTrainer(plans, **arguments, device=torch.device("cpu"))
         trainer.initialize()
         trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
         assert trainer.current_epoch == 1

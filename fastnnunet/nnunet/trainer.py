@@ -93,6 +93,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     is_ddp: bool
     network: Any
     loss: Any
+    dataset_class: Any
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
