@@ -274,7 +274,7 @@ class TestDamage:
         last = len(whole) * 8
         for bit in [0, last - 1, *rng.integers(0, last, 60)]:  # the shard's last bits are its index
             flip(file, int(bit))
-            with pytest.raises(CorruptError, match=r"(?s)large.*fastnnunet cache build -d 4 --case large"):
+            with pytest.raises(CorruptError, match=r"(?s)large.*fastnnunet cache build -d 4 --root \S+ --case large"):
                 SoftLabelReader(cache.path).read_case("large")
             assert cache.problem("large", deep=True) is not None
             file.write_bytes(whole)
@@ -326,7 +326,7 @@ class TestDamage:
         self.check(cache)
 
     def test_the_command_names_all_damaged_cases(self, cache):
-        assert cache.rebuild_command("a", "b") == f"{COMMAND} --case a b"
+        assert cache.rebuild_command("a", "b") == f"{COMMAND} --root {cache.path.parent} --case a b"
 
 
 class TestForged:

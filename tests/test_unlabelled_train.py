@@ -72,7 +72,12 @@ def prepared(world):
 
 def part(share, *cases):
     return Unlabelled(
-        cases=UnlabelledCases(Path("nowhere"), cases), foreground=Path("nowhere"), soft_labels=None, key="", share=share
+        cases=UnlabelledCases(Path("nowhere"), cases),
+        foreground=Path("nowhere"),
+        soft_labels=None,
+        key="",
+        share=share,
+        command="",
     )
 
 

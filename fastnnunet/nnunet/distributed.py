@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import distributed
 
-from fastnnunet.errors import SpecError
+from fastnnunet.errors import BuildError, FastnnUNetError, SpecError
 from fastnnunet.nnunet.loading import Share
+from fastnnunet.system.children import end_with
 
 
 def share() -> Share:
@@ -26,15 +28,26 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Does nothing in a process started alone."""
+    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Does nothing in a process started alone.
+
+    Raises BuildError where another of them has ended; that one has said why. They end with torchrun, however that ends.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(local_device("cuda"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid(), started_by_main_thread=False)
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
+    except RuntimeError as e:
+        if isinstance(e, FastnnUNetError) or not re.search("gloo|NCCL|onnection (closed|reset)", str(e)):
+            raise
+        raise BuildError(
+            "another process of this training has ended, and this one with it; what was wrong is above or below"
+        ) from e
     finally:
         distributed.destroy_process_group()
 

@@ -7,6 +7,7 @@ that some worker is no longer alive, forks while Ctrl-C may arrive, and leaves i
 import contextlib
 import multiprocessing
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from ctypes import Array
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,6 +156,7 @@ def _load(
 ) -> None:
     """What a loader process does, until nobody wants its batches any more."""
     become_child(started_by_main_thread=started_by_main_thread)
+    sys.excepthook = _say_unless_left  # the thread that hands tensors over uses it
     batches.set_thread_id(number)
 
     def note(name: str) -> None:
@@ -178,6 +181,12 @@ def _load(
         return
 
 
+def _say_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Nothing is wrong here when the process on the other end of a connection is gone."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _packed(batches: "NumberedBatches") -> tuple[Any, bool]:
     """The next batch, or the error in its place, pickled; and which of the two it is."""
     try:
@@ -186,5 +195,5 @@ def _packed(batches: "NumberedBatches") -> tuple[Any, bool]:
         return ForkingPickler.dumps(e), True
     try:
         return ForkingPickler.dumps(batch), False
-    except (OSError, RuntimeError) as e:
+    except Exception as e:
         return ForkingPickler.dumps(not_handed_over(e)), True

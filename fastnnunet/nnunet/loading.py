@@ -110,7 +110,7 @@ class NumberedBatches:
         self._unlabelled, self._transform, self.repair = unlabelled, transform, repair
         self._mine: list[str] = []  # cases of the batch that is being made
         self.case = ""  # the one that is being loaded
-        self.on_case: Callable[[str], None] = lambda case: None
+        self.on_case: Callable[[str], None] | None = None
         self._loader, self._seed, self._stream = loader, seed, stream
         self._number, self._stride = start, max(1, num_processes)
         if isinstance(loader, nnUNetDataLoader):
@@ -144,7 +144,8 @@ class NumberedBatches:
 
     def _is_loading(self, case: str) -> None:
         self.case = case
-        self.on_case(case)
+        if self.on_case is not None:
+            self.on_case(case)
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called once in each loader process, before its first batch."""

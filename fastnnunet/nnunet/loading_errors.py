@@ -6,6 +6,7 @@ import logging
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,19 @@ _FILES = "allow more open files (ulimit -n 65536), and go on with --continue"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """A `Repair` for labelled cases, and for those of `unlabelled` where there are any; goes to loader processes."""
+
+    labelled: str
+    unlabelled: Any = None  # mixing.Unlabelled
+
+    def __call__(self, case: str) -> str:
+        if self.unlabelled is not None and case in self.unlabelled.identifiers:
+            return str(self.unlabelled.repair(case))
+        return self.labelled
+
+
 def loading_error(error: Exception, case: str, repair: Repair | None) -> FastnnUNetError:
     """The error to hand over for what loading `case` raised; '' where it was no case's fault."""
     if isinstance(error, FastnnUNetError):
@@ -36,6 +50,20 @@ def loading_error(error: Exception, case: str, repair: Repair | None) -> FastnnU
     if not case:
         return BuildError(f"a batch cannot be loaded: {said}")
     return unreadable(case, error, repair(case) if repair is not None else "preprocess it again")
+
+
+def reading(dataset_class: Any, repair: Repair) -> Any:
+    """nnU-Net's data set class, reading a case when it is asked for; raises what `loading_error` makes of errors."""
+
+    class Reading(dataset_class):  # type: ignore[misc]
+        def load_case(self, identifier: str) -> tuple[Any, ...]:
+            try:
+                image, segmentation, previous, properties = super().load_case(identifier)
+                return image[:], segmentation, None if previous is None else previous[:], properties
+            except Exception as e:
+                raise loading_error(e, identifier, repair) from e
+
+    return Reading
 
 
 @contextlib.contextmanager
@@ -74,10 +102,12 @@ def unreadable(case: str, error: BaseException, repair: str) -> FastnnUNetError:
 def not_handed_over(error: Exception) -> FastnnUNetError:
     """For a batch that was made and could not be put where this process would find it."""
     log.debug("handing a batch over", exc_info=error)
-    return DiskSpaceError(
-        f"a loader process cannot hand over its batch, usually because shared memory is full: {said_by(error)}\n"
-        f"{_SHARED_MEMORY}"
-    )
+    what = f"a loader process cannot hand over its batch: {said_by(error)}"
+    if not isinstance(error, OSError | RuntimeError):
+        return BuildError(what)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return BuildError(f"{what}\n{_FILES}")
+    return DiskSpaceError(f"{what}\nshared memory may be full: {_SHARED_MEMORY}")
 
 
 def loader_ended(exit_code: int | None, case: str, repair: Repair | None) -> BuildError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastnnunet.errors import BuildError, MismatchError, SpecError
 from fastnnunet.nnunet.paths import dataset_number, nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.plans import configuration_of, read_json
+from fastnnunet.system.children import others_children
 
 
 def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, log_file: Path | None = None) -> Path:
@@ -29,6 +30,7 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
         sink = stack.enter_context(open(log_file or "/dev/null", "a"))
         stack.enter_context(contextlib.redirect_stdout(sink))
         stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(others_children())
         extract_fingerprints([dataset_id], num_processes=num_processes, check_dataset_integrity=True)
         plans_name = plan_experiments([dataset_id])
         preprocess([dataset_id], plans_name, configurations=[configuration], num_processes=[num_processes])

@@ -19,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from fastnnunet.errors import BuildError, FastnnUNetError
 from fastnnunet.nnunet.advice import preprocess_command
 from fastnnunet.nnunet.cases import made_by
 from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
@@ -46,7 +47,7 @@ from fastnnunet.nnunet.loading import (
     ordered_batches,
     seed_generators,
 )
-from fastnnunet.nnunet.loading_errors import first_cases
+from fastnnunet.nnunet.loading_errors import Repairs, first_cases, reading
 from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled
 from fastnnunet.nnunet.soft_samples import (
     SampleTransforms,
@@ -55,6 +56,7 @@ from fastnnunet.nnunet.soft_samples import (
     has_opinion,
 )
 from fastnnunet.nnunet.tensorboard import TensorBoardLogger
+from fastnnunet.system.children import others_children
 
 FINGERPRINT = "dataset_fingerprint.json"
 log = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     is_ddp: bool
     network: Any
     loss: Any
+    dataset_class: Any
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
@@ -199,10 +202,9 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
         return training, validation
 
-    def repair(self, case: str) -> str:
+    @property
+    def repair(self) -> Repairs:
         """The commands that make the preprocessed files of a case again."""
-        if self.unlabelled is not None and case in self.unlabelled.identifiers:
-            return self.unlabelled.repair(case)
         configuration, data = self.configuration_name, str(self.configuration_manager.data_identifier)
         plans = made_by(self.plans_manager.plans, configuration, data)
         command = preprocess_command(self.plans_manager.dataset_name, plans, configuration)
@@ -210,7 +212,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             command += (
                 f"\nor, if it is the one in {self.folder_with_segs_from_previous_stage}, predict that stage again"
             )
-        return command
+        return Repairs(command, self.unlabelled)
 
     def _nnunet_transforms(self) -> list[Any]:
         """The training transforms that nnU-Net gives its loader."""
@@ -369,6 +371,22 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             target = [t.clone() for t in target] if isinstance(target, list) else target.clone()
         with self._autocast():
             return super().validation_step({**batch, "target": target})
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net does; raises what is named in `loading_error`, and BuildError when a process that writes ends."""
+        plain, self.dataset_class = self.dataset_class, reading(self.dataset_class, self.repair)
+        try:
+            with others_children():
+                super().perform_actual_validation(save_probabilities)
+        except RuntimeError as e:
+            if isinstance(e, FastnnUNetError) or "workers" not in str(e):
+                raise
+            raise BuildError(
+                "a process that writes predictions of validation cases has ended, usually because memory is short\n"
+                "use fewer of them (the environment variable nnUNet_def_n_proc) and go on with --continue"
+            ) from e
+        finally:
+            self.dataset_class = plain
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         means = {name: float(np.mean([o[name] for o in train_outputs])) for name in ("loss", "hard", "soft")}

@@ -88,8 +88,7 @@ def _check_defined(name: Any, field: str, place: str) -> None:
         if field != "label_manager":
             return
         raise MismatchError(
-            f"{field}: got {shown(name)}, which is not in {place}
-install it there, as nnU-Net needs it"
+            f"{field}: got {shown(name)}, which is not in {place}\ninstall it there, as nnU-Net needs it"
         )
     is_theirs = isinstance(found, kind) and found.__module__.startswith("nnunetv2.")
     if not is_theirs or (field == "label_manager" and not issubclass(found, LabelManager)):
