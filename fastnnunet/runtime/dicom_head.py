@@ -233,9 +233,9 @@ def _skip_sequence(f: BinaryIO, encoding: _Encoding, depth: int) -> None:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Values of a decimal string; empty where one is no number."""
+    """Values of a decimal string, some with a decimal comma; empty where one is no number."""
     try:
-        values = tuple(float(part) for part in text.split("\\")) if text else ()
+        values = tuple(float(part.replace(",", ".")) for part in text.split("\\")) if text else ()
     except ValueError:
         return ()
     return values if all(map(math.isfinite, values)) else ()
