@@ -116,7 +116,7 @@ def test_other_formats_are_no_dicom(tmp_path: Path) -> None:
     assert not is_dicom_folder(tmp_path)
 
 
-def test_deflated_and_unordered_files_are_read(tmp_path: Path) -> None:
+def test_deflated_files_are_read(tmp_path: Path) -> None:
     """What this package's own look at the header does not know, the reader of images does."""
     for file in write_series(tmp_path, _stored()):
         header = pydicom.dcmread(file)

@@ -165,7 +165,7 @@ def _find(series: DicomSeries) -> _Slices:
     if not folder.is_dir():
         raise ImageError(f"{folder} is no folder any more")
     heads = {file: read_head(file) for file in _files(folder)}
-    heads = {file: _by_reader(file) or head if head and not head.is_whole else head for file, head in heads.items()}
+    heads = {file: _by_reader(file) or head if head and head.is_deflated else head for file, head in heads.items()}
     found: dict[str, dict[Path, Head]] = {}
     for file, head in heads.items():
         if head is not None and head.is_image and not head.storage_class.startswith(_NO_IMAGES):
@@ -281,7 +281,9 @@ def _first_unreadable(files: tuple[Path, ...]) -> tuple[str, str]:
 
 
 def _by_reader(file: Path) -> Head | None:
-    """The header as ITK's reader has it, for encodings that are not known here; None where it cannot read it either."""
+    """The header of a deflated file as ITK's reader has it; None where it cannot read it. Of damaged files it may never
+    return.
+    """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
