@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
@@ -115,7 +116,7 @@ def test_other_formats_are_no_dicom(tmp_path: Path) -> None:
     assert not is_dicom_folder(tmp_path)
 
 
-def test_deflated_and_unordered_files_are_read(tmp_path: Path) -> None:
+def test_deflated_files_are_read(tmp_path: Path) -> None:
     """What this package's own look at the header does not know, the reader of images does."""
     for file in write_series(tmp_path, _stored()):
         header = pydicom.dcmread(file)
@@ -228,6 +229,27 @@ def test_geometry_that_is_not_said_is_refused(wrong: str, tmp_path: Path) -> Non
         ImageError, match={"spacing": "spacing", "orientation": "orientation", "nan": "position"}[wrong]
     ):
         _voxels(tmp_path)
+
+
+def test_decimal_commas(tmp_path: Path) -> None:
+    """As some exporters write numbers in some countries."""
+    files = write_series(tmp_path, _stored())
+    for index, file in enumerate(files):
+        header = pydicom.dcmread(file)
+        for name, values in (
+            ("PixelSpacing", "0,7\\1,1 "),
+            ("ImagePositionPatient", f"-12,5\\3\\{40 + 25 * index // 10},{25 * index % 10}"),
+        ):
+            text = values.encode()
+            tag = pydicom.tag.Tag(name)
+            header._dict[tag] = RawDataElement(tag, "DS", len(text), text + b" " * (len(text) % 2), 0, False, True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header.save_as(file)
+    image = read_series(DicomSeries(folder=tmp_path))
+    np.testing.assert_allclose(image.GetSpacing(), (1.1, 0.7, 2.5))
+    np.testing.assert_allclose(image.GetOrigin(), (-12.5, 3, 40))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), _stored() - 1024)
 
 
 def test_secondary_captures_have_the_spacing_of_their_header(tmp_path: Path) -> None:

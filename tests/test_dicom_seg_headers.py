@@ -191,6 +191,30 @@ KINDS: dict[str, tuple[Change, dict[str, Any], tuple[str, ...]]] = {
         (),
     ),
     "GBK": (_raw(SpecificCharacterSet="GBK", PatientName="王^小".encode("gbk")), {"PatientName": "王^小"}, ()),
+    "Chinese by escapes": (
+        _raw(
+            SpecificCharacterSet="\\ISO 2022 IR 58",
+            PatientName=b"Zhang^XiaoDong=\x1b$)A" + "张^".encode("gb2312") + b"\x1b$)A" + "小东".encode("gb2312"),
+        ),
+        {"PatientName": "Zhang^XiaoDong=张^小东"},
+        (),
+    ),
+    "Latin-1 called UTF-8": (
+        _raw(SpecificCharacterSet="ISO_IR 192", PatientName="M\xfcller"),
+        {"PatientName": "Müller"},
+        (),
+    ),
+    "UTF-8 without a character set": (_raw(PatientName="Ωmega".encode()), {"PatientName": "Ωmega"}, ()),
+    "character set spelled otherwise": (
+        _raw(SpecificCharacterSet="iso-ir 101", PatientName="Wałęsa".encode("iso8859_2")),
+        {"PatientName": "Wałęsa"},
+        (),
+    ),
+    "what the segmentation has of its own": (
+        _raw(Modality="ct scan", ContentDate="x", InstanceCreationTime="y"),
+        {"Modality": "SEG"},
+        (),
+    ),
     "Cyrillic": (
         _raw(SpecificCharacterSet="ISO_IR 144", PatientName="Люкceмбypг".encode("iso8859_5")),
         {"PatientName": "Люкceмбypг"},

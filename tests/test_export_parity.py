@@ -203,8 +203,9 @@ class TestLargePatches:
 
     def test_one_patch_a_fold_and_a_small_batch_once(self, model_folder, tmp_path, runs):
         report = export_bundle(model_folder, (0, 1), tmp_path / "bundle")
-        assert runs == [((1, 1, *PATCH), {1}), ((2, 1, 8, 8, 8), {2}), ((1, 1, *PATCH), {1})]
-        assert report.patches == 1
+        first = [((1, 1, *PATCH), {1}), ((2, 1, 8, 8, 8), {2})]
+        assert runs == [*first, ((2, 1, 8, 8, 8), {2}), ((1, 1, *PATCH), {1})]
+        assert report.real
         stored = np.load(tmp_path / "bundle" / "parity.npz")
         assert stored["image"].shape == (1, 1, *PATCH)
         plans, dataset = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
@@ -236,10 +237,10 @@ class TestLargePatches:
             export_bundle(model_folder, (0, 1), tmp_path / "bundle")
 
     def test_where_the_small_batch_says_nothing_whole_patches_decide(self, model_folder, tmp_path, runs, monkeypatch):
-        find = parity.small_patches
-        monkeypatch.setattr(parity, "small_patches", lambda *a: (b"no model", find(*a)[1]))
-        export_bundle(model_folder, 0, tmp_path / "bundle")
-        assert runs[-1] == ((2, 1, *PATCH), {2})
+        monkeypatch.setattr(parity, "for_other_sizes", lambda model: b"no model")
+        export_bundle(model_folder, (0, 1), tmp_path / "bundle")
+        assert runs[2:] == [((2, 1, *PATCH), {2}), ((1, 1, *PATCH), {1})]
+        np.testing.assert_array_equal(np.load(tmp_path / "bundle" / "parity.npz")["image"].shape, (1, 1, *PATCH))
 
 
 def graph_of(*nodes, initializers=()):
@@ -273,13 +274,14 @@ class TestSmallPatches:
         ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else None,
     )
     def test_only_graphs_that_do_the_same_everywhere(self, node, initializers, is_local):
-        small = small_patches(graph_of(node, initializers=initializers), self.IMAGE, (4, 4, 4))
+        graph = graph_of(node, initializers=initializers)
+        small = small_patches(graph, self.IMAGE, (4, 4, 4))
         assert (small is not None) == is_local
         if small is not None:
-            got = next(parity._runs(small[0], small[1], {2}))
+            got = next(parity._runs(parity.for_other_sizes(graph), small, {2}))
             assert got.shape == (2, 2, 8, 8, 8)
-            np.testing.assert_array_equal(small[1][0], self.IMAGE[0, :, :8, :8, :8])
-            np.testing.assert_array_equal(small[1][1], self.IMAGE[0, :, 8:, 8:, 8:])
+            np.testing.assert_array_equal(small[0], self.IMAGE[0, :, :8, :8, :8])
+            np.testing.assert_array_equal(small[1], self.IMAGE[0, :, 8:, 8:, 8:])
 
     def test_without_a_smaller_size(self):
         relu = graph_of(helper.make_node("Relu", ["image"], ["logits"]))

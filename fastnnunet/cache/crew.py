@@ -13,6 +13,7 @@ from fastnnunet.cache.interfaces import Teacher, TeacherFactory
 from fastnnunet.cache.label import CaseTask, label_case
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, StorageError
+from fastnnunet.system.children import interrupts_held, others_children
 
 SCHEDULER_TIMEOUT_S = 30
 WORKERS_TIMEOUT_S = 300  # clusters that grow on demand take their time
@@ -207,21 +208,21 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
                 ) from e
             yield client
         return
-    cluster = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        dashboard_address=None,
-        silence_logs=logging.ERROR,
-    )
-    try:
-        with Client(cluster) as client:
-            yield client
-    finally:
-        with _without_tracebacks():
-            try:
-                cluster.close()
-            except (
-                TimeoutError
-            ):  # a busy machine: dask gives them seconds; the work is done, and so is this process soon
-                log.warning("the worker processes are slow to stop; they end with this command")
+    with others_children():
+        with interrupts_held():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                silence_logs=logging.ERROR,
+            )
+        try:
+            with Client(cluster) as client:
+                yield client
+        finally:
+            with _without_tracebacks():
+                try:
+                    cluster.close()
+                except TimeoutError:  # a busy machine: dask gives them seconds; they end with this process soon
+                    log.warning("the worker processes are slow to stop; they end with this command")

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,12 @@ def export_bundle(
             if number:
                 put_weights(model, network.state_dict())
             (temporary / name).write_bytes(model.SerializeToString())
-            stages.begin(f"fold {fold}, {parity} through PyTorch")
-            logits_NKZYX = parity.run_torch()
-            stages.begin(f"fold {fold}, the same through ONNX Runtime, to compare")
-            reports.append(parity.check(temporary / name, logits_NKZYX))
-            if not number:
-                parity.check_graph(temporary / name, multiples)
+            begin = partial(stages.begin, of=f"fold {fold}, ")
+            if number:
+                logits_NKZYX, of_fold = parity.check_other(model, temporary / name, begin)
+            else:
+                logits_NKZYX, of_fold = parity.check_first(model, temporary / name, multiples, begin)
+            reports.append(of_fold)
             if graph.batch_size is not None:
                 fix_batch(temporary / name, graph.batch_size)
                 parity.check_fixed_batch(temporary / name, graph.batch_size, logits_NKZYX)
@@ -151,9 +152,9 @@ class _Stages:
     def __init__(self, on_stage: Callable[[int, int, str], None], total: int) -> None:
         self._on_stage, self._total, self._number = on_stage, total, 0
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, of: str = "") -> None:
         self._number += 1
-        self._on_stage(self._number, self._total, what)
+        self._on_stage(self._number, self._total, of + what)
 
 
 def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ Both sum the same numbers in another order, so logits differ in the last digits,
 each other as that, labels differ. A graph is refused for a logit that differs by more than rounding can, and for labels
 that differ where no rounding explains it.
 
-Patches cost most of an export. Each fold computes two of them in both, in a batch and one by one; of large patches one,
-and what batches do is looked at once, on two smaller patches: see `small_patches` for when that says as much.
+Patches cost most of an export. Each fold computes two of them in both, in a batch and one by one. Where patches are
+large and small ones say as much (see `small_patches`), the first fold computes one, and what batches do is looked at on
+two small ones; the other folds, which are the same graph with other weights, are compared on those alone.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,56 +59,75 @@ class ParityCheck:
 
     def __init__(self, network: "torch.nn.Module", image_NCX: np.ndarray, *, is_real: bool, has_regions: bool) -> None:
         """`network` computes the fold that was loaded into it last; `image_NCX`: float32 (2, C, *patch)."""
-        self._network, self.image_NCX = network, image_NCX
+        self._network = network
+        self.image_NCX = image_NCX  # what each fold computes
+        self._both_NCX = image_NCX
+        self._small_NCX: np.ndarray | None = None
         self._is_real, self._has_regions = is_real, has_regions
-        self._small: tuple[bytes, np.ndarray] | None = None
-        self._second_CX: np.ndarray | None = None
 
     def choose_patches(self, model: "onnx.ModelProto", multiples: tuple[int, ...] | None) -> None:
         """Leave out the second patch where patches are large and smaller ones say what it would."""
         if math.prod(self.image_NCX.shape[2:]) > LARGE_PATCH:
-            self._small = small_patches(model, self.image_NCX, multiples)
-        if self._small is not None:
-            self.image_NCX, self._second_CX = self.image_NCX[:1], self.image_NCX[1]
+            self._small_NCX = small_patches(model, self.image_NCX, multiples)
+        if self._small_NCX is not None:
+            self.image_NCX = self.image_NCX[:1]
 
-    def __str__(self) -> str:
-        count, size = len(self.image_NCX), " x ".join(map(str, self.image_NCX.shape[2:]))
-        return f"{count} patches of {size}" if count > 1 else f"a patch of {size}"
+    def check_first(
+        self,
+        model: "onnx.ModelProto",
+        model_file: Path,
+        multiples: tuple[int, ...] | None,
+        begin: Callable[[str], None],
+    ) -> tuple[np.ndarray, ParityReport]:
+        """Compare the first fold, and what holds for all when it holds for one: batches, other sizes of patches.
 
-    def run_torch(self) -> np.ndarray:
-        """Logits of the patches, float32 (N, heads, *patch)."""
-        return self._run(self.image_NCX)
-
-    def check(self, model_file: Path, expected_NKX: np.ndarray) -> ParityReport:
-        """Compare the stored model with what `run_torch` gave. Raises ParityError."""
-        return self._compare(model_file, self.image_NCX, expected_NKX, {len(self.image_NCX), 1})
-
-    def check_graph(self, model_file: Path, multiples: tuple[int, ...] | None) -> None:
-        """What holds for all folds when it holds for one: batches, and with `multiples` patches of another size.
-
+        `begin` is told which of two parts begins. Returns the logits of the patches, float32 (N, heads, *patch).
         Raises ParityError.
         """
-        if self._second_CX is not None and not self._do_small_batches_agree():
-            both_NCX = np.stack([self.image_NCX[0], self._second_CX])
-            self._compare(model_file, both_NCX, self._run(both_NCX), {2})
+        logits_NKX, report = self._check_whole(model_file, begin)
+        if self._small_NCX is not None and self._check_small(model) is None:
+            self._small_NCX = None
+            self._compare(model_file, self._both_NCX, self._run(self._both_NCX), {len(self._both_NCX)})
         if multiples:
             larger_NCX = larger_patches(self.image_NCX, multiples)
             self._compare(model_file, larger_NCX, self._run(larger_NCX), {len(larger_NCX), 1})
+        return logits_NKX, report
+
+    def check_other(
+        self, model: "onnx.ModelProto", model_file: Path, begin: Callable[[str], None]
+    ) -> tuple[np.ndarray, ParityReport]:
+        """Compare another fold: the first one's graph with other weights, so small patches do where they did for that.
+
+        The logits are then those of ONNX Runtime. Otherwise as `check_first`.
+        """
+        if self._small_NCX is None:
+            return self._check_whole(model_file, begin)
+        begin(f"{_words(self._small_NCX)} through PyTorch and ONNX Runtime, to compare")
+        report = self._check_small(model)
+        if report is None:
+            return self._check_whole(model_file, lambda what: None)
+        begin(f"{_words(self.image_NCX)} through ONNX Runtime")
+        return next(_runs(model_file, self.image_NCX, {len(self.image_NCX)})), report
 
     def check_fixed_batch(self, model_file: Path, batch_size: int, expected_NKX: np.ndarray) -> None:
         """As `check`, of a model that takes exactly `batch_size` patches. Raises ParityError."""
         images, logits = (np.resize(a, (batch_size, *a.shape[1:])) for a in (self.image_NCX, expected_NKX))
         self._compare(model_file, images, logits, {batch_size})
 
-    def _do_small_batches_agree(self) -> bool:
-        if self._small is None:
-            return False
-        model, image_NCX = self._small
+    def _check_whole(self, model_file: Path, begin: Callable[[str], None]) -> tuple[np.ndarray, ParityReport]:
+        begin(f"{_words(self.image_NCX)} through PyTorch")
+        logits_NKX = self._run(self.image_NCX)
+        begin("the same through ONNX Runtime, to compare")
+        return logits_NKX, self._compare(model_file, self.image_NCX, logits_NKX, {len(self.image_NCX), 1})
+
+    def _check_small(self, model: "onnx.ModelProto") -> ParityReport | None:
+        """A batch of small patches; None where it is no proof."""
+        assert self._small_NCX is not None
         try:
-            self._compare(model, image_NCX, self._run(image_NCX), {len(image_NCX)})
-        except Exception:  # whatever a graph says to another size than its own: whole patches decide
-            return False
-        return True
+            logits_NKX = self._run(self._small_NCX)
+            return self._compare(for_other_sizes(model), self._small_NCX, logits_NKX, {len(self._small_NCX)})
+        except Exception:  # whatever a network or its graph says to another size than its own: whole patches decide
+            return None
 
     def _run(self, image_NCX: np.ndarray) -> np.ndarray:
         import torch
@@ -128,14 +148,12 @@ class ParityCheck:
 
 def small_patches(
     model: "onnx.ModelProto", image_NCX: np.ndarray, multiples: tuple[int, ...] | None
-) -> tuple[bytes, np.ndarray] | None:
-    """The model for patches of another size, and two small ones, float32 (2, C, *small); None where they say less.
+) -> np.ndarray | None:
+    """Two small patches out of a large one, float32 (2, C, *small); None where they say less than whole ones.
 
-    They say as much about batches as whole ones where every operator does the same everywhere, that is where nothing in
-    the graph depends on the size of the patch. `multiples`: what the axes of a patch are multiples of, None if unknown.
+    They say as much where every operator does the same everywhere, that is where nothing in the graph depends on the
+    size of the patch. `multiples`: what the axes of a patch are multiples of, None if unknown.
     """
-    import onnx
-
     spatial = image_NCX.ndim - 2
     fields = {tensor.name for tensor in model.graph.initializer if math.prod(tensor.dims[-spatial:]) > 1}
     if multiples is None or not all(_is_local(node, fields) for node in model.graph.node):
@@ -148,14 +166,25 @@ def small_patches(
     corners = [
         tuple(slice(start[end], start[end] + n) for start, n in zip(starts, size, strict=True)) for end in (0, 1)
     ]
-    resized = onnx.ModelProto()
-    resized.CopyFrom(model)
-    for value in (*resized.graph.input, *resized.graph.output):
+    return np.stack([image_NCX[0][(slice(None), *corner)] for corner in corners])
+
+
+def for_other_sizes(model: "onnx.ModelProto") -> bytes:
+    """The same graph and weights, for patches of any size."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in (*copy.graph.input, *copy.graph.output):
         for axis, dimension in enumerate(value.type.tensor_type.shape.dim[2:]):
             dimension.dim_param = f"axis{axis}"
-    del resized.graph.value_info[:]
-    image = np.stack([image_NCX[0][(slice(None), *corner)] for corner in corners])
-    return resized.SerializeToString(), image
+    del copy.graph.value_info[:]
+    return copy.SerializeToString()
+
+
+def _words(image_NCX: np.ndarray) -> str:
+    count, size = len(image_NCX), " x ".join(map(str, image_NCX.shape[2:]))
+    return f"{count} patches of {size}" if count > 1 else f"a patch of {size}"
 
 
 def _is_local(node: "onnx.NodeProto", fields: set[str]) -> bool:

@@ -63,11 +63,10 @@ def check_trusted(plans: Mapping[str, Any], configuration: str) -> None:
 def check_labels(plans_manager: Any, dataset_json: Mapping[str, Any]) -> None:
     """Refuse a dataset.json of which nnU-Net's label manager cannot be made. Raises MismatchError."""
     check_dataset_json(dataset_json)
-    if plans_manager.label_manager_class is None:
-        return  # told where it is asked for
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # that plans name no label manager
-            plans_manager.get_label_manager(dataset_json)
+            if plans_manager.label_manager_class is not None:  # else told where it is asked for
+                plans_manager.get_label_manager(dataset_json)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise MismatchError(
             f"the labels in dataset.json are not as nnU-Net takes them: {e}\n"

@@ -138,20 +138,30 @@ def read_series(series: DicomSeries) -> Any:
             f"cannot read the DICOM series in {series.folder}: {culprit}{reason or last_line(e)}\n"
             "expected whole slices of one size; export the series again"
         ) from e
-    if len(found.heads) > 1:
-        _set_spacing(image, series.folder, found.heads)
+    _set_geometry(image, series.folder, found.heads)
     return image
 
 
-def _set_spacing(image: Any, folder: Path, heads: Mapping[Path, Head]) -> None:
-    """The reader takes the pixel spacing of some kinds of images from elsewhere, or for 1 mm where it is not there."""
-    in_plane = next(iter(heads.values())).pixel_spacing
+def _set_geometry(image: Any, folder: Path, heads: Mapping[Path, Head]) -> None:
+    """The reader takes the pixel spacing of some kinds of images from elsewhere, or for 1 mm where it is not there, and
+    reads no decimal commas.
+    """
+    first = next(iter(heads.values()))
     x, y, z = image.GetSpacing()
-    if not in_plane and (x, y) == (1, 1):
+    if len(heads) > 1 and not first.pixel_spacing and (x, y) == (1, 1):
         raise ImageError(f"{folder}: the slices do not say their pixel spacing; export the series again")
-    wanted = (*(in_plane[::-1] or (x, y)), slice_spacing_mm(heads))
+    in_plane = first.pixel_spacing[::-1] if len(first.pixel_spacing) == 2 else (x, y)
+    wanted = (*in_plane, slice_spacing_mm(heads) if len(heads) > 1 else z)
     if not np.allclose((x, y, z), wanted, rtol=1e-4):
         image.SetSpacing(wanted)
+    if len(first.position) != 3 or len(first.orientation) != 6:
+        return
+    if not np.allclose(image.GetOrigin(), first.position, atol=1e-3):
+        image.SetOrigin(first.position)
+    row, column = np.reshape(first.orientation, (2, 3))
+    direction = np.stack([row, column, np.cross(row, column)], axis=1).ravel()
+    if not np.allclose(image.GetDirection(), direction, atol=1e-3):
+        image.SetDirection(direction.tolist())
 
 
 def _find(series: DicomSeries) -> _Slices:
@@ -159,7 +169,7 @@ def _find(series: DicomSeries) -> _Slices:
     if not folder.is_dir():
         raise ImageError(f"{folder} is no folder any more")
     heads = {file: read_head(file) for file in _files(folder)}
-    heads = {file: _by_reader(file) or head if head and not head.is_whole else head for file, head in heads.items()}
+    heads = {file: _by_reader(file) or head if head and head.is_deflated else head for file, head in heads.items()}
     found: dict[str, dict[Path, Head]] = {}
     for file, head in heads.items():
         if head is not None and head.is_image and not head.storage_class.startswith(_NO_IMAGES):
@@ -275,7 +285,9 @@ def _first_unreadable(files: tuple[Path, ...]) -> tuple[str, str]:
 
 
 def _by_reader(file: Path) -> Head | None:
-    """The header as ITK's reader has it, for encodings that are not known here; None where it cannot read it either."""
+    """The header of a deflated file as ITK's reader has it; None where it cannot read it. Of damaged files it may never
+    return.
+    """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()

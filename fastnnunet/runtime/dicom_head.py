@@ -23,6 +23,7 @@ _SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL
 _TEXT = {
     0x00020002: "media_class",
     0x00020003: "media_uid",
+    0x00020010: "transfer_syntax",
     0x00080008: "image_type",
     0x00080010: "recognition",
     0x00080016: "storage_class",
@@ -38,6 +39,7 @@ _TEXT = {
     0x00280030: "pixel_spacing",
 }
 _NUMBERS = {0x00280002: "samples", 0x00280010: "rows", 0x00280011: "columns"}
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _LONGEST_VALUE = 4096  # bytes of any of these
 _MOST_ELEMENTS = 100_000
 _DEEPEST = 32
@@ -49,6 +51,7 @@ class Head:
 
     is_whole: bool  # read up to the pixels or the end; else damaged, or encoded in a way not known here
     has_preamble: bool = True
+    is_deflated: bool = False  # then nothing but the file's own header is known
     storage_class: str = ""
     sop_uid: str = ""
     study_uid: str = ""
@@ -135,7 +138,7 @@ def _parse(f: BinaryIO, size: int, has_preamble: bool) -> Head | None:
             element = _next_element(f, encoding)
             if element is None:
                 break
-            if element.tag <= last:
+            if element.tag <= last and not has_preamble:  # some writers keep no order
                 raise _OddFileError
             last = element.tag
             if element.tag == _FRAMES or element.tag in _PIXELS:
@@ -233,9 +236,9 @@ def _skip_sequence(f: BinaryIO, encoding: _Encoding, depth: int) -> None:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Values of a decimal string; empty where one is no number."""
+    """Values of a decimal string, some with a decimal comma; empty where one is no number."""
     try:
-        values = tuple(float(part) for part in text.split("\\")) if text else ()
+        values = tuple(float(part.replace(",", ".")) for part in text.split("\\")) if text else ()
     except ValueError:
         return ()
     return values if all(map(math.isfinite, values)) else ()
@@ -250,6 +253,7 @@ def _head(
     return Head(
         is_whole=is_whole,
         has_preamble=has_preamble,
+        is_deflated=text("transfer_syntax") == _DEFLATED,
         storage_class=text("storage_class") or text("media_class"),
         sop_uid=text("sop_uid") or text("media_uid"),  # the file's own header repeats the two
         study_uid=text("study_uid"),

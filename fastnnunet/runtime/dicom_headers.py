@@ -6,6 +6,7 @@ What identifies patient, study and images is taken from the slices; no other att
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ _MOST_SERIES_NUMBER = 2**31 - 1
 _OURS = 1000  # added to the number of the series, which is not one of the scanner's then
 _PREFIX_OF_STANDARD_CLASSES = "1.2.840.10008."
 _TEXT_KINDS = ("AS", "DA", "DS", "DT", "IS", "PN", "TM", "UI", *CHARACTERS)
+_ESCAPES = re.compile("\x1b[$()*+,./-]{1,2}[0-9@-Z]")
+_ISO_IR = re.compile("ISO[-_ ]?(2022)?[-_ ]?IR[-_ ]?")  # written in many ways
 _DEEPEST = 8  # sequences in sequences
 
 _one_at_a_time = RLock()
@@ -229,32 +232,45 @@ def _mend_data_set(header: Any, encodings: list[str], done: dict[str, str], dept
 
 def _raw_text(header: Any, keyword: str, encodings: list[str]) -> str:
     """The text of an attribute, decoded and otherwise as it is in the file; "" where there is none."""
-    from pydicom.charset import decode_bytes, default_encoding
     from pydicom.datadict import dictionary_VR
 
     if keyword not in header:
         return ""
     value = header.get_item(keyword).value
     if isinstance(value, bytes):
-        delimiters = {"^", "="} if dictionary_VR(keyword) == "PN" else {"\n", "\r", "\t", "\f"}
-        return str(decode_bytes(value, encodings or [default_encoding], delimiters)).strip("\0 ")
+        return _decoded(value, encodings, is_name=dictionary_VR(keyword) == "PN").strip("\0 ")
     if value is None:
         return ""
     several = not isinstance(value, str) and hasattr(value, "append")
     return "\\".join(map(str, value)) if several else str(value)
 
 
-def _encodings(header: Any, inherited: list[str]) -> list[str]:
-    """Python's names for the character sets of a header; Latin-1 where it names none or none that exists."""
-    from pydicom.charset import convert_encodings, default_encoding
+def _decoded(value: bytes, encodings: list[str], *, is_name: bool) -> str:
+    """Text in the character sets that are named; where none is, or it does not fit, UTF-8 if it is that, or Latin-1."""
+    from pydicom.charset import decode_bytes
 
-    names = _raw_text(header, "SpecificCharacterSet", [])
-    if not names and "SpecificCharacterSet" not in header:
-        return inherited or [default_encoding]
+    if encodings:
+        # at these the character set is the first one again: line breaks, and ^ and = in names
+        text = str(decode_bytes(value, encodings, {0x3D, 0x5E} if is_name else {0x09, 0x0A, 0x0C, 0x0D}))
+        if "\ufffd" not in text:
+            return _ESCAPES.sub("", text)  # Python leaves those of GB 2312
     try:
-        return list(convert_encodings([name.strip("\0 ") for name in names.split("\\")]))
-    except LookupError:
-        return [default_encoding]
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _encodings(header: Any, inherited: list[str]) -> list[str]:
+    """Python's names for the character sets of a header; empty where it names none, or one that does not exist."""
+    from pydicom.charset import convert_encodings, python_encoding
+
+    if "SpecificCharacterSet" not in header:
+        return inherited
+    names = [name.strip("\0 ").upper() for name in _raw_text(header, "SpecificCharacterSet", []).split("\\")]
+    names = [_ISO_IR.sub(lambda match: f"ISO{'_' if match[1] is None else ' 2022 '}IR ", name) for name in names]
+    if not any(names) or any(name not in python_encoding for name in names):
+        return []
+    return list(convert_encodings(names if len(names) > 1 else names[0]))
 
 
 def _code_of(modality: str) -> str:

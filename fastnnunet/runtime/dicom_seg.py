@@ -67,9 +67,13 @@ def write_dicom_seg(
 
 
 def _tell(source: SourceHeaders, series: DicomSeries, segmentation: Any) -> None:
-    """Log what was mended of the attributes that the segmentation has."""
-    there = {element.keyword for element in segmentation.iterall()}
-    if done := [f"{name} ({what})" for name, what in source.done.items() if name in there]:
+    """Log what was mended of what the segmentation has from the series."""
+    given = {(e.keyword, str(e.value)) for part in (source.slices[0], source.identifying) for e in part.iterall()}
+    taken = {e.keyword for e in segmentation.iterall() if (e.keyword, str(e.value)) in given} | {
+        "SeriesNumber",
+        "SOPClassUID",
+    }
+    if done := [f"{name} ({what})" for name, what in source.done.items() if name in taken]:
         _log.warning("%s: mended for the DICOM SEG: %s", printable(series.folder), "; ".join(done))
 
 
