@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastnnunet.errors import ImageError, NotFoundError, printable
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.specs.listing import passed_over, regular_files
+from fastnnunet.specs.listing import examples, passed_over, regular_files
 
 _log = logging.getLogger(__name__)
 _CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)  # a name may have a line break
@@ -30,9 +30,11 @@ def find_images(folder: Path, file_ending: str, num_channels: int, *, tell: bool
     beside = {stem + ending for stem in (*stems, *(stem[:-5] for stem in stems)) for ending in _BESIDE}
     others = passed_over(folder, {*names, *beside}, file_ending)
     if not names:
+        found = examples(sorted(p.name for p in folder.iterdir()))
         raise NotFoundError(
-            f"--images: no image in {folder}\n  got      {'; '.join(others) or 'an empty folder'}\n"
+            f"--images: no image in {folder}\n  got      {found or 'an empty folder'}\n"
             f"  expected files named CASE_0000{file_ending}, as the teacher's data set has them"
+            + "".join(f"\n  - {kind}" for kind in others)
         )
     for kind in others if tell else ():
         _log.warning("--images: %s: not used: %s", printable(folder), kind)
