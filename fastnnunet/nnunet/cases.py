@@ -20,7 +20,7 @@ class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
     folder: Path
-    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends a damaged case
+    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends the damaged case <case>
 
     @cached_property
     def _dataset(self) -> Any:
@@ -51,12 +51,11 @@ class PreprocessedCases:
             raise self._unreadable(case_id, e) from e
 
     def _unreadable(self, case_id: str, error: Exception) -> CorruptError | NotFoundError:
+        remake = self.remake.replace("<case>", case_id)
         if isinstance(error, FileNotFoundError):
-            return NotFoundError(
-                f"preprocessed case {case_id!r} is incomplete in {self.folder}: {error}\n{self.remake}"
-            )
+            return NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {error}\n{remake}")
         said = str(error) if isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {error}"
-        return CorruptError(f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{self.remake}")
+        return CorruptError(f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{remake}")
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
         """Spatial shape of a case."""
