@@ -244,7 +244,7 @@ class TestWrittenOut:
     ("words", "message"),
     [
         ("-r 2 -bs keep", "-bs keep: this network has no residual blocks"),
-        ("-r 2 --lr nan", "initial_lr: got nan"),
+        ("-r 2 --lr nan", "'initial_lr': got nan"),
         ("-r 2 -f ²", "fold '²' is no fold"),
     ],
 )

@@ -1,6 +1,9 @@
 """Unlabelled images in a training: what the losses see of them, how many there are, and that nothing else changes."""
 
 import dataclasses
+import pickle
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training, cache_job
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student, train_students
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet import mixing
 from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.foreground import read_locations
@@ -237,6 +240,38 @@ class TestShare:
 
 
 class TestTraining:
+    @pytest.mark.parametrize("processes", ["0", "1"])
+    def test_a_damaged_image_names_the_commands_that_mend_it(self, prepared, monkeypatch, processes):
+        """They leave what was there before."""
+        monkeypatch.setenv("nnUNet_n_proc_DA", processes)
+        folder = prepared / "preprocessed" / DATASET / "unlabelled" / "more-scans" / f"nnUNetPlans_{CONFIGURATION}"
+        whole = {file: file.read_bytes() for file in sorted(folder.glob("*.pkl"))}
+        assert len(whole) == 2
+        for file in whole:
+            file.write_bytes(b"damaged")
+        with pytest.raises(CorruptError) as caught:
+            train_student(make_job(alpha=0.3), validate=False)
+        first, last = str(caught.value).splitlines()
+        case = re.match(r"preprocessed case '?(tiny_1[01])'? .*cannot be read: UnpicklingError", first)[1]
+        remove, build = last.removeprefix("make it again with: ").split(" && ")
+        words = shlex.split(remove)
+        assert words[:2] == ["rm", "-f"]
+        for name in words[2:]:
+            Path(name).unlink(missing_ok=True)
+        words = shlex.split(build)
+        assert words[0] == "fastnnunet"
+        with pytest.raises(SystemExit) as done:
+            main([*words[1:], "--workers", "0", "--threads", "1"])
+        assert not done.value.code
+        assert [file for file in whole if file.read_bytes() != b"damaged"] == [folder / f"{case}.pkl"]
+        mended, before = (
+            pickle.loads(data) for data in ((folder / f"{case}.pkl").read_bytes(), whole[folder / f"{case}.pkl"])
+        )
+        assert mended.keys() == before.keys()
+        assert (
+            mended["shape_after_cropping_and_before_resampling"] == before["shape_after_cropping_and_before_resampling"]
+        )
+
     def test_batches_losses_and_name(self, prepared, monkeypatch):
         """One of two samples is unlabelled, hard loss and validation never see it, and the run says what it is."""
         seen, validated = [], []

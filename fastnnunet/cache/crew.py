@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Protocol, TypeVar
 
 from fastnnunet.cache.interfaces import Teacher, TeacherFactory
@@ -14,6 +16,7 @@ from fastnnunet.cache.label import CaseTask, label_case
 from fastnnunet.cache.manifest import Manifest
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, StorageError
 from fastnnunet.system.children import interrupts_held, others_children
+from fastnnunet.system.locks import has_locks
 
 SCHEDULER_TIMEOUT_S = 30
 WORKERS_TIMEOUT_S = 300  # clusters that grow on demand take their time
@@ -208,7 +211,11 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
                 ) from e
             yield client
         return
-    with others_children():
+    import dask
+
+    scratch = Path(dask.config.get("temporary-directory") or gettempdir())
+    locking = scratch.is_dir() and has_locks(scratch, quiet=True)  # else dask logs a traceback, and goes on
+    with others_children(), dask.config.set({"distributed.worker.use-file-locking": locking}):
         with interrupts_held():
             cluster = LocalCluster(
                 n_workers=workers,

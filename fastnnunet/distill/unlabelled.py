@@ -22,6 +22,8 @@ from fastnnunet.distill.soft_labels import CachedSoftLabels, build_command, find
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.foreground import sample_foreground, write_locations
+from fastnnunet.nnunet.image_case import ENDINGS
+from fastnnunet.nnunet.loading_errors import remake
 from fastnnunet.nnunet.parallel import each
 from fastnnunet.nnunet.paths import teacher_folder
 from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
@@ -250,6 +252,8 @@ def unlabelled_for_training(
 
     job = open_images(teacher, spec, None, name, root, spec_file)
     cases = require_current(job.target, job.labelled, job.command)
+    files = [str(cases.folder / f"<case>{ending}") for ending in ENDINGS]
+    cases = replace(cases, remake=f"make it again with: {remake(files, job.command)}")
     manager, config = configuration_of(job.target.plans, teacher.configuration)
     ignores = label_manager_of(manager, job.target.dataset_json).has_ignore_label
     if (config.batch_dice or ignores) and distributed.share().world_size > 1:

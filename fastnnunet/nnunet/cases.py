@@ -22,7 +22,7 @@ class PreprocessedCases:
     """All cases of one preprocessed configuration. Picklable; files are opened on use."""
 
     folder: Path
-    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends a damaged case
+    remake: str = field(default="run nnUNetv2_preprocess again", kw_only=True)  # what mends the damaged case <case>
 
     @cached_property
     def _dataset(self) -> Any:
@@ -55,13 +55,13 @@ class PreprocessedCases:
         except FastnnUNetError:
             raise
         except FileNotFoundError as e:
-            raise NotFoundError(
-                f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}\n{self.remake}"
-            ) from e
+            remake = self.remake.replace("<case>", case_id)
+            raise NotFoundError(f"preprocessed case {case_id!r} is incomplete in {self.folder}: {e}\n{remake}") from e
         except Exception as e:  # a damaged pickle raises nearly anything
             said = str(e) if isinstance(e, OSError | RuntimeError) else f"{type(e).__name__}: {e}"
+            remake = self.remake.replace("<case>", case_id)
             raise CorruptError(
-                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{self.remake}"
+                f"preprocessed case {case_id!r} in {self.folder} cannot be read: {said}\n{remake}"
             ) from e
 
     def shape_zyx(self, case_id: str) -> tuple[int, int, int]:

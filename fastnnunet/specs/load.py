@@ -102,7 +102,7 @@ def _coerce(value: Any, hint: Any) -> Any:
                 return _coerce(value, arg)
             except (TypeError, ValueError) as e:
                 errors.append(str(e))
-        raise TypeError("; ".join(errors))
+        raise TypeError("; ".join(dict.fromkeys(errors)))
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(f"got {_shown(value)}, expected one of {', '.join(map(repr, args))}")

@@ -20,7 +20,7 @@ _warned = False
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False, quiet: bool = False) -> Iterator[bool]:
     """Hold an exclusive lock on a file or folder that exists; gives False where the file system has no locks.
 
     With `wait` until whoever holds it is done. Raises BlockingIOError when another process holds it, FileNotFoundError
@@ -33,7 +33,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 raise
-            _warn(path, e)
+            if not quiet:
+                _warn(path, e)
             yield False
         else:
             yield True
@@ -41,10 +42,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def has_locks(folder: Path) -> bool:
-    """Whether the file system of a folder has locks; warns where it has none."""
+def has_locks(folder: Path, *, quiet: bool = False) -> bool:
+    """Whether the file system of a folder has locks; warns where it has none, unless `quiet`."""
     try:
-        with locked(folder) as has:
+        with locked(folder, quiet=quiet) as has:
             return has
     except BlockingIOError:
         return True
