@@ -295,7 +295,7 @@ def test_pretrained_weights(world, tmp_path):
         train_student(other, validate=False)
     assert not run_folder(other).parent.exists()
     (tmp_path / "text.pth").write_text("precision: fp32")
-    with pytest.raises(CorruptError, match="something else than tensors"):
+    with pytest.raises(CorruptError, match="not an nnU-Net checkpoint"):
         train_student(dataclasses.replace(other, pretrained=tmp_path / "text.pth"), validate=False)
 
 

@@ -104,7 +104,10 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
             f"no bundle at {folder}: bundle.json is missing\nmake one with: fastnnunet export onnx ... -o {folder}"
         )
     _check_inside(folder, path.name)
-    raw = read_json_object(path, finite=True)
+    try:
+        raw = read_json_object(path, finite=True)
+    except CorruptError as e:
+        raise CorruptError(f"the bundle's description is damaged: {e}\nexport the bundle again") from e
     declared, version = raw.pop("self_sha256", None), raw.get("format_version")
     if declared is None or not isinstance(version, int):
         raise CorruptError(f"{path} is damaged (self_sha256 or format_version is missing); export the bundle again")
