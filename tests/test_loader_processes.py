@@ -27,6 +27,14 @@ GONE_WITHIN_S = 5.0
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A suite that runs in the background ignores Ctrl-C, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Batches:
     """Numbers in tensors, and at one of them whatever `fate` does."""
 
