@@ -18,7 +18,7 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.runtime.backends.base import create_backend, is_installed
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
-from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec, write_bundle_json
+from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.test_cli import refused, run
 from tests.tiny import CONFIGURATION, DATASET
@@ -446,8 +446,16 @@ class TestTrainingCases:
         assert [b.precision for b in predictor.backends] == ["int8"]
 
 
-def test_a_cascade_stage_wants_its_preprocessed_cases(bundle: Path, real: Path) -> None:
-    spec: BundleSpec = load_bundle_spec(bundle)
-    write_bundle_json(replace(spec, previous_labels=(1,), channel_names=spec.channel_names), bundle / "bundle.json")
+def test_a_cascade_stage_wants_its_preprocessed_cases(tmp_path: Path, real: Path) -> None:
+    model = make_toy_model(Toy(channels=2), tmp_path / "cascade")
+    spec = model.spec  # the second channel becomes the label of the previous stage
+    stage = replace(
+        spec,
+        channel_names=spec.channel_names[:1],
+        normalization_schemes=spec.normalization_schemes[:1],
+        use_mask_for_norm=spec.use_mask_for_norm[:1],
+        previous_labels=(1,),
+    )
+    write_bundle_json(stage, model.bundle / "bundle.json")
     with pytest.raises(SpecError, match="cascade stage, which cannot be calibrated on images alone"):
-        quantize_bundle(onnx_job(bundle, real))
+        quantize_bundle(onnx_job(model.bundle, real))

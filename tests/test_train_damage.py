@@ -257,7 +257,8 @@ CONTENT = st.recursive(
 @given(content=CONTENT)
 def test_a_digest_survives_saving_and_loading(content, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "digest.pth"
-    checkpoint = {"network_weights": {}, "init_args": {}, "trainer_name": "x", "content": content}
+    checkpoint = {"network_weights": {}, "init_args": {"configuration": "x"}, "trainer_name": "x"}
+    checkpoint["content"] = content
     write_checkpoint(checkpoint, file)
     loaded = load_checkpoint(file)
     assert loaded.pop(DIGEST) == digest_of(checkpoint) == digest_of(loaded)
