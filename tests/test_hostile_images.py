@@ -211,6 +211,13 @@ def test_what_a_nifti_header_must_not_say(
             image_io(reader).read([hostile.write({ending: stored}, tmp_path, "a_0000")])
 
 
+@pytest.mark.parametrize("reader", NIFTI_READERS)
+def test_one_slice_without_a_distance_as_nnunet(reader: str, tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(hostile.voxels((7, 6, 1)), np.diag([2.0, 3.0, 4.0, 1.0]))
+    file = hostile.write({".nii": _edited(image.to_bytes(), (88, "<f", (0.0,)))}, tmp_path, "a_0000")
+    _same(reader, file)
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("reader", NIFTI_READERS)
 def test_completeness_does_not_trust_bitpix(
@@ -427,6 +434,7 @@ def test_headers_of_every_legal_kind_as_nnunet(tmp_path: Path) -> None:
         "detached.mhd": mha(ElementDataFile="v.raw"),
         "headed.mhd": mha(HeaderSize="6", ElementDataFile="w.raw"),
         "ended.mhd": mha(HeaderSize="-1", ElementDataFile="w.raw"),
+        "no_line_break.mhd": mha(ElementDataFile="v.raw").rstrip(b"\n"),
         "listed.mhd": mha(ElementDataFile=f"LIST\n{slices}"),
         "pattern.mhd": mha(ElementDataFile="z%02d.raw 0 4 1"),
         "text.mha": mha(text + b"\n", BinaryData="False"),
@@ -441,6 +449,7 @@ def test_headers_of_every_legal_kind_as_nnunet(tmp_path: Path) -> None:
         "spacings.nrrd": nrrd(raw, "space directions: (1,0,0) (0,2,0) (0,0,3)", "spacings: 1 2 3")
         .replace(b"space: left-posterior-superior\n", b"")
         .replace(b"space origin: (4,5,6)\n", b""),
+        "keys.nrrd": nrrd(raw, "key:=value", "key:=a: b\nkey:=a second time\nspace:=as a field is called\nempty:="),
         "ras.nrrd": nrrd(raw, "left-posterior-superior", "right-anterior-superior"),
         "detached.nhdr": nrrd(b"", "key:=value", "data file: v.raw"),
         "skipped.nhdr": nrrd(b"", "key:=value", "data file: w.raw\nbyte skip: 6"),
@@ -451,6 +460,8 @@ def test_headers_of_every_legal_kind_as_nnunet(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_bytes(content)
         _same("SimpleITKIO", tmp_path / name)
+        if name != "flat.mha":
+            _same("SimpleITKIOWithReorient", tmp_path / name)
 
 
 def test_a_dicom_series_that_claims_more_than_there_is(tmp_path: Path) -> None:

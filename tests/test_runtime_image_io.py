@@ -74,7 +74,8 @@ def test_rescaled_and_big_endian_nifti_as_nnunet(tmp_path: Path) -> None:
             image.header.set_slope_inter(*slope)
             file = tmp_path / f"{name}{'le' if endianness == '<' else 'be'}.nii.gz"
             nibabel.save(image, file)
-            _same("SimpleITKIO", [file])
+            for reader in ("SimpleITKIO", "SimpleITKIOWithReorient"):
+                _same(reader, [file])
             assert (read_nifti_voxels(file) is None) == (name == "scaled")
 
 

@@ -182,7 +182,7 @@ def _geometry_of(image: Any) -> _Geometry:
 def _to_sitk(voxels: npt.NDArray[Any], geometry: _Geometry) -> Any:
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(voxels, isVector=False)
+    image = sitk.GetImageFromArray(voxels.astype(voxels.dtype.newbyteorder("="), copy=False), isVector=False)
     image.SetSpacing(geometry["spacing"])
     image.SetOrigin(geometry["origin"])
     image.SetDirection(geometry["direction"])

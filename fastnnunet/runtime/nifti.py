@@ -141,7 +141,8 @@ def _check(header: _Header, path: Path, *, at_least: int) -> None:
     if header.datatype not in _DTYPES and header.datatype != _FLOAT128:
         raise ImageError(f"{path} has a damaged NIfTI header: data type {header.datatype}; export it again")
     spacing = header.pixdim[:3]
-    if not all(math.isfinite(s) and s != 0 for s in spacing):
+    # the spacing of a single voxel is often left at 0, which every reader takes for 1
+    if not all(math.isfinite(s) and (s != 0 or n == 1) for s, n in zip(spacing, sizes[:3], strict=False)):
         got = ", ".join(f"{s:g}" for s in spacing)
         raise ImageError(f"{path} has a damaged header: its spacing is ({got}), expected millimetres; export it again")
     for name, values in (("qform", header.qform), ("sform", header.sform)):

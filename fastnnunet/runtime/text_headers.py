@@ -95,7 +95,8 @@ def _read_metaimage(path: Path, head: bytes) -> Layout | str:
         line, newline, _ = head[start:].partition(b"\n") if start < len(head) else (b"", b"", b"")
         start += len(line) + len(newline)
         match = re.fullmatch(r"\s*(\S+?)\s*[=:]\s*(.*?)\s*", line.decode("latin-1"))
-        if not newline or (match is None and line.strip()):
+        is_last = match is not None and match[1] == "ElementDataFile" and len(head) < _HEAD_BYTES
+        if (not newline and not is_last) or (match is None and line.strip()):
             raise _damaged(path, "it has no line 'ElementDataFile = ...'" if not newline else f"line {line[:60]!r}")
         if match is None:
             continue
@@ -153,6 +154,8 @@ def _read_nrrd(path: Path, head: bytes) -> Layout | str:
             is_first = False
         elif not text:
             break
+        elif re.match(r"[^:]*:=", text):  # a key of the user's own
+            continue
         elif (match := re.fullmatch(r"([^:=]+): *(.*?)\s*", text)) is not None:
             name = match[1].strip().lower().replace(" ", "")
             if name in fields:
@@ -160,7 +163,7 @@ def _read_nrrd(path: Path, head: bytes) -> Layout | str:
             fields[name] = match[2]
             if name == "datafile" and match[2].split()[:1] == ["LIST"]:
                 break
-        elif ":=" not in text:
+        else:
             raise _damaged(path, f"line {text[:60]!r}")
     if start >= _HEAD_BYTES:
         raise _damaged(path, f"it is longer than {_HEAD_BYTES} bytes")
