@@ -266,8 +266,7 @@ def test_what_follows_the_voxels(reader: str, seeds: dict[str, hostile.Files], t
     packed = gzip.compress(content)
     for name, files in {
         "one more": {".nii": content + b"x"},
-        "one more zero": {".nii": content + b"\0"},
-        "a block more": {".nii": content + padding + bytes(512)},
+        "more than a block of zeros": {".nii": content + bytes(5000)},
         "another gzip": {".nii.gz": packed + gzip.compress(b"more")},
         "another image": {".nii.gz": packed + packed},
         "no gzip": {".nii.gz": packed + b"more"},
@@ -278,6 +277,8 @@ def test_what_follows_the_voxels(reader: str, seeds: dict[str, hostile.Files], t
     pieces = b"".join(gzip.compress(content[i : i + 3]) for i in range(0, len(content), 3))  # as bgzip, many members
     for name, files in {
         "padded": {".nii": content + padding},
+        "a zero": {".nii": content + b"\0"},
+        "padded to a page": {".nii": content + bytes(-len(content) % 4096)},
         "padded gz": {".nii.gz": gzip.compress(content + padding)},
         "padding behind gzip": {".nii.gz": packed + bytes(1000)},
         "members": {".nii.gz": pieces + gzip.compress(b"")},

@@ -218,6 +218,45 @@ def test_indexed_pictures_as_nnunet(tmp_path: Path) -> None:
             _same("NaturalImage2DIO", [tmp_path / f"{name}{ending}"])
 
 
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr", ".hdr", ".img"])
+def test_formats_of_two_files_are_whole(reader: str, ending: str, tmp_path: Path) -> None:
+    if reader == "NibabelIO" and ending in (".mhd", ".nhdr"):
+        pytest.skip("nibabel knows no such format")
+    file = write_image(_volume(), tmp_path / "a_0000.nii.gz", **GEOMETRY)
+    io, labels = image_io(reader), (_volume() > 50).astype(np.uint8)
+    _, properties = io.read([file])
+    (tmp_path / "out").mkdir()
+    io.write(labels, tmp_path / f"out/b{ending}", properties)
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(made) == 2
+    assert all(name.startswith("b.") for name in made)
+    got, _ = _nnunet(reader).read_seg(str(tmp_path / f"out/b{ending}"))
+    np.testing.assert_array_equal(got[0], labels)
+
+
+def test_a_vector_of_one_number_is_that_number(tmp_path: Path) -> None:
+    vector = sitk.Compose([sitk.GetImageFromArray(_volume(np.int16))])
+    assert vector.GetPixelID() == sitk.sitkVectorInt16
+    for ending in (".nii.gz", ".nrrd", ".mha"):
+        sitk.WriteImage(vector, str(tmp_path / f"v_0000{ending}"))
+        _same("SimpleITKIO", [tmp_path / f"v_0000{ending}"])
+
+
+def test_sizes_of_axes_that_are_not_there(tmp_path: Path) -> None:
+    file = write_image(_volume(np.int16), tmp_path / "a_0000.nii", **GEOMETRY)
+    content = bytearray(file.read_bytes())
+    content[40:56] = np.array([5, 7, 6, 5, 0, 0, 0, 0], "<i2").tobytes()
+    file.write_bytes(content)
+    _same("SimpleITKIO", [file])
+
+
+def test_a_field_of_the_writers_own_may_be_there_twice(tmp_path: Path) -> None:
+    file = write_image(_volume(np.int16), tmp_path / "a_0000.mha", **GEOMETRY)
+    file.write_bytes(file.read_bytes().replace(b"NDims = 3\n", b"NDims = 3\nPatient = a\nPatient = b\n"))
+    _same("SimpleITKIO", [file])
+
+
 def test_unknown_reader_is_named() -> None:
     with pytest.raises(SpecError, match="'MyIO'"):
         image_io("MyIO")

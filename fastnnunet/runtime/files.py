@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastnnunet.errors import NO_ROOM, DiskSpaceError, FastnnUNetError
 from fastnnunet.runtime.whole import is_whole
 
 _USUAL_LONGEST_NAME = 255
 _PROBE = bytes(2**16)
+_IN_TWO_FILES = (".hdr", ".img", ".mhd", ".nhdr")  # formats that keep voxels in a file beside that of the header
 _under_way: dict[Path, int] = {}  # partial files of this process -> the thread that writes them
 
 
@@ -55,6 +57,29 @@ def atomic_output(path: Path) -> Iterator[Path]:
     finally:
         if not is_waiting:
             _remove([partial])
+
+
+@contextmanager
+def atomic_image(path: Path) -> Iterator[Path]:
+    """As `atomic_output`, for an image that its writer may put into two files which name each other.
+
+    Raises what `atomic_output` raises.
+    """
+    if path.suffix.lower() not in _IN_TWO_FILES:
+        with atomic_output(path) as partial:
+            yield partial
+        return
+    try:
+        with TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            yield whole
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == whole):  # what is asked for comes last
+                with atomic_output(path.with_name(file.name)) as partial:
+                    file.replace(partial)
+    except FastnnUNetError:
+        raise
+    except OSError as e:
+        raise _cannot_write(path, e) from e
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import ImageError
 from fastnnunet.runtime.dicom import DicomSeries, read_series
-from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.files import atomic_image
 from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
 from fastnnunet.runtime.nifti import is_nifti, read_nifti_voxels
 from fastnnunet.runtime.stored import no_memory
@@ -51,7 +51,7 @@ class NibabelIO:
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         import nibabel
 
-        with atomic_output(file) as partial:
+        with atomic_image(file) as partial:
             nibabel.save(self._file_image(segmentation_ZYX, properties), partial)
 
     def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fastnnunet.errors import FastnnUNetError, ImageError
 from fastnnunet.runtime.dicom import DicomSeries, read_series
-from fastnnunet.runtime.files import atomic_output
+from fastnnunet.runtime.files import atomic_image
 from fastnnunet.runtime.image_checks import ImageSource, check_geometry, check_same, smallest_dtype, stack_channels
 from fastnnunet.runtime.itk import last_line
 from fastnnunet.runtime.nifti import is_nifti, is_nifti_pair, read_nifti_voxels
@@ -73,7 +73,7 @@ class SimpleITKIO:
         return sitk.GetArrayFromImage(image), {**_geometry_of(image), "original_orientation": original}
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
-        with atomic_output(file) as partial:
+        with atomic_image(file) as partial:
             write_sitk(self._file_image(segmentation_ZYX, properties), partial, file)
 
     def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:
@@ -140,11 +140,10 @@ def _scalar_dtype(file: Path, reader: Any) -> np.dtype[Any]:
     """Type of the voxels that ITK is about to read. Raises ImageError unless that is one real number each."""
     import SimpleITK as sitk
 
-    kinds = {
-        **{sitk.sitkUInt8: "u1", sitk.sitkInt8: "i1", sitk.sitkUInt16: "u2", sitk.sitkInt16: "i2"},
-        **{sitk.sitkUInt32: "u4", sitk.sitkInt32: "i4", sitk.sitkUInt64: "u8", sitk.sitkInt64: "i8"},
-        **{sitk.sitkFloat32: "f4", sitk.sitkFloat64: "f8"},
-    }
+    names = ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
+    kinds = {getattr(sitk, f"sitk{name}"): name.lower() for name in names}
+    if reader.GetNumberOfComponents() == 1:  # a vector of one number is that number
+        kinds |= {getattr(sitk, f"sitkVector{name}"): name.lower() for name in names}
     if (kind := kinds.get(reader.GetPixelID())) is None:
         got = sitk.GetPixelIDValueAsString(reader.GetPixelID())
         raise ImageError(

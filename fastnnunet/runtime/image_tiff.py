@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import FastnnUNetError, ImageError
+from fastnnunet.errors import CorruptError, FastnnUNetError, ImageError
 from fastnnunet.runtime.dicom import DicomSeries
 from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.image_checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
@@ -141,6 +141,8 @@ def _read_spacing(file: ImageSource, beside: Path) -> Any:
     try:
         spacing = read_json_object(beside)["spacing"]
         numbers = [float(s) for s in spacing]
+    except CorruptError as e:
+        raise ImageError(f'{e}\nexpected {{"spacing": [z, y, x]}}') from e
     except (ValueError, KeyError, TypeError) as e:
         raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e
     if len(numbers) != 3:

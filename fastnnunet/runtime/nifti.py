@@ -157,6 +157,11 @@ def _check(header: _Header, path: Path, *, at_least: int) -> None:
         )
 
 
+def _sizes(dim: tuple[int, ...]) -> tuple[int, ...]:
+    """ITK takes a size of 0 beyond the third axis for 1, as many writers leave it."""
+    return (*dim[:3], *(n or 1 for n in dim[3:]))
+
+
 def _first_version(content: bytes, order: str) -> _Header:
     def get(form: str, offset: int) -> tuple[Any, ...]:
         return struct.unpack_from(f"{order}{form}", content, offset)
@@ -170,7 +175,7 @@ def _first_version(content: bytes, order: str) -> _Header:
     return _Header(
         order=order,
         datatype=datatype,
-        sizes_xyz=dim[1 : axes + 1],
+        sizes_xyz=_sizes(dim[1 : axes + 1]),
         dim=dim[: max(dim[0], 0) + 1],
         start=int(offset) if 0 <= offset < 2**31 else -1,
         slope=slope if is_nifti else 0.0,  # Analyze has other fields there, and no orientation
@@ -194,7 +199,7 @@ def _second_version(content: bytes, order: str) -> _Header:
     return _Header(
         order=order,
         datatype=datatype,
-        sizes_xyz=dim[1 : axes + 1],
+        sizes_xyz=_sizes(dim[1 : axes + 1]),
         dim=dim[: axes + 1],
         start=offset if 0 <= offset < 2**62 else -1,
         slope=slope,

@@ -20,7 +20,7 @@ PICTURE_RATIO = 4096  # above what JPEG and the usual compressions of TIFF do
 SMALL_BYTES = 1 << 26  # so large an image may be made of any number of bytes, where a library alone knows the format
 _CHUNK_BYTES = 1 << 18
 _PIECE_BYTES = 1 << 24
-_BLOCK_BYTES = 512  # some writers fill the last block of a file with zeros
+_PADDING_BYTES = 4096  # some writers fill the last block of a file, of whatever size that is, with zeros
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP, _ZLIB = 31, 15  # window bits as zlib counts them: 16 and 15 for a gzip header and its checksum
 
@@ -84,8 +84,8 @@ class Stored:
             raise ImageError(
                 f"{self.path} is truncated: got {got} bytes of voxels, expected {need}; copy or export it again"
             )
-        rest = self.read(_BLOCK_BYTES)
-        if rest and (rest.strip(b"\0") or len(rest) == _BLOCK_BYTES or self.position % _BLOCK_BYTES):
+        rest = self.read(_PADDING_BYTES + 1)
+        if rest.strip(b"\0") or len(rest) > _PADDING_BYTES:
             raise ImageError(
                 f"{self.path} is damaged: more data follow than the {need} bytes of voxels of its header; "
                 "copy or export it again"

@@ -100,8 +100,10 @@ def _read_metaimage(path: Path, head: bytes) -> Layout | str:
             raise _damaged(path, "it has no line 'ElementDataFile = ...'" if not newline else f"line {line[:60]!r}")
         if match is None:
             continue
-        if match[1] in fields or (match[1] != "ObjectType" and "NDims" not in fields and match[1] in _META_COUNTED):
-            raise _damaged(path, f"a second {match[1]}" if match[1] in fields else f"{match[1]} before NDims")
+        if "NDims" not in fields and match[1] in _META_COUNTED:
+            raise _damaged(path, f"{match[1]} before NDims")
+        if fields.get(match[1], match[2]) != match[2] and match[1] in _META_KNOWN:
+            raise _damaged(path, f"a second {match[1]}")
         fields[match[1]] = match[2]
     _check_text(path, head[:start])
     axes = _whole(path, "NDims", fields.get("NDims", ""))
@@ -140,6 +142,10 @@ def _read_metaimage(path: Path, head: bytes) -> Layout | str:
 
 
 _META_COUNTED = frozenset((*_META_VECTORS, *_META_MATRICES, "DimSize"))  # as many numbers as NDims says
+_META_KNOWN = _META_COUNTED | {  # what decides where voxels are and how many; others may say what they like, and twice
+    *("ObjectType", "NDims", "ElementType", "ElementNumberOfChannels", "HeaderSize", "BinaryData"),
+    *("BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData", "CompressedDataSize"),
+}
 
 
 def _read_nrrd(path: Path, head: bytes) -> Layout | str:
