@@ -76,7 +76,10 @@ def make_bundle(folder: Path, classes: int, patch: Sequence[int]) -> Path:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(folder / "model.onnx")
     )
     digests = {"model.onnx": sha256_of_file(folder / "model.onnx")}
-    spec = replace(spec_of(classes), name="two_convolutions", patch_size=tuple(patch), files=digests)
+    architecture = {"network_class_name": "none", "arch_kwargs": {}, "_kw_requires_import": []}  # no torch here
+    spec = replace(
+        spec_of(classes), name="two_convolutions", patch_size=tuple(patch), files=digests, architecture=architecture
+    )
     write_bundle_json(spec, folder / "bundle.json")
     return folder
 
