@@ -106,6 +106,18 @@ class TestErrors:
         assert str(caught.value) == "case x\nmend it"
         assert multiprocessing.active_children() == []
 
+    def test_come_where_exceptions_are_pickled_with_their_causes(self, num_processes):
+        """dask has tblib do that, for the whole process."""
+        from tblib import pickling_support
+
+        pickling_support.install(CorruptError)
+        made = batches(Batches(Raising(CorruptError("case x\nmend it")), at=0), num_processes)
+        try:
+            with pytest.raises(CorruptError, match="case x\nmend it"):
+                next(made)
+        finally:
+            finish(made)
+
     @pytest.mark.parametrize(
         "error",
         [RuntimeError("blosc2 said\nno"), KeyError("class_locations"), EOFError(), MemoryError(), OSError(24, "x")],

@@ -119,7 +119,7 @@ class TestPreprocessing:
     def test_other_plans_preprocess_anew(self, world):
         job = open_images(TEACHER, RECIPE, image_folder(world, "tiny_00"))
         job.preprocess(0)
-        plans = {**job.target.plans, "transpose_forward": [1, 0, 2]}
+        plans = {**job.target.plans, "transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
         assert dataclasses.replace(job.target, plans=plans).preprocessing != job.target.preprocessing
 
 

@@ -192,6 +192,8 @@ def _packed(batches: "NumberedBatches") -> tuple[Any, bool]:
     try:
         batch = next(batches)
     except FastnnUNetError as e:
+        # without what led to it, which some libraries (tblib, by dask) have exceptions pickled with
+        e.__cause__ = e.__context__ = e.__traceback__ = None
         return ForkingPickler.dumps(e), True
     try:
         return ForkingPickler.dumps(batch), False

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from fastnnunet.errors import FastnnUNetError
 from fastnnunet.nnunet.loading_errors import Repair, loading_error
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ class NumberedBatches:
                 self._is_loading("")
                 if self._transform is not None:
                     batch = self._transform(**batch)
+            except FastnnUNetError:
+                raise
             except Exception as e:  # a damaged file makes the libraries underneath raise nearly anything
                 raise loading_error(e, self.case, self.repair) from e
         self._number += self._stride

@@ -39,8 +39,6 @@ class Repairs:
 
 def loading_error(error: Exception, case: str, repair: Repair | None) -> FastnnUNetError:
     """The error to hand over for what loading `case` raised; '' where it was no case's fault."""
-    if isinstance(error, FastnnUNetError):
-        return error
     log.debug("loading %s", case, exc_info=error)
     said = said_by(error)
     if isinstance(error, MemoryError):
@@ -60,6 +58,8 @@ def reading(dataset_class: Any, repair: Repair) -> Any:
             try:
                 image, segmentation, previous, properties = super().load_case(identifier)
                 return image[:], segmentation, None if previous is None else previous[:], properties
+            except FastnnUNetError:
+                raise
             except Exception as e:
                 raise loading_error(e, identifier, repair) from e
 
@@ -85,6 +85,8 @@ def first_cases(repair: Repair) -> Iterator[Callable[[Sequence[Any]], None]]:
 
     try:
         yield note
+    except FastnnUNetError:
+        raise
     except Exception as e:
         raise loading_error(e, latest[0], repair) from e
     finally:
