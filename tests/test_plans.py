@@ -239,6 +239,40 @@ def test_bundles_of_other_windows(tiny, pristine_world, tmp_path, kind):
     assert (ours == nnunets).mean() >= 0.9999
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_what_nnunet_does_not_look_at_is_not_refused(tiny, pristine_world, tmp_path, monkeypatch, regions):
+    """Fields that its predictor never reads, text where it takes int() of it, axes that are NumPy's numbers."""
+    import SimpleITK as sitk
+
+    monkeypatch.setenv("nnUNet_preprocessed", str(pristine_world / "preprocessed"))
+    plans, dataset_json = deepcopy(tiny)
+    plans["experiment_planner_used"] = None if regions else "my planner v2.0"
+    config = plans["configurations"][CONFIGURATION]
+    del config["data_identifier"]
+    if regions:
+        dataset_json["labels"] = {"background": 0, "whole": ["1", "2"], "dark": "2"}
+        dataset_json["regions_class_order"] = ["1", "2"]
+    else:
+        dataset_json |= {"regions_class_order": [], "channel_names": {"0": "T1\u00a0Gd\n"}}
+        config["architecture"]["arch_kwargs"]["norm_op_kwargs"] = {"affine": True, "track_running_stats": True}
+    folder = write_model(tmp_path / "model", plans, CONFIGURATION, dataset_json)
+    checkpoint = folder / "fold_0" / "checkpoint_final.pth"
+    axes = [np.int64(0), np.int32(2)]
+    torch.save({**torch.load(checkpoint), "inference_allowed_mirroring_axes": axes}, checkpoint)
+    image = sorted((pristine_world / "raw" / DATASET / "imagesTs").iterdir())[0]
+    nnunet_files(nnunet_predictor(folder, (0,)), {"case": [image]}, tmp_path / "theirs")
+
+    with pytest.raises(NotFoundError, match="no data_identifier"):
+        export_bundle(folder, 0, tmp_path / "bundle")
+    export_bundle(folder, 0, tmp_path / "bundle", needs_real_patches=False)
+    Predictor.load(tmp_path / "bundle", "onnxruntime", threads=1).predict_files(image, tmp_path / "ours/case.nii.gz")
+    ours, theirs = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / w / "case.nii.gz"))) for w in ("ours", "theirs")
+    )
+    assert len(np.unique(theirs)) > 1
+    assert (ours == theirs).mean() >= 0.9999
+
+
 @pytest.mark.parametrize("kind", WAYS)
 def test_windows_of_plans_written_in_another_way(tiny, kind):
     given, configuration = written(tiny[0], kind)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet import __version__
-from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError, printable
 from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
 from fastnnunet.export.onnx import put_weights, to_onnx
 from fastnnunet.export.parity import ParityCheck, ParityReport
@@ -193,7 +193,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
     """In the order in which they are written, as nnU-Net takes them; where `modality` is, the old key, that one."""
     names = dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"]
-    return tuple(map(str, names.values() if isinstance(names, dict) else names))
+    return tuple(printable(str(name)) for name in (names.values() if isinstance(names, dict) else names))
 
 
 def _bundle_spec(
@@ -207,7 +207,8 @@ def _bundle_spec(
     graph: GraphSpec,
 ) -> BundleSpec:
     plans_manager, config = configuration_of(plans, configuration)
-    order = dataset_json.get("regions_class_order")
+    labels = label_manager_of(plans_manager, dataset_json)
+    order = dataset_json.get("regions_class_order") if labels.has_regions else None
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
     folds = tuple(provenance["weights_sha256"])
     return BundleSpec(
@@ -216,9 +217,9 @@ def _bundle_spec(
         configuration=configuration,
         channel_names=_channel_names(dataset_json),
         labels=dataset_json["labels"],
-        regions_class_order=tuple(order) if order else None,
+        regions_class_order=tuple(map(int, order)) if order else None,
         previous_labels=_previous_labels(plans, configuration, dataset_json),
-        num_heads=int(label_manager_of(plans_manager, dataset_json).num_segmentation_heads),
+        num_heads=int(labels.num_segmentation_heads),
         file_ending=dataset_json["file_ending"],
         reader_writer=plans_manager.plans["image_reader_writer"],
         transpose_forward=tuple(plans_manager.transpose_forward),
@@ -229,7 +230,7 @@ def _bundle_spec(
         use_mask_for_norm=tuple(bool(u) for u in config.use_mask_for_norm),
         intensity_properties=intensity_properties(plans_manager),
         resampling={kind: resampling_of(plans, configuration, kind) for kind in ("data", "seg", "probabilities")},
-        mirror_axes=tuple(mirror_axes) if mirror_axes else None,
+        mirror_axes=tuple(map(int, mirror_axes)) if mirror_axes else None,
         batch_size=graph.batch_size,
         architecture=stock_architecture(architecture_of(plans, configuration)),
         plans=plans,

@@ -124,6 +124,11 @@ def open_cases(plans: dict[str, Any], configuration: str) -> PreprocessedCases:
     """
     manager, config = configuration_of(plans, configuration)
     base = nnunet_folder("nnUNet_preprocessed") / manager.dataset_name
+    if "data_identifier" not in config.configuration:  # which nnU-Net predicts without
+        raise NotFoundError(
+            f"configuration {configuration!r} of plans {manager.plans_name!r} has no data_identifier, hence no "
+            "preprocessed cases\ntake the plans that nnU-Net wrote for this model"
+        )
     folder = base / config.data_identifier
     if not folder.is_dir() or not any(folder.iterdir()):
         raise NotFoundError(

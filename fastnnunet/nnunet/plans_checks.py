@@ -60,8 +60,11 @@ def check_plans(plans: Mapping[str, Any], configuration: str) -> None:
 def check_dataset_json(dataset_json: Mapping[str, Any]) -> None:
     """Refuse a dataset.json without usable labels, channels or file ending. Raises MismatchError."""
     channels = dataset_json.get("modality", dataset_json.get("channel_names"))
-    problems = label_problems(dataset_json.get("labels"), dataset_json.get("regions_class_order"))
-    if not isinstance(channels, dict) or not 0 < len(channels) <= 1000 or not all(map(_is_text, channels.values())):
+    labels = dataset_json.get("labels")
+    has_regions = isinstance(labels, dict) and any(is_list(v) and len(v) > 1 for v in labels.values())
+    # without regions nnU-Net does not look at their order, and it never looks at the names of channels
+    problems = label_problems(labels, dataset_json.get("regions_class_order") if has_regions else None)
+    if not isinstance(channels, dict) or not 0 < len(channels) <= 1000 or not all(map(_is_plain, channels.values())):
         problems.append(f"channel_names: got {shown(channels)}, expected numbers with names")
     if not is_file_ending(dataset_json.get("file_ending")):
         problems.append(f"file_ending: got {shown(dataset_json.get('file_ending'))}, expected one such as .nii.gz")
@@ -79,7 +82,7 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     ]
     problems += [
         f"{field}: got {shown(plans[field])}, expected the name of a class"
-        for field in ("image_reader_writer", "label_manager", "experiment_planner_used")
+        for field in ("image_reader_writer", "label_manager")
         if field in plans and not is_class_name(plans[field])
     ]
     problems += [f"{field} is missing" for field in ("dataset_name", "plans_name") if field not in plans]
@@ -95,8 +98,8 @@ def _plans_problems(plans: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | None)
 
 
 def is_class_name(value: Any) -> bool:
