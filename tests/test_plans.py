@@ -249,6 +249,8 @@ def test_what_nnunet_does_not_look_at_is_not_refused(tiny, pristine_world, tmp_p
     plans["experiment_planner_used"] = None if regions else "my planner v2.0"
     config = plans["configurations"][CONFIGURATION]
     del config["data_identifier"]
+    config["batch_size"] = None
+    plans["foreground_intensity_properties_per_channel"]["0"]["median"] = float("nan")  # nobody needs it
     if regions:
         dataset_json["labels"] = {"background": 0, "whole": ["1", "2"], "dark": "2"}
         dataset_json["regions_class_order"] = ["1", "2"]

@@ -3,6 +3,7 @@
 One fold gives the bundle of a student (or of a teacher without its siblings), several give that of an ensemble.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -196,6 +197,15 @@ def _channel_names(dataset_json: dict[str, Any]) -> tuple[str, ...]:
     return tuple(printable(str(name)) for name in (names.values() if isinstance(names, dict) else names))
 
 
+def _without_nan(value: Any) -> Any:
+    """A copy with None for numbers that are not finite, which JSON does not have; statistics of empty channels are."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _bundle_spec(
     plans: dict[str, Any],
     configuration: str,
@@ -228,13 +238,13 @@ def _bundle_spec(
         patch_size=tuple(int(p) for p in config.patch_size),
         normalization_schemes=tuple(config.normalization_schemes),
         use_mask_for_norm=tuple(bool(u) for u in config.use_mask_for_norm),
-        intensity_properties=intensity_properties(plans_manager),
+        intensity_properties=_without_nan(intensity_properties(plans_manager)),
         resampling={kind: resampling_of(plans, configuration, kind) for kind in ("data", "seg", "probabilities")},
         mirror_axes=tuple(map(int, mirror_axes)) if mirror_axes else None,
         batch_size=graph.batch_size,
         architecture=stock_architecture(architecture_of(plans, configuration)),
-        plans=plans,
-        dataset_json=dataset_json,
+        plans=_without_nan(plans),
+        dataset_json=_without_nan(dataset_json),
         model_files=model_files,
         folds=folds,
         provenance=provenance,

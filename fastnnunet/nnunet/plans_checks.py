@@ -119,7 +119,7 @@ def _configuration_problems(plans: Mapping[str, Any], config: Mapping[str, Any])
     if is_list(schemes):
         for name in (n for n in _STATISTICS if n in plans):
             problems += intensity_problems(plans[name], schemes or (), name)
-    if "batch_size" in config and not is_integer(config["batch_size"], 1, 2**16):
+    if config.get("batch_size") is not None and not is_integer(config["batch_size"], 1, 2**16):
         problems.append(f"batch_size: got {shown(config['batch_size'])}, expected a whole number from 1 to 65536")
     if "data_identifier" in config and not is_name(config["data_identifier"]):
         problems.append(f"data_identifier: got {shown(config['data_identifier'])}, expected the name of a folder")
