@@ -1,5 +1,7 @@
 """The benchmark scripts at toy size: that they run, and that their figures are right where the answer is known."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.benchmarks import (
     loader_speed,
     many_classes_prediction,
     online_distillation,
+    orphans,
     pre_post_speed,
     reader_speed,
     soft_maps,
@@ -156,6 +159,13 @@ def test_kills():
     record = kills.measure(2)
     assert record["kills"] == 2
     assert record["identical"] == record["without_leftovers"] == record["rounds"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_orphans(world):
+    record = orphans.measure(1, world)
+    assert record["nothing_alive_after_5_s"] == record["trials"] == 1
+    assert record["each"][0]["processes"] > 1
 
 
 def test_step_speed(world):

@@ -58,6 +58,12 @@ def until(condition: Callable[[], bool], within_s: float) -> float | None:
     return time.monotonic() - begin
 
 
+def default_signals() -> None:
+    """Of a process that is started: what runs in the background, or by nohup, ignores some of them."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def trial(number: int, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
     """One training and its end."""
     ended_by, moment = SIGNALS[number % len(SIGNALS)], MOMENTS[number // len(SIGNALS) % len(MOMENTS)]
@@ -67,7 +73,7 @@ def trial(number: int, folder: Path, environment: dict[str, str]) -> dict[str, A
             [sys.executable, "-m", "fastnnunet", "train", *TRAIN.split()],
             env={**os.environ, **environment, MARK: mark, "nnUNet_n_proc_DA": str(LOADERS)},
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background
+            preexec_fn=default_signals,
         )  # fmt: skip
     reached = {
         MOMENTS[0]: lambda: len(alive(mark)) > 1,
@@ -94,16 +100,11 @@ def trial(number: int, folder: Path, environment: dict[str, str]) -> dict[str, A
     }
 
 
-def measure(trials: int) -> dict[str, Any]:
-    """The record of so many trials."""
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        root = Path(name) / "world"
-        root.mkdir()
-        environment = {key: str(value) for key, value in world_environment(root).items()}
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        make_world(root)
-        each = [trial(number, Path(name), environment) for number in range(trials)]
+def measure(trials: int, world: Path) -> dict[str, Any]:
+    """The record of so many trials in a tiny world of nnU-Net (`tests/tiny.py`)."""
+    environment = {key: str(value) for key, value in world_environment(world).items()}
+    with tempfile.TemporaryDirectory() as logs:
+        each = [trial(number, Path(logs), environment) for number in range(trials)]
     return {
         "what": "a training's main process ended by a signal: which of its processes live on",
         "created": now_utc(),
@@ -121,6 +122,10 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    result = measure(args.trials)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for key, value in world_environment(Path(folder)).items():
+            patch.setenv(key, str(value))
+        make_world(Path(folder))
+        result = measure(args.trials, Path(folder))
     write_json(args.o, result)
     print(f"{result['nothing_alive_after_5_s']} of {result['trials']}: nothing alive after {GONE_WITHIN_S:g} s")
