@@ -142,7 +142,7 @@ def _read_spacing(file: ImageSource, beside: Path) -> Any:
         spacing = read_json_object(beside)["spacing"]
         numbers = [float(s) for s in spacing]
     except CorruptError as e:
-        raise ImageError(f'{e}\nexpected {{"spacing": [z, y, x]}}') from e
+        raise ImageError(f'the spacing of {file.name} is damaged: {e}\nexpected {{"spacing": [z, y, x]}}') from e
     except (ValueError, KeyError, TypeError) as e:
         raise ImageError(f'{beside} is damaged ({e!r}); expected {{"spacing": [z, y, x]}}') from e
     if len(numbers) != 3:
