@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastnnunet.bench.benchmark import run_benchmark
-from fastnnunet.bench.headline import headline
 from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.bench.page import pictures_of, write_page
-from fastnnunet.bench.plot import plot_benchmark
-from fastnnunet.bench.record import write_json
-from fastnnunet.bench.tables import benchmark_table, wide_console
-from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+from fastnnunet.bench.report.headline import headline
+from fastnnunet.bench.report.page import pictures_of, write_page
+from fastnnunet.bench.report.plot import plot_benchmark
+from fastnnunet.evaluate.tables import benchmark_table, wide_console
+from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
+from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.common import bundle_folder, run
 

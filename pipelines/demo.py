@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fastnnunet.bench.record import write_json
 from fastnnunet.errors import MismatchError
 from fastnnunet.specs.canonical import differences, to_plain
+from fastnnunet.specs.provenance import write_json
 from pipelines import demo_stages as stages
 from pipelines.common import run
 from pipelines.demo_report import report

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from fastnnunet.bench.benchmark import prediction_folder
 from fastnnunet.bench.job import ENSEMBLE, SINGLE
-from fastnnunet.bench.numbers import seconds
-from fastnnunet.bench.plot import save_png
-from fastnnunet.bench.record import write_json
-from fastnnunet.bench.segmentations import read_segmentation
-from fastnnunet.bench.slices import draw_slice, read_grey
-from fastnnunet.nnunet.plans import read_json
+from fastnnunet.bench.report.numbers import seconds
+from fastnnunet.bench.report.plot import save_png
+from fastnnunet.bench.report.slices import draw_slice, read_grey
+from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.nnunet.files.plans import read_json
+from fastnnunet.specs.provenance import write_json
 from pipelines.demo_stages import Demo, cache_statistics
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.bench.record import write_json
 from fastnnunet.cache.build import CaseDone, build_cache
 from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.distill.train import TrainingJob, TrainingState, run_folder, train_student
+from fastnnunet.engines.base import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.prepare import plan_and_preprocess
-from fastnnunet.nnunet.train_teacher import train_teacher
-from fastnnunet.runtime.backends.base import available_cores, is_installed
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.prepare import plan_and_preprocess
+from fastnnunet.nnunet.trainer.train_teacher import train_teacher
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.demo_data import make_dataset

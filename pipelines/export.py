@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fastnnunet.cli.export import export_student
-from fastnnunet.nnunet.paths import resolve_dataset
+from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from pipelines.common import bundle_folder, run

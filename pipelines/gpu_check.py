@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.bench.record import hardware, now_utc, versions, write_json
+from fastnnunet.engines.base import create_backend
+from fastnnunet.engines.tensorrt import TensorRTBackend
+from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.export.tensorrt import LABEL_AGREEMENT, EnginePrecision, export_engines
-from fastnnunet.runtime.backends.base import create_backend
-from fastnnunet.runtime.backends.tensorrt import TensorRTBackend
 from fastnnunet.specs.bundle import load_bundle_spec
-from fastnnunet.trt.cuda import Cuda
+from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from pipelines.common import run
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from fastnnunet.bench.record import write_json
+from fastnnunet.specs.provenance import write_json
 
 Report = Callable[[float], None]  # share of the step that is done, 0 to 1
 LINE_EVERY_S = 15  # without a terminal

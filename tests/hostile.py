@@ -184,7 +184,7 @@ def main(list_file: Path) -> None:
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
     from fastnnunet.errors import ImageError
-    from fastnnunet.runtime.image_io import image_io
+    from fastnnunet.images.io import image_io
 
     warnings.simplefilter("ignore")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)

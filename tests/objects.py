@@ -48,7 +48,7 @@ def forget_clients():
     """The next access reads the environment again."""
     import s3fs
 
-    from fastnnunet.cache.storage import _file_system
+    from fastnnunet.cache.store.storage import _file_system
 
     _file_system.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastnnunet.nnunet.soft_samples import SoftLabelDataset
+from fastnnunet.nnunet.augment.soft_samples import SoftLabelDataset
 
 NNUNETS = {"border_mode_seg": "constant", "padding_value_seg": -1}  # settings nnU-Net gives its spatial transform
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastnnunet.cli.main import command
-from fastnnunet.nnunet.advice import preprocess_command, validate_command
+from fastnnunet.nnunet.files.advice import preprocess_command, validate_command
 from fastnnunet.specs.teacher import TeacherSpec
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -15,12 +15,12 @@ import torch
 
 from fastnnunet.api.conversions import device_name
 from fastnnunet.cli.main import main
+from fastnnunet.engines import base, devices
+from fastnnunet.engines.base import choose_backend
+from fastnnunet.engines.devices import Device
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, NewerFormatError, SpecError
-from fastnnunet.runtime.backends import base, devices
-from fastnnunet.runtime.backends.base import choose_backend
-from fastnnunet.runtime.backends.devices import Device
-from fastnnunet.runtime.files import check_output_folder
 from fastnnunet.specs.bundle import load_bundle_spec
+from fastnnunet.system.files import check_output_folder
 from tests.bundles import Toy, ToyModel, make_toy_model, nnunet_predict, smooth_noise, write_image
 from tests.readonly import read_only
 

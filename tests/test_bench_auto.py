@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastnnunet.bench.auto import auto_size, validation_cases
 from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.release.auto import auto_size, validation_cases
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.student import StudentSpec
 from tests.test_distill_train import SHORT, build, make_job

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastnnunet.bench.choose import Candidate, Interval, choose, paired_points
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.release.choose import Candidate, Interval, choose, paired_points
 
 
 def test_agrees_with_scipy():

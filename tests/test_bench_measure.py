@@ -12,9 +12,9 @@ import pytest
 
 from fastnnunet.bench.gpu_memory import GpuMeter
 from fastnnunet.bench.measure import Limit, Sample, Step, measure, plan_steps, speed_ratio, summarise
-from fastnnunet.bench.record import hardware, versions, write_json
 from fastnnunet.bench.worker import CaseRun, Runner, Worker
 from fastnnunet.errors import BackendError, BuildError
+from fastnnunet.specs.provenance import hardware, versions, write_json
 
 
 def test_arms_alternate() -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastnnunet.bench.metrics import label_metrics, nanmean, region_mask, robust_hausdorff_mm, surface_dice
-from fastnnunet.bench.surface import CORNERS, SurfaceDistances, cell_areas_mm2, surface_distances
 from fastnnunet.errors import MismatchError
+from fastnnunet.evaluate.metrics import label_metrics, nanmean, region_mask, robust_hausdorff_mm, surface_dice
+from fastnnunet.evaluate.surface import CORNERS, SurfaceDistances, cell_areas_mm2, surface_distances
 
 UNIT = (1.0, 1.0, 1.0)
 

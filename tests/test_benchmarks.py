@@ -8,11 +8,10 @@ import torch
 
 from fastnnunet.distill.train import train_student
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from tests import test_distill_seeds
-from tests.benchmarks import (
+from pipelines.measure import (
     agreement,
     augmentation_speed,
     bit_flips,
@@ -31,6 +30,7 @@ from tests.benchmarks import (
     stock_agreement,
     student_table,
 )
+from tests import test_distill_seeds
 from tests.bundles import smooth_noise, write_image
 from tests.tiny import CONFIGURATION, DATASET
 

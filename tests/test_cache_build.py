@@ -22,8 +22,8 @@ from fastnnunet.cache import plan as plan_module
 from fastnnunet.cache.build import CasesFailedError, build_cache
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.plan import count_tiles, plan_cache
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.store import PARTIAL, remove_leftovers
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.writer import PARTIAL, remove_leftovers
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import BuildError, DiskSpaceError, SpecError
 from fastnnunet.specs.cache import CacheSpec
@@ -365,7 +365,7 @@ class TestKilled:
         assert not list((tmp_path / "root" / PARTIAL).iterdir())
 
     def test_leftovers_of_the_dead_go_those_of_the_living_stay(self, tmp_path):
-        from fastnnunet.cache.store import _partial_folder
+        from fastnnunet.cache.store.writer import _partial_folder
 
         cache = build_cache(make_job(tmp_path))
         dead = tmp_path / PARTIAL / f"{cache.path.name}.small.1.abc"

@@ -11,7 +11,7 @@ import zarr
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import softmax
 from fastnnunet.cache.identity import FORMAT_VERSION
-from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec

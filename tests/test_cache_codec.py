@@ -8,7 +8,6 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import expit
 from scipy.special import softmax as scipy_softmax
 
-from fastnnunet.cache.apportion import largest_mask
 from fastnnunet.cache.codecs import (
     Float16,
     SigmoidU8,
@@ -19,6 +18,7 @@ from fastnnunet.cache.codecs import (
     sigmoid,
     softmax,
 )
+from fastnnunet.cache.codecs.apportion import largest_mask
 from fastnnunet.errors import BuildError, SpecError
 
 CLASSES = st.integers(2, 20) | st.just(105)

@@ -10,7 +10,7 @@ from scipy.special import softmax as scipy_softmax
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.identity import cache_key
-from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.errors import CorruptError, MismatchError, SpecError

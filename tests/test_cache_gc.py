@@ -8,7 +8,7 @@ import pytest
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.gc import STALE_S, collect_garbage
-from fastnnunet.cache.store import PARTIAL, _partial_folder
+from fastnnunet.cache.store.writer import PARTIAL, _partial_folder
 from fastnnunet.cli.main import main
 from tests.cache_fakes import digests, make_job
 
@@ -97,7 +97,7 @@ def test_a_living_builder_keeps_its_folder(root, cache):
 
 
 def test_a_builder_whose_folder_is_taken_before_the_lock_takes_another(root, cache, monkeypatch):
-    from fastnnunet.cache import store
+    from fastnnunet.cache.store import writer as store
 
     locked, taken = store.locked, []
 

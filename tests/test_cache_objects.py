@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import zarr
 
-from fastnnunet.cache import gc_objects, store
+from fastnnunet.cache import gc_objects
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.find import find_cache
-from fastnnunet.cache.folder import open_cache
 from fastnnunet.cache.gc import collect_garbage
 from fastnnunet.cache.gc_objects import STALE_OBJECTS_S
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.storage import ObjectPath, place_at
+from fastnnunet.cache.store import writer as store
+from fastnnunet.cache.store.folder import open_cache
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.storage import ObjectPath, place_at
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, NotFoundError, SpecError, StorageError

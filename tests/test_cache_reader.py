@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import SimplexU8
-from fastnnunet.cache.reader import SoftLabelReader, fill_patch
-from fastnnunet.cache.shard import ABSENT, SHARD_NAME, ShardLayout, array_document, decode_chunk, layout_for
+from fastnnunet.cache.store.reader import SoftLabelReader, fill_patch
+from fastnnunet.cache.store.shard import ABSENT, SHARD_NAME, ShardLayout, array_document, decode_chunk, layout_for
 from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.specs.cache import CacheSpec
-from tests.benchmarks.cache_layout import pack, write_shard
+from pipelines.measure.cache_layout import pack, write_shard
 from tests.cache_fakes import SHAPES, make_job
 
 
@@ -96,7 +96,7 @@ def test_bad_requests(cache_dir):
 
 
 def test_only_the_chunks_of_the_patch_are_decoded(cache_dir, monkeypatch):
-    from fastnnunet.cache import reader as module
+    from fastnnunet.cache.store import reader as module
 
     decoded = []
     original = module.decode_chunk
@@ -185,7 +185,7 @@ class TestChannelChunks:
         np.testing.assert_array_equal(out, padded_patch(values, lower, upper))
 
     def test_absent_chunks_are_not_decoded(self, opened, monkeypatch):
-        from fastnnunet.cache import reader as module
+        from fastnnunet.cache.store import reader as module
 
         case, _ = opened
         decoded = []
@@ -256,7 +256,7 @@ def test_pickled_reader(cache_dir, oracle):
 
 def test_reading_imports_neither_zarr_nor_dask_nor_torch(cache_dir):
     code = (
-        "import sys; from fastnnunet.cache.reader import SoftLabelReader as R; from pathlib import Path;"
+        "import sys; from fastnnunet.cache.store.reader import SoftLabelReader as R; from pathlib import Path;"
         f"R(Path({str(cache_dir)!r})).read_case('small');"
         "print([m for m in ('zarr', 'dask', 'distributed', 'torch', 'nnunetv2') if m in sys.modules])"
     )

@@ -9,13 +9,13 @@ import pytest
 import tensorstore
 import zarr
 
-from fastnnunet.cache import store
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import SimplexU8, encode_block
 from fastnnunet.cache.find import find_cache
-from fastnnunet.cache.folder import create_cache, open_cache
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.shard import ShardWriter, array_document, layout_for, layout_of_document
+from fastnnunet.cache.store import writer as store
+from fastnnunet.cache.store.folder import create_cache, open_cache
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.shard import ShardWriter, array_document, layout_for, layout_of_document
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, MismatchError, NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec

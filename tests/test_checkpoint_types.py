@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from fastnnunet.errors import CorruptError
-from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix
-from fastnnunet.nnunet.torch_file import read_torch_file
-from fastnnunet.specs.pickles import RefusedTypeError, load_plain
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.files.torch_file import read_torch_file
+from fastnnunet.specs.checks.pickles import RefusedTypeError, load_plain
 from tests.tiny import CONFIGURATION, DATASET
 
 SCALARS = [np.dtype(code).type(1) for code in "?bhilBHILefdgFDG"]

@@ -18,11 +18,11 @@ from nnunetv2.configuration import default_num_processes
 
 from fastnnunet.bench.cold import cold_start
 from fastnnunet.bench.job import BenchmarkJob, prepare
-from fastnnunet.bench.metrics import label_metrics
-from fastnnunet.bench.page import page as make_page
+from fastnnunet.bench.report.page import page as make_page
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, SpecError
-from fastnnunet.runtime.cases import Case
+from fastnnunet.evaluate.metrics import label_metrics
+from fastnnunet.images.cases import Case
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 
@@ -237,7 +237,7 @@ def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """`name:device`; what it computes on is asked before anything runs. The GPU is a number here, nothing is loaded."""
     monkeypatch.setenv("nnUNet_results", str(place / "results"))
     job = job_of(place, tmp_path, backends=("onnxruntime", "onnxruntime:cuda", "tensorrt"), same_network=False)
-    monkeypatch.setattr("fastnnunet.runtime.backends.base.cuda_device_count", lambda: 1)
+    monkeypatch.setattr("fastnnunet.engines.base.cuda_device_count", lambda: 1)
     arms = prepare(job).arms[2:]
     assert [(arm.name, arm.device, arm.on_gpu) for arm in arms] == [
         ("bundle onnxruntime", "cpu", False),
@@ -251,7 +251,7 @@ def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         prepare(replace(job, backends=("openvino:cuda",)))
     with pytest.raises(SpecError, match=r"got 'gpu'"):
         prepare(replace(job, backends=("onnxruntime:gpu",)))
-    monkeypatch.setattr("fastnnunet.runtime.backends.base.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("fastnnunet.engines.base.cuda_device_count", lambda: 0)
     with pytest.raises(BackendError, match="a GPU is asked for"):
         prepare(job)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fastnnunet.bench.segmentations import labels_from_dataset_json
 from fastnnunet.cli.main import main
+from fastnnunet.evaluate.segmentations import labels_from_dataset_json
 
 Capture = pytest.CaptureFixture[str]
 LABELS = {"background": 0, "organ": [1, 2], "core": [2], "other": 3, "ignore": 4}

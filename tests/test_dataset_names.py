@@ -10,8 +10,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_
 
 from fastnnunet.errors import FastnnUNetError, NotFoundError, SpecError
 from fastnnunet.export.bundle import _channel_names, export_bundle
-from fastnnunet.nnunet.paths import dataset_number, resolve_dataset, trained_model_folder
-from fastnnunet.nnunet.prepare import plan_and_preprocess
+from fastnnunet.nnunet.files.paths import dataset_number, resolve_dataset, trained_model_folder
+from fastnnunet.nnunet.files.prepare import plan_and_preprocess
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from tests.test_kinds import nnunet_predictor, read
@@ -186,7 +186,7 @@ def two_channels(world, tmp_path):
     import SimpleITK as sitk
     import torch
 
-    from fastnnunet.nnunet.plans import build_network
+    from fastnnunet.nnunet.files.plans import build_network
 
     base = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
     plans, dataset = (json.loads((base / n).read_text()) for n in ("plans.json", "dataset.json"))

@@ -18,12 +18,12 @@ from scipy.stats import binom
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet import device_intensity
-from fastnnunet.nnunet.device_augmentation import CHANGES, device_augmentation, recognise
-from fastnnunet.nnunet.device_batches import AugmentedBatches, DrawnSamples
-from fastnnunet.nnunet.device_spatial import sample_labels, sampling_grid
-from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_samples import opinions
+from fastnnunet.nnunet.augment import intensity as device_intensity
+from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
+from fastnnunet.nnunet.augment.device import CHANGES, device_augmentation, recognise
+from fastnnunet.nnunet.augment.soft_samples import opinions
+from fastnnunet.nnunet.augment.spatial import sample_labels, sampling_grid
+from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
 from tests.samples import transformed
 
 ROTATION = (-np.pi / 6, np.pi / 6)

@@ -11,12 +11,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from fastnnunet.cli.main import main
 from fastnnunet.distill.train import run_folder, train_student
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.nnunet import trainer as trainer_module
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.device_batches import AugmentedBatches
-from fastnnunet.nnunet.loading import Share
-from fastnnunet.nnunet.soft_samples import has_opinion
-from tests.benchmarks.step_speed import batches_of, make_trainer
+from fastnnunet.nnunet.augment.batches import AugmentedBatches
+from fastnnunet.nnunet.augment.soft_samples import has_opinion
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.trainer import trainer as trainer_module
+from fastnnunet.nnunet.trainer.loading import Share
+from pipelines.measure.step_speed import batches_of, make_trainer
 from tests.test_device_augmentation import without_noise
 from tests.test_distill_seeds import assert_same, build, make_job, trained
 

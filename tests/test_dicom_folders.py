@@ -17,8 +17,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from fastnnunet.errors import ImageError
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_file, is_dicom_folder, read_series, slice_files
-from fastnnunet.runtime.dicom_head import read_head
+from fastnnunet.images.dicom.head import read_head
+from fastnnunet.images.dicom.series import DicomSeries, is_dicom_file, is_dicom_folder, read_series, slice_files
 from tests.dicom_files import write_series
 
 SHAPE = (6, 7, 5)

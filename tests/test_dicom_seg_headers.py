@@ -20,9 +20,9 @@ from pydicom.uid import generate_uid
 from pydicom.valuerep import STR_VR_REGEXES, validate_value
 
 from fastnnunet.errors import ImageError
-from fastnnunet.runtime.dicom import DicomSeries, slice_files
-from fastnnunet.runtime.dicom_seg import check_dicom_seg, write_dicom_seg
-from fastnnunet.runtime.dicom_values import mended, mended_sex
+from fastnnunet.images.dicom.seg import check_dicom_seg, write_dicom_seg
+from fastnnunet.images.dicom.series import DicomSeries, slice_files
+from fastnnunet.images.dicom.values import mended, mended_sex
 from tests.dicom_files import write_series
 
 SHAPE = (4, 7, 5)

@@ -8,8 +8,8 @@ import torch
 
 from fastnnunet.distill.train import _configure, check_job
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_samples import NO_OPINION
+from fastnnunet.nnunet.augment.soft_samples import NO_OPINION
+from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
 from fastnnunet.specs.distill import DistillSpec
 from tests.samples import transformed
 from tests.test_distill_seeds import make_job

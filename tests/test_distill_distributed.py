@@ -11,10 +11,10 @@ import torch
 
 from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.train import run_folder, train_student
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.distributed import LossOverValidVoxels, valid_share
-from fastnnunet.nnunet.loading import Share
-from fastnnunet.nnunet.mixing import loss_of_samples
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.trainer.distributed import LossOverValidVoxels, valid_share
+from fastnnunet.nnunet.trainer.loading import Share
+from fastnnunet.nnunet.trainer.mixing import loss_of_samples
 from tests.test_distill_seeds import build, make_job
 from tests.test_kinds import prepare
 from tests.tiny import CONFIGURATION, DATASET

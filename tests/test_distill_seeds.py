@@ -13,10 +13,10 @@ from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli.guard import guarded
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.loading import NumberedBatches, ordered_batches
-from fastnnunet.nnunet.trainer import StudentTrainer
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.trainer.loading import NumberedBatches, ordered_batches
+from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec

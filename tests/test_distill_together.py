@@ -7,7 +7,7 @@ import pytest
 
 from fastnnunet.distill.train import run_folder, train_students
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.specs.student import StudentSpec
 from tests.test_distill_seeds import assert_same, build, make_job, trained
 

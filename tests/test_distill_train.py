@@ -19,11 +19,11 @@ from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.checkpoint import load_checkpoint
+from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed
-from fastnnunet.nnunet.splits import load_splits
-from fastnnunet.nnunet.student import find_student, reduce_features
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.splits import load_splits
+from fastnnunet.nnunet.student.plans import find_student, reduce_features
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec

@@ -10,9 +10,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fastnnunet import native
 from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet.drawn_first import DrawnBoxes, SpatialDrawnFirst, points_of
-from fastnnunet.nnunet.loading import generators_kept, seed_generators
-from fastnnunet.nnunet.soft_samples import SampleTransforms
+from fastnnunet.nnunet.augment.drawn_first import DrawnBoxes, SpatialDrawnFirst, points_of
+from fastnnunet.nnunet.augment.soft_samples import SampleTransforms
+from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 KINDS = {  # patch, what nnU-Net loads for it, shape of the volume, whether planes are rotated

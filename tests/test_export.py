@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
+from fastnnunet.engines.base import create_backend, is_installed
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.onnx import to_onnx
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.plans import build_network
-from fastnnunet.runtime.backends.base import create_backend, is_installed
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.plans import build_network
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.graph import GraphSpec

@@ -20,11 +20,11 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 
-from fastnnunet.bench.segmentations import read_segmentation
 from fastnnunet.cli.main import main
 from fastnnunet.errors import ImageError
-from fastnnunet.runtime.dicom import DicomSeries
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.images.dicom.series import DicomSeries
+from fastnnunet.images.io import image_io
 from fastnnunet.runtime.predict import Predictor
 from tests import hostile
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image

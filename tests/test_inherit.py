@@ -9,8 +9,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from fastnnunet.distill.train import _configure, check_job, train_student
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.inherit import inherit, inherit_weights, read_layers
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.student.inherit import inherit, inherit_weights, read_layers
 from fastnnunet.specs.distill import DistillSpec
 from tests.test_distill_seeds import make_job, trained
 from tests.tiny import CONFIGURATION, DATASET

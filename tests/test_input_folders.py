@@ -15,9 +15,9 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from fastnnunet import FastPredictor
 from fastnnunet.cli.main import main
 from fastnnunet.errors import ImageError, NotFoundError, SpecError, printable
-from fastnnunet.nnunet.image_folder import find_images
-from fastnnunet.runtime.cases import find_cases, single_case
-from fastnnunet.runtime.files import check_output_folder
+from fastnnunet.images.cases import find_cases, single_case
+from fastnnunet.nnunet.unlabelled.image_folder import find_images
+from fastnnunet.system.files import check_output_folder
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.dicom_files import write_series
 

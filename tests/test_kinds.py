@@ -14,16 +14,16 @@ from batchgenerators.augmentations.utils import resize_segmentation
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
-from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.distill.train import TrainingJob, train_student
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample_labels
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.paths import teacher_folder
-from fastnnunet.nnunet.plans import build_network
-from fastnnunet.nnunet.splits import split_of
-from fastnnunet.nnunet.student import student_plans
+from fastnnunet.nnunet.files.paths import teacher_folder
+from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.files.splits import split_of
+from fastnnunet.nnunet.student.plans import student_plans
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
@@ -393,7 +393,7 @@ class TestCascade:
         from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
         from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
-        from fastnnunet.nnunet.soft_samples import SampleTransforms
+        from fastnnunet.nnunet.augment.soft_samples import SampleTransforms
 
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
         centre = np.array([8, 10, 14])[:, None, None, None]
@@ -464,8 +464,8 @@ class TestIgnoreLabelInTraining:
         from functools import partial
         from types import SimpleNamespace
 
-        from fastnnunet.nnunet.soft_samples import NO_OPINION
-        from fastnnunet.nnunet.trainer import StudentTrainer
+        from fastnnunet.nnunet.augment.soft_samples import NO_OPINION
+        from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 
         labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)
         me = SimpleNamespace(soft_on_ignored=soft_on_ignored, label_manager=labels)

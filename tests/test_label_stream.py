@@ -14,7 +14,7 @@ from fastnnunet.geometry.resample import parse_resample_spec
 from fastnnunet.runtime import loaded
 from fastnnunet.runtime.label_stream import MARGIN, LabelStream, stream_labels
 from fastnnunet.runtime.loaded import Labelled, LoadedBundle
-from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
+from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import SlidingWindow, TileSums, finished_chunks, sliding_window_logits
 from fastnnunet.runtime.times import StageTimes

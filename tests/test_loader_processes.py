@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastnnunet.errors import BuildError, CorruptError, FastnnUNetError
-from fastnnunet.nnunet.loading import ordered_batches
-from fastnnunet.nnunet.loading_errors import loader_ended, unreadable
-from fastnnunet.nnunet.parallel import each
+from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.loading_errors import loader_ended, unreadable
+from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.system.children import Children, interrupts_held, others_children
 
 PATIENCE_S = 60.0  # for what has to happen, on any machine
@@ -52,7 +52,7 @@ class Batches:
 
 
 def value_of(number):
-    from fastnnunet.nnunet.loading import generators_kept, seed_generators
+    from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
 
     with generators_kept():
         seed_generators(0, 0, number)

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.durable import fsync_file
-from fastnnunet.cache.fetch import _alone
 from fastnnunet.cache.gc import collect_garbage
-from fastnnunet.cache.store import ABANDONED_S, PARTIAL, remove_leftovers
+from fastnnunet.cache.store.durable import fsync_file
+from fastnnunet.cache.store.fetch import _alone
+from fastnnunet.cache.store.writer import ABANDONED_S, PARTIAL, remove_leftovers
 from fastnnunet.system import locks
 from fastnnunet.system.locks import has_locks, locked
 from tests.cache_fakes import digests, make_job

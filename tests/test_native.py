@@ -187,7 +187,7 @@ class TestLabels:
         from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
         from fastnnunet.geometry.resample import parse_resample_spec
-        from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
+        from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
         from fastnnunet.runtime.preprocess import Preprocessed
         from tests.test_runtime_stages import _spec
 

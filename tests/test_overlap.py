@@ -14,8 +14,8 @@ import tifffile
 from fastnnunet import FastPredictor
 from fastnnunet.cli.main import main
 from fastnnunet.errors import SpecError
-from fastnnunet.runtime.cases import Case
-from fastnnunet.runtime.overlap import refuse_overlap
+from fastnnunet.images.cases import Case
+from fastnnunet.images.overlap import refuse_overlap
 from fastnnunet.runtime.predict import Planned, Predictor
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.dicom_files import write_series

@@ -14,9 +14,9 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastnnunet.bench.segmentations import read_segmentation
 from fastnnunet.errors import ImageError
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.images.io import image_io
 
 GREY = np.random.default_rng(0).integers(0, 255, (40, 44)).astype(np.uint8)
 RGB = np.stack([GREY, 255 - GREY, GREY // 2], -1)
@@ -174,7 +174,7 @@ def test_a_codec_that_is_missing_is_told(tmp_path: Path) -> None:
         "import sys; sys.modules['imagecodecs'] = None\n"
         "from pathlib import Path\n"
         "from fastnnunet.errors import ImageError\n"
-        "from fastnnunet.runtime.image_picture import read_picture\n"
+        "from fastnnunet.images.picture import read_picture\n"
         "print(read_picture(Path('zlib.tif')).sum())\n"
         "try: read_picture(Path('lzw.tif'))\n"
         "except ImageError as e: print(e)\n"

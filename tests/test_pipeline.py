@@ -15,8 +15,8 @@ import pytest
 
 from fastnnunet.errors import FastnnUNetError, ImageError
 from fastnnunet.runtime import pipeline
-from fastnnunet.runtime.files import atomic_output
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
+from fastnnunet.system.files import atomic_output
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 
 

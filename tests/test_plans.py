@@ -13,19 +13,19 @@ import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-import fastnnunet.nnunet.named as named
+import fastnnunet.nnunet.files.named as named
 from fastnnunet.cli.main import main
+from fastnnunet.engines.torch import build_network as build_from_bundle
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.graph import dynamic_multiples, plans_for
-from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.loading import WritableCases
-from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, resolved
-from fastnnunet.nnunet.student import RESIDUAL, student_plans
-from fastnnunet.nnunet.student_fit import check_fit, network_cost
+from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, resolved
+from fastnnunet.nnunet.student.fit import check_fit, network_cost
+from fastnnunet.nnunet.student.plans import RESIDUAL, student_plans
+from fastnnunet.nnunet.trainer.loading import WritableCases
 from fastnnunet.nnunet.versions import OLDEST, TRAINING, require_versions
-from fastnnunet.runtime.backends.torch import build_network as build_from_bundle
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json

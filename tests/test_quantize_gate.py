@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastnnunet.bench.gate import Comparison, require
-from fastnnunet.bench.gate_cases import TrainingCases, choose_cases
-from fastnnunet.bench.quantize import QuantizeJob, quantize_bundle
+from fastnnunet.engines.base import create_backend, is_installed
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.runtime.backends.base import create_backend, is_installed
+from fastnnunet.release.gate import Comparison, require
+from fastnnunet.release.gate_cases import TrainingCases, choose_cases
+from fastnnunet.release.quantize import QuantizeJob, quantize_bundle
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json
@@ -188,7 +188,7 @@ class TestAccepted:
 
 def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
     """The script behind the record: on all images, with labels that are the int8 prediction itself."""
-    from tests.benchmarks import precisions
+    from pipelines.measure import precisions
 
     quantize_bundle(onnx_job(bundle, real))
     int8 = Predictor.load(bundle, "onnxruntime", threads=1, precision="int8", mirroring=False)

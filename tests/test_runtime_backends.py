@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from fastnnunet.engines import base
+from fastnnunet.engines.base import BACKENDS, Backend, create_backend, is_installed
+from fastnnunet.engines.trt.cuda import gpu_architecture
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, SpecError
 from fastnnunet.export.tensorrt import export_engines
-from fastnnunet.runtime.backends import base
-from fastnnunet.runtime.backends.base import BACKENDS, Backend, create_backend, is_installed
-from fastnnunet.trt.cuda import gpu_architecture
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
 
 

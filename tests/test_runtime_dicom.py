@@ -11,9 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
-from fastnnunet.runtime.cases import find_cases, is_single_image, single_case
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder, slice_files
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.images.cases import find_cases, is_single_image, single_case
+from fastnnunet.images.dicom.series import DicomSeries, is_dicom_folder, slice_files
+from fastnnunet.images.io import image_io
 from tests.dicom_files import write_series
 
 SHAPE = (6, 7, 5)

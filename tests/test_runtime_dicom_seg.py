@@ -11,9 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from fastnnunet.errors import ImageError
-from fastnnunet.runtime.dicom import DicomSeries, slice_files
-from fastnnunet.runtime.dicom_seg import write_dicom_seg
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.images.dicom.seg import write_dicom_seg
+from fastnnunet.images.dicom.series import DicomSeries, slice_files
+from fastnnunet.images.io import image_io
 from tests.dicom_files import write_series
 
 SHAPE = (6, 7, 5)

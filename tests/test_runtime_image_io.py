@@ -9,8 +9,8 @@ import pytest
 import SimpleITK as sitk
 
 from fastnnunet.errors import FastnnUNetError, ImageError, SpecError
-from fastnnunet.runtime.image_io import image_io
-from fastnnunet.runtime.nifti import read_nifti_voxels
+from fastnnunet.images.io import image_io
+from fastnnunet.images.nifti import read_nifti_voxels
 from tests.bundles import write_image
 
 DTYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64]

@@ -11,8 +11,8 @@ import pytest
 from scipy import ndimage
 
 from fastnnunet.errors import CorruptError, NotFoundError, SpecError
-from fastnnunet.runtime.label_rules import cleanup_from_words, read_postprocessing
-from fastnnunet.runtime.labels import Cleanup, KeepLargest, clean
+from fastnnunet.images.tidy.cleanup import Cleanup, KeepLargest, clean
+from fastnnunet.images.tidy.rules import cleanup_from_words, read_postprocessing
 
 LABELS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "liver": 3, "ignore": 4}
 PLAIN = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}

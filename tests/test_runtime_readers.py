@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import tifffile
 
 from fastnnunet.errors import FastnnUNetError, ImageError
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.images.io import image_io
 from tests.bundles import write_image
 
 NIBABEL = ["NibabelIO", "NibabelIOWithReorient"]

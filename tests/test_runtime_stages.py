@@ -7,8 +7,8 @@ import pytest
 
 from fastnnunet.errors import BackendError, ImageError, SpecError
 from fastnnunet.geometry.resample import parse_resample_spec
+from fastnnunet.runtime.logits import LabelRule, argmax_heads, label_rule, plan_logits, postprocess
 from fastnnunet.runtime.normalize import SCHEMES, check_normalization
-from fastnnunet.runtime.postprocess import LabelRule, argmax_heads, label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, nonzero_bbox, preprocess
 from fastnnunet.runtime.sliding_window import SlidingWindow, sliding_window_logits
 from fastnnunet.specs.bundle import BundleSpec
@@ -204,7 +204,7 @@ def test_postprocessing_equals_nnunet(
 
     from tests.bundles import Toy, _dataset_json, _plans
 
-    monkeypatch.setattr("fastnnunet.runtime.postprocess._SLAB_VALUES", slab_values)
+    monkeypatch.setattr("fastnnunet.runtime.logits._SLAB_VALUES", slab_values)
     labels = {"background": 0, "ab": [1, 2], "b": [2, 3]} if regions else {"background": 0, "a": 1}
     order = [2, 1] if regions else None
     toy = Toy(labels=labels, regions_class_order=order, transpose=((1, 2, 0), (2, 0, 1)))

@@ -19,15 +19,15 @@ from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli import aliases
 from fastnnunet.cli.train import student_specs
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.engines.base import create_backend
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.checkpoint import load_checkpoint
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.plans import build_network, configuration_of, read_json, trainer_class
-from fastnnunet.nnunet.primus import narrower_primus, primus_kwargs, stock_architecture, stock_trainer_of
-from fastnnunet.nnunet.student import student_folder, student_plans
-from fastnnunet.nnunet.student_fit import check_fit, network_cost, patch_problems
-from fastnnunet.runtime.backends.base import create_backend
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.plans import build_network, configuration_of, read_json, trainer_class
+from fastnnunet.nnunet.student.fit import check_fit, network_cost, patch_problems
+from fastnnunet.nnunet.student.plans import student_folder, student_plans
+from fastnnunet.nnunet.student.primus import narrower_primus, primus_kwargs, stock_architecture, stock_trainer_of
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec

@@ -13,10 +13,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from fastnnunet.api.models import cached_bundle, load_model, trained_folds
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
+from fastnnunet.export.models import cached_bundle, load_model, trained_folds
 from fastnnunet.export.onnx import to_onnx
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.sliding_window import SlidingWindow
@@ -73,7 +73,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if torch were not installed."""
-    from fastnnunet.api import models
+    from fastnnunet.export import models
 
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
 

@@ -19,14 +19,14 @@ import pytest
 import SimpleITK as sitk
 
 import fastnnunet
+from fastnnunet.engines.base import Backend, create_backend
+from fastnnunet.engines.trt import library as seam
 from fastnnunet.errors import SpecError
-from fastnnunet.runtime.backends.base import Backend, create_backend
-from fastnnunet.runtime.cases import Case
+from fastnnunet.images.cases import Case
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.trt import library as seam
 from tests.bundles import PATCH_3D, Toy, make_toy_model, smooth_noise, write_image
 from tests.fake_gpu import FakeCuda, FakeTensorRT
 from tests.test_trt_backend import store, use_libraries

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.folder import command_at
+from fastnnunet.cache.store.folder import command_at
 from fastnnunet.cli.main import main
 from fastnnunet.distill.soft_labels import build_command, cache_for_training, cache_job
 from fastnnunet.distill.train import run_folder, train_student, train_students
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.checkpoint_digest import DIGEST, digest_of, write_checkpoint
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.checkpoint_digest import DIGEST, digest_of, write_checkpoint
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec

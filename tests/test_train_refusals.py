@@ -15,8 +15,8 @@ from fastnnunet.cli.train import parse_folds, student_specs
 from fastnnunet.distill.soft_labels import build_command
 from fastnnunet.distill.train import resolve_device, train_student, train_students
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.nnunet.checkpoint import check_same_run, load_checkpoint
-from fastnnunet.nnunet.inherit import inherit
+from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint
+from fastnnunet.nnunet.student.inherit import inherit
 from fastnnunet.nnunet.versions import OLDEST
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastnnunet.engines.base import Backend, create_backend
+from fastnnunet.engines.trt import library as seam
+from fastnnunet.engines.trt.store import EngineKey, StoredEngine, write_engine
 from fastnnunet.errors import BackendError, CorruptError, SpecError
 from fastnnunet.export.tensorrt import BuiltEngine
-from fastnnunet.runtime.backends.base import Backend, create_backend
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.trt import library as seam
-from fastnnunet.trt.store import EngineKey, StoredEngine, write_engine
 from pipelines import gpu_check
 from tests import fake_gpu
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model

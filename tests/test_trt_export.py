@@ -16,7 +16,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fastnnunet.bench.quantize import QuantizeJob, quantize_bundle
+from fastnnunet.engines.trt import library as seam
+from fastnnunet.engines.trt.library import find_library
+from fastnnunet.engines.trt.store import EngineKey, find_engine, write_engine
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import tensorrt as export
 from fastnnunet.export.half import to_half
@@ -25,10 +27,8 @@ from fastnnunet.export.quantize_onnx import quantize_onnx
 from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.export.tensorrt import build_plan, export_engines, make_graph
+from fastnnunet.release.quantize import QuantizeJob, quantize_bundle
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.trt import library as seam
-from fastnnunet.trt.library import find_library
-from fastnnunet.trt.store import EngineKey, find_engine, write_engine
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.small_networks import primus_network, residual_network
 from tests.test_cli import refused, run
@@ -391,7 +391,7 @@ class TestStore:
         assert key.folder_name == rtx_key().folder_name
 
     def test_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fastnnunet.trt.store.os.replace", _no_room)
+        monkeypatch.setattr("fastnnunet.engines.trt.store.os.replace", _no_room)
         with pytest.raises(OSError, match="No space"):
             write_engine(tmp_path / "engines", rtx_key(), b"plan", {})
         assert list((tmp_path / "engines").iterdir()) == []

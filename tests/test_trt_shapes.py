@@ -15,18 +15,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from fastnnunet.engines import base
+from fastnnunet.engines.base import create_backend
+from fastnnunet.engines.trt.library import find_library
+from fastnnunet.engines.trt.store import write_engine
 from fastnnunet.errors import BackendError, MismatchError, ParityError, SpecError
 from fastnnunet.export.graph import fix_batch
 from fastnnunet.export.onnx import to_onnx
 from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.export.tensorrt import engine_key, export_engines, make_graph
-from fastnnunet.runtime.backends import base
-from fastnnunet.runtime.backends.base import create_backend
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.trt.library import find_library
-from fastnnunet.trt.store import write_engine
 from tests.bundles import PATCH_3D, Toy, ToyModel, _network, make_toy_model, smooth_noise
 from tests.fake_gpu import FakeCuda, FakeTensorRT
 from tests.test_cli import refused, run

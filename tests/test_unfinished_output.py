@@ -19,12 +19,12 @@ import SimpleITK as sitk
 
 import fastnnunet
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError
-from fastnnunet.runtime.files import atomic_output, files_together
-from fastnnunet.runtime.finished import is_archive, is_pickle, is_segmentation
-from fastnnunet.runtime.image_io import image_io
+from fastnnunet.images.finished import is_archive, is_pickle, is_segmentation
+from fastnnunet.images.io import image_io
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
-from fastnnunet.runtime.whole import is_whole
+from fastnnunet.system.files import atomic_output, files_together
+from fastnnunet.system.whole import is_whole
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 
 SIDE_FILES = ["dataset.json", "plans.json", "predict_from_raw_data_args.json"]

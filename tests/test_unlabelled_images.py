@@ -10,14 +10,14 @@ import zarr
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
-from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.unlabelled import list_foreground, open_images
 from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet import unlabelled
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.foreground import read_locations, write_locations
-from fastnnunet.nnunet.unlabelled import resolve_set
+from fastnnunet.nnunet.unlabelled import sets as unlabelled
+from fastnnunet.nnunet.unlabelled.foreground import read_locations, write_locations
+from fastnnunet.nnunet.unlabelled.sets import resolve_set
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from tests.tiny import CONFIGURATION, DATASET

@@ -13,22 +13,22 @@ import torch
 from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from fastnnunet.cache.build import build_cache
-from fastnnunet.cache.reader import SoftLabelReader
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training, cache_job
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student, train_students
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet import mixing
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.checkpoint_digest import DIGEST
-from fastnnunet.nnunet.foreground import read_locations
-from fastnnunet.nnunet.loading import NumberedBatches, Share
-from fastnnunet.nnunet.mixing import JoinedDataset, Unlabelled, loss_of_samples
-from fastnnunet.nnunet.soft_samples import SoftLabelDataset
-from fastnnunet.nnunet.trainer import StudentTrainer
-from fastnnunet.nnunet.unlabelled import UnlabelledCases
+from fastnnunet.nnunet.augment.soft_samples import SoftLabelDataset
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.checkpoint_digest import DIGEST
+from fastnnunet.nnunet.trainer import mixing
+from fastnnunet.nnunet.trainer.loading import NumberedBatches, Share
+from fastnnunet.nnunet.trainer.mixing import JoinedDataset, Unlabelled, loss_of_samples
+from fastnnunet.nnunet.trainer.trainer import StudentTrainer
+from fastnnunet.nnunet.unlabelled.foreground import read_locations
+from fastnnunet.nnunet.unlabelled.sets import UnlabelledCases
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from tests.test_distill_distributed import change_plans, torchrun
@@ -368,7 +368,7 @@ class TestTraining:
     def test_batch_dice_in_several_processes_is_refused(self, prepared, monkeypatch):
         change_plans(prepared, batch_dice=True)
         folder = train_student(make_job(epochs=1), validate=False)
-        monkeypatch.setattr("fastnnunet.nnunet.distributed.share", lambda: Share(0, 2))
+        monkeypatch.setattr("fastnnunet.nnunet.trainer.distributed.share", lambda: Share(0, 2))
         with pytest.raises(SpecError, match="with batch Dice or an ignore label several processes cannot join"):
             train_student(make_job(epochs=1), validate=False, overwrite=True)
         assert (folder / "checkpoint_final.pth").is_file(), "refused before the old run is replaced"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.plans import check_fits, configuration_of, read_json
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.plans import check_fits, configuration_of, read_json
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.load import load_yaml_spec

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastnnunet.engines.torch import load_network
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.plans import build_network, check_fits, configuration_of, label_manager_of, read_json
-from fastnnunet.runtime.backends.torch import load_network
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.plans import build_network, check_fits, configuration_of, label_manager_of, read_json
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of

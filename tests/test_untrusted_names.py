@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from fastnnunet.engines.torch import load_network
 from fastnnunet.errors import FastnnUNetError, MismatchError, NotFoundError
-from fastnnunet.nnunet.plans import build_network, configuration_of, label_manager_of, read_json, trainer_class
-from fastnnunet.runtime.backends.torch import load_network
+from fastnnunet.nnunet.files.plans import build_network, configuration_of, label_manager_of, read_json, trainer_class
 from fastnnunet.specs.bundle import load_bundle_spec
-from fastnnunet.specs.networks import ALLOW_CODE_VARIABLE, allow_code, find_layer, find_network
+from fastnnunet.specs.checks.networks import ALLOW_CODE_VARIABLE, allow_code, find_layer, find_network
 from fastnnunet.specs.student import StudentSpec
 from tests.bundles import ToyModel
 from tests.hostile_models import CONFIGURATION, bundle_json, plans_json, put, refused, strings, write_bundle
@@ -135,7 +135,7 @@ class TestNames:
             f"{DNA}.architectures.residual_unet.ResidualEncoderUNet",  # as nnU-Net writes it for plans before 2.5
             f"{DNA}.architectures.PlainConvUNet",
             f"{DNA}.architectures.primus.Primus",
-            "fastnnunet.nnunet.primus.PrimusStudent",
+            "fastnnunet.nnunet.student.primus.PrimusStudent",
         ],
     )
     def test_networks_that_nnunet_writes(self, name: str) -> None:
@@ -207,7 +207,7 @@ class TestNames:
             configuration_of(plans, CONFIGURATION)
 
     def test_students(self, model: ToyModel, canary: Path) -> None:
-        from fastnnunet.nnunet.student import student_architecture
+        from fastnnunet.nnunet.student.plans import student_architecture
 
         student = StudentSpec(network_class_name="evil.Net", arch_kwargs={}, name="mine")
         with pytest.raises(MismatchError, match=r"'evil.Net'.*\n.*--allow-code"):

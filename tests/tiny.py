@@ -85,7 +85,7 @@ def write_teacher(preprocessed: Path, results: Path, folds: range = range(5)) ->
     """Five folds of random weights, scaled so that their softmax is far from uniform, stored as nnU-Net does."""
     import torch
 
-    from fastnnunet.nnunet.plans import build_network
+    from fastnnunet.nnunet.files.plans import build_network
 
     base = preprocessed / DATASET
     plans, dataset_json = (json.loads((base / n).read_text()) for n in ("nnUNetPlans.json", "dataset.json"))
@@ -122,7 +122,7 @@ def write_teacher(preprocessed: Path, results: Path, folds: range = range(5)) ->
 
 def make_world(root: Path) -> None:
     """Create raw, preprocessed and results folders under `root`; the nnU-Net variables must point there already."""
-    from fastnnunet.nnunet.prepare import plan_and_preprocess
+    from fastnnunet.nnunet.files.prepare import plan_and_preprocess
 
     for name in ("raw", "preprocessed", "results"):
         (root / name).mkdir()

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet.engines.devices import parse_device
 from fastnnunet.errors import SpecError
-from fastnnunet.runtime.backends.devices import parse_device
-from fastnnunet.runtime.cases import Case, find_cases, is_single_image, single_case, with_output
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_folder
+from fastnnunet.images.cases import Case, find_cases, is_single_image, single_case, with_output
+from fastnnunet.images.dicom.series import DicomSeries, is_dicom_folder
 from fastnnunet.runtime.predict import Planned
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.specs.bundle import BundleSpec

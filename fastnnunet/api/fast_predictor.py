@@ -24,18 +24,18 @@ from fastnnunet.api.conversions import (
     plan_cases,
     raw_images,
 )
-from fastnnunet.api.models import CHECKPOINT, Fold, load_model, trained_folds
 from fastnnunet.api.progress import RunProgress
+from fastnnunet.engines.base import Precision
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, SpecError
-from fastnnunet.runtime.backends.base import Precision
-from fastnnunet.runtime.cases import take_part
-from fastnnunet.runtime.files import check_output_folder
+from fastnnunet.export.models import CHECKPOINT, Fold, load_model, trained_folds
+from fastnnunet.images.cases import take_part
+from fastnnunet.images.output import RunArguments, write_run_files
 from fastnnunet.runtime.loaded import Inferred
-from fastnnunet.runtime.output import RunArguments, write_run_files
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.times import StageTimes
+from fastnnunet.system.files import check_output_folder
 
 _log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastnnunet.errors import printable
-from fastnnunet.runtime.cases import Case
+from fastnnunet.images.cases import Case
 
 
 class RunProgress(AbstractContextManager["RunProgress"]):

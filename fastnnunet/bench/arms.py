@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.bench.worker import CaseRun, Runner
+from fastnnunet.engines.base import INT8_ENDINGS, BackendOptions, Precision, create_ensemble
 from fastnnunet.errors import CorruptError
-from fastnnunet.runtime.backends.base import INT8_ENDINGS, BackendOptions, Precision, create_ensemble
-from fastnnunet.runtime.cases import Case
+from fastnnunet.images.cases import Case
 from fastnnunet.specs.bundle import BundleSpec, int8_file, load_bundle_spec
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class ReferenceArm:
 
         `mirrors`: forward passes of a fold for one tile.
         """
-        from fastnnunet.nnunet.checkpoint import load_checkpoint
-        from fastnnunet.nnunet.plans import build_network, read_json
+        from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+        from fastnnunet.nnunet.files.plans import build_network, read_json
 
         plans, dataset_json = (read_json(self.model_folder / f"{n}.json") for n in ("plans", "dataset"))
         first = load_checkpoint(self.model_folder / f"fold_{self.folds[0]}" / self.checkpoint)
@@ -99,8 +99,8 @@ class StockArm:
 
     def load(self) -> Runner:
         """Rebuild the network of every fold. Raises NotFoundError, CorruptError, MismatchError, SpecError."""
+        from fastnnunet.engines.torch import load_network, load_onnx_weights
         from fastnnunet.nnunet.reference import reference_of_network
-        from fastnnunet.runtime.backends.torch import load_network, load_onnx_weights
 
         spec = load_bundle_spec(self.bundle)
         network, weights = load_network(spec, self.bundle / spec.model_file), []

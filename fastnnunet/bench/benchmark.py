@@ -12,9 +12,9 @@ from fastnnunet.bench.cold import measure_cold
 from fastnnunet.bench.compare import add_agreement, add_dice, add_ratios, extrapolated
 from fastnnunet.bench.job import ENSEMBLE, SINGLE, BenchmarkJob, Setup, prepare
 from fastnnunet.bench.measure import Measured, measure, summarise
-from fastnnunet.bench.record import hardware, now_utc, versions
-from fastnnunet.nnunet.paths import resolve_dataset
-from fastnnunet.runtime.overlap import inputs_of, refuse_overlap
+from fastnnunet.images.overlap import inputs_of, refuse_overlap
+from fastnnunet.nnunet.files.paths import resolve_dataset
+from fastnnunet.specs.provenance import hardware, now_utc, versions
 
 Progress = Callable[[str, float, float], None]  # what, seconds done, seconds expected
 TIMED = "image file to label file, models loaded and warm, one case after the other, arms interleaved"

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fastnnunet.bench.arms import BundleArm, ReferenceArm
-from fastnnunet.bench.segmentations import read_segmentation
 from fastnnunet.errors import BuildError
+from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.images.cases import Case
 from fastnnunet.nnunet.reference import predict_command
-from fastnnunet.runtime.cases import Case
 from fastnnunet.specs.teacher import TeacherSpec
 
 

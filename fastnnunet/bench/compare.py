@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.bench.evaluate import evaluate_cases, mean_metrics
 from fastnnunet.bench.measure import speed_ratio, spread
-from fastnnunet.bench.segmentations import LabelSet, read_segmentation
+from fastnnunet.evaluate.cases import evaluate_cases, mean_metrics
+from fastnnunet.evaluate.segmentations import LabelSet, read_segmentation
 
 Results = dict[str, dict[str, Any]]  # arm -> its part of the record
 OutputOf = Callable[[str, str], Path]  # (arm, case) -> its prediction

@@ -7,17 +7,17 @@ from typing import Any
 
 from fastnnunet.bench.arms import BundleArm, ReferenceArm, StockArm
 from fastnnunet.bench.measure import Limit
-from fastnnunet.bench.segmentations import LabelSet, make_label_set
-from fastnnunet.errors import BackendError, ImageError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.paths import teacher_folder
-from fastnnunet.runtime.backends.base import (
+from fastnnunet.engines.base import (
     BACKENDS,
     Precision,
     available_cores,
     choose_backend,
     installed_cpu_backends,
 )
-from fastnnunet.runtime.cases import Case, find_cases
+from fastnnunet.errors import BackendError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.evaluate.segmentations import LabelSet, make_label_set
+from fastnnunet.images.cases import Case, find_cases
+from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.teacher import TeacherSpec
 
@@ -114,7 +114,7 @@ def _setup(job: BenchmarkJob, folder: Path, specs: Mapping[Path, BundleSpec], ca
     arms.append(_reference_arm(job, folder, SINGLE, job.teacher.folds[:1], False, threads))
     same_network: dict[str, str] = {}
     if job.runtime_ensemble:
-        from fastnnunet.api.models import cached_bundle
+        from fastnnunet.export.models import cached_bundle
 
         bundle = cached_bundle(folder, job.teacher.folds, job.teacher.checkpoint)
         ours = [_bundle_arm(OURS, bundle, engine, threads) for engine in engines]

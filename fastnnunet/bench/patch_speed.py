@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnnunet.runtime.backends.base import Precision, create_backend
+from fastnnunet.engines.base import Precision, create_backend
 from fastnnunet.specs.bundle import load_bundle_spec
 
 _WARM_UP = 3

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.cache.crew import Crew, Outcome, open_crew
-from fastnnunet.cache.durable import write_error
-from fastnnunet.cache.folder import CacheFolder, require_root
 from fastnnunet.cache.identity import cache_key, folds_for_case
 from fastnnunet.cache.interfaces import Float32Array, Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import CaseTask
-from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_space
-from fastnnunet.cache.storage import require_shared, require_writable
-from fastnnunet.cache.store import remove_leftovers
+from fastnnunet.cache.store.durable import write_error
+from fastnnunet.cache.store.folder import CacheFolder, require_root
+from fastnnunet.cache.store.manifest import Manifest
+from fastnnunet.cache.store.storage import require_shared, require_writable
+from fastnnunet.cache.store.writer import remove_leftovers
 from fastnnunet.errors import BuildError, FastnnUNetError
 from fastnnunet.system.locks import has_locks
 

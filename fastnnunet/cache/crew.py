@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastnnunet.cache.interfaces import Teacher, TeacherFactory
 from fastnnunet.cache.label import CaseTask, label_case
-from fastnnunet.cache.manifest import Manifest
+from fastnnunet.cache.store.manifest import Manifest
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, StorageError
 from fastnnunet.system.children import interrupts_held, others_children
 from fastnnunet.system.locks import has_locks

@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastnnunet.cache.folder import CacheFolder, cache_folders, open_cache
 from fastnnunet.cache.identity import Identity, cache_name
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.folder import CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import CorruptError, MismatchError, NewerFormatError, NotFoundError
 from fastnnunet.specs.canonical import differences
 

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastnnunet.cache.folder import CACHE_NAME, GROUP_NAME, CacheFolder, cache_folders, open_cache
 from fastnnunet.cache.gc_objects import collect_objects
 from fastnnunet.cache.leftover import Leftover
-from fastnnunet.cache.manifest import MANIFEST_NAME
-from fastnnunet.cache.storage import ObjectPath, Place
-from fastnnunet.cache.store import is_abandoned, partial_folder
+from fastnnunet.cache.store.folder import CACHE_NAME, GROUP_NAME, CacheFolder, cache_folders, open_cache
+from fastnnunet.cache.store.manifest import MANIFEST_NAME
+from fastnnunet.cache.store.storage import ObjectPath, Place
+from fastnnunet.cache.store.writer import is_abandoned, partial_folder
 from fastnnunet.errors import BuildError, CorruptError
 from fastnnunet.system.locks import locked
 

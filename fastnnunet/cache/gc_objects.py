@@ -8,10 +8,10 @@ Parts of uploads that never ended are no objects; a lifecycle rule of the bucket
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
-from fastnnunet.cache.folder import CACHE_NAME, CacheFolder, open_cache
 from fastnnunet.cache.leftover import Leftover
-from fastnnunet.cache.manifest import MANIFEST_NAME
-from fastnnunet.cache.storage import PROBE_NAME, ObjectPath
+from fastnnunet.cache.store.folder import CACHE_NAME, CacheFolder, open_cache
+from fastnnunet.cache.store.manifest import MANIFEST_NAME
+from fastnnunet.cache.store.storage import PROBE_NAME, ObjectPath
 from fastnnunet.errors import CorruptError, NotFoundError
 
 STALE_OBJECTS_S = 24 * 3600

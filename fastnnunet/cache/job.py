@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastnnunet.cache.folder import CacheFolder, create_cache, open_cache
 from fastnnunet.cache.identity import Identity, build_identity, cache_name, digest_cases
 from fastnnunet.cache.interfaces import CaseSource, TeacherFactory
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.folder import CacheFolder, create_cache, open_cache
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec
 

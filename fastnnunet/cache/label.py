@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastnnunet.cache.folder import CacheFolder
 from fastnnunet.cache.interfaces import CaseSource, Teacher, TeacherFactory
-from fastnnunet.cache.manifest import Manifest
-from fastnnunet.cache.shard import chunk_for
-from fastnnunet.cache.store import case_writer
+from fastnnunet.cache.store.folder import CacheFolder
+from fastnnunet.cache.store.manifest import Manifest
+from fastnnunet.cache.store.shard import chunk_for
+from fastnnunet.cache.store.writer import case_writer
 from fastnnunet.errors import BuildError, FastnnUNetError, MismatchError
 
 log = logging.getLogger(__name__)

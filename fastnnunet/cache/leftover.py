@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.storage import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import MAX_PENDING_BLOCKS
-from fastnnunet.cache.shard import chunk_for
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.shard import chunk_for
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 from fastnnunet.specs.home import HOME_VARIABLE, local_home

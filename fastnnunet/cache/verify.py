@@ -6,9 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from fastnnunet.cache.folder import CacheFolder
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.shard import chunk_for
+from fastnnunet.cache.store.folder import CacheFolder
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.errors import FastnnUNetError, StorageError
 
 Status = Literal["ok", "missing", "damaged"]

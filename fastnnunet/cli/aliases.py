@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastnnunet.cli.guard import guarded, refuse_empty
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
-from fastnnunet.specs.networks import allow_code
+from fastnnunet.specs.checks.networks import allow_code
 
 if TYPE_CHECKING:
     from fastnnunet.distill.train import TrainingJob

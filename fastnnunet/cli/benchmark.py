@@ -70,15 +70,15 @@ def benchmark(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from fastnnunet.bench.benchmark import run_benchmark
-    from fastnnunet.bench.headline import headline
     from fastnnunet.bench.job import BenchmarkJob
-    from fastnnunet.bench.plot import plot_benchmark
-    from fastnnunet.bench.record import write_json
-    from fastnnunet.bench.tables import benchmark_table, wide_console
+    from fastnnunet.bench.report.headline import headline
+    from fastnnunet.bench.report.plot import plot_benchmark
     from fastnnunet.cli.train import parse_folds
-    from fastnnunet.runtime.backends.base import Precision
-    from fastnnunet.runtime.files import check_output_folder
+    from fastnnunet.engines.base import Precision
+    from fastnnunet.evaluate.tables import benchmark_table, wide_console
+    from fastnnunet.specs.provenance import write_json
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.system.files import check_output_folder
 
     for folder in (output, *([] if html is None else [html.parent])):
         check_output_folder(folder)
@@ -132,7 +132,7 @@ def benchmark(
     console.print(record["summary"], highlight=False)
     console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False, soft_wrap=True)
     if html is not None:
-        from fastnnunet.bench.page import pictures_of, write_page
+        from fastnnunet.bench.report.page import pictures_of, write_page
 
         write_page(record, pictures_of(record, images, labels, output), html)
         console.print(f"page:   {html}", highlight=False, soft_wrap=True)

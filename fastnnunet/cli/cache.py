@@ -11,9 +11,9 @@ from fastnnunet.cli import options
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.cache.folder import CacheFolder
     from fastnnunet.cache.job import CacheJob
-    from fastnnunet.cache.storage import Place
+    from fastnnunet.cache.store.folder import CacheFolder
+    from fastnnunet.cache.store.storage import Place
     from fastnnunet.distill.unlabelled import UnlabelledJob
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
@@ -155,8 +155,8 @@ def plan(
 
       fastnnunet cache plan -d 4 -c 3d_fullres --workers 2
     """
-    from fastnnunet.cache.folder import require_root
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
+    from fastnnunet.cache.store.folder import require_root
     from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
 
     request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
@@ -283,7 +283,7 @@ def _request(
     previous: str | None,
 ) -> "Request":
     """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
-    from fastnnunet.cache.storage import place_at
+    from fastnnunet.cache.store.storage import place_at
     from fastnnunet.cli.train import parse_folds, recipe_of
     from fastnnunet.specs.teacher import TeacherSpec
 
@@ -340,8 +340,8 @@ def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
 
 def _roots(dataset: str | None, root: str | None) -> "list[Place]":
     """`root`, or the folders of caches beside the preprocessed cases of one or all data sets."""
-    from fastnnunet.cache.storage import place_at
-    from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
+    from fastnnunet.cache.store.storage import place_at
+    from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 
     if root is not None:
         place = place_at(root)
@@ -365,15 +365,15 @@ def _no_place(place: "Place") -> str:
 
 def _all_folders(dataset: str | None, root: str | None) -> "list[Place]":
     """Every cache folder under `root`, or beside the preprocessed cases of one or all data sets."""
-    from fastnnunet.cache.folder import cache_folders
+    from fastnnunet.cache.store.folder import cache_folders
 
     return [folder for caches in _roots(dataset, root) for folder in cache_folders(caches)]
 
 
 def _select(which: str | None, dataset: str | None, root: str | None) -> "CacheFolder":
     """The cache meant by a path, by the start of a key, or by being the only one."""
-    from fastnnunet.cache.folder import open_cache
-    from fastnnunet.cache.storage import place_at
+    from fastnnunet.cache.store.folder import open_cache
+    from fastnnunet.cache.store.storage import place_at
 
     if which is not None and "://" in which:
         return open_cache(place_at(which))

@@ -13,13 +13,13 @@ from rich.table import Table
 
 from fastnnunet.cache.build import CaseDone
 from fastnnunet.cache.find import case_differences
-from fastnnunet.cache.folder import CacheFolder, open_cache
 from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.leftover import Leftover
-from fastnnunet.cache.manifest import Manifest
 from fastnnunet.cache.plan import CachePlan
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.folder import CacheFolder, open_cache
+from fastnnunet.cache.store.manifest import Manifest
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.cache.verify import CaseReport
 from fastnnunet.errors import CorruptError, NewerFormatError
 from fastnnunet.specs.canonical import differences, to_plain

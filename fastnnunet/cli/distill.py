@@ -79,14 +79,14 @@ def auto(
     from fastnnunet.cli.train import parse_folds, recipe_of, run_jobs, student_specs, wait_passively
 
     wait_passively()
-    from fastnnunet.bench.auto import auto_size
-    from fastnnunet.bench.plot import plot_sizes
-    from fastnnunet.bench.record import write_json
-    from fastnnunet.cache.storage import place_at
+    from fastnnunet.bench.report.plot import plot_sizes
+    from fastnnunet.cache.store.storage import place_at
     from fastnnunet.cli.cache_view import cases_progress
     from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.release.auto import auto_size
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
+    from fastnnunet.specs.provenance import write_json
     from fastnnunet.specs.teacher import TeacherSpec
 
     recipe = recipe_of(spec, temperature)
@@ -162,7 +162,7 @@ def print_sizes(record: dict[str, Any]) -> None:
     """The table of students and the choice in words."""
     from rich.table import Table
 
-    from fastnnunet.bench.tables import wide_console
+    from fastnnunet.evaluate.tables import wide_console
 
     reference, within = record["reference"], record["within_points"]
     table = Table(title=f"{len(record['cases'])} validation cases of fold {record['job']['fold']}")

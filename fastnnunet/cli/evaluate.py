@@ -28,12 +28,12 @@ def evaluate(
     """
     from rich.progress import track
 
-    from fastnnunet.bench import segmentations as files
-    from fastnnunet.bench.evaluate import evaluate_cases, report
-    from fastnnunet.bench.record import write_json
-    from fastnnunet.bench.tables import case_table, mean_table, wide_console
-    from fastnnunet.runtime.files import check_output_folder
-    from fastnnunet.runtime.overlap import refuse_overlap
+    from fastnnunet.evaluate import segmentations as files
+    from fastnnunet.evaluate.cases import evaluate_cases, report
+    from fastnnunet.evaluate.tables import case_table, mean_table, wide_console
+    from fastnnunet.images.overlap import refuse_overlap
+    from fastnnunet.specs.provenance import write_json
+    from fastnnunet.system.files import check_output_folder
 
     if output is not None and output.suffix != ".json":
         raise SpecError(f"-o: got {output}, expected a file name ending in .json")

@@ -117,7 +117,7 @@ def onnx(
 
 
 def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
-    from fastnnunet.nnunet.paths import trained_model_folder
+    from fastnnunet.nnunet.files.paths import trained_model_folder
 
     if model is not None:
         return model
@@ -196,8 +196,8 @@ def export_student(
     """
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.export.bundle import export_bundle
-    from fastnnunet.nnunet.paths import model_folder, resolve_dataset
-    from fastnnunet.nnunet.student import STOCK_TRAINER, find_student
+    from fastnnunet.nnunet.files.paths import model_folder, resolve_dataset
+    from fastnnunet.nnunet.student.plans import STOCK_TRAINER, find_student
     from fastnnunet.specs.graph import GraphSpec
 
     folds = [fold] if isinstance(fold, str) else list(fold)

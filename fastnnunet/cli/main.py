@@ -31,7 +31,7 @@ app = typer.Typer(
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        from fastnnunet.bench.record import versions
+        from fastnnunet.specs.provenance import versions
 
         found = versions()
         print(f"fastnnunet {found.pop('fastnnunet')} ({', '.join(f'{name} {v}' for name, v in found.items())})")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastnnunet.specs.networks import allow_code
+from fastnnunet.specs.checks.networks import allow_code
 
 
 def _allow_code(context: typer.Context, wanted: bool) -> bool:

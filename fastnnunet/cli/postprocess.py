@@ -40,8 +40,8 @@ def postprocess(
       fastnnunet postprocess -i predictions -o cleaned --keep-largest liver spleen --min-size 50mm3 --fill-holes
     """
     from fastnnunet.errors import SpecError, printable
-    from fastnnunet.runtime.label_folder import postprocess_folder, read_label_source
-    from fastnnunet.runtime.label_rules import cleanup_from_words
+    from fastnnunet.images.tidy.folder import postprocess_folder, read_label_source
+    from fastnnunet.images.tidy.rules import cleanup_from_words
 
     labels = read_label_source(source, plans_json, dataset_json)
     cleanup = cleanup_from_words(

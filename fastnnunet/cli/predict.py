@@ -138,10 +138,10 @@ def predict(
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
     from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.models import check_reader, load_model
     from fastnnunet.api.progress import RunProgress
-    from fastnnunet.runtime.label_rules import cleanup_from_words
-    from fastnnunet.runtime.output import RunArguments
+    from fastnnunet.export.models import check_reader, load_model
+    from fastnnunet.images.output import RunArguments
+    from fastnnunet.images.tidy.rules import cleanup_from_words
 
     begin = time.perf_counter()
     with RunProgress(disable=disable_progress_bar) as progress:
@@ -227,7 +227,7 @@ def _model_folder(model: Path | None, dataset: str | None, configuration: str | 
         return model
     if configuration is None:
         raise SpecError("-d needs a configuration too, such as -c 3d_fullres")
-    from fastnnunet.nnunet.paths import trained_model_folder
+    from fastnnunet.nnunet.files.paths import trained_model_folder
 
     return trained_model_folder(str(dataset), trainer, plans, configuration)
 
@@ -284,7 +284,7 @@ def _write_profile(
     import json
     from dataclasses import asdict
 
-    from fastnnunet.runtime.files import atomic_output, make_folder
+    from fastnnunet.system.files import atomic_output, make_folder
 
     record = {
         **predictor.describe(),

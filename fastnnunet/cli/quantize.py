@@ -61,10 +61,10 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fastnnunet.bench.gate import describe
-    from fastnnunet.bench.quantize import QuantizeJob, quantize_bundle
-    from fastnnunet.bench.record import write_json
-    from fastnnunet.runtime.backends.base import Precision
+    from fastnnunet.engines.base import Precision
+    from fastnnunet.release.gate import describe
+    from fastnnunet.release.quantize import QuantizeJob, quantize_bundle
+    from fastnnunet.specs.provenance import write_json
 
     if output is not None and output.suffix != ".json":
         raise SpecError(f"-o: got {output}, expected a file name ending in .json")

@@ -42,10 +42,10 @@ def describe(
       fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6
     """
     from fastnnunet.cli.train import student_specs
-    from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset
-    from fastnnunet.nnunet.plans import architecture_of, configuration_of, read_json
-    from fastnnunet.nnunet.student import student_plans
-    from fastnnunet.nnunet.student_fit import check_fit, network_cost
+    from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
+    from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, read_json
+    from fastnnunet.nnunet.student.fit import check_fit, network_cost
+    from fastnnunet.nnunet.student.plans import student_plans
     from fastnnunet.specs.distill import DistillSpec
 
     choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}

@@ -104,7 +104,7 @@ def train(
     import dataclasses
 
     wait_passively()
-    from fastnnunet.cache.storage import place_at
+    from fastnnunet.cache.store.storage import place_at
     from fastnnunet.distill.train import TrainingJob, check_job
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
@@ -247,7 +247,7 @@ def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from fastnnunet.distill.train import TrainingState, train_students
-    from fastnnunet.specs.json_text import read_json_object
+    from fastnnunet.specs.checks.json_text import read_json_object
 
     first = jobs[0]
     name = f"{' '.join(job.student.tag for job in jobs)} fold {first.fold}"

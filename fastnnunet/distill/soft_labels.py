@@ -13,8 +13,8 @@ from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.engines import EngineName, Precision
 from fastnnunet.nnunet.teacher import NnUNetTeacher

@@ -13,29 +13,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet import __version__
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.advice import preprocess_command
-from fastnnunet.nnunet.cascade import previous_folder
-from fastnnunet.nnunet.cases import open_cases
-from fastnnunet.nnunet.checkpoint import (
+from fastnnunet.nnunet.engines import resolve_precision
+from fastnnunet.nnunet.files.advice import preprocess_command
+from fastnnunet.nnunet.files.cascade import previous_folder
+from fastnnunet.nnunet.files.cases import open_cases
+from fastnnunet.nnunet.files.checkpoint import (
     check_same_run,
     load_checkpoint,
     load_pretrained,
     strip_prefix,
     weights_digest,
 )
-from fastnnunet.nnunet.checkpoint_digest import require_undamaged
-from fastnnunet.nnunet.engines import resolve_precision
-from fastnnunet.nnunet.named import check_loadable
-from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import architecture_of, build_network, configuration_of, label_manager_of, read_json
-from fastnnunet.nnunet.primus import stock_trainer_of
-from fastnnunet.nnunet.splits import split_of
-from fastnnunet.nnunet.student import (
+from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
+from fastnnunet.nnunet.files.named import check_loadable
+from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
+from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.files.splits import split_of
+from fastnnunet.nnunet.student.fit import check_fit, check_network
+from fastnnunet.nnunet.student.plans import (
     STOCK_TRAINER,
     check_plans_name,
     publish_plans,
@@ -43,7 +43,7 @@ from fastnnunet.nnunet.student import (
     student_plans,
     trainer_of,
 )
-from fastnnunet.nnunet.student_fit import check_fit, check_network
+from fastnnunet.nnunet.student.primus import stock_trainer_of
 from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, to_plain
@@ -52,8 +52,8 @@ from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
-    from fastnnunet.nnunet.mixing import Unlabelled
-    from fastnnunet.nnunet.trainer import StudentTrainer
+    from fastnnunet.nnunet.trainer.mixing import Unlabelled
+    from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 
 log = logging.getLogger(__name__)
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
@@ -119,7 +119,7 @@ def train_students(
     exists and neither `resume` nor `overwrite` was given), SpecError (r leaves no channels; the students' batches
     differ), BuildError (the loss became NaN; the last good checkpoint stays).
     """
-    from fastnnunet.nnunet.distributed import process_group
+    from fastnnunet.nnunet.trainer.distributed import process_group
 
     require_versions(TRAINING)
     device = resolve_device(jobs[0].device)
@@ -132,7 +132,7 @@ def _train_students(
 ) -> list[Path]:
     import torch
 
-    from fastnnunet.nnunet.distributed import is_first, wait_for_all
+    from fastnnunet.nnunet.trainer.distributed import is_first, wait_for_all
 
     first = jobs[0]
     checked = [check_job(job, resume=resume, overwrite=overwrite) for job in jobs]
@@ -373,7 +373,7 @@ def _configure(
     unlabelled: "Unlabelled | None" = None,
 ) -> "StudentTrainer":
     from fastnnunet.distill.losses import DistillationObjective
-    from fastnnunet.nnunet.trainer import make_trainer, nnunet_quiet
+    from fastnnunet.nnunet.trainer.trainer import make_trainer, nnunet_quiet
 
     spec = job.distill
     trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
@@ -415,7 +415,7 @@ def _configure(
 
 def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob) -> None:
     """First weights from the teacher's model of the student's own fold, or its first."""
-    from fastnnunet.nnunet.inherit import inherit_weights
+    from fastnnunet.nnunet.student.inherit import inherit_weights
 
     fold = job.fold if job.fold in job.teacher.folds else job.teacher.folds[0]
     path = teacher_folder(job.teacher) / f"fold_{fold}" / job.teacher.checkpoint
@@ -427,7 +427,7 @@ def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob) -> None:
 
 
 def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Progress | None) -> None:
-    from fastnnunet.nnunet.epochs import run_epochs
+    from fastnnunet.nnunet.trainer.epochs import run_epochs
 
     def report(number: int, iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
         trainer = trainers[number]
@@ -449,7 +449,7 @@ def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progr
 
 
 def _validate(trainer: "StudentTrainer") -> None:
-    from fastnnunet.nnunet.trainer import nnunet_quiet
+    from fastnnunet.nnunet.trainer.trainer import nnunet_quiet
 
     with nnunet_quiet():
         trainer.perform_actual_validation()

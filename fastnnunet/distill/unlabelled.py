@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastnnunet.cache.folder import CacheFolder
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.plan import free_bytes
-from fastnnunet.cache.reader import SoftLabelReader
-from fastnnunet.cache.shard import chunk_for
-from fastnnunet.cache.storage import Place
+from fastnnunet.cache.store.folder import CacheFolder
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.shard import chunk_for
+from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels, build_command, find_for_training
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.foreground import sample_foreground, write_locations
-from fastnnunet.nnunet.image_case import ENDINGS
-from fastnnunet.nnunet.loading_errors import remake
-from fastnnunet.nnunet.parallel import each
-from fastnnunet.nnunet.paths import teacher_folder
-from fastnnunet.nnunet.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.files.paths import teacher_folder
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.nnunet.teacher import NnUNetTeacher
-from fastnnunet.nnunet.unlabelled import (
+from fastnnunet.nnunet.trainer.loading_errors import remake
+from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
+from fastnnunet.nnunet.unlabelled.image_case import ENDINGS
+from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.sets import (
     ImageSet,
     UnlabelledCases,
     default_name,
@@ -42,7 +42,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
-    from fastnnunet.nnunet.mixing import Unlabelled
+    from fastnnunet.nnunet.trainer.mixing import Unlabelled
 
 Progress = Callable[[int, int], None]
 
@@ -247,8 +247,8 @@ def unlabelled_for_training(
     Raises NotFoundError (with the command that makes what is missing), MismatchError (images changed; names or images
     are those of labelled cases; no cache fits), SpecError (cascade; batch Dice in several processes), CorruptError.
     """
-    from fastnnunet.nnunet import distributed
-    from fastnnunet.nnunet.mixing import Unlabelled
+    from fastnnunet.nnunet.trainer import distributed
+    from fastnnunet.nnunet.trainer.mixing import Unlabelled
 
     job = open_images(teacher, spec, None, name, root, spec_file)
     cases = require_current(job.target, job.labelled, job.command)

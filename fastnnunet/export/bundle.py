@@ -20,9 +20,9 @@ from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants
 from fastnnunet.export.onnx import put_weights, to_onnx
 from fastnnunet.export.parity import ParityCheck, ParityReport
 from fastnnunet.export.patches import noise_patches, real_patches
-from fastnnunet.nnunet.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.named import check_reproducible, resampling_of
-from fastnnunet.nnunet.plans import (
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
+from fastnnunet.nnunet.files.named import check_reproducible, resampling_of
+from fastnnunet.nnunet.files.plans import (
     architecture_of,
     build_network,
     check_fits,
@@ -32,8 +32,8 @@ from fastnnunet.nnunet.plans import (
     num_input_channels,
     read_json,
 )
-from fastnnunet.nnunet.primus import stock_architecture
-from fastnnunet.nnunet.student_fit import stride_products
+from fastnnunet.nnunet.student.fit import stride_products
+from fastnnunet.nnunet.student.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec

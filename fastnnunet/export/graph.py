@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.errors import ParityError, SpecError
-from fastnnunet.nnunet.plans import architecture_of, resolved, with_configuration
-from fastnnunet.nnunet.primus import is_primus
-from fastnnunet.nnunet.student_fit import patch_problems, stride_products
+from fastnnunet.nnunet.files.plans import architecture_of, resolved, with_configuration
+from fastnnunet.nnunet.student.fit import patch_problems, stride_products
+from fastnnunet.nnunet.student.primus import is_primus
 from fastnnunet.nnunet.versions import require_versions
 from fastnnunet.specs.graph import GraphSpec
 

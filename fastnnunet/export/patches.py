@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 
 PARITY_PATCHES = 2
 _NOISE_SCALES = (1.0, 4.0)  # voxels: texture and shapes

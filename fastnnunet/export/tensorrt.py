@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fastnnunet.engines.trt.library import Library, find_library
+from fastnnunet.engines.trt.store import EngineKey, StoredEngine, engine_folders, find_engine, source_file, write_engine
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export.half import to_half
 from fastnnunet.export.onnx import INPUT, OUTPUT
@@ -23,8 +25,6 @@ from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.trt.library import Library, find_library
-from fastnnunet.trt.store import EngineKey, StoredEngine, engine_folders, find_engine, source_file, write_engine
 
 if TYPE_CHECKING:
     import onnx

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet.cascade import open_cascade, previous_folder
-from fastnnunet.nnunet.cases import PreprocessedCases, open_cases
-from fastnnunet.nnunet.named import check_loadable
-from fastnnunet.nnunet.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.plans import read_json
-from fastnnunet.nnunet.splits import load_splits
+from fastnnunet.nnunet.files.cascade import open_cascade, previous_folder
+from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.files.named import check_loadable
+from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
+from fastnnunet.nnunet.files.plans import read_json
+from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.nnunet.teacher import NnUNetTeacher, make_teacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec

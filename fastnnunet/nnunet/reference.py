@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.nnunet.checkpoint import load_checkpoint
-from fastnnunet.nnunet.paths import resolve_dataset
-from fastnnunet.nnunet.plans import configuration_of, read_json, trainer_class
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.paths import resolve_dataset
+from fastnnunet.nnunet.files.plans import configuration_of, read_json, trainer_class
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
-from fastnnunet.nnunet.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.deviation import measure_deviation
 from fastnnunet.nnunet.engines import (
     Engine,
@@ -26,7 +25,8 @@ from fastnnunet.nnunet.engines import (
     resolve_engine,
     resolve_precision,
 )
-from fastnnunet.nnunet.plans import (
+from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
+from fastnnunet.nnunet.files.plans import (
     build_network,
     check_fits,
     configuration_of,

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastnnunet import native
+from fastnnunet.engines.base import Backend
 from fastnnunet.geometry.chunked_window import streamed_window
 from fastnnunet.geometry.half import check_half_limits
-from fastnnunet.runtime.backends.base import Backend
 from fastnnunet.runtime.sliding_window import (
     Array,
     HalfArray,

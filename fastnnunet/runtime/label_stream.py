@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.geometry.chunked_window import Bounds, ChunkedWindow, Index, streamed_window
 from fastnnunet.geometry.resample import ResamplePlan
-from fastnnunet.runtime.postprocess import LabelRule, label_locally
+from fastnnunet.runtime.logits import LabelRule, label_locally
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import Network, OnTiles, SlidingWindow, TileSums, finished_chunks
 from fastnnunet.runtime.times import StageTimes

@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import native
+from fastnnunet.engines.base import Backend, Precision, create_ensemble
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_label_resample_spec, parse_resample_spec
-from fastnnunet.runtime.backends.base import Backend, Precision, create_ensemble
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.label_stream import stream_labels
+from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.normalize import check_normalization
-from fastnnunet.runtime.postprocess import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
 from fastnnunet.runtime.sliding_window import OnTiles, SlidingWindow
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
-from fastnnunet.specs.reproducible import preprocessing_problems, stated
+from fastnnunet.specs.checks.reproducible import preprocessing_problems, stated
 
 # Logits of more bytes are not kept but labelled while the window goes on. Smaller ones are kept until it has passed, so
 # that another thread can label them while the network is at the next case.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError, SpecError
-from fastnnunet.specs.reproducible import normalization_problems
+from fastnnunet.specs.checks.reproducible import normalization_problems
 
 Channel = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

@@ -14,7 +14,7 @@ from threading import Lock, Thread, get_ident
 from typing import Any, TypeAlias, TypeVar
 
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.runtime.files import abandon_output, files_together
+from fastnnunet.system.files import abandon_output, files_together
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError
-from fastnnunet.runtime.cases import (
+from fastnnunet.images.cases import (
     DICOM_SEG_ENDING,
     Case,
     find_cases,
@@ -26,13 +26,10 @@ from fastnnunet.runtime.cases import (
     take_part,
     with_output,
 )
-from fastnnunet.runtime.dicom import DicomSeries, is_dicom_file
-from fastnnunet.runtime.files import check_output_folder, make_folder
-from fastnnunet.runtime.finished import is_archive, is_pickle, is_segmentation
-from fastnnunet.runtime.image_io import image_io
-from fastnnunet.runtime.labels import Cleanup, clean
-from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
-from fastnnunet.runtime.output import (
+from fastnnunet.images.dicom.series import DicomSeries, is_dicom_file
+from fastnnunet.images.finished import is_archive, is_pickle, is_segmentation
+from fastnnunet.images.io import image_io
+from fastnnunet.images.output import (
     RunArguments,
     files_of_case,
     files_of_run,
@@ -40,11 +37,14 @@ from fastnnunet.runtime.output import (
     write_probabilities,
     write_run_files,
 )
-from fastnnunet.runtime.overlap import inputs_of, refuse_model_folder, refuse_overlap
+from fastnnunet.images.overlap import inputs_of, refuse_model_folder, refuse_overlap
+from fastnnunet.images.tidy.cleanup import Cleanup, clean
+from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.sliding_window import OnTiles
 from fastnnunet.runtime.times import StageTimes
+from fastnnunet.system.files import check_output_folder, make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Predictor(LoadedBundle):
         if plan.case.problem:
             raise ImageError(plan.case.problem)
         if plan.output is not None and (series := _check_series(plan.output, plan.case)) is not None:
-            from fastnnunet.runtime.dicom_seg import check_dicom_seg
+            from fastnnunet.images.dicom.seg import check_dicom_seg
 
             # before hours of inference, not when writing
             check_dicom_seg(series, labels=self.spec.labels, model=self.spec.name)
@@ -190,7 +190,7 @@ class Predictor(LoadedBundle):
             write_probabilities(probabilities_HZYX, properties, output, self._ending(output))
         # last: where a segmentation is, its probabilities are
         if (series := _check_series(output, case)) is not None:
-            from fastnnunet.runtime.dicom_seg import write_dicom_seg
+            from fastnnunet.images.dicom.seg import write_dicom_seg
 
             on_slices_ZYX = io.to_file_axes(segmentation_ZYX, properties)
             labels, model = self.spec.labels, self.spec.name

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.errors import ImageError
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
+from fastnnunet.images.stored import memory_bytes
 from fastnnunet.runtime.normalize import SCHEMES
-from fastnnunet.runtime.stored import memory_bytes
 from fastnnunet.specs.bundle import BundleSpec
 
 _MOST_GROWTH = 4096  # times as many voxels: 16 along each axis, where thick slices of large pixels reach 20 in all

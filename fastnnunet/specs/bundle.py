@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import CorruptError, NewerFormatError, NotFoundError, SpecError
-from fastnnunet.specs.bundle_checks import check_bundle_spec, check_model
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
-from fastnnunet.specs.json_text import read_json_object
+from fastnnunet.specs.checks.bundle import check_bundle_spec, check_model
+from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.load import build_spec
 
 FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from fastnnunet.errors import NotFoundError, SpecError
-from fastnnunet.specs.json_text import check_tree
+from fastnnunet.specs.checks.json_text import check_tree
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 2**18  # a recipe or a student has a hundredth of it

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fastnnunet.cache.apportion import apportioned
+from fastnnunet.cache.codecs.apportion import apportioned
 from fastnnunet.cache.codecs.base import LEVELS, bounded_error, softmax
 from fastnnunet.cache.interfaces import Float32Array, StoredArray
 from fastnnunet.errors import SpecError

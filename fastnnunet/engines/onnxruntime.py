@@ -1,0 +1,103 @@
+"""ONNX Runtime: on the CPU part of the base install, runs everywhere; on NVIDIA GPUs with `onnxruntime-gpu`.
+
+`onnxruntime` and `onnxruntime-gpu` are two distributions of one module. Where both are installed the files are those of
+the one that came last, whatever the other one's metadata says, so the module itself is asked what it can do.
+"""
+
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.engines.base import Precision, model_path
+from fastnnunet.engines.calls import Calls
+from fastnnunet.engines.devices import Device
+from fastnnunet.errors import BackendError
+from fastnnunet.specs.bundle import BundleSpec
+
+_CUDA = "CUDAExecutionProvider"
+_MEND = "install the one for GPUs alone: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+
+
+class OnnxRuntimeBackend:
+    name = "onnxruntime"
+
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device()
+    ) -> None:
+        import onnxruntime
+
+        self.precision = precision
+        model_file = model_path(bundle_dir, spec, precision, self.name)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.kind == "cuda":
+            if (problem := why_no_cuda()) is not None:
+                raise BackendError(f"backend onnxruntime cannot compute on {device}: {problem}")
+            if hasattr(onnxruntime, "preload_dlls"):
+                onnxruntime.preload_dlls()  # finds CUDA and cuDNN where pip has put them
+            # ONNX Runtime would compute on the CPU, operator by operator, what the GPU has no kernel for
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            providers = [(_CUDA, {"device_id": device.index})]
+        try:
+            self._session = onnxruntime.InferenceSession(str(model_file), options, providers=providers)
+        except Exception as e:  # the engine's exceptions share no base class but Exception
+            raise BackendError(f"onnxruntime cannot load {model_file} on {device}: {e}") from e
+        self._session.disable_fallback()  # it would make another session on the CPU when this one fails
+        if device.kind == "cuda" and _CUDA not in (got := self._session.get_providers()):
+            raise BackendError(
+                f"onnxruntime {onnxruntime.__version__} loaded {model_file} on {', '.join(got)}, expected {_CUDA}\n"
+                "its CUDA libraries do not load: pip install 'onnxruntime-gpu[cuda,cudnn]' brings them; or give "
+                "-device cpu"
+            )
+        self._input, self._output = self._session.get_inputs()[0].name, self._session.get_outputs()[0].name
+        self._num_heads = spec.num_heads
+        self._calls = Calls(self.name)
+        self._own = threading.local()  # logits_NHX of each thread
+
+    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits in an array that the thread's next call writes to again: those of many classes are large."""
+        shape = (len(batch_NCX), self._num_heads, *batch_NCX.shape[2:])
+        logits_NHX = getattr(self._own, "logits_NHX", None)
+        if logits_NHX is None or logits_NHX.shape != shape:
+            logits_NHX = self._own.logits_NHX = np.empty(shape, np.float32)
+        with self._calls:
+            try:
+                binding = self._session.io_binding()
+                binding.bind_cpu_input(self._input, batch_NCX)
+                binding.bind_output(self._output, "cpu", 0, np.float32, shape, logits_NHX.ctypes.data)
+                self._session.run_with_iobinding(binding)
+            except Exception as e:
+                raise BackendError(f"onnxruntime failed on a batch of shape {batch_NCX.shape}: {e}") from e
+        return logits_NHX
+
+
+def why_no_cuda() -> str | None:
+    """None when the installed module was built for NVIDIA GPUs, else what it is and how to get the other."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if _CUDA in available:
+        return None
+    installed = [
+        f"{dist} {metadata.version(dist)}" for dist in ("onnxruntime", "onnxruntime-gpu") if _is_installed(dist)
+    ]
+    both = " (two distributions of one module: the files are those of the last one)" if len(installed) > 1 else ""
+    return (
+        f"the module onnxruntime {onnxruntime.__version__} offers {', '.join(available)}, expected {_CUDA} too\n"
+        f"installed: {' and '.join(installed) or 'a build of its own'}{both}\n{_MEND}"
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

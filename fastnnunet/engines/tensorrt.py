@@ -1,0 +1,230 @@
+"""TensorRT on an NVIDIA GPU: an engine of `fastnnunet export tensorrt`, replayed as a CUDA graph for each batch size.
+
+Everything a batch size needs is made when it is first seen: an execution context (its shapes are part of the captured
+graph, so it is never given others), one ordinary run as warm-up, and the graph of copy in and inference. All contexts
+share the buffers and the working memory, since they run one after the other on one stream. Results are copied out to
+memory of the thread that called, so that those of others do not change under them.
+"""
+
+import logging
+import shlex
+import threading
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.calls import Calls
+from fastnnunet.engines.devices import Device
+from fastnnunet.engines.trt.cuda import Cuda
+from fastnnunet.engines.trt.library import Library, find_library, installed_names
+from fastnnunet.engines.trt.store import StoredEngine, list_engines, source_file
+from fastnnunet.errors import BackendError
+from fastnnunet.specs.bundle import BundleSpec
+
+log = logging.getLogger(__name__)
+_Pinned: TypeAlias = tuple[int, npt.NDArray[np.float32]]  # address and array of page-locked memory
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A batch size that has been run."""
+
+    context: Any
+    graph: Any | None  # None: the library does not allow capture, the context is run instead
+
+
+class TensorRTBackend:
+    name = "tensorrt"
+
+    def __init__(
+        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device("cuda")
+    ) -> None:
+        """Load the engine for a GPU of this machine and allocate its memory. `threads` means nothing here."""
+        self.precision = precision
+        self._cuda = cuda = Cuda(device.index)
+        if (reason := cuda.why_no_device()) is not None:
+            raise BackendError(
+                f"backend tensorrt needs an NVIDIA GPU with a current driver; CUDA says: {reason}\n"
+                "predict with --backend auto instead"
+            )
+        cuda.use_device()
+        library, stored = choose_engine(bundle_dir, spec, precision, cuda.architecture())
+        self._library = library
+        self._key = key = stored.key
+        library.logger.errors.clear()
+        # kept as long as the engine, which uses it
+        self._runtime = library.module.Runtime(library.logger)
+        self._engine = self._runtime.deserialize_cuda_engine(stored.read_plan())
+        if self._engine is None:
+            raise BackendError(
+                f"{key.library} {key.library_version} cannot load {stored.path}: {'; '.join(library.logger.errors)}\n"
+                "remove it and export again on this machine"
+            )
+        self._input, self._output = _io_names(self._engine, stored, library.module)
+        self._prepared: dict[int, _Prepared] = {}
+        self._calls = Calls(self.name, survives_fork=False)
+        self._turn = threading.Lock()  # held while a batch has the stream and the buffers
+        self._own = threading.local()  # output: the _Pinned memory for the results of each thread
+        with ExitStack() as release:
+            self._stream = cuda.new_stream()
+            release.callback(cuda.destroy_stream, self._stream)
+            self._host_input_address, self._host_input = cuda.allocate_pinned((key.max_batch, *key.input_shape))
+            self._unused = [self._new_output()]  # for the first thread that runs a batch
+            self._device_input = _on_device(cuda, release, self._host_input.nbytes)
+            self._device_output = _on_device(cuda, release, self._unused[0][1].nbytes)
+            self._work_bytes = int(self._engine.device_memory_size_v2)
+            self._work = _on_device(cuda, release, max(self._work_bytes, 1))
+            release.callback(_destroy_graphs, cuda, self._prepared)
+            weakref.finalize(self, release.pop_all().close)
+
+    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if batch_NCX.ndim < 2 or batch_NCX.shape[1:] != self._key.input_shape or not len(batch_NCX):
+            raise BackendError(f"tensorrt failed on a batch of shape {batch_NCX.shape}: {self._expected()}")
+        with self._calls:
+            self._cuda.use_device()  # the current device is a matter of the thread
+            most = self._key.max_batch
+            if len(batch_NCX) <= most:
+                return self._run_once(batch_NCX)
+            logits_NHX = np.empty((len(batch_NCX), *self._key.output_shape), np.float32)
+            for first in range(0, len(batch_NCX), most):
+                logits_NHX[first : first + most] = self._run_once(batch_NCX[first : first + most])
+            return logits_NHX
+
+    def captured(self) -> list[int]:
+        """Batch sizes that are replayed as CUDA graphs."""
+        return sorted(size for size, one in self._prepared.items() if one.graph is not None)
+
+    def _run_once(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits in the thread's pinned buffer."""
+        size = len(batch_NCX)
+        address, host_output = self._output_of_thread()
+        logits_NHX = host_output[:size]
+        with self._turn:
+            self._host_input[:size] = batch_NCX
+            prepared = self._prepared.get(size)
+            if prepared is None:
+                self._prepare(size)
+            elif prepared.graph is not None:
+                self._cuda.launch(prepared.graph, self._stream)
+            else:
+                self._issue(prepared.context, size)
+            self._cuda.copy_to_host(address, self._device_output, logits_NHX.nbytes, self._stream)
+            self._cuda.synchronize(self._stream)
+        return logits_NHX
+
+    def _new_output(self) -> _Pinned:
+        return self._cuda.allocate_pinned((self._key.max_batch, *self._key.output_shape))
+
+    def _output_of_thread(self) -> _Pinned:
+        output: _Pinned | None = getattr(self._own, "output", None)
+        if output is None:
+            try:
+                output = self._unused.pop()
+            except IndexError:
+                output = self._new_output()
+            self._own.output = output
+        return output
+
+    def _prepare(self, size: int) -> _Prepared:
+        """Run a batch size for the first time, which computes what is in the buffer, and capture it."""
+        context = self._library.new_context(self._engine)
+        shape = (size, *self._key.input_shape)
+        if context is None or not (
+            context.set_input_shape(self._input, shape)
+            and context.set_tensor_address(self._input, self._device_input)
+            and context.set_tensor_address(self._output, self._device_output)
+        ):
+            raise self._failed(f"no execution context for batches of {size}")
+        context.set_device_memory(self._work, self._work_bytes)
+        self._issue(context, size)  # compiles and loads kernels, which must not happen during capture
+        self._cuda.synchronize(self._stream)
+        prepared = self._prepared[size] = _Prepared(context, None)
+        if self._library.can_capture(context, self._stream):
+            try:
+                prepared.graph = self._cuda.capture(lambda: self._issue(context, size), self._stream)
+            except BackendError as e:
+                log.warning("batches of %d run without a CUDA graph: %s", size, e)
+        return prepared
+
+    def _issue(self, context: Any, size: int) -> None:
+        """Put copy in and inference of the first `size` patches on the stream."""
+        input_bytes = self._host_input[:size].nbytes
+        self._cuda.copy_to_device(self._device_input, self._host_input_address, input_bytes, self._stream)
+        if not context.execute_async_v3(self._stream):
+            raise self._failed(f"inference of a batch of {size} failed")
+
+    def _failed(self, what: str) -> BackendError:
+        errors = "; ".join(self._library.logger.errors) or "the library gave no reason"
+        return BackendError(f"tensorrt: {what}: {errors}")
+
+    def _expected(self) -> str:
+        return f"expected (N, {', '.join(map(str, self._key.input_shape))})"
+
+
+def choose_engine(
+    bundle_dir: Path, spec: BundleSpec, precision: Precision, architecture: str
+) -> tuple[Library, StoredEngine]:
+    """The engine of the model file in that precision for this GPU and an installed library, the largest batch first.
+
+    Raises BackendError that names what was found instead and how to make the right one.
+    """
+    libraries = [find_library(name) for name in installed_names()] or [find_library()]
+    model_file = bundle_dir / source_file(spec.model_file, precision)
+    engines = list_engines(bundle_dir, model_file) if model_file.is_file() else []
+    for library in libraries:
+        fitting = [
+            engine
+            for engine in engines
+            if (engine.key.library, engine.key.library_version) == (library.name, library.version)
+            and engine.key.precision == precision
+            and engine.key.architecture == architecture
+        ]
+        if fitting:
+            return library, max(fitting, key=lambda engine: engine.key.max_batch)
+    here = " or ".join(f"{library.name} {library.version}" for library in libraries)
+    there = "\n".join(f"  - {engine.key}" for engine in engines) or "  - none"
+    raise BackendError(
+        f"no engine of {bundle_dir} ({spec.model_file}) fits this machine: needed {precision} {architecture} {here}\n"
+        f"engines of this model that were found:\n{there}\n"
+        f"make one with: fastnnunet export tensorrt {shlex.quote(str(bundle_dir))} --arch {architecture} "
+        f"--precision {precision}"
+    )
+
+
+def _io_names(engine: Any, stored: StoredEngine, module: Any) -> tuple[str, str]:
+    """Names of the engine's input and output. Raises BackendError when they are not the bundle's."""
+    key, modes = stored.key, module.TensorIOMode
+    wanted = {modes.INPUT: key.input_shape, modes.OUTPUT: key.output_shape}
+    names: dict[Any, str] = {}
+    found = []
+    for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+        mode, kind = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
+        shape = tuple(engine.get_tensor_shape(name))
+        found.append(f"{name} {mode} {kind} {shape}")
+        if kind == module.float32 and shape[1:] == wanted.get(mode):
+            names[mode] = name
+    if len(found) != 2 or len(names) != 2:
+        raise BackendError(
+            f"the engine at {stored.path} has inputs and outputs {', '.join(found)}, expected one of each, float32, "
+            f"{key.input_shape} -> {key.output_shape} after the batch\nremove it and export again"
+        )
+    return names[modes.INPUT], names[modes.OUTPUT]
+
+
+def _on_device(cuda: Cuda, release: ExitStack, size_bytes: int) -> int:
+    address = cuda.allocate(size_bytes)
+    release.callback(cuda.free, address)
+    return address
+
+
+def _destroy_graphs(cuda: Cuda, prepared: dict[int, _Prepared]) -> None:
+    for one in prepared.values():
+        if one.graph is not None:
+            cuda.destroy_graph(one.graph)
+    prepared.clear()  # contexts go before the memory they work in

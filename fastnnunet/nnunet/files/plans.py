@@ -1,0 +1,227 @@
+"""Plans, configurations and the networks they describe.
+
+Plans are read through nnU-Net's own managers, here and nowhere else: they resolve `inherits_from`, make an
+`architecture` of what was written before nnU-Net 2.5, and know older names of the intensity statistics.
+"""
+
+import contextlib
+import io
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.files.plans_checks import is_class_name
+from fastnnunet.nnunet.files.trust import check_labels, check_trusted
+from fastnnunet.specs.checks.architecture import unet_problems
+from fastnnunet.specs.checks.json_text import read_json_object
+from fastnnunet.specs.checks.problems import shown
+from fastnnunet.specs.checks.reproducible import resolve_inheritance
+
+if TYPE_CHECKING:
+    import torch
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+_NETWORKS = "dynamic_network_architectures."
+_UNETS = {
+    name: f"{_NETWORKS}architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises NotFoundError or CorruptError."""
+    return read_json_object(path)
+
+
+def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansManager, ConfigurationManager]":
+    """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist, or with what
+    nnU-Net says of one that it cannot resolve.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    check_trusted(plans, configuration)
+    known = plans.get("configurations", {})
+    if configuration not in known:
+        raise MismatchError(
+            f"plans {plans.get('plans_name')!r} have no configuration {configuration!r}\n"
+            f"expected one of: {', '.join(known) or '(none)'}"
+        )
+    manager = PlansManager(plans)
+    try:
+        with warnings.catch_warnings():  # about plans of before 2.5, whenever they are read
+            warnings.simplefilter("ignore")
+            return manager, manager.get_configuration(configuration)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{e} is missing" if isinstance(e, KeyError) else str(e)
+        raise MismatchError(
+            f"configuration {configuration!r} of plans {plans.get('plans_name')!r} cannot be read as nnU-Net reads it: "
+            f"{reason}\ncorrect the plans, or plan the data set again"
+        ) from e
+
+
+def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration as nnU-Net resolves it, a copy: what it inherits, and always an `architecture`.
+
+    Raises MismatchError.
+    """
+    config: dict[str, Any] = configuration_of(plans, configuration)[1].configuration
+    return config
+
+
+def with_configuration(plans: dict[str, Any], configuration: str, **changes: Any) -> dict[str, Any]:
+    """A copy of the plans in which one configuration is written out in full, with `changes` to its fields.
+
+    All others mean what they meant: those that inherit from it are written out too, whatever they name. Raises
+    MismatchError.
+    """
+    out = deepcopy(plans)
+    written = {configuration: resolved(plans, configuration) | changes}
+    for name in plans["configurations"]:
+        if configuration in _ancestors(plans, name):
+            written[name] = deepcopy(resolve_inheritance(plans["configurations"], name))
+    for config in written.values():
+        config.pop("inherits_from", None)
+    out["configurations"] |= written
+    return out
+
+
+def _ancestors(plans: dict[str, Any], configuration: str) -> list[str]:
+    """The configurations that one inherits from, the nearest first; as far as they are there and differ."""
+    chain: list[str] = []
+    known = plans["configurations"]
+    while (parent := known[configuration].get("inherits_from")) in known and parent not in chain:
+        chain.append(parent)
+        configuration = parent
+    return chain
+
+
+def architecture_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """`architecture` of a configuration, a copy, with its network under the name it has now.
+
+    nnU-Net looks for classes of dynamic_network_architectures that were moved; `residual_unet`, which it writes for
+    plans of before 2.5, is such a place. Raises MismatchError.
+    """
+    architecture = deepcopy(resolved(plans, configuration)["architecture"])
+    return {**architecture, "network_class_name": _name_now(architecture["network_class_name"])}
+
+
+def _name_now(class_name: str) -> str:
+    moved = _UNETS.get(class_name.rsplit(".", 1)[-1])
+    return moved if moved and class_name.startswith(_NETWORKS) else class_name
+
+
+def intensity_properties(plans_manager: "PlansManager") -> dict[str, Any]:
+    """Statistics of the training voxels for each channel. Raises MismatchError for plans that have none."""
+    try:
+        statistics: dict[str, Any] = plans_manager.foreground_intensity_properties_per_channel
+    except KeyError as e:
+        raise MismatchError(
+            f"plans {plans_manager.plans.get('plans_name')!r} lack {e}\ncorrect them, or plan the data set again"
+        ) from e
+    return statistics
+
+
+def label_manager_of(plans_manager: "PlansManager", dataset_json: dict[str, Any]) -> "LabelManager":
+    """nnU-Net's label manager: heads, regions, ignore label. Raises MismatchError for labels it does not take."""
+    check_labels(plans_manager, dataset_json)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that plans name none, which is usual in old ones
+        return plans_manager.get_label_manager(dataset_json)
+
+
+def num_input_channels(
+    plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
+) -> int:
+    """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
+    return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
+
+
+def build_network(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    deep_supervision: bool = False,
+    trainer: str = "nnUNetTrainer",
+) -> "torch.nn.Module":
+    """The network `trainer` builds from the plans, with nnU-Net's own initialisation.
+
+    Most trainers build what the plans describe; some, such as nnU-Net's Primus trainers, build one of their own.
+    Raises NotFoundError for a trainer that is not installed, MismatchError when it cannot build a network.
+    """
+    import inspect
+
+    plans_manager, config = configuration_of(plans, configuration)
+    config.configuration["architecture"] = architecture_of(plans, configuration)
+    described = (
+        config.network_arch_class_name,
+        config.network_arch_init_kwargs,
+        config.network_arch_init_kwargs_req_import,
+    )
+    sizes = (
+        num_input_channels(plans_manager, config, dataset_json),
+        label_manager_of(plans_manager, dataset_json).num_segmentation_heads,
+    )
+    build = trainer_class(trainer).build_network_architecture
+    takes_plans = "plans_manager" in inspect.signature(build).parameters
+    arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
+    try:
+        return build(*arguments, enable_deep_supervision=deep_supervision)
+    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
+        raise MismatchError(
+            f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
+            f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
+        ) from e
+
+
+def check_fits(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    trainer: str,
+    weights: "dict[str, torch.Tensor]",
+    where: Path,
+) -> None:
+    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
+
+    Raises MismatchError, and what `build_network` raises.
+    """
+    import torch
+
+    from fastnnunet.nnunet.files.checkpoint import load_weights
+
+    config = configuration_of(plans, configuration)[1]
+    if problems := unet_problems(config.configuration["architecture"], config.patch_size):
+        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
+        load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)
+
+
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
+
+    Raises NotFoundError.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        if not is_class_name(name):
+            raise TypeError("no name of a class")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError, TypeError) as e:  # also of what is there under this name and is no trainer
+        raise NotFoundError(
+            f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
+        ) from e
+
+
+def network_class_name(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: str) -> str:
+    """Class of the network: the plans' own, or of what a trainer builds that pays no heed to the plans."""
+    if trainer == "nnUNetTrainer":
+        return str(configuration_of(plans, configuration)[1].network_arch_class_name)
+    kind = type(build_network(plans, configuration, dataset_json, trainer=trainer))
+    return f"{kind.__module__}.{kind.__qualname__}"

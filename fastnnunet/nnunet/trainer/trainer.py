@@ -1,0 +1,478 @@
+"""nnU-Net's own trainer with soft labels beside the labels.
+
+Sampling, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's. Three hooks add
+the soft label: data sets and transforms that carry it along (`soft_samples.py`), and the training step, which hands it
+to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
+from fastnnunet.nnunet.augment.device import DeviceAugmentation, device_augmentation
+from fastnnunet.nnunet.augment.drawn_first import DrawnBoxes
+from fastnnunet.nnunet.augment.soft_samples import (
+    SampleTransforms,
+    SoftLabelDataset,
+    SoftLabels,
+    has_opinion,
+)
+from fastnnunet.nnunet.files.advice import preprocess_command
+from fastnnunet.nnunet.files.cases import made_by
+from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
+from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged, write_checkpoint
+from fastnnunet.nnunet.trainer.distributed import (
+    LossOverValidVoxels,
+    average_gradients,
+    is_first,
+    local_device,
+    loss_weight,
+    mean_over_processes,
+    prepare_loss,
+    share,
+    valid_share,
+)
+from fastnnunet.nnunet.trainer.loading import (
+    STEP,
+    TRAINING,
+    VALIDATION,
+    WritableCases,
+    loading_in_this_process,
+    ordered_batches,
+    seed_generators,
+)
+from fastnnunet.nnunet.trainer.loading_errors import Repairs, first_cases, reading
+from fastnnunet.nnunet.trainer.mixing import JoinedDataset, Unlabelled
+from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
+from fastnnunet.system.children import others_children
+
+FINGERPRINT = "dataset_fingerprint.json"
+log = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """Combines nnU-Net's loss with the soft loss."""
+
+    def __call__(
+        self,
+        hard: torch.Tensor,
+        logits_NCZYX: torch.Tensor,
+        soft_NSZYX: torch.Tensor,
+        valid_mask: torch.Tensor | None = None,
+        valid_share: torch.Tensor | float = 1.0,
+        progress: float = 0.0,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`.
+
+        `progress` is the share of the training's steps that came before this one.
+        """
+
+
+class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
+    """nnU-Net's trainer for a student. Set the attributes below before `initialize`; make one with `make_trainer`."""
+
+    soft_labels: SoftLabels | None = None
+    unlabelled: Unlabelled | None = None
+    objective: Objective | None = None
+    soft_on_ignored = True
+    store_mirroring = False
+    mirror_augmentation = True
+    augmentation = "default"  # or "da5"
+    augment_on_device = False  # rather than in the loader processes
+    device_augmentation: DeviceAugmentation | None = None  # set by `initialize`; None: in the loader processes
+    optimizer_name = "sgd"
+    bf16 = False
+    seed = 0
+    is_ddp: bool
+    network: Any
+    loss: Any
+    dataset_class: Any
+    _loss_weight = 1.0
+    network_lr: float | None = None  # what the network is trained with unless another rate is asked for
+    gradient_clip = 12.0
+    _note_cases: Callable[[Sequence[Any]], None] = staticmethod(lambda datasets: None)
+    provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
+
+    def initialize(self) -> None:
+        distributed, self.is_ddp = self.is_ddp, False  # nnU-Net would need GPUs and make other losses of it
+        super().initialize()
+        self.is_ddp = distributed
+        if self.bf16:
+            # measured on AVX512-BF16: up to 1.5 times faster for narrow students, equal for wide ones
+            self.network.to(memory_format=torch.channels_last_3d if self._is_3d else torch.channels_last)
+            self.network.register_forward_hook(_outputs_to_float32)
+        if self.is_ddp:
+            prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
+            if self.label_manager.has_ignore_label:
+                self.loss = LossOverValidVoxels(self.loss, self._labelled)
+        self._loss_weight = loss_weight(self.batch_size)
+        if self.augment_on_device:
+            self.device_augmentation = device_augmentation(self._nnunet_transforms())
+
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """nnU-Net's SGD, or AdamW under the same polynomial schedule."""
+        if self.optimizer_name == "sgd":
+            return super().configure_optimizers()
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As nnU-Net does, which takes for granted that networks of several processes are wrapped."""
+        if hasattr(self.network, "decoder"):  # networks without one have no deep supervision
+            self.network.decoder.deep_supervision = enabled
+
+    @property
+    def plain_network(self) -> Any:
+        """The network the plans describe; on GPUs nnU-Net compiles it, which puts a prefix to the names of weights."""
+        return getattr(self.network, "_orig_mod", self.network)
+
+    @property
+    def _is_3d(self) -> bool:
+        return len(self.configuration_manager.patch_size) == 3
+
+    @property
+    def stacked_channels(self) -> int:
+        """Soft label and coverage under an image that is augmented on the device."""
+        return 0 if self.soft_labels is None else self.soft_labels.num_channels + 1
+
+    @property
+    def _augmenter(self) -> Any:
+        """The nnU-Net trainer whose augmentation is used."""
+        return nnUNetTrainerDA5 if self.augmentation == "da5" else nnUNetTrainer
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # nnU-Net's spelling
+        out = self._augmenter.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
+        if not self.store_mirroring:
+            self.inference_allowed_mirroring_axes = None  # training still mirrors; prediction does not
+        return out if self.mirror_augmentation else (*out[:3], None)
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        datasets = tuple(map(WritableCases, super().get_tr_and_val_datasets()))
+        self._note_cases(datasets)
+        if self.soft_labels is None:
+            return datasets[0], datasets[1]
+        training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
+        if self.unlabelled is not None:
+            unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
+            return JoinedDataset(training, unlabelled), validation
+        return training, validation
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
+        num_processes = get_allowed_n_proc_DA()
+        with loading_in_this_process(), first_cases(self.repair) as self._note_cases:
+            loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
+        for loader in loaders:
+            DrawnBoxes(loader)
+        streams = (
+            (TRAINING, self.num_iterations_per_epoch, num_processes),
+            (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
+        )
+        training: Any
+        validation: Any
+        training, validation = (
+            ordered_batches(
+                loader,
+                seed=self.seed,
+                stream=stream,
+                start=self.current_epoch * batches_per_epoch,
+                num_processes=processes,
+                pin_memory=self.device.type == "cuda",
+                share=share(),
+                unlabelled=self.unlabelled if stream == TRAINING else None,
+                transform=loader.transforms.batch if isinstance(loader.transforms, DrawnSamples) else None,
+                repair=self.repair,
+            )
+            for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
+        )
+        if self.device_augmentation is not None:
+            training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
+        return training, validation
+
+    @property
+    def repair(self) -> Repairs:
+        """The commands that make the preprocessed files of a case again."""
+        configuration, data = self.configuration_name, str(self.configuration_manager.data_identifier)
+        plans = made_by(self.plans_manager.plans, configuration, data)
+        command = preprocess_command(self.plans_manager.dataset_name, plans, configuration)
+        if self.is_cascaded:
+            command += (
+                f"\nor, if it is the one in {self.folder_with_segs_from_previous_stage}, predict that stage again"
+            )
+        return Repairs(command, self.unlabelled)
+
+    def _nnunet_transforms(self) -> list[Any]:
+        """The training transforms that nnU-Net gives its loader."""
+        rotation, dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        labels = self.label_manager
+        return self._augmenter.get_training_transforms(
+            self.configuration_manager.patch_size,
+            rotation,
+            self._get_deep_supervision_scales(),
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            is_cascaded=self.is_cascaded,
+            foreground_labels=labels.foreground_labels,
+            regions=labels.foreground_regions if labels.has_regions else None,
+            ignore_label=labels.ignore_label,
+        ).transforms
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device_augmentation is not None:
+            return DrawnSamples(self.device_augmentation, self.num_input_channels, soft=self.soft_labels is not None)
+        return self._sample_transforms(self._augmenter.get_training_transforms(*args, **kwargs))
+
+    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sample_transforms(super().get_validation_transforms(*args, **kwargs))
+
+    def _sample_transforms(self, transforms: Any) -> Any:
+        return SampleTransforms(transforms, soft=self.soft_labels is not None)
+
+    def _autocast(self) -> Any:
+        if self.device.type == "cuda":
+            return torch.autocast("cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _to_device(self, tensor: Any) -> Any:
+        if isinstance(tensor, list):
+            return [self._to_device(t) for t in tensor]
+        return tensor.to(self.device, non_blocking=True)
+
+    def _split_targets(self, target: Any) -> tuple[Any, torch.Tensor | None]:
+        """What nnU-Net's loss takes (a list with deep supervision, else a tensor), and the soft label."""
+        if self.soft_labels is None:
+            return self._to_device(target), None
+        *hard, soft_NSZYX = self._to_device(target)
+        return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
+
+    def _valid_mask(self, target: Any, soft_NSZYX: torch.Tensor) -> torch.Tensor:
+        """Where the soft loss counts, bool (N, 1, space)."""
+        valid = has_opinion(soft_NSZYX)
+        if self.soft_on_ignored or not self.label_manager.has_ignore_label:
+            return valid
+        return valid & self._labelled(target[0] if isinstance(target, list) else target)
+
+    def _labelled(self, target: torch.Tensor) -> torch.Tensor:
+        """Where a target of nnU-Net's loss does not say ignore, bool (N, 1, space)."""
+        if self.label_manager.has_regions:  # nnU-Net's transform puts the ignore label into the last channel
+            return target[:, -1:] == 0
+        return target != self.label_manager.ignore_label
+
+    def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
+        """One optimiser step, the `iteration`-th of its epoch.
+
+        Returns `loss`, `hard`, `soft` and `gradient` (norm before clipping) as floats.
+
+        A loss or a gradient that is not finite leaves the weights as they are. With a gradient scaler the scaler skips
+        such gradients and lowers its scale, so `gradient` is 0 there.
+        """
+        target, soft_NSZYX = self._split_targets(batch["target"])
+        number = self.current_epoch * self.num_iterations_per_epoch + iteration
+        # networks with dropout draw: seeded for each step, a checkpoint needs no generator states
+        seed_generators(self.seed, STEP, number, device_type=self.device.type)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            outputs = self.network(self._to_device(batch["data"]))
+            if self.unlabelled is None:
+                hard = self.loss(outputs, target)
+            else:
+                keys = batch["keys"]
+                hard = self.unlabelled.hard_loss(self.loss, outputs, target, keys, number, self.batch_size)
+            loss, soft = hard, hard.new_zeros(())
+            if soft_NSZYX is not None and self.objective is not None:
+                finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
+                mask = self._valid_mask(target, soft_NSZYX)
+                progress = number / (self.num_epochs * self.num_iterations_per_epoch)
+                logits_NCZYX = finest_NCZYX.float()
+                loss, soft = self.objective(hard, logits_NCZYX, soft_NSZYX, mask, valid_share([mask])[0], progress)
+            loss = loss * self._loss_weight
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            average_gradients(self.network)
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+            gradient = 0.0
+        else:
+            loss.backward()
+            average_gradients(self.network)
+            gradient = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip).item()
+            if np.isfinite(mean_over_processes(loss).item()) and np.isfinite(gradient):
+                self.optimizer.step()
+        losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
+        return {name: mean_over_processes(value).item() for name, value in losses.items()} | {"gradient": gradient}
+
+    def on_train_start(self) -> None:
+        """As nnU-Net's, which stops where there is no fingerprint to copy; all it does after that is done here."""
+        try:
+            super().on_train_start()
+        except FileNotFoundError as e:
+            if Path(str(e.filename)).name != FINGERPRINT:
+                raise
+            log.warning(
+                "%s is missing; nnU-Net would copy it beside the model, nothing of a training reads it", e.filename
+            )
+            self._save_debug_information()
+
+    def start(self, *, load: bool) -> None:
+        """What nnU-Net does before the first epoch; without `load` another trainer's loaders are used."""
+        with nnunet_quiet():
+            if not load:
+                self.get_dataloaders = lambda: (None, None)  # type: ignore[method-assign]
+            self.on_train_start()
+        if is_first():
+            events = TensorBoardLogger(Path(self.output_folder) / "tensorboard", self.current_epoch)
+            self.logger.loggers.append(events)
+
+    def close(self) -> None:
+        """End the log."""
+        for logger in self.logger.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.close()
+
+    def finish(self) -> None:
+        """What nnU-Net does after the last epoch: writes checkpoint_final.pth."""
+        with nnunet_quiet():
+            self.on_train_end()
+
+    def batch_description(self) -> dict[str, Any]:
+        """What decides what a batch looks like; the same for trainers that can share their batches."""
+        return {
+            "patch size": list(self.configuration_manager.patch_size),
+            "batch size": self.batch_size,
+            "deep supervision": self._get_deep_supervision_scales(),
+            "fold": self.fold,
+            "seed": self.seed,
+            "iterations per epoch": (self.num_iterations_per_epoch, self.num_val_iterations_per_epoch),
+            "augmentation": (self.augmentation, self.mirror_augmentation),
+            "augmented on the device": self.device_augmentation is not None,
+            "soft labels": self.soft_labels is not None,
+            "unlabelled": self.unlabelled and (self.unlabelled.key, self.unlabelled.share),
+        }
+
+    def validation_step(self, batch: dict[str, Any]) -> Any:
+        target, _ = self._split_targets(batch["target"])
+        if self.label_manager.has_ignore_label:  # nnU-Net overwrites ignored voxels; other students see this batch too
+            target = [t.clone() for t in target] if isinstance(target, list) else target.clone()
+        with self._autocast():
+            return super().validation_step({**batch, "target": target})
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net does; raises what is named in `loading_error`, and BuildError when a process that writes ends."""
+        plain, self.dataset_class = self.dataset_class, reading(self.dataset_class, self.repair)
+        try:
+            with others_children():
+                super().perform_actual_validation(save_probabilities)
+        except RuntimeError as e:
+            if isinstance(e, FastnnUNetError) or "workers" not in str(e):
+                raise
+            raise BuildError(
+                "a process that writes predictions of validation cases has ended, usually because memory is short\n"
+                "use fewer of them (the environment variable nnUNet_def_n_proc) and go on with --continue"
+            ) from e
+        finally:
+            self.dataset_class = plain
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
+        means = {name: float(np.mean([o[name] for o in train_outputs])) for name in ("loss", "hard", "soft")}
+        self.logger.log("train_losses", means["loss"], self.current_epoch)
+        for logger in self.logger.loggers:  # nnU-Net's own, which makes the plot, knows a fixed set of names
+            for name in ("hard", "soft"):
+                logger.log(f"train_losses_{name}", means[name], self.current_epoch)
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
+
+    def plot_network_architecture(self) -> None:
+        """Left out: nnU-Net's plot needs a library that no longer works."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write an nnU-Net checkpoint plus `fastnnunet` provenance and a digest, atomically."""
+        if not is_first():
+            return
+        checkpoint = {
+            "network_weights": self.plain_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": {k: v for k, v in self.my_init_kwargs.items() if k != "device"},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "fastnnunet": self.provenance,
+        }
+        write_checkpoint(checkpoint, Path(filename))
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
+        checkpoint = load_checkpoint(path)
+        require_undamaged(checkpoint, path)
+        check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
+        load_weights(self.plain_network, strip_prefix(checkpoint["network_weights"]), path)
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        # nnU-Net writes the latest checkpoint before it compares that epoch with the best one: compare here
+        self._best_ema = None
+        for ema in self.logger.get_value("ema_fg_dice", step=None):
+            if self._best_ema is None or ema > self._best_ema:
+                self._best_ema = ema
+        self.current_epoch = checkpoint["current_epoch"]
+
+
+# nnU-Net writes the class name into folders and checkpoints; with the stock name its own tools load a student.
+StudentTrainer.__name__ = "nnUNetTrainer"
+
+
+def _outputs_to_float32(_module: Any, _inputs: Any, outputs: Any) -> Any:
+    return [o.float() for o in outputs] if isinstance(outputs, list | tuple) else outputs.float()
+
+
+@contextlib.contextmanager
+def nnunet_quiet() -> Iterator[None]:
+    """nnU-Net prints to standard output from everywhere; its log file keeps what matters."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def make_trainer(
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_json: dict[str, Any],
+    device: str,
+    resuming: bool,
+) -> StudentTrainer:
+    """A trainer whose folder is `$nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>`.
+
+    The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
+    """
+    from fastnnunet.nnunet.files.plans import architecture_of
+    from fastnnunet.nnunet.student.primus import primus_trainer
+
+    kind = primus_trainer(StudentTrainer, architecture_of(plans, configuration)) or StudentTrainer
+    with nnunet_quiet():
+        trainer = kind(
+            {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
+        )
+    trainer.device = local_device(device)  # nnU-Net takes a GPU for granted where there are several processes
+    if trainer.device.type != "cuda":
+        trainer.grad_scaler = None
+    return trainer

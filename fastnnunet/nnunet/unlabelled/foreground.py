@@ -1,0 +1,54 @@
+"""Where an unlabelled case shows foreground, so that nnU-Net's loader can oversample it there as well.
+
+nnU-Net's preprocessor lists voxels of every class in `class_locations`. Unlabelled cases have no labels, but the
+teacher has an opinion: its label map takes their place, and nnU-Net's own function draws the list.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.errors import CorruptError
+from fastnnunet.specs.checks.json_text import parse_json
+
+Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> voxels (n, 4): channel 0, z, y, x
+
+
+def sample_foreground(label_ZYX: np.ndarray, outside_ZYX: np.ndarray, label_manager: Any) -> Locations:
+    """nnU-Net's `class_locations` of a label map; background of the map where `outside` counts as outside the image."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    kinds = [*(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)]
+    if label_manager.has_ignore_label:  # as nnU-Net does, which then draws every patch from labelled voxels
+        kinds.append([-1, *label_manager.all_labels])
+    label_ZYX = np.where(outside_ZYX & (label_ZYX == 0), -1, label_ZYX.astype(np.int16))
+    locations: Locations = DefaultPreprocessor._sample_foreground_locations(label_ZYX[None], kinds, verbose=False)
+    return locations
+
+
+def write_locations(file: Path, locations: Locations) -> None:
+    """Store as .npz without pickle, atomically."""
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    arrays: dict[str, Any] = {
+        json.dumps(kind): np.asarray(voxels, np.int32).reshape(-1, 4) for kind, voxels in locations.items()
+    }
+    with temporary.open("wb") as f:
+        np.savez_compressed(f, **arrays)
+    os.replace(temporary, file)
+
+
+def read_locations(file: Path) -> Locations:
+    """What `write_locations` stored. Raises CorruptError."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {_kind(parse_json(name, file)): arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError) as e:
+        raise CorruptError(f"{file} cannot be read: {e}\nremove it and run the same cache build --images again") from e
+
+
+def _kind(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,93 @@
+"""One image by nnU-Net's own reader and preprocessor, in any process."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.nnunet.files.plans import configuration_of
+from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
+
+ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")  # files of a case; nnU-Net takes a case for being there by the last
+PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTask:
+    """One case, for any process."""
+
+    case_id: str
+    files: tuple[Path, ...]
+    folder: Path
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+
+def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
+    """Preprocess a case and move it into place; returns the stamps of its image files."""
+    stamps = stamps_of(task.files)
+    manager, config = configuration_of(task.plans, task.configuration)
+    _read(task)  # nnU-Net would go on with NaN, and spread it or lose it
+    with TemporaryDirectory(prefix=PARTIAL, dir=task.folder.parent) as made, _spoken():
+        files = [str(f) for f in task.files]
+        preprocessor = config.preprocessor_class(verbose=False)
+        target = str(Path(made) / task.case_id)
+        preprocessor.run_case_save(target, files, None, manager, config, task.dataset_json)
+        task.folder.mkdir(exist_ok=True)
+        for ending in ENDINGS:
+            finished = Path(made) / f"{task.case_id}{ending}"
+            with finished.open("rb") as f:
+                os.fsync(f.fileno())
+            finished.rename(task.folder / finished.name)
+    return stamps
+
+
+def shape_after(task: ImageTask) -> tuple[int, int, int]:
+    """Shape (Z, Y, X) of a case after cropping and resampling, as nnU-Net's preprocessor works it out."""
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
+    manager, config = configuration_of(task.plans, task.configuration)
+    image_CZYX, properties = _read(task)
+    order = manager.transpose_forward
+    spacing = [properties["spacing"][i] for i in order]
+    cropped, _, _ = crop_to_nonzero(image_CZYX.transpose([0, *[i + 1 for i in order]]))
+    wanted = [float(s) for s in config.spacing]
+    z, y, x = compute_new_shape(cropped.shape[1:], spacing, [*spacing[: 3 - len(wanted)], *wanted])
+    return int(z), int(y), int(x)
+
+
+def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+    manager, _ = configuration_of(task.plans, task.configuration)
+    with _spoken():
+        image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
+    if not np.isfinite(image).all():
+        raise ValueError("it holds NaN or infinite values")
+    return image, properties
+
+
+@contextlib.contextmanager
+def _spoken() -> Iterator[None]:
+    """nnU-Net's readers print what is wrong and raise an error without a word: give it their words."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except RuntimeError as e:
+        if str(e) or not said.getvalue():
+            raise
+        raise ValueError(" ".join(said.getvalue().split())) from e
+
+
+def reason_of(error: Exception) -> str:
+    """Last line of a message; ITK puts what went wrong there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
