@@ -13,25 +13,15 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from pipelines.measure import (
-    agreement,
+from pipelines.measure import beside, head
+from pipelines.measure.cache import bit_flips, cache_layout, kills, reader_speed, soft_maps, stage1_speed
+from pipelines.measure.predict import agreement, large_volume, many_classes_prediction, pre_post_speed, stock_agreement
+from pipelines.measure.train import (
     augmentation_speed,
-    beside,
-    bit_flips,
-    cache_layout,
-    head,
-    kills,
-    large_volume,
     loader_speed,
-    many_classes_prediction,
     online_distillation,
     orphans,
-    pre_post_speed,
-    reader_speed,
-    soft_maps,
-    stage1_speed,
     step_speed,
-    stock_agreement,
     student_table,
 )
 from tests import test_distill_seeds

@@ -2,7 +2,7 @@
 
     git worktree add ../before HEAD~1          # and install it into an environment of its own
     python -m pipelines.measure.beside ../before --python ../before/.venv/bin/python -o record.json \
-        -- loader_speed -d 4 --rounds 3
+        -- train.loader_speed -d 4 --rounds 3
 
 A machine that others use is slow and fast by turns: hence pairs, this checkout and the other one alternately first, and
 medians of the ratios within pairs. Figures are all numbers of the two records that have the same place in both.

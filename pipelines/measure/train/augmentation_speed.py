@@ -10,7 +10,7 @@ bare                  a step on a batch in memory
 
 Example:
 
-    python -m pipelines.measure.augmentation_speed -d 4 -c 3d_fullres --device cuda -o record.json
+    python -m pipelines.measure.train.augmentation_speed -d 4 -c 3d_fullres --device cuda -o record.json
 """
 
 import os
@@ -34,7 +34,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.measure.head import header, put, training_arguments
-from pipelines.measure.step_speed import (
+from pipelines.measure.train.step_speed import (
     WARM,
     bare,
     batches_of,

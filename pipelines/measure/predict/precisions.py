@@ -4,7 +4,7 @@ Bundles are those `fastnnunet export quantize` was run on; each precision it mea
 backend, without mirroring. CPU time is that of one thread (the process's clock, so that waiting for other programs does
 not count), median of one forward pass of a real patch, everything in turns.
 
-    python -m pipelines.measure.precisions BUNDLE [BUNDLE ...] -i imagesTs -g labelsTs -o record.json
+    python -m pipelines.measure.predict.precisions BUNDLE [BUNDLE ...] -i imagesTs -g labelsTs -o record.json
 """
 
 import statistics

@@ -15,7 +15,7 @@ teachers run online on the same cases; they must agree within T * eps, where eps
 
 Example:
 
-    python -m pipelines.measure.step_speed -d 4 --cache-root DIR -o record.json
+    python -m pipelines.measure.train.step_speed -d 4 --cache-root DIR -o record.json
 """
 
 import contextlib

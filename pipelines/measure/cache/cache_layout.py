@@ -1,6 +1,6 @@
 """Chunk edge x channels per chunk x compressor x level: bytes per voxel against milliseconds of a random patch.
 
-    python -m pipelines.measure.cache_layout --logits FOLDER -o record.json
+    python -m pipelines.measure.cache.cache_layout --logits FOLDER -o record.json
 
 Soft labels of 3, 20 and 105 classes at T = 1, 2, 3, 4 are stored in every layout and read back patch by patch with this
 project's reader (mapped, checksums verified), all layouts of one volume in turn; every patch is compared with the
@@ -24,9 +24,9 @@ from fastnnunet.cache.codecs import make_codec
 from fastnnunet.cache.store.reader import OpenCase, fill_patch
 from fastnnunet.cache.store.shard import ABSENT, CRC_BYTES, ShardLayout, layout_for
 from fastnnunet.specs.cache import CacheSpec
+from pipelines.measure.cache.reader_speed import blosc2_of_nnunet
+from pipelines.measure.cache.soft_maps import lattice, load_maps, mosaic
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.reader_speed import blosc2_of_nnunet
-from pipelines.measure.soft_maps import lattice, load_maps, mosaic
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
 SLAB = 16  # planes encoded at a time

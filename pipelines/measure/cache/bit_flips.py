@@ -1,6 +1,6 @@
 """Damage on disk: random single-bit flips and lost, swapped and edited files, and whether each is noticed.
 
-    python -m pipelines.measure.bit_flips --flips 200 -o record.json
+    python -m pipelines.measure.cache.bit_flips --flips 200 -o record.json
 
 A small cache is built; then one bit at a time is flipped in the payload of a shard, its index, the array's zarr.json,
 the manifest or the group's zarr.json, with as many flips in each. A flip counts as detected when a fresh reader refuses

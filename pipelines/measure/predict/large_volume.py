@@ -1,6 +1,6 @@
 """A CT of 512 x 512 x 300 voxels and a six-stage network with 128^3 patches: a student of r=4 against nnU-Net.
 
-    python -m pipelines.measure.large_volume --image CT.nii.gz -o record.json
+    python -m pipelines.measure.predict.large_volume --image CT.nii.gz -o record.json
 
 The image is brought to the size first (not timed) and generated without --image. The teacher has the widths nnU-Net
 plans for such a CT (32 64 128 256 320 320, two convolutions a stage); the student is that network at r=4. Weights are
@@ -32,7 +32,7 @@ from fastnnunet.nnunet.files.plans import build_network
 from fastnnunet.nnunet.student.plans import student_architecture
 from fastnnunet.specs.student import Family, StudentSpec
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
+from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
 from tests.bundles import _dataset_json, _plans, make_labels_frequent, write_image
 from tests.teachers import save_checkpoint
 

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a build: what is left, and whether running it again gives the same cache.
 
-    python -m pipelines.measure.kills --kills 50 -o record.json
+    python -m pipelines.measure.cache.kills --kills 50 -o record.json
 
 Each round builds a small cache in a process group of its own (every fifth with two dask workers), kills the whole group
 after a random share of the time a build takes, checks that every case is either whole or not there, runs the build
@@ -37,10 +37,8 @@ def job_at(root: Path):
 
 def start(root: Path, workers: int) -> subprocess.Popen[str]:
     """A build in a process group of its own, which has imported everything and is about to begin."""
-    child = (
-        f"from pathlib import Path; from pipelines.measure.kills import build; build(Path({str(root)!r}), {workers})"
-    )
-    command = [sys.executable, "-c", child]
+    child = "import sys; from pipelines.measure.cache import kills; kills.build(sys.argv[1], int(sys.argv[2]))"
+    command = [sys.executable, "-c", child, str(root), str(workers)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         start_new_session=True,
@@ -120,10 +118,10 @@ def measure(kills: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def build(root: Path, workers: int) -> None:
+def build(root: str | Path, workers: int) -> None:
     if workers:
         import distributed  # noqa: F401  (imported before the clock starts)
-    job = job_at(root)
+    job = job_at(Path(root))
     print(READY, flush=True)
     sys.stdin.readline()
     build_cache(job, workers=workers)

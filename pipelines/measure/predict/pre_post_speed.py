@@ -1,6 +1,6 @@
 """Preprocessing and postprocessing of a CT of 512 x 512 x 300 voxels: this package's native core against nnunetv2.
 
-    python -m pipelines.measure.pre_post_speed --image CT.nii.gz -o record.json
+    python -m pipelines.measure.predict.pre_post_speed --image CT.nii.gz -o record.json
 
 The image is brought to the size first (not timed) and generated without --image. Both sides get the same array and the
 same plans: CT normalisation, cubic resampling to the target spacing; then logits of that grid (smooth noise, float16)

@@ -7,7 +7,7 @@ Each student was trained into an `nnUNet_results` folder of its own, for instanc
 
 with the teacher's model folder linked into it. Then
 
-    python -m pipelines.measure.student_seeds --arm float16 runs/float16_* --arm levels_31 runs/levels_31_* \\
+    python -m pipelines.measure.train.student_seeds --arm float16 runs/float16_* --arm levels_31 runs/levels_31_* \\
         -i imagesTs -g labelsTs -o record.json
 
 exports every student, predicts the test images with ONNX Runtime and records mean foreground Dice. The first arm is the

@@ -5,7 +5,7 @@ encoding, writing and reading back; nnU-Net's is `predict_logits_from_preprocess
 
 Example:
 
-    python -m pipelines.measure.stage1_speed -d 4 -c 3d_fullres --cases 10 -o record.json
+    python -m pipelines.measure.cache.stage1_speed -d 4 -c 3d_fullres --cases 10 -o record.json
 """
 
 import contextlib

@@ -5,7 +5,7 @@ the same seeds, so that all make the same samples but for the soft label; the re
 
 Example:
 
-    python -m pipelines.measure.loader_speed -d 4 -c 3d_fullres --cache-root DIR -o record.json
+    python -m pipelines.measure.train.loader_speed -d 4 -c 3d_fullres --cache-root DIR -o record.json
 """
 
 import statistics
@@ -24,7 +24,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.measure.head import header, put, training_arguments
-from pipelines.measure.step_speed import make_trainer, temporary_results
+from pipelines.measure.train.step_speed import make_trainer, temporary_results
 
 
 def nnunets_batches(trainer: Any, seed: int) -> Any:

@@ -7,7 +7,7 @@ resident set less what it held with the teacher loaded.
 
 Example:
 
-    python -m pipelines.measure.many_classes --heads 105 --size 300 --patch 64 -o record.json
+    python -m pipelines.measure.cache.many_classes --heads 105 --size 300 --patch 64 -o record.json
 """
 
 import multiprocessing
@@ -34,7 +34,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from pipelines.measure.head import arguments, header, put
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PATCH = 128
 PATCHES = 7
 

@@ -1,6 +1,6 @@
 """Peak memory of one whole prediction of 105 classes, an image of 512 x 512 x 300 voxels in, a label map out.
 
-    python -m pipelines.measure.many_classes_prediction -o record.json
+    python -m pipelines.measure.predict.many_classes_prediction -o record.json
 
 `fastnnunet predict` runs in a process of its own on a generated CT, with ONNX Runtime; its highest resident set (VmHWM,
 read from /proc, so on Linux) includes Python, libraries, image, network and label map. The network has two
@@ -27,7 +27,7 @@ from fastnnunet.runtime.label_stream import MARGIN
 from fastnnunet.specs.bundle import write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, spec_of
+from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, spec_of
 
 CLASSES, PATCH = 105, (128, 128, 128)
 LIMIT_BYTES = 4 * 2**30

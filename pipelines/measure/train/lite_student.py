@@ -1,6 +1,6 @@
 """Seconds of an r=4 student per 128^3 patch for several full-resolution stages, OpenVINO in bfloat16 on two threads.
 
-python -m pipelines.measure.lite_student -o record.json
+python -m pipelines.measure.train.lite_student -o record.json
 """
 
 import statistics

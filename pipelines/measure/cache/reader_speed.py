@@ -1,6 +1,6 @@
 """Random patches: this project's reader, zarr-python and tensorstore on one store, and Blosc2 in nnU-Net's own layout.
 
-    python -m pipelines.measure.reader_speed --logits FOLDER -o record.json
+    python -m pipelines.measure.cache.reader_speed --logits FOLDER -o record.json
 
 All four read the same patches of the same values in turn, patch by patch, in one process, and every patch is compared
 bit for bit. nnU-Net's side is written by nnUNetDatasetBlosc2.save_case with the chunks and blocks its preprocessor
@@ -18,8 +18,8 @@ import numpy as np
 
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.specs.cache import CacheSpec
+from pipelines.measure.cache.soft_maps import cache_of, load_maps, mosaic
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.soft_maps import cache_of, load_maps, mosaic
 
 
 def blosc2_of_nnunet(values, folder: Path, patch: int):

@@ -1,6 +1,6 @@
 """What of a training is still alive after its main process was ended by a signal.
 
-    python -m pipelines.measure.orphans --trials 20 -o record.json
+    python -m pipelines.measure.train.orphans --trials 20 -o record.json
 
 Each trial starts `fastnnunet train` with loader processes on a tiny data set, sends one signal to its main process
 alone (SIGINT: to the whole group, as a terminal does) at one of the moments below, and counts the processes it had

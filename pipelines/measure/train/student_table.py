@@ -4,7 +4,7 @@ Every student under the given `nnUNet_results` folders is exported, predicts the
 scored; what it is and how it was trained is read from its checkpoint. The ensemble runs in nnU-Net's own predictor.
 Milliseconds are medians of one forward pass of a real patch in OpenVINO, all students in turns.
 
-    python -m pipelines.measure.student_table --results runs/* -m TEACHER_FOLDER -i imagesTs -g labelsTs -o record.json
+    python -m pipelines.measure.train.student_table --results runs/* -m TEACHER_FOLDER -i imagesTs -g labelsTs -o R.json
 """
 
 import json
@@ -32,7 +32,7 @@ from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.provenance import now_utc
 from fastnnunet.specs.student import Family, StudentSpec
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.student_seeds import compare
+from pipelines.measure.train.student_seeds import compare
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 LENGTH = ("steps", "samples_per_step")

@@ -2,7 +2,7 @@
 
 Example:
 
-    python -m pipelines.measure.cache_size CACHE_FOLDER ... -o record.json
+    python -m pipelines.measure.cache.cache_size CACHE_FOLDER ... -o record.json
 """
 
 import math

@@ -4,7 +4,7 @@ The base install is made of what is installed here (`tests/slim.py`): the distri
 the compiled files pip leaves beside them, in a virtual environment without pip. Seconds are those of a new process from
 start to end, and of the processor in it; the first process is not counted.
 
-    python -m pipelines.measure.slim_install -o record.json
+    python -m pipelines.measure.predict.slim_install -o record.json
 """
 
 import resource

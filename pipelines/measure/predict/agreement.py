@@ -1,6 +1,6 @@
 """Share of voxels with nnU-Net's label: ensembles and single networks of every kind, this runtime against nnunetv2.
 
-    python -m pipelines.measure.agreement --ct CT.nii.gz --teacher MODEL --student MODEL -i imagesTs -o record.json
+    python -m pipelines.measure.predict.agreement --ct CT.nii.gz --teacher MODEL --student MODEL -i imagesTs -o R.json
 
 The same weights on both sides, image file in and label file out. Networks of each kind (3d on a CT, anisotropic,
 2d, cascade, regions) have random weights under which all labels occur, two folds with mirroring ("ensemble")
@@ -20,7 +20,7 @@ import SimpleITK as sitk
 
 from fastnnunet.export.models import load_model
 from pipelines.measure.head import arguments, header, put
-from pipelines.measure.stock_agreement import equal_voxels
+from pipelines.measure.predict.stock_agreement import equal_voxels
 from tests.bundles import Toy, write_image
 from tests.teachers import make_teacher, nnunet_files, nnunet_predictor, random_labels
 
