@@ -63,15 +63,16 @@ if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the other checkout's interpreter")
-    parser.add_argument("--folder", default="pipelines.measure", help="package of the other checkout's scripts")
+    parser.add_argument("--module-before", help="the script's module in the other checkout, where it has moved since")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("script", help="name of the script, here and there")
     parser.add_argument("words", nargs="*", help="its arguments, after --")
     args = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {"here": [], "before": []}
+    module = f"pipelines.measure.{args.script}"
     arms = {
-        "here": (Path(sys.executable), CHECKOUT, f"pipelines.measure.{args.script}"),
-        "before": (args.python.absolute(), args.before.resolve(), f"{args.folder}.{args.script}"),
+        "here": (Path(sys.executable), CHECKOUT, module),
+        "before": (args.python.absolute(), args.before.resolve(), args.module_before or module),
     }
     for pair in range(args.pairs):
         for arm in ("here", "before") if pair % 2 else ("before", "here"):
