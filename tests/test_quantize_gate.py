@@ -188,7 +188,7 @@ class TestAccepted:
 
 def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
     """The script behind the record: on all images, with labels that are the int8 prediction itself."""
-    from pipelines.measure import precisions
+    from pipelines.measure.predict import precisions
 
     quantize_bundle(onnx_job(bundle, real))
     int8 = Predictor.load(bundle, "onnxruntime", threads=1, precision="int8", mirroring=False)

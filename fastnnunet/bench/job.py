@@ -154,7 +154,7 @@ def short_names(specs: Mapping[Path, BundleSpec]) -> dict[Path, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ArmEngine:
     """What computes a bundle."""
 
     backend: str
@@ -172,7 +172,7 @@ class Engine:
         return " ".join(words)
 
 
-def _engines(job: BenchmarkJob) -> tuple[list[Engine], tuple[str, ...]]:
+def _engines(job: BenchmarkJob) -> tuple[list[ArmEngine], tuple[str, ...]]:
     """Backends with the precisions they compute in, and those pairs that there are not.
 
     Raises BackendError where no backend has a precision or a device, SpecError for unknown names.
@@ -184,7 +184,7 @@ def _engines(job: BenchmarkJob) -> tuple[list[Engine], tuple[str, ...]]:
         if name not in ENGINES:
             raise SpecError(f"--backend: got {words!r}, expected some of {', '.join(ENGINES)}, or onnxruntime:cuda")
         places.append((name, str(choose_engine(name, device or None)[1])))
-    wanted = [Engine(*place, precision) for place in places for precision in job.precisions]
+    wanted = [ArmEngine(*place, precision) for place in places for precision in job.precisions]
     engines = [engine for engine in wanted if engine.precision in ENGINES[engine.backend].precisions]
     for precision in job.precisions:
         if precision not in [engine.precision for engine in engines]:
@@ -213,7 +213,7 @@ def _reference_arm(
     )
 
 
-def _bundle_arm(short: str, bundle: Path, engine: Engine, threads: int) -> BundleArm:
+def _bundle_arm(short: str, bundle: Path, engine: ArmEngine, threads: int) -> BundleArm:
     return BundleArm(
         name=f"{short} {engine.name}",
         bundle=bundle,

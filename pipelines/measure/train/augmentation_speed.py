@@ -10,16 +10,14 @@ bare                  a step on a batch in memory
 
 Example:
 
-    python -m pipelines.measure.augmentation_speed -d 4 -c 3d_fullres --device cuda -o record.json
+    python -m pipelines.measure.train.augmentation_speed -d 4 -c 3d_fullres --device cuda -o record.json
 """
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `fastnnunet train` sets it, before OpenMP starts
@@ -33,10 +31,10 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from pipelines.measure.step_speed import (
+from pipelines.measure.head import header, put, training_arguments
+from pipelines.measure.train.step_speed import (
     WARM,
     bare,
     batches_of,
@@ -125,10 +123,7 @@ def measure(job: TrainingJob, rounds: int, steps: int) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     per_second = {name: trainer.batch_size / statistics.fmean(values) for name, values in seconds.items()}
     return {
-        "what": "samples per second: augmentation on the device, and in the loader processes",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("samples per second: augmentation on the device, and in the loader processes"),
         "device": str(trainer.device),
         "gpu": torch.cuda.get_device_name() if trainer.device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
@@ -150,18 +145,13 @@ def measure(job: TrainingJob, rounds: int, steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", default="4")
-    parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-f", type=int, default=0)
+    parser = training_arguments(__doc__)
     parser.add_argument("-r", type=int, default=4)
     parser.add_argument("-a", type=float, default=0.3, help="0: without soft labels, and without a cache")
-    parser.add_argument("--cache-root", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     training = TrainingJob(
         teacher=TeacherSpec(dataset=args.d, configuration=args.c),
@@ -174,7 +164,7 @@ if __name__ == "__main__":
         cache_root=args.cache_root,
     )
     record = measure(training, args.rounds, args.steps)
-    write_json(args.o, record)
+    put(record, args.o)
     for arm, value in record["samples_per_s"].items():
         print(f"{arm:12} {value:9.1f} samples/s")
     for name in ("device_over_loader", "device_loop_over_loader_loop"):

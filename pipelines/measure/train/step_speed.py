@@ -15,10 +15,9 @@ teachers run online on the same cases; they must agree within T * eps, where eps
 
 Example:
 
-    python -m pipelines.measure.step_speed -d 4 --cache-root DIR -o record.json
+    python -m pipelines.measure.train.step_speed -d 4 --cache-root DIR -o record.json
 """
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -43,9 +42,9 @@ from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from pipelines.measure.head import header, put, training_arguments
 
 RESULTS = "nnUNet_results"
 
@@ -256,10 +255,7 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
         loss = loss_check(job, soft, trainer, loss_cases) if loss_cases else None
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "what": "seconds per training step, medians",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("seconds per training step, medians"),
         "device": str(trainer.device),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": threads,
@@ -282,19 +278,14 @@ def measure(job: TrainingJob, sizes: tuple[int, ...], rounds: int, steps: int, l
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", default="4")
-    parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-f", type=int, default=0)
+    parser = training_arguments(__doc__)
     parser.add_argument("-r", type=int, nargs="+", default=[4, 2, 6])
     parser.add_argument("--family", default="auto", help="of the students: auto, width or lite")
-    parser.add_argument("--cache-root", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--loss", type=int, default=5, help="cases of the loss check")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     training = TrainingJob(
         teacher=TeacherSpec(dataset=args.d, configuration=args.c),
@@ -307,7 +298,7 @@ if __name__ == "__main__":
         cache_root=args.cache_root,
     )
     record = measure(training, tuple(args.r), args.rounds, args.steps, args.loss)
-    write_json(args.o, record)
+    put(record, args.o)
     for arm, value in record["median_s"].items():
         print(f"{arm:16} {1000 * value:9.1f} ms")
     for ratio in (name for name in record if "_over_" in name):

@@ -1,6 +1,6 @@
 """Chunk edge x channels per chunk x compressor x level: bytes per voxel against milliseconds of a random patch.
 
-    python -m pipelines.measure.cache_layout --logits FOLDER -o record.json
+    python -m pipelines.measure.cache.cache_layout --logits FOLDER -o record.json
 
 Soft labels of 3, 20 and 105 classes at T = 1, 2, 3, 4 are stored in every layout and read back patch by patch with this
 project's reader (mapped, checksums verified), all layouts of one volume in turn; every patch is compared with the
@@ -9,7 +9,6 @@ less. A layout is on the Pareto front when no other of the same volume is both s
 Blosc2 in nnU-Net's own layout, and the size of single cases as they were recorded, cut as `layout_for` cuts them.
 """
 
-import argparse
 import mmap
 import tempfile
 import time
@@ -25,9 +24,9 @@ from fastnnunet.cache.codecs import make_codec
 from fastnnunet.cache.store.reader import OpenCase, fill_patch
 from fastnnunet.cache.store.shard import ABSENT, CRC_BYTES, ShardLayout, layout_for
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
-from pipelines.measure.reader_speed import blosc2_of_nnunet
-from pipelines.measure.soft_maps import lattice, load_maps, mosaic
+from pipelines.measure.cache.reader_speed import blosc2_of_nnunet
+from pipelines.measure.cache.soft_maps import lattice, load_maps, mosaic
+from pipelines.measure.head import arguments, header, put
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
 SLAB = 16  # planes encoded at a time
@@ -217,10 +216,7 @@ def measure(
             )
             progress(table_text(tables[-1]))
     return {
-        "what": "layouts of the soft-label store: bytes per voxel against CPU milliseconds of a random patch, median",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("layouts of the soft-label store: bytes per voxel against CPU milliseconds of a random patch, median"),
         "maps": origin,
         "volumes": {
             "3 classes": "the maps tiled, each mirrored into its neighbours: no far background, the densest case",
@@ -245,9 +241,8 @@ def table_text(table: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--logits", type=Path, help="folder of <case>.npy, float (3, Z, Y, X); default: generated maps")
     parser.add_argument("--patches", type=int, default=12)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    write_json(args.o, measure(args.logits, patches=args.patches, progress=lambda text: print(text, flush=True)))
+    put(measure(args.logits, patches=args.patches, progress=lambda text: print(text, flush=True)), args.o)

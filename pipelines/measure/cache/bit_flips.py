@@ -1,6 +1,6 @@
 """Damage on disk: random single-bit flips and lost, swapped and edited files, and whether each is noticed.
 
-    python -m pipelines.measure.bit_flips --flips 200 -o record.json
+    python -m pipelines.measure.cache.bit_flips --flips 200 -o record.json
 
 A small cache is built; then one bit at a time is flipped in the payload of a shard, its index, the array's zarr.json,
 the manifest or the group's zarr.json, with as many flips in each. A flip counts as detected when a fresh reader refuses
@@ -8,7 +8,6 @@ the whole case *and* `cache verify` reports exactly this case, both before the f
 when opening the cache fails, which both begin with. The message must hold the case and the command that rebuilds it.
 """
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from fastnnunet.cache.store.shard import SHARD_NAME, layout_of_document
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 from tests.cache_fakes import FakeCases, digests, make_job
 
 PLACES = ("payload", "shard index", "array zarr.json", "manifest.json", "group zarr.json")
@@ -136,10 +135,7 @@ def measure(flips: int, seed: int = 0) -> dict[str, Any]:
     """The record, half of the flips on each compressor."""
     rng = np.random.default_rng(seed)
     record: dict[str, Any] = {
-        "what": "damage on disk that reader and cache verify both refused, with the case named and the command",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("damage on disk that reader and cache verify both refused, with the case named and the command"),
         "seed": seed,
         "flips": 0,
         "detected": 0,
@@ -170,12 +166,11 @@ def measure(flips: int, seed: int = 0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--flips", type=int, default=200)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     result = measure(args.flips)
-    write_json(args.o, result)
+    put(result, args.o)
     print(f"{result['detected']} of {result['flips']} single-bit flips detected")
     for compressor, row in result["compressors"].items():
         print(f"{compressor}: {row['other_damage_detected']}; mended: {row['same_digests_after_rebuilding_the_case']}")

@@ -1,13 +1,12 @@
 """SIGKILL at random moments of a build: what is left, and whether running it again gives the same cache.
 
-    python -m pipelines.measure.kills --kills 50 -o record.json
+    python -m pipelines.measure.cache.kills --kills 50 -o record.json
 
 Each round builds a small cache in a process group of its own (every fifth with two dask workers), kills the whole group
 after a random share of the time a build takes, checks that every case is either whole or not there, runs the build
 again to its end, and compares the content digest of every case with that of a build nobody interrupted.
 """
 
-import argparse
 import itertools
 import os
 import signal
@@ -23,7 +22,7 @@ import numpy as np
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 from tests.cache_fakes import FakeCases, FakeFactory, digests, make_job
 
 SHAPES = {f"case{i:02d}": (20 + i, 24, 26) for i in range(8)}
@@ -38,7 +37,8 @@ def job_at(root: Path):
 
 def start(root: Path, workers: int) -> subprocess.Popen[str]:
     """A build in a process group of its own, which has imported everything and is about to begin."""
-    command = [sys.executable, "-m", "pipelines.measure.kills", "--build", str(root), "--workers", str(workers)]
+    child = "import sys; from pipelines.measure.cache import kills; kills.build(sys.argv[1], int(sys.argv[2]))"
+    command = [sys.executable, "-c", child, str(root), str(workers)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         start_new_session=True,
@@ -106,10 +106,7 @@ def measure(kills: int, seed: int = 0) -> dict[str, Any]:
                 }
             )
     return {
-        "what": "SIGKILL of a building process group at a random moment, then the same build again",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("SIGKILL of a building process group at a random moment, then the same build again"),
         "seed": seed,
         "cases": len(SHAPES),
         "uninterrupted_s": {str(workers): round(s, 3) for workers, s in seconds.items()},
@@ -121,30 +118,22 @@ def measure(kills: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def build(root: Path, workers: int) -> None:
+def build(root: str | Path, workers: int) -> None:
     if workers:
         import distributed  # noqa: F401  (imported before the clock starts)
-    job = job_at(root)
+    job = job_at(Path(root))
     print(READY, flush=True)
     sys.stdin.readline()
     build_cache(job, workers=workers)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("-o", type=Path)
-    parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.build is not None:
-        build(args.build, args.workers)
-    else:
-        if args.o is None:
-            parser.error("-o is missing")
-        result = measure(args.kills)
-        write_json(args.o, result)
-        print(
-            f"{result['kills']} kills in {result['rounds']} rounds, {result['identical']} identical, "
-            f"{result['without_leftovers']} without leftovers"
-        )
+    result = measure(args.kills)
+    put(result, args.o)
+    print(
+        f"{result['kills']} kills in {result['rounds']} rounds, {result['identical']} identical, "
+        f"{result['without_leftovers']} without leftovers"
+    )

@@ -1,6 +1,6 @@
 """Preprocessing and postprocessing of a CT of 512 x 512 x 300 voxels: this package's native core against nnunetv2.
 
-    python -m pipelines.measure.pre_post_speed --image CT.nii.gz -o record.json
+    python -m pipelines.measure.predict.pre_post_speed --image CT.nii.gz -o record.json
 
 The image is brought to the size first (not timed) and generated without --image. Both sides get the same array and the
 same plans: CT normalisation, cubic resampling to the target spacing; then logits of that grid (smooth noise, float16)
@@ -11,7 +11,6 @@ and its memory for them by arithmetic: the resampled heads in float16. Peak memo
 resident set of a process of its own that holds the logits and labels them, libraries and logits included.
 """
 
-import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from fastnnunet.geometry.resample import parse_resample_spec, resampled_shape
 from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
 from fastnnunet.specs.bundle import BundleSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from fastnnunet.specs.provenance import hardware
+from pipelines.measure.head import arguments, header, put
 from tests.bundles import Toy, _dataset_json, _plans
 from tests.test_runtime_stages import DATA, _spec
 
@@ -188,10 +188,7 @@ def measure(
     extrapolated_s = median[f"label_{few}"]["nnunetv2"] * many / few
     total = {name: median["preprocess"][name] + median[f"label_{few}"][name] for name in ("fastnnunet", "nnunetv2")}
     return {
-        "what": "seconds, medians: image array to network input, and logits to label map",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("seconds, medians: image array to network input, and logits to label map"),
         "image": f"{tuple(shape)} at {SPACING_MM} mm; {origin}",
         "grid": f"{tuple(grid)} at {TARGET_MM} mm",
         "repeats": repeats,
@@ -212,13 +209,12 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--image", type=Path, help="a CT in any format SimpleITK reads; default: generated")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(args.image, repeats=args.repeats, threads=args.threads)
-    write_json(args.o, record)
+    put(record, args.o)
     print(f"{record['times_faster']:.1f} times faster, labels {100 * record['label_agreement']:.4f} % equal")
     print(f"peak memory {record['peak_bytes']}")

@@ -7,7 +7,7 @@ Each student was trained into an `nnUNet_results` folder of its own, for instanc
 
 with the teacher's model folder linked into it. Then
 
-    python -m pipelines.measure.student_seeds --arm float16 runs/float16_* --arm levels_31 runs/levels_31_* \\
+    python -m pipelines.measure.train.student_seeds --arm float16 runs/float16_* --arm levels_31 runs/levels_31_* \\
         -i imagesTs -g labelsTs -o record.json
 
 exports every student, predicts the test images with ONNX Runtime and records mean foreground Dice. The first arm is the
@@ -15,7 +15,6 @@ reference: the difference of means is given beside its standard error from the s
 over cases as well, where the seeds' means per case are compared.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
@@ -29,7 +28,7 @@ from fastnnunet.evaluate.cases import evaluate_cases
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.runtime.predict import Predictor
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 
 
 def student_dice(model: Path, images: Path, labels: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -69,10 +68,7 @@ def measure(arms: dict[str, list[Path]], images: Path, labels: Path) -> dict[str
     found = {name: [student_dice(model, images, labels) for model in models] for name, models in arms.items()}
     reference, *others = found
     return {
-        "what": "students of several seeds from different caches, mean foreground Dice on test cases",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("students of several seeds from different caches, mean foreground Dice on test cases"),
         "arms": {
             name: {
                 "dice": [statistics.mean(dice.values()) for dice, _ in students],
@@ -95,14 +91,13 @@ def _model_folder(results: Path) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--arm", action="append", nargs="+", required=True, metavar=("NAME", "FOLDER"))
     parser.add_argument("-i", type=Path, required=True, help="test images")
     parser.add_argument("-g", type=Path, required=True, help="their labels")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure({a[0]: [_model_folder(Path(f)) for f in a[1:]] for a in args.arm}, args.i, args.g)
-    write_json(args.o, record)
+    put(record, args.o)
     for name, arm in record["arms"].items():
         print(f"{name}: {arm['mean']:.4f} +- {arm['stdev']:.4f}  {[round(d, 4) for d in arm['dice']]}")
     for name, row in record["against_the_first"].items():

@@ -5,10 +5,9 @@ encoding, writing and reading back; nnU-Net's is `predict_logits_from_preprocess
 
 Example:
 
-    python -m pipelines.measure.stage1_speed -d 4 -c 3d_fullres --cases 10 -o record.json
+    python -m pipelines.measure.cache.stage1_speed -d 4 -c 3d_fullres --cases 10 -o record.json
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -27,8 +26,8 @@ from fastnnunet.cache.identity import folds_for_case
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.teacher import TeacherSpec
+from pipelines.measure.head import header, model_arguments, put
 
 
 def measure(teacher_spec: TeacherSpec, spec: CacheSpec, num_cases: int, threads: int) -> dict[str, Any]:
@@ -84,10 +83,7 @@ def measure(teacher_spec: TeacherSpec, spec: CacheSpec, num_cases: int, threads:
             )
             print(f"{case} nnU-Net {rows[-1]['nnunet_s']:.2f} s, ours {rows[-1]['ours_s']:.2f} s", flush=True)
     return {
-        "what": "labelling a case: five folds and eight mirrors, nnU-Net's predictor against ours",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("labelling a case: five folds and eight mirrors, nnU-Net's predictor against ours"),
         "inference": job.identity["inference"],
         "folds": len(teacher_spec.folds),
         "threads": threads,
@@ -104,14 +100,11 @@ def measure(teacher_spec: TeacherSpec, spec: CacheSpec, num_cases: int, threads:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", default="4")
-    parser.add_argument("-c", default="3d_fullres")
+    parser = model_arguments(__doc__)
     parser.add_argument("--cases", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(
         TeacherSpec(dataset=args.d, configuration=args.c),
@@ -119,7 +112,7 @@ if __name__ == "__main__":
         args.cases,
         args.threads,
     )
-    write_json(args.o, record)
+    put(record, args.o)
     print(
         f"{record['speedup_median']:.2f}x, argmax equal {record['argmax_equal']:.5%}, "
         f"mean |dp| {record['mean_abs_difference']:.2e}"

@@ -5,13 +5,11 @@ the same seeds, so that all make the same samples but for the soft label; the re
 
 Example:
 
-    python -m pipelines.measure.loader_speed -d 4 -c 3d_fullres --cache-root DIR -o record.json
+    python -m pipelines.measure.train.loader_speed -d 4 -c 3d_fullres --cache-root DIR -o record.json
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +21,10 @@ from fastnnunet.distill.train import TrainingJob
 from fastnnunet.nnunet.trainer.loading import TRAINING, loading_in_this_process, ordered_batches
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from pipelines.measure.step_speed import make_trainer, temporary_results
+from pipelines.measure.head import header, put, training_arguments
+from pipelines.measure.train.step_speed import make_trainer, temporary_results
 
 
 def nnunets_batches(trainer: Any, seed: int) -> Any:
@@ -58,10 +56,7 @@ def measure(job: TrainingJob, rounds: int, batches: int) -> dict[str, Any]:
                 seconds[name].append((time.process_time() - start) / batches / trainers[name].batch_size)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "what": "CPU seconds per sample, medians",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("CPU seconds per sample, medians"),
         "configuration": job.teacher.configuration,
         "augmentation": job.distill.augmentation,
         "batch_size": trainers["soft"].batch_size,
@@ -76,15 +71,10 @@ def measure(job: TrainingJob, rounds: int, batches: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", default="4")
-    parser.add_argument("-c", default="3d_fullres")
-    parser.add_argument("-f", type=int, default=0)
+    parser = training_arguments(__doc__)
     parser.add_argument("--augmentation", default="default", choices=["default", "da5"])
-    parser.add_argument("--cache-root", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(
         TrainingJob(
@@ -99,7 +89,7 @@ if __name__ == "__main__":
         args.rounds,
         args.batches,
     )
-    write_json(args.o, record)
+    put(record, args.o)
     for arm, value in record["median_s"].items():
         print(f"{arm:8} {1000 * value:7.2f} ms")
     print(f"hard / nnunet {record['hard_over_nnunet']:.3f}   soft / nnunet {record['soft_over_nnunet']:.3f}")

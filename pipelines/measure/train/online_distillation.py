@@ -1,11 +1,11 @@
 """Train a student with its teachers run in every step, on the augmented patch: what a cache replaces.
 
 The student is written into nnUNet_results like any other, its checkpoint says `online`, and the table of
-`pipelines.measure.student_table` shows it beside students trained from a cache of the same folds without mirroring:
+`pipelines.measure.train.student_table` shows it beside students of a cache of the same folds without mirroring:
 
     fastnnunet cache build -d 4 -f 0 --spec cache_specs/no_mirroring.yaml
     fastnnunet train -d 4 -f 0 -tf 0 --spec cache_specs/no_mirroring.yaml -r 4 --seed 0 ...
-    python -m pipelines.measure.online_distillation -d 4 -f 0 -tf 0 -r 4 --seed 0 ...
+    python -m pipelines.measure.train.online_distillation -d 4 -f 0 -tf 0 -r 4 --seed 0 ...
 
 with nnUNet_results naming another folder for the last command, since both runs have the same name.
 """
@@ -26,8 +26,8 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from pipelines.measure.step_speed import make_trainer, online_trainer, teacher_labels
-from pipelines.measure.student_table import ONLINE
+from pipelines.measure.train.step_speed import make_trainer, online_trainer, teacher_labels
+from pipelines.measure.train.student_table import ONLINE
 
 
 def train_online(job: TrainingJob) -> Path:

@@ -4,10 +4,9 @@ Every student under the given `nnUNet_results` folders is exported, predicts the
 scored; what it is and how it was trained is read from its checkpoint. The ensemble runs in nnU-Net's own predictor.
 Milliseconds are medians of one forward pass of a real patch in OpenVINO, all students in turns.
 
-    python -m pipelines.measure.student_table --results runs/* -m TEACHER_FOLDER -i imagesTs -g labelsTs -o record.json
+    python -m pipelines.measure.train.student_table --results runs/* -m TEACHER_FOLDER -i imagesTs -g labelsTs -o R.json
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -31,9 +30,10 @@ from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from fastnnunet.specs.provenance import now_utc
 from fastnnunet.specs.student import Family, StudentSpec
-from pipelines.measure.student_seeds import compare
+from pipelines.measure.head import arguments, header, put
+from pipelines.measure.train.student_seeds import compare
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 LENGTH = ("steps", "samples_per_step")
@@ -140,10 +140,7 @@ def measure(
         dice = ensemble_dice(model, folds, images, labels, threads or available_cores())
         ensemble = {"folds": list(folds), "mean_dice": statistics.mean(dice.values()), "dice": dice}
         record = {
-            "what": "students by family, size and soft loss; mean foreground Dice on test cases",
-            "created": now_utc(),
-            "hardware": hardware(),
-            "versions": versions(),
+            **header("students by family, size and soft loss; mean foreground Dice on test cases"),
             "load_average": list(os.getloadavg()),
             "ensemble": ensemble,
         }
@@ -180,18 +177,17 @@ def table_of(rows: Sequence[dict[str, Any]], ensemble: float, ms: dict[str, Any]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--results", type=Path, nargs="+", required=True, help="nnUNet_results folders of students")
     parser.add_argument("-m", type=Path, required=True, help="the teacher's model folder")
     parser.add_argument("-f", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds of the ensemble")
     parser.add_argument("-i", type=Path, required=True, help="test images")
     parser.add_argument("-g", type=Path, required=True, help="their labels")
     parser.add_argument("--extend", type=Path, help="a record to which the students are added")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     known = None if args.extend is None else json.loads(args.extend.read_text())
     record = measure(args.results, args.m, args.i, args.g, tuple(args.f), earlier=known)
-    write_json(args.o, record)
+    put(record, args.o)
     print(f"ensemble {record['ensemble']['mean_dice']:.4f}")
     for name, row in sorted(record["table"].items()):
         spread = "" if row["stdev"] is None else f" +- {row['stdev']:.4f}"

@@ -1,6 +1,6 @@
 """A CT of 512 x 512 x 300 voxels and a six-stage network with 128^3 patches: a student of r=4 against nnU-Net.
 
-    python -m pipelines.measure.large_volume --image CT.nii.gz -o record.json
+    python -m pipelines.measure.predict.large_volume --image CT.nii.gz -o record.json
 
 The image is brought to the size first (not timed) and generated without --image. The teacher has the widths nnU-Net
 plans for such a CT (32 64 128 256 320 320, two convolutions a stage); the student is that network at r=4. Weights are
@@ -12,7 +12,6 @@ fastnnunet      the student's bundle, same files, warm, medians of `repeats`
 parity          the student's own weights in nnU-Net's predictor: share of voxels with the same label
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -32,9 +31,9 @@ from fastnnunet.geometry.resample import resampled_shape
 from fastnnunet.images.cases import Case
 from fastnnunet.nnunet.files.plans import build_network
 from fastnnunet.nnunet.student.plans import student_architecture
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.student import Family, StudentSpec
-from pipelines.measure.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
+from pipelines.measure.head import arguments, header, put
+from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, toy_of
 from tests.bundles import _dataset_json, _plans, make_labels_frequent, write_image
 from tests.teachers import save_checkpoint
 
@@ -143,10 +142,7 @@ def measure(
             }
             print(f"fastnnunet, {precision}: {seconds:.2f} s", arms[f"openvino {precision}"]["stages_s"], flush=True)
     return {
-        "what": "whole prediction of a CT, six-stage network of random weights: student r=4 against nnunetv2, seconds",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("whole prediction of a CT, six-stage network of random weights: student r=4 and nnunetv2, seconds"),
         "image": f"{tuple(shape)} at {SPACING_MM} mm; {origin}",
         "grid": f"{tuple(grid)} at {TARGET_MM} mm",
         "patches": patches,
@@ -169,14 +165,13 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--image", type=Path, help="a CT in any format SimpleITK reads; default: generated")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--family", default="auto", help="of the student: auto, width or lite")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(args.image, repeats=args.repeats, family=args.family)
-    write_json(args.o, record)
+    put(record, args.o)
     for name, arm in record["fastnnunet"].items():
         print(
             f"{name}: {arm['seconds']:.1f} s, {arm['times_faster_than_single_fold']:.1f} times faster than one fold, "

@@ -1,12 +1,11 @@
 """One student through stock nnUNetv2_predict and through `fastnnunet predict` with every backend: the same voxels?
 
-    python -m pipelines.measure.stock_agreement -d 4 -p nnUNetPlans_r4_a0.3_T3 -m BUNDLE -i imagesTs -o record.json
+    python -m pipelines.measure.predict.stock_agreement -d 4 -p nnUNetPlans_r4_a0.3_T3 -m BUNDLE -i imagesTs -o R.json
 
 Stock nnU-Net runs in a process in which fastnnunet cannot be imported. The share of equal voxels counts all voxels of
 all cases.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 
 from fastnnunet.engines.registry import installed_cpu_engines
 from fastnnunet.runtime.predict import Predictor
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 
 STOCK = (
     "import sys; sys.modules['fastnnunet'] = None\n"
@@ -58,10 +57,7 @@ def measure(
 ) -> dict[str, Any]:
     """The record: agreement of every backend with stock nnU-Net."""
     record: dict[str, Any] = {
-        "what": "share of voxels with the same label: stock nnUNetv2_predict against fastnnunet predict, fp32",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("share of voxels with the same label: stock nnUNetv2_predict against fastnnunet predict, fp32"),
         "student": {"dataset": dataset, "configuration": configuration, "plans": plans, "fold": fold},
         "agreement": {},
     }
@@ -77,16 +73,15 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("-d", required=True)
     parser.add_argument("-c", default="3d_fullres")
     parser.add_argument("-p", required=True)
     parser.add_argument("-f", default="0")
     parser.add_argument("-m", type=Path, required=True)
     parser.add_argument("-i", type=Path, required=True)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     result = measure(args.d, args.c, args.p, args.f, args.m, args.i)
-    write_json(args.o, result)
+    put(result, args.o)
     for name, row in result["agreement"].items():
         print(f"{name}: {row['agreement']:.6%} of {row['voxels']} voxels, {row['different']} different")

@@ -7,10 +7,9 @@ resident set less what it held with the teacher loaded.
 
 Example:
 
-    python -m pipelines.measure.many_classes --heads 105 --size 300 --patch 64 -o record.json
+    python -m pipelines.measure.cache.many_classes --heads 105 --size 300 --patch 64 -o record.json
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -33,9 +32,9 @@ from fastnnunet.nnunet.engines import OpenVINOEngine, resolve_precision
 from fastnnunet.nnunet.teacher import LoadedTeacher, NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PATCH = 128
 PATCHES = 7
 
@@ -224,10 +223,7 @@ def measure(heads: int, size: int, patch: int, recipes: list[Path]) -> dict[str,
             flush=True,
         )
     return {
-        "what": "memory of building one case of many classes; an untrained network, see the script",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("memory of building one case of many classes; an untrained network, see the script"),
         "heads": heads,
         "size": size,
         "teacher_patch": patch,
@@ -236,11 +232,10 @@ def measure(heads: int, size: int, patch: int, recipes: list[Path]) -> dict[str,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--heads", type=int, default=105)
     parser.add_argument("--size", type=int, default=300)
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--recipe", type=Path, nargs="+", default=[REPOSITORY / "cache_specs" / "many_classes.yaml"])
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
-    write_json(args.o, measure(args.heads, args.size, args.patch, args.recipe))
+    put(measure(args.heads, args.size, args.patch, args.recipe), args.o)

@@ -1,6 +1,6 @@
 """Peak memory of one whole prediction of 105 classes, an image of 512 x 512 x 300 voxels in, a label map out.
 
-    python -m pipelines.measure.many_classes_prediction -o record.json
+    python -m pipelines.measure.predict.many_classes_prediction -o record.json
 
 `fastnnunet predict` runs in a process of its own on a generated CT, with ONNX Runtime; its highest resident set (VmHWM,
 read from /proc, so on Linux) includes Python, libraries, image, network and label map. The network has two
@@ -9,7 +9,6 @@ image. nnunetv2's side is arithmetic, read off nnU-Net 2.8: float16 logits of th
 image, float32 logits of one patch; its Python, libraries and image are not in it.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from fastnnunet.geometry.resample import resampled_shape
 from fastnnunet.runtime.label_stream import MARGIN
 from fastnnunet.specs.bundle import write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
-from pipelines.measure.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, spec_of
+from pipelines.measure.head import arguments, header, put
+from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image, spec_of
 
 CLASSES, PATCH = 105, (128, 128, 128)
 LIMIT_BYTES = 4 * 2**30
@@ -141,10 +140,7 @@ def measure(
         "logits_of_a_patch": float32 * classes * prod(patch),
     }
     return {
-        "what": "peak resident memory of `fastnnunet predict`, one image, a process of its own",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("peak resident memory of `fastnnunet predict`, one image, a process of its own"),
         "image": f"{tuple(shape)} at {SPACING_MM} mm, generated, int16 .nii.gz",
         "grid": f"{tuple(grid)} at {TARGET_MM} mm",
         "classes": classes,
@@ -169,12 +165,11 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(threads=args.threads)
-    write_json(args.o, record)
+    put(record, args.o)
     print(
         f"{record['peak_gib']} GiB; nnunetv2 {record['nnunetv2_bytes']['total'] / 2**30:.1f} GiB\n{record['printed']}"
     )

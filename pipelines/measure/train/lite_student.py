@@ -1,6 +1,6 @@
 """Seconds of an r=4 student per 128^3 patch for several full-resolution stages, OpenVINO in bfloat16 on two threads.
 
-python -m pipelines.measure.lite_student
+python -m pipelines.measure.train.lite_student -o record.json
 """
 
 import statistics
@@ -10,6 +10,8 @@ import numpy as np
 import openvino as ov
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+from pipelines.measure.head import arguments, header, put
 
 FEATURES, REPEATS = [8, 16, 32, 64, 80, 80], 7
 RECIPES = {"width": ([3, 3, 3], 2), "[3,3,3]": ([3, 3, 3], 1), "[1,3,3]": ([1, 3, 3], 1), "[1,1,1]": ([1, 1, 1], 1)}
@@ -36,7 +38,7 @@ def network(kernel: list[int], convolutions: int) -> torch.nn.Module:
     ).eval()
 
 
-def main(size: int = 128) -> dict[str, list[float]]:
+def measure(size: int = 128) -> dict[str, list[float]]:
     """Seconds of every run, recipes interleaved."""
     settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 2}
     image, models = np.random.default_rng(0).normal(size=(1, 1, size, size, size)).astype(np.float32), {}
@@ -53,5 +55,11 @@ def main(size: int = 128) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    for name, seconds in main().items():
+    args = arguments(__doc__).parse_args()
+    seconds_of = measure()
+    put(
+        {**header("seconds of an r=4 student per 128^3 patch, OpenVINO bf16, two threads"), "seconds": seconds_of},
+        args.o,
+    )
+    for name, seconds in seconds_of.items():
         print(f"{name}: fastest {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s")

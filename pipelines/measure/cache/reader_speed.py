@@ -1,6 +1,6 @@
 """Random patches: this project's reader, zarr-python and tensorstore on one store, and Blosc2 in nnU-Net's own layout.
 
-    python -m pipelines.measure.reader_speed --logits FOLDER -o record.json
+    python -m pipelines.measure.cache.reader_speed --logits FOLDER -o record.json
 
 All four read the same patches of the same values in turn, patch by patch, in one process, and every patch is compared
 bit for bit. nnU-Net's side is written by nnUNetDatasetBlosc2.save_case with the chunks and blocks its preprocessor
@@ -8,7 +8,6 @@ computes, and opened by its load_case (memory-mapped, one thread). Opening is no
 its file anew for every patch. Only this reader and tensorstore's and zarr-python's crc32c codecs check checksums.
 """
 
-import argparse
 import tempfile
 import time
 from importlib import metadata
@@ -19,8 +18,8 @@ import numpy as np
 
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
-from pipelines.measure.soft_maps import cache_of, load_maps, mosaic
+from pipelines.measure.cache.soft_maps import cache_of, load_maps, mosaic
+from pipelines.measure.head import arguments, header, put
 
 
 def blosc2_of_nnunet(values, folder: Path, patch: int):
@@ -77,14 +76,12 @@ def measure(
                 if number >= 3:
                     seconds[name].append(elapsed)
         median = {name: float(np.median(times)) for name, times in seconds.items()}
+        packages = {name: metadata.version(name) for name in ("blosc2", "numcodecs", "tensorstore")}
         ours = median["fastnnunet"]
         manifest = cache.manifest("case")
         document = by_zarr.metadata.to_dict()["codecs"][0]["configuration"]
         return {
-            "what": "milliseconds of a random patch, median",
-            "created": now_utc(),
-            "hardware": hardware(),
-            "versions": versions() | {name: metadata.version(name) for name in ("blosc2", "numcodecs", "tensorstore")},
+            **header("milliseconds of a random patch, median", packages=packages),
             "values": f"mosaic by mirrored tiling, 4 classes, {edge}^3, T = {temperature:g}; {origin}",
             "stored_shape": list(values.shape),
             "patch": [len(values), patch, patch, patch],
@@ -103,13 +100,12 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--logits", type=Path, help="folder of <case>.npy, float (3, Z, Y, X); default: generated maps")
     parser.add_argument("--patches", type=int, default=60)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = {f"T={t:g}": measure(args.logits, patches=args.patches, temperature=t) for t in (3.0, 1.0)}
-    write_json(args.o, record)
+    put(record, args.o)
     for temperature, run in record.items():
         for arm, value in run["median_ms"].items():
             print(f"{temperature} {arm}: {value:.2f} ms, {run['times_ours'][arm]:.2f} times ours")

@@ -1,13 +1,12 @@
 """What of a training is still alive after its main process was ended by a signal.
 
-    python -m pipelines.measure.orphans --trials 20 -o record.json
+    python -m pipelines.measure.train.orphans --trials 20 -o record.json
 
 Each trial starts `fastnnunet train` with loader processes on a tiny data set, sends one signal to its main process
 alone (SIGINT: to the whole group, as a terminal does) at one of the moments below, and counts the processes it had
 started that still run five seconds after it has ended. Linux only.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 from tests.tiny import make_world, world_environment
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -106,10 +105,7 @@ def measure(trials: int, world: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as logs:
         each = [trial(number, Path(logs), environment) for number in range(trials)]
     return {
-        "what": "a training's main process ended by a signal: which of its processes live on",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("a training's main process ended by a signal: which of its processes live on"),
         "loaders": LOADERS,
         "trials": trials,
         "nothing_alive_after_5_s": sum(t["alive_after_5_s"] == 0 for t in each),
@@ -118,14 +114,13 @@ def measure(trials: int, world: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for key, value in world_environment(Path(folder)).items():
             patch.setenv(key, str(value))
         make_world(Path(folder))
         result = measure(args.trials, Path(folder))
-    write_json(args.o, result)
+    put(result, args.o)
     print(f"{result['nothing_alive_after_5_s']} of {result['trials']}: nothing alive after {GONE_WITHIN_S:g} s")

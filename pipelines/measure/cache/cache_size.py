@@ -2,16 +2,15 @@
 
 Example:
 
-    python -m pipelines.measure.cache_size CACHE_FOLDER ... -o record.json
+    python -m pipelines.measure.cache.cache_size CACHE_FOLDER ... -o record.json
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.cache.store.folder import open_cache
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -37,21 +36,17 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("cache", type=Path, nargs="+")
-    parser.add_argument("-o", type=Path, required=True)
     parser.add_argument("--note", default="", help="how the caches were made, if not by a plain build")
     args = parser.parse_args()
     rows = [measure(folder) for folder in args.cache]
     record = {
-        "what": "size and accuracy of soft-label caches",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("size and accuracy of soft-label caches"),
         "note": args.note,
         "caches": rows,
     }
-    write_json(args.o, record)
+    put(record, args.o)
     for row in rows:
         print(
             f"{row['soft_labels']} {row['cases']} cases, {row['bytes_per_voxel']:.3f} B/voxel, {row['max_error']:.4f}"

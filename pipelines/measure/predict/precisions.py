@@ -4,13 +4,11 @@ Bundles are those `fastnnunet export quantize` was run on; each precision it mea
 backend, without mirroring. CPU time is that of one thread (the process's clock, so that waiting for other programs does
 not count), median of one forward pass of a real patch, everything in turns.
 
-    python -m pipelines.measure.precisions BUNDLE [BUNDLE ...] -i imagesTs -g labelsTs -o record.json
+    python -m pipelines.measure.predict.precisions BUNDLE [BUNDLE ...] -i imagesTs -g labelsTs -o record.json
 """
 
-import argparse
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from fastnnunet.release.gate import compare, describe
 from fastnnunet.release.gate_cases import ImageCases
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.specs.bundle import PRECISIONS, load_bundle_spec
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 
 FILES = {  # of a model, by what it is loaded from
     ("int8", "onnxruntime"): ("model_int8.onnx",),
@@ -80,20 +78,15 @@ def measure(bundle: Path, images: Path, labels: Path, rounds: int = 20) -> dict[
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+if __name__ == "__main__":
+    parser = arguments(__doc__)
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("-i", "--images", type=Path, required=True)
     parser.add_argument("-g", "--labels", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=20)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     rows = []
     for bundle in args.bundles:
         rows.append(measure(bundle, args.images, args.labels, args.rounds))
         print(bundle.name, *rows[-1].pop("lines"), rows[-1]["size_bytes"], rows[-1]["cpu_ms_per_patch"], sep="\n  ")
-    write_json(args.output, {"created": now_utc(), "hardware": hardware(), "versions": versions(), "bundles": rows})
-
-
-if __name__ == "__main__":
-    main()
+    put({**header("int8 and other precisions of bundles: Dice, size, CPU time a patch"), "bundles": rows}, args.o)

@@ -4,10 +4,9 @@ The base install is made of what is installed here (`tests/slim.py`): the distri
 the compiled files pip leaves beside them, in a virtual environment without pip. Seconds are those of a new process from
 start to end, and of the processor in it; the first process is not counted.
 
-    python -m pipelines.measure.slim_install -o record.json
+    python -m pipelines.measure.predict.slim_install -o record.json
 """
 
-import argparse
 import resource
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from pipelines.measure.head import arguments, header, put
 from tests.slim import base_install, make_environment
 
 
@@ -32,10 +31,7 @@ def measure(rounds: int = 11) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(_cpu_s() - cpu_begin)
     return {
-        "what": "the base install: bytes on disk by distribution, seconds of `fastnnunet --help`",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("the base install: bytes on disk by distribution, seconds of `fastnnunet --help`"),
         "size_bytes": sum(d.size_bytes for d in installed),
         "size_bytes_of": {d.name: d.size_bytes for d in installed},
         "help_median_s": statistics.median(seconds[1:]),
@@ -51,11 +47,10 @@ def _cpu_s() -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     record = measure(args.rounds)
-    write_json(args.o, record)
+    put(record, args.o)
     help_s, cpu_s = record["help_median_s"], record["help_cpu_median_s"]
     print(f"{record['size_bytes'] / 1e6:.0f} MB; --help {help_s:.3f} s, of the processor {cpu_s:.3f} s, medians")

@@ -1,6 +1,6 @@
 """Share of voxels with nnU-Net's label: ensembles and single networks of every kind, this runtime against nnunetv2.
 
-    python -m pipelines.measure.agreement --ct CT.nii.gz --teacher MODEL --student MODEL -i imagesTs -o record.json
+    python -m pipelines.measure.predict.agreement --ct CT.nii.gz --teacher MODEL --student MODEL -i imagesTs -o R.json
 
 The same weights on both sides, image file in and label file out. Networks of each kind (3d on a CT, anisotropic,
 2d, cascade, regions) have random weights under which all labels occur, two folds with mirroring ("ensemble")
@@ -8,7 +8,6 @@ and one fold without ("one fold"), and see a block of the CT, or every fourth sl
 folds, mirrored) and `--student` (one fold, not mirrored) are trained models for the images of `-i`.
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from fastnnunet.export.models import load_model
-from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
-from pipelines.measure.stock_agreement import equal_voxels
+from pipelines.measure.head import arguments, header, put
+from pipelines.measure.predict.stock_agreement import equal_voxels
 from tests.bundles import Toy, write_image
 from tests.teachers import make_teacher, nnunet_files, nnunet_predictor, random_labels
 
@@ -128,10 +127,7 @@ def measure(
                 print(name, flush=True)
                 rows[name] = compare(trained, folds, mirroring, images, backends, Path(folder) / name)
     return {
-        "what": "share of voxels with the same label: nnunetv2's predictor against this runtime, same weights, fp32",
-        "created": now_utc(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **header("share of voxels with the same label: nnunetv2's predictor against this runtime, same weights, fp32"),
         "ct": ct_file.name,
         "least_agreement": min(b["agreement"] for row in rows.values() for b in row["agreement"].values()),
         "rows": rows,
@@ -139,17 +135,16 @@ def measure(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--ct", type=Path, required=True, help="a CT in any format SimpleITK reads")
     parser.add_argument("--teacher", type=Path, help="a trained model folder with folds 0 to 4")
     parser.add_argument("--student", type=Path, help="a trained student's model folder with fold 0")
     parser.add_argument("-i", type=Path, help="images for the trained models")
-    parser.add_argument("-o", type=Path, required=True)
     args = parser.parse_args()
     if args.i is None and (args.teacher or args.student):
         parser.error("--teacher and --student need images: give -i")
     record = measure(args.ct, args.teacher, args.student, args.i)
-    write_json(args.o, record)
+    put(record, args.o)
     for name, row in record["rows"].items():
         print(f"{name}: " + ", ".join(f"{b} {100 * a['agreement']:.4f} %" for b, a in row["agreement"].items()))
     print(f"least {100 * record['least_agreement']:.4f} %")
