@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.engines.base import INT8_ENDINGS, Precision, create_ensemble, is_installed
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.model_files import INT8_ENDINGS
+from fastnnunet.engines.registry import create_ensemble, is_installed
 from fastnnunet.errors import BackendError, SpecError
 from fastnnunet.export.patches import RandomPatches
 from fastnnunet.export.quantize_onnx import check_onnx_quantizer, quantize_onnx

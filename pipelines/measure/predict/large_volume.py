@@ -23,7 +23,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from fastnnunet.bench.arms import BundleArm, ReferenceArm
-from fastnnunet.engines.base import Precision, available_cores
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.registry import available_cores
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.grid import tile_starts
 from fastnnunet.geometry.resample import resampled_shape

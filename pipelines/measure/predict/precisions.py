@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.engines.base import Backend, Precision, create_backend
+from fastnnunet.engines.base import Engine, Precision
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.images.cases import find_cases
 from fastnnunet.release.gate import compare, describe
 from fastnnunet.release.gate_cases import ImageCases
@@ -29,7 +30,7 @@ FILES = {  # of a model, by what it is loaded from
 }
 
 
-def cpu_ms(backends: dict[str, Backend], patch: np.ndarray, rounds: int) -> dict[str, float]:
+def cpu_ms(backends: dict[str, Engine], patch: np.ndarray, rounds: int) -> dict[str, float]:
     """Median milliseconds of CPU time of one patch on each backend."""
     times: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(1 + rounds):
@@ -48,7 +49,7 @@ def measure(bundle: Path, images: Path, labels: Path, rounds: int = 20) -> dict[
     ]
 
     def load(backend: str, precision: Precision) -> LoadedBundle:
-        engine = create_backend(backend, bundle, spec, threads=1, precision=precision)
+        engine = create_engine(backend, bundle, spec, threads=1, precision=precision)
         return LoadedBundle(spec, [engine], mirroring=False)
 
     fp32 = {backend: load(backend, "fp32") for _, backend in wanted}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.engines.base import installed_cpu_backends
+from fastnnunet.engines.registry import installed_cpu_engines
 from fastnnunet.runtime.predict import Predictor
 from pipelines.measure.head import arguments, header, put
 
@@ -64,7 +64,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         stock = Path(folder) / "stock"
         run_stock(dataset, configuration, plans, fold, images, stock)
-        for backend in backends or installed_cpu_backends():
+        for backend in backends or installed_cpu_engines():
             predictor = Predictor.load(bundle, backend)
             out = Path(folder) / backend
             predictor.predict_files(images, out)

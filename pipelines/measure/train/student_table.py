@@ -20,7 +20,8 @@ import numpy as np
 
 from fastnnunet.bench.arms import ReferenceArm
 from fastnnunet.bench.patch_speed import ms_per_patch
-from fastnnunet.engines.base import Precision, available_cores
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.registry import available_cores
 from fastnnunet.evaluate import segmentations as files
 from fastnnunet.evaluate.cases import evaluate_cases
 from fastnnunet.export.bundle import export_bundle
