@@ -1,6 +1,6 @@
-"""Conformance: what every encoding and every teacher must do, whoever wrote it.
+"""Conformance: what every encoding, engine and teacher must do, whoever wrote it.
 
-    from fastnnunet.testing import check_codec, check_teacher
+    from fastnnunet.testing import check_codec, check_engine, check_teacher
 
     def test_my_codec():
         check_codec(MyCodec(num_heads=5), temperatures=[1.0, 3.0])
@@ -11,11 +11,14 @@ Each function raises AssertionError with what was expected; none needs pytest. T
 import json
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 
 from fastnnunet.cache.codecs.base import Codec
 from fastnnunet.cache.interfaces import Float32Array, TeacherFactory
+from fastnnunet.engines.base import Engine
 
 _SUM = 2e-6  # of float32 channels
 
@@ -50,6 +53,37 @@ def check_codec(codec: Codec, temperatures: Sequence[float], *, overlapping: boo
     certain = np.zeros(heads) if overlapping else np.eye(heads)[0]
     assert np.array_equal(nothing, certain), f"zero decodes to {nothing}, expected certain background"
     assert len(pickle.dumps(codec)) > 0
+
+
+def check_engine(
+    engine: Engine, batch_NCX: Float32Array, expected_NHX: Float32Array, *, relative: float = 1e-4
+) -> None:
+    """Logits as expected in batches of any size, input untouched, and results that other threads do not disturb.
+
+    `expected_NHX` are the network's logits of the batch, `relative` the difference allowed as a share of the largest.
+    """
+    assert engine.name, "an engine has a name"
+    assert engine.precision in ("fp32", "bf16", "fp16", "int8"), f"precision {engine.precision!r}"
+    tolerance = relative * float(np.abs(expected_NHX).max())
+    before = batch_NCX.copy()
+    together = engine.run(batch_NCX).copy()
+    assert np.array_equal(batch_NCX, before), "it writes into its input"
+    assert together.dtype == np.float32, f"logits are {together.dtype}, expected float32"
+    assert together.shape == expected_NHX.shape, f"logits {together.shape}, expected {expected_NHX.shape}"
+    assert np.abs(together - expected_NHX).max() <= tolerance, "logits are not those of the network"
+    for patch, expected in zip(batch_NCX, expected_NHX, strict=True):
+        assert np.abs(engine.run(patch[None])[0] - expected).max() <= tolerance, "a patch alone is another"
+
+    def held(row: int) -> bool:
+        """Whether the result of one thread is still there after others have called."""
+        mine = engine.run(batch_NCX[row : row + 1])
+        first = mine.copy()
+        held_back.wait()
+        return np.array_equal(mine, first) and bool(np.abs(mine[0] - expected_NHX[row]).max() <= tolerance)
+
+    held_back = Barrier(len(batch_NCX))
+    with ThreadPoolExecutor(len(batch_NCX)) as pool:
+        assert all(pool.map(held, range(len(batch_NCX)))), "threads disturb each other's results"
 
 
 def check_teacher(factory: TeacherFactory, image_CZYX: Float32Array, chunk_zyx: Sequence[int]) -> None:

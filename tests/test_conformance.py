@@ -7,7 +7,7 @@ import pytest
 
 from fastnnunet.cache.codecs import Float16, LogitGapU8, SigmoidU8, SimplexU8, SparseU8
 from fastnnunet.errors import BuildError
-from fastnnunet.testing import check_codec, check_teacher
+from fastnnunet.testing import check_codec, check_engine, check_teacher
 from tests.cache_fakes import FakeCases, FakeFactory
 
 CODECS = [SimplexU8(2), SimplexU8(31, 31), SparseU8(12, 0.008), SparseU8(3, 0.0), Float16(5)]
@@ -70,3 +70,37 @@ class Forgetful(FakeFactory):
 def test_a_teacher_that_leaves_out_a_chunk():
     with pytest.raises(AssertionError, match="no finite logit"):
         check_teacher(Forgetful(), IMAGE, (16, 20, 24))
+
+
+class Doubling:
+    """A network that doubles its input, in memory that all threads share or in new memory for each call."""
+
+    name, precision = "doubling", "fp32"
+
+    def __init__(self, shared):
+        self.memory = np.zeros((4, 1, 5, 6), np.float32) if shared else None
+
+    def run(self, batch):
+        out = np.empty_like(batch) if self.memory is None else self.memory[: len(batch)]
+        return np.multiply(batch, 2, out=out)
+
+
+PATCHES = np.random.default_rng(0).normal(size=(4, 1, 5, 6)).astype(np.float32)
+
+
+def test_an_engine():
+    check_engine(Doubling(shared=False), PATCHES, 2 * PATCHES)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected", "message"),
+    [
+        (Doubling(shared=True), 2 * PATCHES, "threads disturb"),
+        (Doubling(shared=False), 2.01 * PATCHES, "not those of the network"),
+        (Doubling(shared=False), np.concatenate([PATCHES, PATCHES], 1), "expected"),
+    ],
+    ids=["threads", "values", "shape"],
+)
+def test_an_engine_that_breaks_a_promise(engine, expected, message):
+    with pytest.raises(AssertionError, match=message):
+        check_engine(engine, PATCHES, expected)
