@@ -1,11 +1,10 @@
 """The cache as a trainer sees it."""
 
 import dataclasses
-import itertools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import numpy as np
 
@@ -15,8 +14,9 @@ from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.storage import Place
+from fastnnunet.engines.labelling import labelling_precisions
+from fastnnunet.engines.registry import ENGINES
 from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.engines import EngineName, Precision
 from fastnnunet.nnunet.teacher import NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
@@ -103,9 +103,10 @@ def find_for_training(job: CacheJob) -> Place:
     identity = job.identity
     if not job.path.is_dir():
         factory = cast(NnUNetTeacher, job.factory)
-        precisions = get_args(Precision) if spec.precision == "auto" else (factory.precision,)
-        engines = get_args(EngineName) if spec.engine == "auto" else (factory.engine,)
-        for precision, engine in itertools.product(precisions, engines):
+        engines = ENGINES if spec.engine == "auto" else (factory.engine,)
+        for engine, precision in ((e, p) for e in engines for p in labelling_precisions(e)):
+            if spec.precision not in ("auto", precision):
+                continue
             other = dataclasses.replace(factory, precision=precision, engine=engine)
             alternative = build_identity(job.cases, other, spec)
             if (job.root / cache_name(alternative)).is_dir():
