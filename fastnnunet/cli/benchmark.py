@@ -5,32 +5,31 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import teacher_of
+from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError
 
 
+@spread
 def benchmark(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name of the teacher.")],
+    teacher: options.Teacher,
     images: Annotated[Path, typer.Option("-i", "--input", help="Folder of images named CASE_0000, CASE_0001, ...")],
     bundles: Annotated[list[Path], typer.Option("-m", "--model", help="Bundle folder(s).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the record, the plot, the predictions.")],
     labels: Annotated[Path | None, typer.Option("-g", "--labels", help="True segmentations: adds Dice.")] = None,
-    configuration: options.Configuration = "3d_fullres",
     folds: options.Folds = None,
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     backends: Annotated[
         list[str] | None,
         typer.Option(
             "--backend",
-            help="openvino, onnxruntime, onnxruntime:cuda, torch, tensorrt [default: all installed, no GPU].",
+            help="openvino, onnxruntime, onnxruntime:cuda, torch, tensorrt (default: all installed, no GPU).",
         ),
     ] = None,
     precisions: Annotated[
-        list[str] | None, typer.Option("--precision", help="fp32, bf16, fp16, int8, where a backend has it [fp32].")
+        list[str] | None, typer.Option("--precision", help="fp32, bf16, fp16, int8, where a backend has it (fp32).")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="For every arm alike [default: all cores].")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="For every arm alike (default: all cores).")] = None,
     cases: Annotated[int | None, typer.Option("--cases", help="Only the first so many images.")] = None,
     repeat: Annotated[int, typer.Option("--repeat", help="Measurements per case.")] = 5,
     baseline_cases: Annotated[int, typer.Option("--baseline-cases", help="Images for the two nnU-Net arms.")] = 5,
@@ -74,11 +73,9 @@ def benchmark(
     from fastnnunet.bench.report.headline import headline
     from fastnnunet.bench.report.plot import plot_benchmark
     from fastnnunet.bench.report.table import benchmark_table
-    from fastnnunet.cli.train import parse_folds
     from fastnnunet.engines.base import Precision
     from fastnnunet.evaluate.tables import wide_console
     from fastnnunet.specs.provenance import write_json
-    from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.system.files import check_output_folder
 
     for folder in (output, *([] if html is None else [html.parent])):
@@ -87,14 +84,7 @@ def benchmark(
     if wrong:
         raise SpecError(f"--precision: got {wrong[0]!r}, expected one of {', '.join(get_args(Precision))}")
     job = BenchmarkJob(
-        teacher=TeacherSpec(
-            dataset=dataset,
-            configuration=configuration,
-            plans=plans,
-            trainer=trainer,
-            folds=parse_folds(folds or ["0", "1", "2", "3", "4"]),
-            checkpoint=checkpoint,
-        ),
+        teacher=teacher_of(teacher, folds),
         bundles=tuple(bundles),
         images=images,
         labels=labels,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import recipe_of, teacher_of
+from fastnnunet.cli.parts.fields import Asked, spread
 from fastnnunet.errors import NotFoundError, SpecError
 
 if TYPE_CHECKING:
@@ -23,12 +25,12 @@ app = typer.Typer(
     help="Stage 1: run the teacher ensemble once over every case and store its soft labels.",
 )
 
-AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name [default: all].")]
+AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name (default: all).")]
 Images = Annotated[
     Path | None,
     typer.Option("--images", help="Label this folder of images without labels instead (CASE_0000.nii.gz ...)."),
 ]
-SetName = Annotated[str | None, typer.Option("--name", help="With --images: name of the set [default: the folder's].")]
+SetName = Annotated[str | None, typer.Option("--name", help="With --images: name of the set (default: the folder's).")]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
@@ -53,13 +55,10 @@ class Request:
 
 
 @app.command("build")
+@spread
 def build(
-    dataset: options.Dataset,
-    configuration: options.Configuration = "3d_fullres",
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
+    teacher: options.Teacher,
     fold: options.Folds = None,
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
     root: options.CacheRoot = None,
@@ -87,9 +86,9 @@ def build(
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
     """
     from fastnnunet.cache.build import CasesFailedError, build_cache
-    from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
+    from fastnnunet.cli.parts.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
+    request = _request(teacher, fold, previous, spec, temperature, root)
     workers, threads = _parallelism(workers, threads)
     unlabelled = _unlabelled(request, images, name)
     if unlabelled is None:
@@ -129,13 +128,10 @@ def build(
 
 
 @app.command("plan")
+@spread
 def plan(
-    dataset: options.Dataset,
-    configuration: options.Configuration = "3d_fullres",
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
+    teacher: options.Teacher,
     fold: options.Folds = None,
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
     root: options.CacheRoot = None,
@@ -157,9 +153,9 @@ def plan(
     """
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cache.store.folder import require_root
-    from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
+    from fastnnunet.cli.parts.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
+    request = _request(teacher, fold, previous, spec, temperature, root)
     workers, threads = _parallelism(workers, threads)
     unlabelled = _unlabelled(request, images, name)
     missing: list[str] = []
@@ -172,11 +168,11 @@ def plan(
             job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, digesting)
     todo = job.todo(case)
     require_root(job.root)
-    teacher = job.factory.load(threads) if timing and todo else None
+    loaded = job.factory.load(threads) if timing and todo else None
     if unlabelled is not None:
         size_bytes = unlabelled.require_preprocessing_space(job, missing)
         print_preprocessing(unlabelled.target.cases_folder, len(missing), len(job.cases), size_bytes)
-    planned = plan_cache(job, teacher=teacher, workers=max(1, workers), only=case)
+    planned = plan_cache(job, teacher=loaded, workers=max(1, workers), only=case)
     print_plan(planned, None if not missing else f"under {job.root}, named once the images are preprocessed")
     if todo:
         require_space(job, todo)
@@ -191,7 +187,7 @@ def list_caches(dataset: AnyDataset = None, root: options.CacheRoot = None) -> N
 
       fastnnunet cache list -d 4
     """
-    from fastnnunet.cli.cache_view import print_list
+    from fastnnunet.cli.parts.cache_view import print_list
 
     print_list(_all_folders(dataset, root))
 
@@ -204,7 +200,7 @@ def info(cache: WhichCache = None, dataset: AnyDataset = None, root: options.Cac
 
       fastnnunet cache info 40467043
     """
-    from fastnnunet.cli.cache_view import print_info
+    from fastnnunet.cli.parts.cache_view import print_info
 
     print_info(_select(cache, dataset, root))
 
@@ -218,7 +214,7 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: options.C
       fastnnunet cache verify 40467043
     """
     from fastnnunet.cache.verify import verify_cache
-    from fastnnunet.cli.cache_view import VerifyProgress, print_reports
+    from fastnnunet.cli.parts.cache_view import VerifyProgress, print_reports
 
     folder = _select(cache, dataset, root)
     with VerifyProgress(len(folder.cases)) as progress:
@@ -237,7 +233,7 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: o
 
       fastnnunet cache diff 40467043 9f3c
     """
-    from fastnnunet.cli.cache_view import print_differences
+    from fastnnunet.cli.parts.cache_view import print_differences
 
     if not print_differences(_select(left, dataset, root), _select(right, dataset, root)):
         raise typer.Exit(1)
@@ -261,7 +257,7 @@ def gc(
       fastnnunet cache gc -d 4 --dry-run
     """
     from fastnnunet.cache.gc import collect_garbage
-    from fastnnunet.cli.cache_view import gc_progress, print_leftovers
+    from fastnnunet.cli.parts.cache_view import gc_progress, print_leftovers
 
     leftovers = []
     with gc_progress() as progress:
@@ -271,41 +267,27 @@ def gc(
 
 
 def _request(
-    dataset: str,
-    configuration: str,
-    plans: str,
-    trainer: str,
+    teacher: Asked,
     folds: list[str] | None,
-    checkpoint: str,
+    previous: str | None,
     spec_file: Path | None,
     temperature: float | None,
     root: str | None,
-    previous: str | None,
 ) -> "Request":
     """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.train import parse_folds, recipe_of
-    from fastnnunet.specs.teacher import TeacherSpec
 
     place = None if root is None else place_at(root)
-    teacher = TeacherSpec(
-        dataset=dataset,
-        configuration=configuration,
-        plans=plans,
-        trainer=trainer,
-        folds=parse_folds(folds) if folds else TeacherSpec(dataset=dataset).folds,
-        checkpoint=checkpoint,
-        previous=previous,
-    )
+    ensemble = teacher_of(teacher, folds, previous)
     recipe = recipe_of(spec_file, temperature)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
-    return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
+    return Request(teacher=ensemble, recipe=recipe, recipe_file=spec_file, place=place)
 
 
 def _job(request: "Request") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
-    from fastnnunet.cli.cache_view import digest_progress
+    from fastnnunet.cli.parts.cache_view import digest_progress
     from fastnnunet.distill.soft_labels import cache_job
 
     with digest_progress() as progress:

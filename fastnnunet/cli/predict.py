@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastnnunet.cli import options
 from fastnnunet.cli.guard import LINES
-from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.cli.parts import options
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
@@ -121,10 +120,10 @@ def predict(
         Literal["image", "dicom-seg"],
         typer.Option("--output-format", help="image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input."),
     ] = "image",
-    keep_largest: KeepLargest = None,
-    min_size: MinSize = None,
-    fill_holes: FillHoles = None,
-    pp_pkl_file: PostprocessingFile = None,
+    keep_largest: options.KeepLargest = None,
+    min_size: options.MinSize = None,
+    fill_holes: options.FillHoles = None,
+    pp_pkl_file: options.PostprocessingFile = None,
     allow_code: options.AllowCode = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
     profile_json: Annotated[
@@ -234,7 +233,7 @@ def _model_folder(model: Path | None, dataset: str | None, configuration: str | 
 
 def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...] | None":
     """nnU-Net's default for model folders; None, all there are, for bundles."""
-    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.cli.parts.choices import parse_folds
     from fastnnunet.specs.bundle import is_bundle
 
     if given:
