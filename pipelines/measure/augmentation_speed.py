@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `fastnnunet train` set
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches
@@ -36,6 +36,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_for_training
 from pipelines.measure.step_speed import (
     WARM,
     bare,

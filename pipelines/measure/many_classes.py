@@ -30,10 +30,10 @@ from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, plan_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import ABSENT
 from fastnnunet.nnunet.engines import OpenVINOEngine, resolve_precision
-from fastnnunet.nnunet.teacher import LoadedTeacher, NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+from fastnnunet.teachers.nnunet import LoadedTeacher, NnUNetTeacher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATCH = 128

@@ -25,10 +25,10 @@ from scipy.special import softmax
 from fastnnunet.cache.crew import InProcess
 from fastnnunet.cache.identity import folds_for_case
 from fastnnunet.cache.label import CaseTask
-from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_job
 
 
 def measure(teacher_spec: TeacherSpec, spec: CacheSpec, num_cases: int, threads: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
-from fastnnunet.nnunet.deviation import measure_deviation
 from fastnnunet.nnunet.engines import (
     Engine,
     EngineName,
@@ -35,7 +34,9 @@ from fastnnunet.nnunet.files.plans import (
     num_input_channels,
     read_json,
 )
+from fastnnunet.nnunet.reference import fold_reference
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.deviation import measure_deviation, middle
 
 if TYPE_CHECKING:
     import torch
@@ -232,8 +233,24 @@ class LoadedTeacher:
         return (time.perf_counter() - start) * len(self.recipe.folds)
 
     def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
-        """How far this ensemble is from nnU-Net's own predictor; see `measure_deviation`."""
-        return measure_deviation(self, images_CZYX, temperature)
+        """How far this ensemble is from nnU-Net's own predictor, which loads the same folds from disk.
+
+        Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over
+        folds is no further off than they are, and nnU-Net needs minutes for all of them.
+        """
+        recipe = self.recipe
+        reference = fold_reference(
+            recipe.folder, recipe.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
+        )
+        size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
+        patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
+        measured = measure_deviation(
+            self._patch_logits, reference.logits, patches, temperature=temperature, has_regions=recipe.has_regions
+        )
+        return {"against": reference.name, **measured}
+
+    def _patch_logits(self, patch_CZYX: np.ndarray, fold: Fold) -> np.ndarray:
+        return next(logits for _, logits in self.blocks(patch_CZYX, (fold,), patch_CZYX.shape[1:]))
 
 
 def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
