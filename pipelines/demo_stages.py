@@ -10,7 +10,7 @@ from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
 from fastnnunet.cache.build import CaseDone, build_cache
 from fastnnunet.distill.train import TrainingJob, TrainingState, run_folder, train_student
-from fastnnunet.engines.base import available_cores, is_installed
+from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint

@@ -19,7 +19,7 @@ from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli import aliases
 from fastnnunet.cli.train import student_specs
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
-from fastnnunet.engines.base import create_backend
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
@@ -326,8 +326,8 @@ def test_resenc_commands(world, tmp_path, capsys):
     assert (spec.patch_size, spec.batch_size) == ((20, 16, 24), None)
     image = np.load(bundle / "parity.npz")["image"]
     for patches in (image, image[:, :, :16, :, :16]):
-        expected = create_backend("torch", bundle, spec).run(np.ascontiguousarray(patches))
-        got = create_backend("onnxruntime", bundle, spec).run(patches)
+        expected = create_engine("torch", bundle, spec).run(np.ascontiguousarray(patches))
+        got = create_engine("onnxruntime", bundle, spec).run(patches)
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(SystemExit):
         aliases.resenc_distillation_export_onnx([*export, str(tmp_path / "c"), "-da", "-fix"])
@@ -418,7 +418,7 @@ class TestPrimus:
         assert not any("Sequence" in node.op_type for node in after.node)
         image = np.load(plain / "parity.npz")["image"]
         logits = [
-            create_backend(name, folder, load_bundle_spec(folder)).run(image)
+            create_engine(name, folder, load_bundle_spec(folder)).run(image)
             for name, folder in (("onnxruntime", plain), ("onnxruntime", simple), ("torch", simple))
         ]
         for got in logits[1:]:  # torch finds the weights in the simplified file by their names
