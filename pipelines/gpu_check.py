@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.engines.base import Settings
+from fastnnunet.engines.base import Precision, Settings
 from fastnnunet.engines.devices import Device
 from fastnnunet.engines.registry import create_engine
 from fastnnunet.engines.tensorrt import TensorRTEngine
+from fastnnunet.engines.trt.build import LABEL_AGREEMENT
 from fastnnunet.engines.trt.cuda import Cuda
-from fastnnunet.export.tensorrt import LABEL_AGREEMENT, EnginePrecision, export_engines
+from fastnnunet.export.tensorrt import export_engines
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from pipelines.common import run
 
 
-def check(bundle: Path, precision: EnginePrecision, library: str | None = None, repeat: int = 50) -> dict[str, Any]:
+def check(bundle: Path, precision: Precision, library: str | None = None, repeat: int = 50) -> dict[str, Any]:
     """The part of the record for one precision."""
     cuda = Cuda()
     start = time.perf_counter()

@@ -15,9 +15,9 @@ from fastnnunet.engines.registry import create_engine, is_installed
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.export.onnx import to_onnx
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.graph import GraphSpec

@@ -205,7 +205,7 @@ def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
 
 @needs_nncf
 def test_both_backends_and_bf16(bundle: Path, real: Path) -> None:
-    from fastnnunet.nnunet.engines import cpu_has_bf16
+    from fastnnunet.engines.torch import cpu_has_bf16
 
     precisions = ("int8", "bf16") if cpu_has_bf16() else ("int8",)
     done = quantize_bundle(onnx_job(bundle, real, backends=(), precisions=precisions))

@@ -379,7 +379,7 @@ class TestPrimus:
             predictor.network.load_state_dict(weights)
             with torch.inference_mode():
                 expected = predictor.network.eval()(torch.from_numpy(patch[None]))
-            np.testing.assert_allclose(loaded.engine.logits(fold, patch[None]), expected, atol=1e-5)
+            np.testing.assert_allclose(loaded.engines[fold].run(patch[None]), expected, atol=1e-5)
         build_cache(prepare_job(source, factory, job.cache, root, command="rebuild"))
         folder = train_student(job, validate=True)
         weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]

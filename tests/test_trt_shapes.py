@@ -18,12 +18,12 @@ from onnx import numpy_helper
 from fastnnunet.engines import registry
 from fastnnunet.engines.registry import create_engine
 from fastnnunet.engines.trt.library import find_library
+from fastnnunet.engines.trt.stepwise import run_stepwise
 from fastnnunet.engines.trt.store import write_engine
 from fastnnunet.errors import BackendError, MismatchError, ParityError, SpecError
 from fastnnunet.export.graph import fix_batch
-from fastnnunet.export.onnx import to_onnx
-from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.export.tensorrt import engine_key, export_engines, make_graph
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file

@@ -17,8 +17,8 @@ from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
+from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.engines import resolve_precision
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cascade import previous_folder
 from fastnnunet.nnunet.files.cases import open_cases

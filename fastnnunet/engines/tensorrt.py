@@ -17,7 +17,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from fastnnunet.engines.base import Array, Precision, Settings
+from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
 from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.engines.trt.library import Library, find_library, installed_names
@@ -78,6 +78,18 @@ class TensorRTEngine:
         cuda = require_gpu(settings.device.index)
         library, stored = choose_stored(bundle_dir, spec, settings.precision, cuda.architecture())
         return cls(library, stored, cuda, settings.precision)
+
+    @classmethod
+    def of_network(cls, network: LiveNetwork, settings: Settings) -> Self:
+        from fastnnunet.engines.trt.build import engine_of_network
+
+        cuda, library = require_gpu(settings.device.index), find_library()
+        return cls(
+            library,
+            engine_of_network(network, settings.precision, library, cuda.architecture()),
+            cuda,
+            settings.precision,
+        )
 
     def run(self, batch_NCX: Array) -> Array:
         if batch_NCX.ndim < 2 or batch_NCX.shape[1:] != self._key.input_shape or not len(batch_NCX):

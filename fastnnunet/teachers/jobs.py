@@ -1,18 +1,18 @@
 """Caches as commands ask for them: a teacher and a recipe by name become a cache to build or to find."""
 
 import dataclasses
-import itertools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.store.storage import Place
-from fastnnunet.nnunet.engines import EngineName, Precision
+from fastnnunet.engines.labelling import labelling_precisions
+from fastnnunet.engines.registry import ENGINES
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -80,9 +80,10 @@ def find_for_training(job: CacheJob) -> Place:
     identity = job.identity
     if not job.path.is_dir():
         factory = cast(NnUNetTeacher, job.factory)
-        precisions = get_args(Precision) if spec.precision == "auto" else (factory.precision,)
-        engines = get_args(EngineName) if spec.engine == "auto" else (factory.engine,)
-        for precision, engine in itertools.product(precisions, engines):
+        engines = ENGINES if spec.engine == "auto" else (factory.engine,)
+        for engine, precision in ((e, p) for e in engines for p in labelling_precisions(e)):
+            if spec.precision not in ("auto", precision):
+                continue
             other = dataclasses.replace(factory, precision=precision, engine=engine)
             alternative = build_identity(job.cases, other, spec)
             if (job.root / cache_name(alternative)).is_dir():

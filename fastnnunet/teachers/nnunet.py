@@ -3,27 +3,22 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
+from fastnnunet.engines.labelling import resolve_device, resolve_engine, resolve_precision
+from fastnnunet.engines.mirrors import mirrored
+from fastnnunet.engines.registry import engine_of_network
 from fastnnunet.errors import MismatchError
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
-from fastnnunet.nnunet.engines import (
-    Engine,
-    EngineName,
-    Fold,
-    OpenVINOEngine,
-    Precision,
-    TorchEngine,
-    resolve_engine,
-    resolve_precision,
-)
 from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.files.plans import (
     build_network,
@@ -34,12 +29,10 @@ from fastnnunet.nnunet.files.plans import (
     num_input_channels,
     read_json,
 )
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.nnunet.reference import fold_reference
-from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.specs.teacher import Fold, TeacherSpec
 from fastnnunet.teachers.deviation import measure_deviation, middle
-
-if TYPE_CHECKING:
-    import torch
 
 MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
 PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through the networks one mirror at a time
@@ -56,7 +49,7 @@ class NnUNetTeacher:
     mirroring: bool
     step_size: float
     precision: Precision
-    engine: EngineName
+    engine: str  # as in ENGINES
     unseen: dict[str, tuple[Fold, ...]]  # case -> folds whose training set did not contain it
     trainer: str = "nnUNetTrainer"  # named in the checkpoints; it builds the network
 
@@ -146,22 +139,25 @@ class NnUNetTeacher:
         return num_input_channels(*configuration_of(self.plans, self.configuration), self.dataset_json)
 
     def load(self, threads: int) -> "LoadedTeacher":
-        """Read all folds into the engine. Raises CorruptError, MismatchError."""
-        networks: dict[Fold, torch.nn.Module] = {}
+        """Read all folds into engines. Raises BackendError, CorruptError, MismatchError."""
+        settings = Settings(threads=threads, precision=self.precision, device=resolve_device(self.engine), apart=True)
+        channels, heads, patch_size = self.num_channels, self.num_heads, self.patch_size
+        engines: dict[Fold, Engine] = {}
         described = (self.plans, self.configuration, self.dataset_json)
         for fold in self.folds:
             weights, path = self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint
             check_fits(*described, self.trainer, weights, path)
             network = build_network(*described, trainer=self.trainer)
             load_weights(network, weights, path)
-            networks[fold] = network
-        engine: Engine
-        if self.engine == "openvino":
-            tile_C = (self.num_channels, *self.patch_size)
-            engine = OpenVINOEngine(networks, self.precision, threads, tile_C, self.num_heads)
-        else:
-            engine = TorchEngine(networks, self.precision, threads)
-        return LoadedTeacher(self, engine, self.num_heads, self.mirror_axes())
+            live = LiveNetwork(
+                module=network,
+                channels=channels,
+                num_heads=heads,
+                patch_size=patch_size,
+                to_onnx=partial(_onnx_bytes, network, channels, patch_size),
+            )
+            engines[fold] = engine_of_network(self.engine, live, settings)
+        return LoadedTeacher(self, engines, heads, self.mirror_axes())
 
 
 @dataclass
@@ -169,7 +165,7 @@ class LoadedTeacher:
     """The ensemble in memory."""
 
     recipe: NnUNetTeacher
-    engine: Engine
+    engines: Mapping[Fold, Engine]
     num_heads: int
     mirror_axes: tuple[int, ...]
 
@@ -196,22 +192,14 @@ class LoadedTeacher:
     def _tile(
         self, tile_CZYX: np.ndarray, folds: Sequence[Fold], per_fold: Callable[[np.ndarray], np.ndarray] | None
     ) -> np.ndarray:
-        tile_C = tile_CZYX.reshape(len(tile_CZYX), *self.recipe.patch_size)
-        flips = [
-            tuple(axis + 1 for axis in axes)
-            for count in range(len(self.mirror_axes) + 1)
-            for axes in itertools.combinations(self.mirror_axes, count)
-        ]
-        small = 4 * self.num_heads * tile_C[0].size <= PARALLEL_BYTES
-        groups = [flips] if small else [[axes] for axes in flips]
+        tile_1CX = np.ascontiguousarray(tile_CZYX.reshape(1, len(tile_CZYX), *self.recipe.patch_size))
+        small = 4 * self.num_heads * math.prod(self.recipe.patch_size) <= PARALLEL_BYTES
+        at_once = 2 ** len(self.mirror_axes) if small else 1
         total: np.ndarray | None = None
         for fold in folds:
-            mean = np.zeros((self.num_heads, *tile_C.shape[1:]), np.float32)
-            for group in groups:
-                batch = np.stack([np.flip(tile_C, axes) for axes in group])
-                for logits, axes in zip(self.engine.logits(fold, batch), group, strict=True):
-                    mean += np.flip(logits, axes)
-            mean /= len(flips)
+            (mean,) = mirrored(self.engines[fold].run, tile_1CX, self.mirror_axes, at_once=at_once)
+            if not self.mirror_axes:
+                mean = mean.copy()  # out of the engine's own memory
             values = mean if per_fold is None else per_fold(mean)
             if total is None:
                 total = values
@@ -253,6 +241,10 @@ class LoadedTeacher:
         return next(logits for _, logits in self.blocks(patch_CZYX, (fold,), patch_CZYX.shape[1:]))
 
 
+def _onnx_bytes(network: Any, channels: int, patch_size: tuple[int, ...]) -> bytes:
+    return to_onnx(network, channels, patch_size).SerializeToString()
+
+
 def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
     return np.dtype(np.float32 if 4 * heads * window.peak_voxels() <= MEANS_BYTES else np.float16)
 
@@ -274,7 +266,7 @@ def make_teacher(
         )
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     trainer = load_checkpoint(folder / f"fold_{spec.folds[0]}" / spec.checkpoint)["trainer_name"]
-    architecture = network_class_name(plans, spec.configuration, dataset_json, trainer)
+    engine = resolve_engine(engine, network_class_name(plans, spec.configuration, dataset_json, trainer))
     return NnUNetTeacher(
         folder,
         spec.configuration,
@@ -282,8 +274,8 @@ def make_teacher(
         spec.checkpoint,
         mirroring,
         step_size,
-        resolve_precision(precision),
-        resolve_engine(engine, architecture),
+        resolve_precision(precision, engine),
+        engine,
         unseen,
         trainer,
     )

@@ -28,7 +28,9 @@ from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, plan_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import ABSENT
-from fastnnunet.nnunet.engines import OpenVINOEngine, resolve_precision
+from fastnnunet.engines.base import LiveNetwork, Settings
+from fastnnunet.engines.labelling import resolve_precision
+from fastnnunet.engines.openvino import OpenVINOEngine
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.teachers.nnunet import LoadedTeacher, NnUNetTeacher
@@ -119,8 +121,11 @@ class BigTeacher(NnUNetTeacher):
             head.weight.normal_(0, 2.5)
             head.bias.normal_(-8, 2)
             head.bias[0] = 8
-        engine = OpenVINOEngine({0: network}, self.precision, threads, (1, *self.patch_size), self.heads)
-        return NoReference(self, engine, self.heads, ())
+        live = LiveNetwork(
+            module=network, channels=1, num_heads=self.heads, patch_size=self.patch_size, to_onnx=lambda: b""
+        )
+        engine = OpenVINOEngine.of_network(live, Settings(threads=threads, precision=self.precision, apart=True))
+        return NoReference(self, {0: engine}, self.heads, ())
 
 
 class NoReference(LoadedTeacher):

@@ -1,16 +1,16 @@
-"""Student checkpoint -> ONNX graph, checked node by node."""
+"""A network of PyTorch -> ONNX graph, checked node by node."""
 
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from fastnnunet.errors import MismatchError, ParityError
+from fastnnunet.specs.bundle import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
-INPUT, OUTPUT = "image", "logits"
 OPSET = 18
 
 
