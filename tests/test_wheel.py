@@ -67,7 +67,8 @@ def test_runs_on_other_linux_machines(wheel: Path, python: Path) -> None:
     assert all(tag.platform.startswith("manylinux_2_") for tag in tags_of(wheel))
     code = (
         "import numpy as np, fastnnunet.native as native; "
-        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'fastnnunet_core' in line})"
+        "lines = [line for line in open('/proc/self/maps') if 'libgomp' in line or 'fastnnunet_core' in line]; "
+        "print(*{line.split()[-1] for line in lines})"
     )
     loaded = subprocess.run([python, "-I", "-c", code], env=bare(python), capture_output=True, text=True, check=True)
     files = {Path(word) for word in loaded.stdout.split()}
