@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.distill.unlabelled import UnlabelledJob
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.images import UnlabelledJob
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -128,7 +128,7 @@ def build(
         typer.echo(f"error: {failure}", err=True)
         raise typer.Exit(1)
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import list_foreground
+        from fastnnunet.teachers.images import list_foreground
 
         with cases_progress("listing foreground") as listing:
             list_foreground(unlabelled, cache, workers, listing)
@@ -319,7 +319,7 @@ def _request(
 def _job(request: "Request") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     from fastnnunet.cli.cache_view import digest_progress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     with digest_progress() as progress:
         return cache_job(
@@ -333,7 +333,7 @@ def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "U
         if name is not None:
             raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
-    from fastnnunet.distill.unlabelled import open_images
+    from fastnnunet.teachers.images import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
 

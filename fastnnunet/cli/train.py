@@ -149,7 +149,7 @@ def train(
         where="options",
     )
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import named_set
+        from fastnnunet.teachers.images import named_set
 
         set_name = named_set(teacher, recipe, unlabelled, place, spec)
         distill = dataclasses.replace(distill, unlabelled=set_name)
