@@ -9,9 +9,8 @@ from typing import Any
 from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
 from fastnnunet.cache.build import CaseDone, build_cache
-from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.distill.train import TrainingJob, TrainingState, reached_checkpoint, run_folder, train_students
-from fastnnunet.engines.base import available_cores, is_installed
+from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
@@ -23,6 +22,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_job
 from pipelines.demo_data import make_dataset
 from pipelines.steps import Report
 

@@ -13,15 +13,17 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from scipy.special import softmax
 
+from fastnnunet.engines.base import Settings
+from fastnnunet.engines.labelling import resolve_engine
+from fastnnunet.engines.torch import TorchEngine, cpu_has_bf16
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.geometry.grid import tile_slices
 from fastnnunet.geometry.padding import centre_padding, inner_slices
-from fastnnunet.nnunet.dataset import open_teacher
-from fastnnunet.nnunet.engines import TorchEngine, cpu_has_bf16, resolve_engine
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
 from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.tiny import DATASET
 
 SPEC = TeacherSpec(dataset="998")
@@ -59,7 +61,7 @@ def well_weighted(shape_zyx, patch_size):
     return out
 
 
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnxruntime"])
 @pytest.mark.parametrize(("folds", "mirroring"), [((0, 1, 2, 3, 4), True), ((2,), False)])
 def test_logits_equal_nnunets(world, folds, mirroring, engine):
     cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, mirroring=mirroring, engine=engine))
@@ -120,18 +122,18 @@ def test_a_batch_too_large_for_the_device_is_halved():
                 raise torch.OutOfMemoryError("no room")
             return 2 * x
 
-    engine = TorchEngine({0: Small()}, "fp32", 1)
-    engine._batch = 8
+    engine = TorchEngine(Small(), Settings(threads=1))
     tiles = np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1, 1)
-    np.testing.assert_array_equal(engine.logits(0, tiles), 2 * tiles)
+    np.testing.assert_array_equal(engine.run(tiles), 2 * tiles)
     assert seen == [8, 4, 2, 2, 2, 2]
-    engine.logits(0, tiles[:2])
+    engine.run(tiles[:2])
     assert seen[6:] == [2]
 
 
 THREADS = """
 import os, numpy as np, torch
-from fastnnunet.nnunet.engines import OpenVINOEngine
+from fastnnunet.engines.base import LiveNetwork, Settings
+from fastnnunet.engines.openvino import OpenVINOEngine
 
 class Watched:  # looks at the threads while a tile is computed: pinning shows at no other time
     def __init__(self, queue):
@@ -148,9 +150,10 @@ class Watched:  # looks at the threads while a tile is computed: pinning shows a
 
 seen = set()
 network = torch.nn.Sequential(torch.nn.Conv3d(1, 16, 3), torch.nn.Conv3d(16, 16, 3), torch.nn.Conv3d(16, 2, 3))
-engine = OpenVINOEngine({0: network}, "fp32", 1, (1, 24, 24, 24), 2)
-engine._queues[0] = Watched(engine._queues[0])
-engine.logits(0, np.zeros((12, 1, 24, 24, 24), np.float32))
+network = LiveNetwork(module=network, channels=1, num_heads=2, patch_size=(24, 24, 24), to_onnx=bytes)
+engine = OpenVINOEngine.of_network(network, Settings(threads=1, apart=True))
+engine._queue = Watched(engine._queue)
+engine.run(np.zeros((12, 1, 24, 24, 24), np.float32))
 print(sorted(seen), len(os.sched_getaffinity(0)))
 """
 

@@ -150,12 +150,12 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.cli.train import parse_folds, run_job, wait_passively
 
     wait_passively()
-    from fastnnunet.distill.soft_labels import cache_for_training
     from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.jobs import cache_for_training
 
     settings = {
         "alpha": args.a,
@@ -196,7 +196,7 @@ def _train(args: argparse.Namespace) -> None:
 def _build_cache(job: "TrainingJob", reason: str) -> None:
     from fastnnunet.cache.build import build_cache
     from fastnnunet.cli.cache_view import BuildProgress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     cache = cache_job(job.teacher, job.cache)
     print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes: {cache.path}", file=sys.stderr)

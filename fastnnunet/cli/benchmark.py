@@ -73,9 +73,10 @@ def benchmark(
     from fastnnunet.bench.job import BenchmarkJob
     from fastnnunet.bench.report.headline import headline
     from fastnnunet.bench.report.plot import plot_benchmark
+    from fastnnunet.bench.report.table import benchmark_table
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.engines.base import Precision
-    from fastnnunet.evaluate.tables import benchmark_table, wide_console
+    from fastnnunet.evaluate.tables import wide_console
     from fastnnunet.specs.provenance import write_json
     from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.system.files import check_output_folder

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.distill.unlabelled import UnlabelledJob
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.images import UnlabelledJob
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +39,12 @@ LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+Engine = Annotated[
+    Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] | None,
+    typer.Option(
+        "--engine", help="What runs the teacher [default: the recipe's]; auto: the fastest of torch, openvino."
+    ),
+]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
@@ -62,6 +68,7 @@ def build(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -89,8 +96,10 @@ def build(
     from fastnnunet.cache.build import CasesFailedError, build_cache
     from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     unlabelled = _unlabelled(request, images, name)
     if unlabelled is None:
         job = _job(request)
@@ -119,7 +128,7 @@ def build(
         typer.echo(f"error: {failure}", err=True)
         raise typer.Exit(1)
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import list_foreground
+        from fastnnunet.teachers.images import list_foreground
 
         with cases_progress("listing foreground") as listing:
             list_foreground(unlabelled, cache, workers, listing)
@@ -138,6 +147,7 @@ def plan(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -159,8 +169,10 @@ def plan(
     from fastnnunet.cache.store.folder import require_root
     from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     unlabelled = _unlabelled(request, images, name)
     missing: list[str] = []
     if unlabelled is None:
@@ -279,6 +291,7 @@ def _request(
     checkpoint: str,
     spec_file: Path | None,
     temperature: float | None,
+    engine: str | None,
     root: str | None,
     previous: str | None,
 ) -> "Request":
@@ -297,7 +310,7 @@ def _request(
         checkpoint=checkpoint,
         previous=previous,
     )
-    recipe = recipe_of(spec_file, temperature)
+    recipe = recipe_of(spec_file, temperature, engine)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
@@ -306,7 +319,7 @@ def _request(
 def _job(request: "Request") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     from fastnnunet.cli.cache_view import digest_progress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     with digest_progress() as progress:
         return cache_job(
@@ -320,21 +333,24 @@ def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "U
         if name is not None:
             raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
-    from fastnnunet.distill.unlabelled import open_images
+    from fastnnunet.teachers.images import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
 
 
-def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
+def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
     """Processes and threads per process: what was asked for, else up to four processes that share the CPUs.
 
-    With a GPU one process, since all of them would share it.
+    With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
+    from fastnnunet.engines.labelling import resolve_device
+
+    on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
     cpus = len(os.sched_getaffinity(0))
     if workers is None:
         import torch
 
-        workers = 1 if torch.cuda.is_available() else min(4, cpus)
+        workers = 1 if on_gpu or torch.cuda.is_available() else min(4, cpus)
     return workers, threads or max(1, cpus // max(1, workers))
 
 

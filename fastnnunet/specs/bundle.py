@@ -24,6 +24,7 @@ from fastnnunet.specs.load import build_spec
 
 FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
 MODEL_FILE = "model.onnx"
+INPUT, OUTPUT = "image", "logits"  # of a model file
 PRECISIONS = "precisions"  # of the provenance: precision -> backend -> how it compares with fp32
 
 

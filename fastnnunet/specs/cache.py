@@ -23,10 +23,12 @@ class CacheSpec:
     step_size: float = 0.5
     # logits: averaged over mirrors, tiles and folds, as nnU-Net does; probabilities: every fold's soft labels averaged
     pooling: Literal["logits", "probabilities"] = "logits"
-    engine: Literal["auto", "torch", "openvino"] = "auto"  # runs the teacher; auto = OpenVINO on a CPU if installed
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it
+    # runs the teacher; auto: OpenVINO on a CPU if installed, else PyTorch
+    engine: Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] = "auto"
+    # arithmetic of the teacher; auto: bf16 where the CPU and the engine have it, fp16 in TensorRT
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # layout: does not change a decoded value, so it is not part of the key
-    # measured (pipelines/measure/cache_layout.py; lz4, 2 channels, T = 3, random 128^3 patch): 32 takes 0.74 bytes per
+    # measured (measure/cache/cache_layout.py; lz4, 2 channels, T = 3, random 128^3 patch): 32 takes 0.74 bytes per
     # voxel and 3.7 ms, 24 0.93 and 4.4, 16 1.07 and 6.7; 48 0.77 and 3.5, 64 0.69 and 4.3
     chunk_zyx: tuple[int, int, int] = (32, 32, 32)  # aimed at: each axis is cut into about equal parts of this size
     # auto: zstd for small volumes, lz4 for large ones. zstd is a quarter smaller, but patches take 2 to 3 times as long

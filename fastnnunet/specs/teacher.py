@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from fastnnunet.errors import SpecError
 
+Fold = int | str
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSpec:
@@ -13,7 +15,7 @@ class TeacherSpec:
     configuration: str = "3d_fullres"
     plans: str = "nnUNetPlans"
     trainer: str = "nnUNetTrainer"
-    folds: tuple[int | str, ...] = (0, 1, 2, 3, 4)
+    folds: tuple[Fold, ...] = (0, 1, 2, 3, 4)
     checkpoint: str = "checkpoint_final.pth"
     previous: str | None = None  # of a cascade: folder of the previous stage's predictions, or `teacher` for nnU-Net's
 

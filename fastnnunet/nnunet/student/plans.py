@@ -131,7 +131,7 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     """Full resolution costs most: one in-plane convolution ([1, 3, 3]) on each side of it.
 
     OpenVINO in bfloat16, 128^3, r=4, two cores with other load, fastest of seven runs: width 0.595 s; one convolution
-    0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (pipelines/measure/lite_student.py). [1, 3, 3] halves the time and
+    0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (measure/train/lite_student.py). [1, 3, 3] halves the time and
     still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
     axes = 2 if "2d" in str(kwargs.get("conv_op")) else 3
