@@ -150,10 +150,10 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.cli.train import run_job, wait_passively
 
     wait_passively()
-    from fastnnunet.distill.soft_labels import cache_for_training
     from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.load import build_spec
+    from fastnnunet.teachers.jobs import cache_for_training
 
     named = {name: getattr(args, name) for name in ("dataset", "configuration", "plans", "trainer", "checkpoint")}
     trained = ("alpha", "temperature", "epochs", "iterations_per_epoch", "optimizer", "start")
@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace) -> None:
 def _build_cache(job: "TrainingJob", reason: str) -> None:
     from fastnnunet.cache.build import build_cache
     from fastnnunet.cli.parts.cache_view import BuildProgress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     cache = cache_job(job.teacher, job.cache)
     print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes: {cache.path}", file=sys.stderr)

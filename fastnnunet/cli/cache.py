@@ -11,14 +11,14 @@ from fastnnunet.cli.parts import options
 from fastnnunet.cli.parts.choices import recipe_of, teacher_of
 from fastnnunet.cli.parts.fields import Asked, spread
 from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.specs.cache import CacheSpec, TeacherEngine
 
 if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.distill.unlabelled import UnlabelledJob
-    from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.images import UnlabelledJob
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +41,7 @@ LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+Engine = Annotated[TeacherEngine | None, options.option(CacheSpec, "engine", panel=options.TEACHER)]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
@@ -49,7 +50,7 @@ class Request:
     """Which cache is meant."""
 
     teacher: "TeacherSpec"
-    recipe: "CacheSpec"
+    recipe: CacheSpec
     recipe_file: Path | None
     place: "Place | None"
 
@@ -61,6 +62,7 @@ def build(
     fold: options.Folds = None,
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -88,8 +90,8 @@ def build(
     from fastnnunet.cache.build import CasesFailedError, build_cache
     from fastnnunet.cli.parts.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
 
-    request = _request(teacher, fold, previous, spec, temperature, root)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(teacher, fold, previous, spec, temperature, engine, root)
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     unlabelled = _unlabelled(request, images, name)
     if unlabelled is None:
         job = _job(request)
@@ -118,7 +120,7 @@ def build(
         typer.echo(f"error: {failure}", err=True)
         raise typer.Exit(1)
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import list_foreground
+        from fastnnunet.teachers.images import list_foreground
 
         with cases_progress("listing foreground") as listing:
             list_foreground(unlabelled, cache, workers, listing)
@@ -134,6 +136,7 @@ def plan(
     fold: options.Folds = None,
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -155,8 +158,8 @@ def plan(
     from fastnnunet.cache.store.folder import require_root
     from fastnnunet.cli.parts.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
 
-    request = _request(teacher, fold, previous, spec, temperature, root)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(teacher, fold, previous, spec, temperature, engine, root)
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     unlabelled = _unlabelled(request, images, name)
     missing: list[str] = []
     if unlabelled is None:
@@ -272,6 +275,7 @@ def _request(
     previous: str | None,
     spec_file: Path | None,
     temperature: float | None,
+    engine: str | None,
     root: str | None,
 ) -> "Request":
     """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
@@ -279,7 +283,7 @@ def _request(
 
     place = None if root is None else place_at(root)
     ensemble = teacher_of(teacher, folds, previous)
-    recipe = recipe_of(spec_file, temperature)
+    recipe = recipe_of(spec_file, temperature, engine)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
     return Request(teacher=ensemble, recipe=recipe, recipe_file=spec_file, place=place)
@@ -288,7 +292,7 @@ def _request(
 def _job(request: "Request") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     from fastnnunet.cli.parts.cache_view import digest_progress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     with digest_progress() as progress:
         return cache_job(
@@ -302,21 +306,24 @@ def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "U
         if name is not None:
             raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
-    from fastnnunet.distill.unlabelled import open_images
+    from fastnnunet.teachers.images import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
 
 
-def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
+def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
     """Processes and threads per process: what was asked for, else up to four processes that share the CPUs.
 
-    With a GPU one process, since all of them would share it.
+    With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
+    from fastnnunet.engines.labelling import resolve_device
+
+    on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
     cpus = len(os.sched_getaffinity(0))
     if workers is None:
         import torch
 
-        workers = 1 if torch.cuda.is_available() else min(4, cpus)
+        workers = 1 if on_gpu or torch.cuda.is_available() else min(4, cpus)
     return workers, threads or max(1, cpus // max(1, workers))
 
 

@@ -78,7 +78,7 @@ def train(
     }
     distill = build_spec(DistillSpec, training | settings, where="options")
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import named_set
+        from fastnnunet.teachers.images import named_set
 
         set_name = named_set(ensemble, recipe, unlabelled, place, spec)
         distill = dataclasses.replace(distill, unlabelled=set_name)

@@ -28,13 +28,14 @@ def teacher_of(asked: Asked, folds: list[str] | None, previous: str | None = Non
     return TeacherSpec(**asked, **named, previous=previous)
 
 
-def recipe_of(spec: Path | None, temperature: float | None) -> "CacheSpec":
-    """The cache recipe of `--spec`, else the default one, at its own temperature unless `-temp` gives another."""
+def recipe_of(spec: Path | None, temperature: float | None, engine: str | None = None) -> "CacheSpec":
+    """The cache recipe of `--spec`, else the default one, at its own temperature and engine unless others are given."""
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.load import load_yaml_spec
 
     recipe = CacheSpec() if spec is None else load_yaml_spec(CacheSpec, spec)
-    return recipe if temperature is None else dataclasses.replace(recipe, temperature=temperature)
+    given: Asked = {"temperature": temperature, "engine": engine}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def student_specs(
