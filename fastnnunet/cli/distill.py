@@ -69,7 +69,7 @@ def auto(
     wait_passively()
     from fastnnunet.bench.report.plot import plot_sizes
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.cache_view import cases_progress
+    from fastnnunet.cli.parts.cache_view import cases_progress
     from fastnnunet.distill.train import TrainingJob
     from fastnnunet.release.auto import auto_size
     from fastnnunet.specs.distill import DistillSpec
