@@ -25,17 +25,23 @@ app = typer.Typer(
     help="Stage 1: run the teacher ensemble once over every case and store its soft labels.",
 )
 
-AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name (default: all).")]
+AnyDataset = Annotated[str | None, options.ask("-d --dataset", "Data set id or name (default: all).")]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", help="Label this folder of images without labels instead (CASE_0000.nii.gz ...)."),
+    options.ask(
+        "--images", "Label this folder of images without labels instead (CASE_0000.nii.gz ...).", options.CASES
+    ),
 ]
-SetName = Annotated[str | None, typer.Option("--name", help="With --images: name of the set (default: the folder's).")]
-Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
+SetName = Annotated[
+    str | None, options.ask("--name", "With --images: name of the set (default: the folder's).", options.CASES)
+]
+Cases = Annotated[
+    list[str] | None, options.ask("--case", "Only these cases; damaged ones are replaced.", options.CASES)
+]
+Workers = Annotated[int | None, options.ask("--workers", "Processes; 0: none but this one.", options.RUN, min=0)]
+Threads = Annotated[int | None, options.ask("--threads", "CPU threads per process.", options.RUN, min=1)]
 MemoryLimit = Annotated[
-    float, typer.Option("--memory-limit", min=0.1, help="GiB a worker may use beyond the teacher's weights.")
+    float, options.ask("--memory-limit", "GiB a worker may use beyond the teacher's weights.", options.RUN, min=0.1)
 ]
 LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
@@ -71,7 +77,7 @@ def build(
     workers: Workers = None,
     threads: Threads = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
+        str | None, options.ask("--scheduler", "Use this dask cluster, e.g. tcp://host:8786.", options.RUN)
     ] = None,
     memory_limit: MemoryLimit = 4.0,
     allow_code: options.AllowCode = False,
@@ -146,7 +152,9 @@ def plan(
     threads: Threads = None,
     memory_limit: MemoryLimit = 4.0,
     allow_code: options.AllowCode = False,
-    timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
+    timing: Annotated[
+        bool, options.ask("--time/--no-time", "Load the teacher and time one patch.", options.RUN)
+    ] = True,
 ) -> None:
     """Say what a build would write, need and take. Writes nothing; exit code 2 when disk or memory is too small.
 
@@ -246,10 +254,8 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: o
 def gc(
     dataset: AnyDataset = None,
     root: options.CacheRoot = None,
-    damaged: Annotated[
-        bool, typer.Option("--damaged", help="Read every case and remove the damaged ones too.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    damaged: Annotated[bool, options.ask("--damaged", "Read every case and remove the damaged ones too.")] = False,
+    dry_run: Annotated[bool, options.ask("--dry-run", "Only say what would be removed.")] = False,
 ) -> None:
     """Remove what interrupted builds left behind. Valid cases and the work of running builders are never touched.
 

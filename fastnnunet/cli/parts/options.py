@@ -14,7 +14,8 @@ from fastnnunet.specs.teacher import TeacherSpec
 
 # headings of help; what everyone needs stands above them, under none
 TEACHER, CACHE, STUDENT, TRAINING = "Teacher", "Cache", "Student", "Training"
-GRAPH, LABELS, RUN = "Exported graph", "Tidying of labels", "How it runs"
+GRAPH, MODEL, CASES, MEASURED = "Exported graph", "Model", "Cases", "What is measured"
+OUTPUT, LABELS, RUN = "Output", "Tidying of labels", "How it runs"
 
 
 def _allow_code(context: typer.Context, wanted: bool) -> bool:
