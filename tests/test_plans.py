@@ -526,6 +526,6 @@ def test_versions_are_those_of_pyproject():
     from packaging.requirements import Requirement
 
     extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = {r.name: r.specifier for r in map(Requirement, extras["train"])}
+    wanted = {r.name: r.specifier for r in map(Requirement, extras["store"] + extras["train"])}
     for package, oldest in OLDEST.items():
         assert f">={oldest}" in {str(s) for s in wanted[package]}

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -40,6 +40,12 @@ LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+Engine = Annotated[
+    Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] | None,
+    typer.Option(
+        "--engine", help="What runs the teacher [default: the recipe's]; auto: the fastest of torch, openvino."
+    ),
+]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
@@ -63,6 +69,7 @@ def build(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -91,8 +98,10 @@ def build(
     from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
     from fastnnunet.nnunet.files.model import model_folder_of
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     files = model_folder_of(request.teacher, keep=request.teacher.folds if workers == 0 and scheduler is None else ())
     unlabelled = _unlabelled(request, images, name, files)
     if unlabelled is None:
@@ -141,6 +150,7 @@ def plan(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -163,8 +173,10 @@ def plan(
     from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
     from fastnnunet.nnunet.files.model import model_folder_of
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     files = model_folder_of(request.teacher, keep=request.teacher.folds if timing else ())
     unlabelled = _unlabelled(request, images, name, files)
     missing: list[str] = []
@@ -284,6 +296,7 @@ def _request(
     checkpoint: str,
     spec_file: Path | None,
     temperature: float | None,
+    engine: str | None,
     root: str | None,
     previous: str | None,
 ) -> "Request":
@@ -302,7 +315,7 @@ def _request(
         checkpoint=checkpoint,
         previous=previous,
     )
-    recipe = recipe_of(spec_file, temperature)
+    recipe = recipe_of(spec_file, temperature, engine)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
@@ -337,16 +350,19 @@ def _unlabelled(
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file, files)
 
 
-def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
+def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
     """Processes and threads per process: what was asked for, else up to four processes that share the CPUs.
 
-    With a GPU one process, since all of them would share it.
+    With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
+    from fastnnunet.engines.labelling import resolve_device
+
+    on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
     cpus = len(os.sched_getaffinity(0))
     if workers is None:
         import torch
 
-        workers = 1 if torch.cuda.is_available() else min(4, cpus)
+        workers = 1 if on_gpu or torch.cuda.is_available() else min(4, cpus)
     return workers, threads or max(1, cpus // max(1, workers))
 
 

@@ -32,6 +32,8 @@ def build_command(
     recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
     if spec.temperature_range is None and spec.temperature != recipe.temperature:
         words += ["--temp", f"{spec.temperature:g}"]
+    if spec.engine != recipe.engine:
+        words += ["--engine", spec.engine]
     if root is not None:
         words += ["--root", str(root)]
     return shlex.join(words)
