@@ -118,26 +118,8 @@ def test_a_field_is_an_option_of_both_command_lines_without_another_word():
     app.command()(cook)
     run = typer.main.get_command(app)
     run(["-n", "Ada"], standalone_mode=False)
-    run(
-        [
-            "--name",
-            "Bo",
-            "--salt",
-            "2",
-            "-b",
-            "3",
-            "--kind",
-            "thick",
-            "--herb",
-            "leek",
-            "--herb",
-            "mint",
-            "--cold",
-            "--stir",
-            "4",
-        ],
-        standalone_mode=False,
-    )
+    words = "--name Bo --salt 2 -b 3 --kind thick --herb leek --herb mint --cold --stir 4"
+    run(words.split(), standalone_mode=False)
     rich = Soup(name="Bo", salt=2.0, bowls=3, kind="thick", herbs=("leek", "mint"), hot=False)
     assert seen == [(Soup(name="Ada"), 1), (rich, 4)]
     headings = {p.name: (p.rich_help_panel, p.help) for p in run.params}
