@@ -29,6 +29,8 @@ $(VENV)/.installed: pyproject.toml $(NATIVE)
 
 install: $(VENV)/.installed
 
+# threads of torch that wait asleep: loaders and other work get the cores (two busy cores: a step in a fifth of the time)
+demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/python -m pipelines.demo
 

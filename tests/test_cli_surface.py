@@ -63,7 +63,7 @@ def line(names: str, kind: str, default: Any, rest: dict[str, Any]) -> str:
             *(
                 key if value is True else f"{key} {value}"
                 for key, value in rest.items()
-                if value not in (None, False, "")
+                if value is not None and value is not False and value != ""
             ),
         ]
     )

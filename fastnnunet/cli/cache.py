@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
+    from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.teachers.images import UnlabelledJob
@@ -94,14 +95,16 @@ def build(
     """
     from fastnnunet.cache.build import CasesFailedError, build_cache
     from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
+    from fastnnunet.nnunet.files.model import model_folder_of
 
     request = _request(
         dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
     )
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
-    unlabelled = _unlabelled(request, images, name)
+    files = model_folder_of(request.teacher, keep=request.teacher.folds if workers == 0 and scheduler is None else ())
+    unlabelled = _unlabelled(request, images, name, files)
     if unlabelled is None:
-        job = _job(request)
+        job = _job(request, files)
     else:
         with cases_progress("preprocessing images") as preprocessing:
             cases = unlabelled.preprocess(workers, preprocessing)
@@ -167,15 +170,17 @@ def plan(
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cache.store.folder import require_root
     from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
+    from fastnnunet.nnunet.files.model import model_folder_of
 
     request = _request(
         dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
     )
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
-    unlabelled = _unlabelled(request, images, name)
+    files = model_folder_of(request.teacher, keep=request.teacher.folds if timing else ())
+    unlabelled = _unlabelled(request, images, name, files)
     missing: list[str] = []
     if unlabelled is None:
-        job = _job(request)
+        job = _job(request, files)
     else:
         with cases_progress("reading images") as reading:
             expected, missing = unlabelled.expected(workers, reading)
@@ -315,18 +320,25 @@ def _request(
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
 
 
-def _job(request: "Request") -> "CacheJob":
+def _job(request: "Request", files: "ModelFolder") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
     from fastnnunet.cli.cache_view import digest_progress
     from fastnnunet.teachers.jobs import cache_job
 
     with digest_progress() as progress:
         return cache_job(
-            request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
+            request.teacher,
+            request.recipe,
+            root=request.place,
+            spec_file=request.recipe_file,
+            progress=progress,
+            files=files,
         )
 
 
-def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "UnlabelledJob | None":
+def _unlabelled(
+    request: "Request", images: Path | None, name: str | None, files: "ModelFolder"
+) -> "UnlabelledJob | None":
     """The unlabelled images that are asked for, or None. Raises SpecError, NotFoundError."""
     if images is None:
         if name is not None:
@@ -334,7 +346,7 @@ def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "U
         return None
     from fastnnunet.teachers.images import open_images
 
-    return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
+    return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file, files)
 
 
 def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
