@@ -1,6 +1,5 @@
 """`fastnnunet cache`: soft labels of the teacher ensemble, computed once and stored."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -335,9 +334,10 @@ def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple
     With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
     from fastnnunet.engines.labelling import resolve_device
+    from fastnnunet.engines.registry import available_cores
 
     on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
-    cpus = len(os.sched_getaffinity(0))
+    cpus = available_cores()
     if workers is None:
         import torch
 
