@@ -5,6 +5,7 @@ After a deliberate change: `python -m tests.test_cli_surface`, and commit what t
 
 import argparse
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -49,6 +50,7 @@ def clicked(leaf: Any) -> list[str]:
         }
         names = f"({place}) {parameter.name}" if positional else " ".join(parameter.opts)
         text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("pathlib.", "")
+        text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)  # as Python from 3.14 on writes it
         lines.append(line(names, text, parameter.default, rest))
     return lines
 
