@@ -10,6 +10,8 @@
 namespace fastnnunet {
 namespace {
 
+constexpr std::int64_t kLine = 16;  // voxels along x at once: what is read and what is written stays in the cache
+
 // The axes in the order in which `axis` (1 or 2) comes first, so that planes lie across the first.
 std::array<int, 3> axis_first(int axis) { return {axis, 0, 3 - axis}; }
 
@@ -26,10 +28,13 @@ void for_each_pair(const Volume<T>& volume, U* other, const std::array<int, 3>& 
     step[axes[1]] = shape[2];
     step[axes[2]] = 1;
     parallel_for(volume.shape[0], threads, [&](std::int64_t z) {
-        for (std::int64_t y = 0; y < volume.shape[1]; ++y) {
-            T* row = volume.row(z, y);
-            U* start = other + z * step[0] + y * step[1];
-            for (std::int64_t x = 0; x < volume.shape[2]; ++x) body(row[x], start[x * step[2]]);
+        for (std::int64_t first = 0; first < volume.shape[2]; first += kLine) {
+            const std::int64_t end = std::min(first + kLine, volume.shape[2]);
+            for (std::int64_t y = 0; y < volume.shape[1]; ++y) {
+                T* row = volume.row(z, y);
+                U* start = other + z * step[0] + y * step[1];
+                for (std::int64_t x = first; x < end; ++x) body(row[x], start[x * step[2]]);
+            }
         }
     });
 }
