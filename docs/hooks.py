@@ -21,7 +21,7 @@ def sources() -> dict[str, str]:
     """Path in the checkout -> path in the site, of every file that is written by hand or by a measurement."""
     found = {"README.md": "index.md"}
     found |= {name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}
-    pages = (*DOCS.glob("*.md"), *DOCS.glob("guides/*.md"))
+    pages = (*DOCS.glob("*.md"), *DOCS.glob("guides/*.md"), *DOCS.glob("design/*.md"))
     found |= {path.relative_to(ROOT).as_posix(): path.relative_to(DOCS).as_posix() for path in pages}
     records = (ROOT / "pipelines" / "results").iterdir()
     return found | {path.relative_to(ROOT).as_posix(): f"records/{path.name}" for path in records}

@@ -16,7 +16,8 @@ from fastnnunet.bench.job import BenchmarkJob
 from fastnnunet.bench.report.headline import headline
 from fastnnunet.bench.report.page import pictures_of, write_page
 from fastnnunet.bench.report.plot import plot_benchmark
-from fastnnunet.evaluate.tables import benchmark_table, wide_console
+from fastnnunet.bench.report.table import benchmark_table
+from fastnnunet.evaluate.tables import wide_console
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.teacher import TeacherSpec

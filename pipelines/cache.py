@@ -11,11 +11,11 @@ from rich.progress import Progress
 
 from fastnnunet.cache.build import CaseDone, build_cache
 from fastnnunet.cache.verify import verify_cache
-from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_job
 from pipelines.common import run
 
 

@@ -18,16 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.engines.base import create_backend
-from fastnnunet.engines.tensorrt import TensorRTBackend
+from fastnnunet.engines.base import Precision, Settings
+from fastnnunet.engines.devices import Device
+from fastnnunet.engines.registry import create_engine
+from fastnnunet.engines.tensorrt import TensorRTEngine
+from fastnnunet.engines.trt.build import LABEL_AGREEMENT
 from fastnnunet.engines.trt.cuda import Cuda
-from fastnnunet.export.tensorrt import LABEL_AGREEMENT, EnginePrecision, export_engines
+from fastnnunet.export.tensorrt import export_engines
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
 from pipelines.common import run
 
 
-def check(bundle: Path, precision: EnginePrecision, library: str | None = None, repeat: int = 50) -> dict[str, Any]:
+def check(bundle: Path, precision: Precision, library: str | None = None, repeat: int = 50) -> dict[str, Any]:
     """The part of the record for one precision."""
     cuda = Cuda()
     start = time.perf_counter()
@@ -37,11 +40,11 @@ def check(bundle: Path, precision: EnginePrecision, library: str | None = None, 
     spec, key = replace(spec, model_files=spec.model_files[:1]), built.stored.key
     free_before, _ = cuda.memory_bytes()
     start = time.perf_counter()
-    backend = TensorRTBackend(bundle, spec, 1, precision)
+    backend = TensorRTEngine.of_bundle(bundle, spec, Settings(threads=1, precision=precision, device=Device("cuda")))
     load_s = time.perf_counter() - start
     with np.load(bundle / "parity.npz") as parity:
         patches_NCX = parity["image"]
-    expected_NHX = create_backend("onnxruntime", bundle, spec).run(patches_NCX)
+    expected_NHX = create_engine("onnxruntime", bundle, spec).run(patches_NCX)
 
     differences, same, repeats_equal, timings = [], [], [], {}
     for size in range(key.min_batch, key.max_batch + 1):
@@ -69,7 +72,7 @@ def check(bundle: Path, precision: EnginePrecision, library: str | None = None, 
     }
 
 
-def _median_ms(backend: TensorRTBackend, batch_NCX: np.ndarray, repeat: int) -> float:
+def _median_ms(backend: TensorRTEngine, batch_NCX: np.ndarray, repeat: int) -> float:
     times = []
     for _ in range(repeat):
         start = time.perf_counter()

@@ -148,7 +148,7 @@ def _network(dims: int, channels: int, heads: int) -> tuple[Any, bytes]:
     import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    from fastnnunet.export.onnx import to_onnx
+    from fastnnunet.nnunet.onnx import to_onnx
 
     torch.manual_seed(dims * 100 + channels * 10 + heads)
     architecture = _architecture(dims)

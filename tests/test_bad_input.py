@@ -15,9 +15,9 @@ import torch
 
 from fastnnunet.api.conversions import device_name
 from fastnnunet.cli.main import main
-from fastnnunet.engines import base, devices
-from fastnnunet.engines.base import choose_backend
+from fastnnunet.engines import devices, registry
 from fastnnunet.engines.devices import Device
+from fastnnunet.engines.registry import choose_engine
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, NewerFormatError, SpecError
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.system.files import check_output_folder
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(registry, "cuda_device_count", lambda: 0)
 
 
 def _predict(model: ToyModel, source: Path, out: Path, *words: str) -> int:
@@ -226,36 +226,37 @@ class TestDevices:
 
     def test_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu, gpu, other_gpu = Device(), Device("cuda"), Device("cuda", 1)
-        monkeypatch.setattr(base, "cuda_device_count", lambda: 2)
-        monkeypatch.setattr(base, "is_installed", lambda name: name != "openvino")
-        assert choose_backend("auto") == choose_backend("auto", "cpu") == ("onnxruntime", cpu)
-        assert choose_backend("auto", "cuda") == choose_backend("tensorrt") == ("tensorrt", gpu)
-        assert choose_backend("onnxruntime") == ("onnxruntime", cpu)
-        assert choose_backend("onnxruntime", "cuda:0") == ("onnxruntime", gpu)
-        assert choose_backend("tensorrt", "cuda:1") == ("tensorrt", other_gpu)
+        monkeypatch.setattr(registry, "cuda_device_count", lambda: 2)
+        monkeypatch.setattr(registry, "is_installed", lambda name: name != "openvino")
+        assert choose_engine("auto") == choose_engine("auto", "cpu") == ("onnxruntime", cpu)
+        assert choose_engine("auto", "cuda") == choose_engine("tensorrt") == ("tensorrt", gpu)
+        assert choose_engine("onnxruntime") == ("onnxruntime", cpu)
+        assert choose_engine("onnxruntime", "cuda:0") == ("onnxruntime", gpu)
+        assert choose_engine("tensorrt", "cuda:1") == ("tensorrt", other_gpu)
         with pytest.raises(
             BackendError, match=r"-device cuda:2: this process sees 2 GPU\(s\), expected cuda to cuda:1"
         ):
-            choose_backend("auto", "cuda:2")
-        with pytest.raises(BackendError, match="torch computes on cpu, not on cuda"):
-            choose_backend("torch", "cuda")
+            choose_engine("auto", "cuda:2")
+        assert choose_engine("torch", "cuda") == ("torch", gpu)
+        with pytest.raises(BackendError, match="openvino computes on cpu, not on cuda"):
+            choose_engine("openvino", "cuda")
         with pytest.raises(BackendError, match="tensorrt computes on cuda, not on cpu"):
-            choose_backend("tensorrt", "cpu")
+            choose_engine("tensorrt", "cpu")
         for device in ("tpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0"):
             with pytest.raises(SpecError, match=f"device: got '{device}'"):
-                choose_backend("auto", device)
+                choose_engine("auto", device)
 
     def test_fastest_on_a_gpu_without_tensorrt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
 
-        monkeypatch.setattr(base, "cuda_device_count", lambda: 1)
-        monkeypatch.setattr(base, "is_installed", lambda name: name != "tensorrt")
+        monkeypatch.setattr(registry, "cuda_device_count", lambda: 1)
+        monkeypatch.setattr(registry, "is_installed", lambda name: name != "tensorrt")
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
         with pytest.raises(BackendError, match=r"(?s)pip install 'fastnnunet\[rtx\]'.*pip install onnxruntime-gpu"):
-            choose_backend("auto", "cuda")
+            choose_engine("auto", "cuda")
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-        assert choose_backend("auto", "cuda") == ("onnxruntime", Device("cuda"))
+        assert choose_engine("auto", "cuda") == ("onnxruntime", Device("cuda"))
 
     @pytest.mark.parametrize(
         ("given", "expected"),

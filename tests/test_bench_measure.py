@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastnnunet.bench.gpu_memory import GpuMeter
-from fastnnunet.bench.measure import Limit, Sample, Step, measure, plan_steps, speed_ratio, summarise
+from fastnnunet.bench.measure import Limit, Sample, TimedCase, measure, plan_steps, speed_ratio, summarise
 from fastnnunet.bench.worker import CaseRun, Runner, Worker
 from fastnnunet.errors import BackendError, BuildError
 from fastnnunet.specs.provenance import hardware, versions, write_json
@@ -19,7 +19,7 @@ from fastnnunet.specs.provenance import hardware, versions, write_json
 
 def test_arms_alternate() -> None:
     steps = plan_steps([Limit(cases=1, repeat=1), Limit(cases=2, repeat=2)])
-    assert steps == [Step(0, 0, 0), Step(1, 0, 0), Step(1, 1, 0), Step(1, 0, 1), Step(1, 1, 1)]
+    assert steps == [TimedCase(0, 0, 0), TimedCase(1, 0, 0), TimedCase(1, 1, 0), TimedCase(1, 0, 1), TimedCase(1, 1, 1)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The benchmark scripts at toy size: that they run, and that their figures are right where the answer is known."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +13,15 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from pipelines.measure import (
-    agreement,
+from pipelines.measure import beside, head
+from pipelines.measure.cache import bit_flips, cache_layout, kills, reader_speed, soft_maps, stage1_speed
+from pipelines.measure.predict import agreement, large_volume, many_classes_prediction, pre_post_speed, stock_agreement
+from pipelines.measure.train import (
     augmentation_speed,
-    bit_flips,
-    cache_layout,
-    kills,
-    large_volume,
     loader_speed,
-    many_classes_prediction,
     online_distillation,
     orphans,
-    pre_post_speed,
-    reader_speed,
-    soft_maps,
-    stage1_speed,
     step_speed,
-    stock_agreement,
     student_table,
 )
 from tests import test_distill_seeds
@@ -265,3 +259,26 @@ def test_many_classes_prediction():
     assert record["nnunetv2_bytes"]["total"] == 20 * (2 * 27 * 32 * 33 + 2 * 40 * 60 * 62 + 4 * 16**3)
     assert record["peak_bytes"] > record["sums_of_the_window_bytes"]
     assert "1 case(s) predicted with onnxruntime" in record["printed"]
+
+
+def test_a_record_beside_that_of_another_commit():
+    records = [{"versions": {"a": 1}, "median_s": {"soft": s, "fine": True}, "runs": [s], "cases": 2} for s in (3, 2)]
+    here, before = (dict(beside.figures(record)) for record in records)
+    assert here == {"median_s.soft": 3.0, "cases": 2.0}
+    table = beside.compare([here, here, {"median_s.soft": 6.0}], [before, {"median_s.soft": 1.0}, before])
+    assert table == {"median_s.soft": {"here": 3.0, "before": 2.0, "ratio": 3.0, "ratios": [1.5, 3.0, 3.0]}}
+
+
+def test_a_script_that_fails_beside_another_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="No module named"):
+        beside.run(Path(sys.executable), tmp_path, "no_such_script", [])
+
+
+def test_a_record_names_code_and_machine(tmp_path, capsys):
+    head.put({**head.header("nothing", packages={"numpy": np.__version__}), "figure": 1}, tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["what"] == "nothing"
+    assert record["versions"]["numpy"] == np.__version__
+    assert record["hardware"]["cores"] >= 1
+    assert str(tmp_path / "r.json") in capsys.readouterr().out
+    assert head.commit(tmp_path) is None

@@ -21,7 +21,7 @@ from fastnnunet.cache.store.reader import SoftLabelReader, fill_patch
 from fastnnunet.cache.store.shard import ABSENT, SHARD_NAME, ShardLayout, array_document, decode_chunk, layout_for
 from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.specs.cache import CacheSpec
-from pipelines.measure.cache_layout import pack, write_shard
+from pipelines.measure.cache.cache_layout import pack, write_shard
 from tests.cache_fakes import SHAPES, make_job
 
 

@@ -237,7 +237,7 @@ def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """`name:device`; what it computes on is asked before anything runs. The GPU is a number here, nothing is loaded."""
     monkeypatch.setenv("nnUNet_results", str(place / "results"))
     job = job_of(place, tmp_path, backends=("onnxruntime", "onnxruntime:cuda", "tensorrt"), same_network=False)
-    monkeypatch.setattr("fastnnunet.engines.base.cuda_device_count", lambda: 1)
+    monkeypatch.setattr("fastnnunet.engines.registry.cuda_device_count", lambda: 1)
     arms = prepare(job).arms[2:]
     assert [(arm.name, arm.device, arm.on_gpu) for arm in arms] == [
         ("bundle onnxruntime", "cpu", False),
@@ -251,7 +251,7 @@ def test_a_backend_on_a_gpu(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         prepare(replace(job, backends=("openvino:cuda",)))
     with pytest.raises(SpecError, match=r"got 'gpu'"):
         prepare(replace(job, backends=("onnxruntime:gpu",)))
-    monkeypatch.setattr("fastnnunet.engines.base.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("fastnnunet.engines.registry.cuda_device_count", lambda: 0)
     with pytest.raises(BackendError, match="a GPU is asked for"):
         prepare(job)
 

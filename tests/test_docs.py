@@ -32,6 +32,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *sorted((ROOT / "docs" / "design").glob("*.md")),
 ]
 OURS = ("fastnnunet ", "nnUNetv2_distillation_", "nnUNetv2_resenc_", "nnUNetv2_primus_", "torchrun ")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from fastnnunet.engines.base import create_backend, is_installed
+from fastnnunet.engines.registry import create_engine, is_installed
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.export.onnx import to_onnx
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.graph import GraphSpec
@@ -171,11 +171,11 @@ class TestShapesOfTheGraph:
             np.testing.assert_allclose(run_onnx(tmp_path / "dynamic", image), expected, atol=1e-3, rtol=1e-3)
         spec = load_bundle_spec(tmp_path / "dynamic")
         image = np.load(bundle / "parity.npz")["image"]
-        expected = create_backend("onnxruntime", bundle, spec).run(image)
+        expected = create_engine("onnxruntime", bundle, spec).run(image)
         for name in ("openvino", "torch"):
             if is_installed(name):
                 np.testing.assert_allclose(
-                    create_backend(name, tmp_path / "dynamic", spec).run(image), expected, atol=1e-3, rtol=1e-3
+                    create_engine(name, tmp_path / "dynamic", spec).run(image), expected, atol=1e-3, rtol=1e-3
                 )
 
     def test_fixed_batch(self, bundle, model_folder, tmp_path):
@@ -186,7 +186,7 @@ class TestShapesOfTheGraph:
             assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [3, channels, *PATCH]
         images = np.random.default_rng(0).normal(size=(7, 1, *PATCH)).astype(np.float32)
         spec = load_bundle_spec(tmp_path / "fixed")
-        backend = create_backend("onnxruntime", tmp_path / "fixed", spec)
+        backend = create_engine("onnxruntime", tmp_path / "fixed", spec)
         for count in (1, 3, 7):
             np.testing.assert_allclose(
                 backend.run(images[:count]), run_onnx(bundle, images[:count]), atol=1e-4, rtol=1e-4

@@ -14,10 +14,10 @@ from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export import parity
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.models import cached_bundle
-from fastnnunet.export.onnx import put_weights, to_onnx
 from fastnnunet.export.parity import judge, small_patches
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.onnx import put_weights, to_onnx
 from fastnnunet.specs.bundle import load_bundle_spec
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 

@@ -187,9 +187,16 @@ def test_a_missing_file_is_named():
     )
 
 
+def signals_as_usual():
+    """What runs in the background of a shell, or under nohup, ignores some, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def loading_main(pipe, in_thread):
     """A process that trains, as far as its loaders see."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals_as_usual()
 
     def train():
         made = batches(Batches(), 2)
@@ -215,7 +222,7 @@ def sleep_long(_item):
 
 
 def spawning_main(pipe, kind):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals_as_usual()
     if kind == "others":
         with others_children(), multiprocessing.get_context("spawn").Pool(2) as pool:
             pipe.send([process.pid for process in pool._pool])
@@ -237,10 +244,20 @@ def tell_children(pipe, count):
 
 
 class TestNoProcessOutlivesItsParent:
+    @pytest.fixture(autouse=True)
+    def nothing_stays(self):
+        """A process that did not end would slow down all other tests."""
+        self.processes = []
+        yield
+        for process in self.processes:
+            process.kill()
+            process.join()
+
     def started(self, target, *args):
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(target=target, args=(theirs, *args))
         process.start()
+        self.processes.append(process)
         theirs.close()
         assert ours.poll(PATIENCE_S)
         pids = ours.recv()

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnnunet.errors import BackendError
 from fastnnunet.export import quantize_onnx as q_onnx
 from fastnnunet.export import quantize_openvino as q_openvino
-from fastnnunet.export.onnx import to_onnx
 from fastnnunet.export.patches import RandomPatches
 from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
+from fastnnunet.nnunet.onnx import to_onnx
 from tests.bundles import PATCH_2D, PATCH_3D, Toy, _network, make_toy_model
 from tests.small_networks import primus_network, residual_network
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastnnunet.engines.base import create_backend, is_installed
+from fastnnunet.engines.registry import create_engine, is_installed
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.release.gate import Comparison, require
@@ -128,8 +128,8 @@ class TestAccepted:
         quantize_bundle(onnx_job(bundle, real))
         spec = load_bundle_spec(bundle)
         image = np.random.default_rng(0).standard_normal((2, 1, *PATCH_3D)).astype(np.float32)
-        exact = create_backend("onnxruntime", bundle, spec, threads=1).run(image)
-        backend = create_backend("onnxruntime", bundle, spec, threads=1, precision="int8")
+        exact = create_engine("onnxruntime", bundle, spec, threads=1).run(image)
+        backend = create_engine("onnxruntime", bundle, spec, threads=1, precision="int8")
         assert (backend.name, backend.precision) == ("onnxruntime", "int8")
         got = backend.run(image)
         assert not np.array_equal(got, exact)
@@ -188,7 +188,7 @@ class TestAccepted:
 
 def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
     """The script behind the record: on all images, with labels that are the int8 prediction itself."""
-    from pipelines.measure import precisions
+    from pipelines.measure.predict import precisions
 
     quantize_bundle(onnx_job(bundle, real))
     int8 = Predictor.load(bundle, "onnxruntime", threads=1, precision="int8", mirroring=False)
@@ -205,7 +205,7 @@ def test_benchmark(bundle: Path, real: Path, tmp_path: Path) -> None:
 
 @needs_nncf
 def test_both_backends_and_bf16(bundle: Path, real: Path) -> None:
-    from fastnnunet.nnunet.engines import cpu_has_bf16
+    from fastnnunet.engines.torch import cpu_has_bf16
 
     precisions = ("int8", "bf16") if cpu_has_bf16() else ("int8",)
     done = quantize_bundle(onnx_job(bundle, real, backends=(), precisions=precisions))
@@ -214,8 +214,8 @@ def test_both_backends_and_bf16(bundle: Path, real: Path) -> None:
     spec = load_bundle_spec(bundle)
     assert {"model_int8.onnx", "model_int8.xml", "model_int8.bin"} <= spec.files.keys()
     image = np.random.default_rng(0).standard_normal((1, 1, *PATCH_3D)).astype(np.float32)
-    exact = create_backend("openvino", bundle, spec, threads=1).run(image).copy()
-    got = create_backend("openvino", bundle, spec, threads=1, precision="int8").run(image)
+    exact = create_engine("openvino", bundle, spec, threads=1).run(image).copy()
+    got = create_engine("openvino", bundle, spec, threads=1, precision="int8").run(image)
     assert not np.array_equal(got, exact)
     assert (got.argmax(1) == exact.argmax(1)).mean() > 0.95
     for precision, backend in expected:
@@ -334,10 +334,10 @@ class TestRefused:
         monkeypatch.setattr(openvino, "Core", OldCore)
         spec = load_bundle_spec(bundle)
         image = np.random.default_rng(0).standard_normal((1, 1, *PATCH_3D)).astype(np.float32)
-        backend = create_backend("openvino", bundle, spec, threads=1, precision="bf16")
+        backend = create_engine("openvino", bundle, spec, threads=1, precision="bf16")
         assert backend.precision == "fp32"
         assert "this CPU has no bf16" in caplog.text
-        fp32 = create_backend("openvino", bundle, spec, threads=1)
+        fp32 = create_engine("openvino", bundle, spec, threads=1)
         np.testing.assert_array_equal(backend.run(image).copy(), fp32.run(image))
         with pytest.raises(BackendError, match="this CPU has no bf16: openvino would compute in fp32"):
             quantize_bundle(onnx_job(bundle, real, backends=("openvino",), precisions=("bf16",)))

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from fastnnunet.runtime.predict import Predictor
-from pipelines.measure import slim_install
+from pipelines.measure.predict import slim_install
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 from tests.slim import base_install, importable, make_environment
 

@@ -17,12 +17,11 @@ import torch
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli import aliases
-from fastnnunet.cli.train import student_specs
+from fastnnunet.cli.parts.choices import student_specs
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
-from fastnnunet.engines.base import create_backend
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.plans import build_network, configuration_of, read_json, trainer_class
 from fastnnunet.nnunet.student.fit import check_fit, network_cost, patch_problems
@@ -35,6 +34,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.test_kinds import prepare, read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 
@@ -326,8 +326,8 @@ def test_resenc_commands(world, tmp_path, capsys):
     assert (spec.patch_size, spec.batch_size) == ((20, 16, 24), None)
     image = np.load(bundle / "parity.npz")["image"]
     for patches in (image, image[:, :, :16, :, :16]):
-        expected = create_backend("torch", bundle, spec).run(np.ascontiguousarray(patches))
-        got = create_backend("onnxruntime", bundle, spec).run(patches)
+        expected = create_engine("torch", bundle, spec).run(np.ascontiguousarray(patches))
+        got = create_engine("onnxruntime", bundle, spec).run(patches)
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(SystemExit):
         aliases.resenc_distillation_export_onnx([*export, str(tmp_path / "c"), "-da", "-fix"])
@@ -379,7 +379,7 @@ class TestPrimus:
             predictor.network.load_state_dict(weights)
             with torch.inference_mode():
                 expected = predictor.network.eval()(torch.from_numpy(patch[None]))
-            np.testing.assert_allclose(loaded.engine.logits(fold, patch[None]), expected, atol=1e-5)
+            np.testing.assert_allclose(loaded.engines[fold].run(patch[None]), expected, atol=1e-5)
         build_cache(prepare_job(source, factory, job.cache, root, command="rebuild"))
         folder = train_student(job, validate=True)
         weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
@@ -418,7 +418,7 @@ class TestPrimus:
         assert not any("Sequence" in node.op_type for node in after.node)
         image = np.load(plain / "parity.npz")["image"]
         logits = [
-            create_backend(name, folder, load_bundle_spec(folder)).run(image)
+            create_engine(name, folder, load_bundle_spec(folder)).run(image)
             for name, folder in (("onnxruntime", plain), ("onnxruntime", simple), ("torch", simple))
         ]
         for got in logits[1:]:  # torch finds the weights in the simplified file by their names

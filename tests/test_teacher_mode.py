@@ -17,7 +17,7 @@ from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.models import cached_bundle, load_model, trained_folds
-from fastnnunet.export.onnx import to_onnx
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.sliding_window import SlidingWindow
 from fastnnunet.specs.bundle import load_bundle_spec

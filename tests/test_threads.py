@@ -19,7 +19,8 @@ import pytest
 import SimpleITK as sitk
 
 import fastnnunet
-from fastnnunet.engines.base import Backend, create_backend
+from fastnnunet.engines.base import Engine
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.engines.trt import library as seam
 from fastnnunet.errors import SpecError
 from fastnnunet.images.cases import Case
@@ -135,7 +136,7 @@ class TestEqual:
 
     def test_a_fixed_batch(self, bundles: dict[str, Path]) -> None:
         spec = replace(load_bundle_spec(bundles["regions"]), batch_size=3)
-        backend = create_backend("openvino", bundles["regions"], spec, threads=1)
+        backend = create_engine("openvino", bundles["regions"], spec, threads=1)
         predictor = LoadedBundle(spec, [backend], threads=1)
 
         def predict(number: int) -> Any:
@@ -204,9 +205,9 @@ def engine(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(params=[*BACKENDS, "tensorrt"])
-def backend(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Backend:
+def backend(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Engine:
     bundle = request.getfixturevalue("engine") if request.param == "tensorrt" else bundles["plain"]
-    return create_backend(request.param, bundle, load_bundle_spec(bundle), threads=1)
+    return create_engine(request.param, bundle, load_bundle_spec(bundle), threads=1)
 
 
 def _batch(seed: int, size: int) -> np.ndarray:
@@ -219,7 +220,7 @@ def _in_a_thread(call: Callable[[], Any]) -> Any:
 
 
 class TestBackends:
-    def test_a_result_stays_while_other_threads_compute(self, backend: Backend) -> None:
+    def test_a_result_stays_while_other_threads_compute(self, backend: Engine) -> None:
         """It may be the engine's own memory, but not memory that is written for another thread."""
         result = backend.run(_batch(0, 2))
         before = result.copy()
@@ -229,7 +230,7 @@ class TestBackends:
             np.testing.assert_array_equal(backend.run(_batch(1, size)), other)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
-    def test_a_fork_while_another_thread_computes(self, backend: Backend) -> None:
+    def test_a_fork_while_another_thread_computes(self, backend: Engine) -> None:
         """Locks of the engine may be held for ever in the child: it is told, and does not hang."""
         backend.run(_batch(0, 1))
         inside, leave = threading.Event(), threading.Event()
@@ -251,7 +252,7 @@ class TestBackends:
         np.testing.assert_array_equal(backend.run(_batch(0, 1)).shape, (1, 3, *PATCH_3D))  # the parent goes on
 
     def test_a_gpu_is_refused_in_a_child(self, engine: Path) -> None:
-        backend = create_backend("tensorrt", engine, load_bundle_spec(engine))
+        backend = create_engine("tensorrt", engine, load_bundle_spec(engine))
         assert "its GPU belongs to the parent" in _said_by_a_child(lambda: backend.run(_batch(0, 1)))
 
 

@@ -10,20 +10,24 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fastnnunet.engines.base import Backend, create_backend
+from fastnnunet.engines.base import Engine, LiveNetwork, Settings
+from fastnnunet.engines.devices import Device
+from fastnnunet.engines.registry import create_engine, engine_of_network
 from fastnnunet.engines.trt import library as seam
 from fastnnunet.engines.trt.store import EngineKey, StoredEngine, write_engine
-from fastnnunet.errors import BackendError, CorruptError, SpecError
+from fastnnunet.errors import BackendError, CorruptError, MismatchError, ParityError, SpecError
 from fastnnunet.export.tensorrt import BuiltEngine
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.canonical import sha256_of_file
 from pipelines import gpu_check
 from tests import fake_gpu
-from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
+from tests.bundles import PATCH_3D, Toy, ToyModel, _network, make_toy_model
 from tests.fake_gpu import CudaError, FakeCuda, FakeTensorRT
 
 MAX_BATCH = 3
@@ -101,16 +105,63 @@ def batch_of(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((size, 1, *PATCH_3D)).astype(np.float32)
 
 
+class TestNetworkInMemory:
+    """What a teacher hands over: its engine is built once for a machine."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_built_once_and_computes_the_network(
+        self, rtx: FakeTensorRT, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+    ) -> None:
+        built = []
+
+        def build_plan(graph: Any, key: EngineKey, library: Any) -> bytes:
+            built.append(key)
+            return rtx.plan(onnx_bytes, key.architecture, key.max_batch)  # the fake computes in float32
+
+        monkeypatch.setattr("fastnnunet.engines.trt.build.build_plan", build_plan)
+        network, onnx_bytes = _network(3, 1, 3)
+        live = LiveNetwork(module=network, channels=1, num_heads=3, patch_size=PATCH_3D, to_onnx=lambda: onnx_bytes)
+        settings = Settings(threads=1, precision=precision, device=Device("cuda"), apart=True)
+        batch = batch_of(8)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(batch)).numpy()
+        for _ in range(2):
+            engine = engine_of_network("tensorrt", live, settings)
+            assert engine.precision == precision
+            np.testing.assert_allclose(engine.run(batch), expected, atol=1e-4)
+        (key,) = built
+        assert (key.precision, key.architecture, key.max_batch) == (precision, "sm86", 4)
+        assert (key.input_shape, key.output_shape) == ((1, *PATCH_3D), (3, *PATCH_3D))
+        (folder,) = (tmp_path / "home" / "engines").iterdir()
+        assert folder.name == key.folder_name
+
+    def test_a_precision_that_overflows_builds_nothing(
+        self, rtx: FakeTensorRT, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnx
+
+        _, onnx_bytes = _network(3, 1, 3)
+        model = onnx.load_model_from_string(onnx_bytes)
+        for tensor in model.graph.initializer:  # logits beyond the range of float16
+            if tensor.name == "decoder.seg_layers.1.weight":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1e5, tensor.name))
+        live = LiveNetwork(module=None, channels=1, num_heads=3, patch_size=PATCH_3D, to_onnx=model.SerializeToString)
+        settings = Settings(threads=1, precision="fp16", device=Device("cuda"))
+        with pytest.raises((ParityError, MismatchError)):
+            engine_of_network("tensorrt", live, settings)
+        assert not (tmp_path / "home").exists()
+
+
 class TestRunning:
     @pytest.fixture
-    def backend(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path) -> Backend:
+    def backend(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path) -> Engine:
         store(model, rtx, bundle)
-        return create_backend("tensorrt", bundle, model.spec)
+        return create_engine("tensorrt", bundle, model.spec)
 
     def test_logits_of_every_batch_size_first_and_replayed(
-        self, backend: Backend, model: ToyModel, cuda: FakeCuda, rtx: FakeTensorRT
+        self, backend: Engine, model: ToyModel, cuda: FakeCuda, rtx: FakeTensorRT
     ) -> None:
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for turn, size in enumerate((1, 3, 2, 1, 2, 3, 7, 3)):
             batch = batch_of(size, turn)
             np.testing.assert_allclose(backend.run(batch), oracle.run(batch), atol=1e-4)
@@ -118,11 +169,11 @@ class TestRunning:
         assert rtx.executions == 2 * 3
         assert cuda.launches == 3 + 3 + 1
 
-    def test_parity_file_of_the_bundle(self, backend: Backend, model: ToyModel) -> None:
+    def test_parity_file_of_the_bundle(self, backend: Engine, model: ToyModel) -> None:
         parity = np.load(model.bundle / "parity.npz")
         np.testing.assert_allclose(backend.run(parity["image"]), parity["logits"], atol=1e-3)
 
-    def test_input_may_be_a_view_and_is_left_alone(self, backend: Backend) -> None:
+    def test_input_may_be_a_view_and_is_left_alone(self, backend: Engine) -> None:
         batch = batch_of(2)
         expected = backend.run(batch).copy()
         wide = np.stack([batch, batch], axis=1)
@@ -133,7 +184,7 @@ class TestRunning:
         self, rtx: FakeTensorRT, cuda: FakeCuda, model: ToyModel, bundle: Path
     ) -> None:
         store(model, rtx, bundle)
-        backend = create_backend("tensorrt", bundle, model.spec)
+        backend = create_engine("tensorrt", bundle, model.spec)
         result = backend.run(batch_of(2))
         expected = result.copy()
         backend.run(batch_of(2))
@@ -147,17 +198,17 @@ class TestRunning:
         assert cuda.alive() == {"device": 0, "host": 0, "streams": 0, "graphs": 0}
 
     def test_a_library_that_allows_no_capture(
-        self, backend: Backend, model: ToyModel, cuda: FakeCuda, rtx: FakeTensorRT
+        self, backend: Engine, model: ToyModel, cuda: FakeCuda, rtx: FakeTensorRT
     ) -> None:
         rtx.capturable = False
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for seed in range(3):
             np.testing.assert_allclose(backend.run(batch_of(2, seed)), oracle.run(batch_of(2, seed)), atol=1e-4)
         assert cuda.launches == 0
         assert rtx.executions == 3
 
     @pytest.mark.parametrize("shape", [(1, 2, *PATCH_3D), (0, 1, *PATCH_3D), (1, 1, 8, 8, 8), (5,)])
-    def test_wrong_shapes(self, backend: Backend, shape: tuple[int, ...]) -> None:
+    def test_wrong_shapes(self, backend: Engine, shape: tuple[int, ...]) -> None:
         with pytest.raises(BackendError, match=r"expected \(N, 1, 16, 20, 24\)"):
             backend.run(np.zeros(shape, np.float32))
 
@@ -181,8 +232,8 @@ class TestFullTensorRT:
 
     def test_runs(self, full: FakeTensorRT, cuda: FakeCuda, model: ToyModel, bundle: Path) -> None:
         store(model, full, bundle)
-        backend = create_backend("tensorrt", bundle, model.spec)
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        backend = create_engine("tensorrt", bundle, model.spec)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for seed in range(3):
             np.testing.assert_allclose(backend.run(batch_of(2, seed)), oracle.run(batch_of(2, seed)), atol=1e-4)
         assert cuda.launches == 2
@@ -192,8 +243,8 @@ class TestFullTensorRT:
     ) -> None:
         full.capturable = False
         store(model, full, bundle)
-        backend = create_backend("tensorrt", bundle, model.spec)
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        backend = create_engine("tensorrt", bundle, model.spec)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for seed in range(3):
             np.testing.assert_allclose(backend.run(batch_of(2, seed)), oracle.run(batch_of(2, seed)), atol=1e-4)
         assert caplog.text.count("without a CUDA graph") == 1
@@ -204,18 +255,18 @@ class TestRefusals:
         for error in (CudaError.cudaErrorNoDevice, CudaError.cudaErrorInsufficientDriver):
             cuda.device_error = error
             with pytest.raises(BackendError, match=rf"(?s)needs an NVIDIA GPU.*{error.name}.*--backend auto"):
-                create_backend("tensorrt", bundle, model.spec)
+                create_engine("tensorrt", bundle, model.spec)
 
     def test_no_library(self, cuda: FakeCuda, model: ToyModel, bundle: Path) -> None:
         with pytest.raises(BackendError, match=r"(?s)tensorrt or tensorrt_rtx.*fastnnunet\[rtx\]"):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
 
     def test_no_cuda_python(
         self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
         with pytest.raises(BackendError, match=r"(?s)cuda-python.*fastnnunet\[rtx\]"):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
 
     @pytest.mark.parametrize(
         ("changes", "what"),
@@ -233,7 +284,7 @@ class TestRefusals:
     ) -> None:
         store(model, rtx, bundle, **changes)
         with pytest.raises(BackendError) as caught:
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
         assert "needed fp32 sm86 tensorrt_rtx 1.7.1.116" in str(caught.value)
         assert what in str(caught.value)
         assert f"fastnnunet export tensorrt {bundle} --arch sm86 --precision fp32" in str(caught.value)
@@ -243,7 +294,7 @@ class TestRefusals:
         plan = rtx.plan((bundle / "model.onnx").read_bytes(), "sm89", MAX_BATCH)
         write_engine(bundle / "engines", engine.key, plan, {})
         with pytest.raises(BackendError, match="the engine is for something else"):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
 
     def test_an_engine_of_another_network(
         self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, tmp_path: Path
@@ -255,23 +306,23 @@ class TestRefusals:
         with pytest.raises(
             BackendError, match=r"inputs and outputs image .*\(-1, 2, 16, 20, 24\).*expected one of each"
         ):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
 
     def test_damaged_plan(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path) -> None:
         file = store(model, rtx, bundle).path / "engine.plan"
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(CorruptError, match="was changed after it was built"):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
 
     def test_damaged_info_is_passed_over(
         self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         (store(model, rtx, bundle, max_batch=2).path / "engine.json").write_text("{")
         with pytest.raises(BackendError, match="none"):
-            create_backend("tensorrt", bundle, model.spec)
+            create_engine("tensorrt", bundle, model.spec)
         assert "engine.json cannot be read" in caplog.text
         store(model, rtx, bundle)
-        assert create_backend("tensorrt", bundle, model.spec).name == "tensorrt"
+        assert create_engine("tensorrt", bundle, model.spec).name == "tensorrt"
 
     def test_too_little_memory_leaves_nothing(
         self, rtx: FakeTensorRT, cuda: FakeCuda, model: ToyModel, bundle: Path
@@ -281,26 +332,26 @@ class TestRefusals:
         for left in range(0, needed, needed // 7):
             cuda.left_bytes = left
             with pytest.raises(BackendError, match="the GPU has not enough memory"):
-                create_backend("tensorrt", bundle, model.spec)
+                create_engine("tensorrt", bundle, model.spec)
             gc.collect()
             assert cuda.alive() == {"device": 0, "host": 0, "streams": 0, "graphs": 0}
         cuda.left_bytes = needed
-        create_backend("tensorrt", bundle, model.spec)
+        create_engine("tensorrt", bundle, model.spec)
 
     def test_precision_it_has_not(self, rtx: FakeTensorRT, model: ToyModel) -> None:
         with pytest.raises(BackendError, match="fp32 or fp16 or int8 only, got precision 'bf16'"):
-            create_backend("tensorrt", model.bundle, model.spec, precision="bf16")
+            create_engine("tensorrt", model.bundle, model.spec, precision="bf16")
 
 
 class TestChoice:
     def test_engine_in_the_cache_folder(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, tmp_path: Path) -> None:
         store(model, rtx, tmp_path / "home")
-        assert create_backend("tensorrt", bundle, model.spec).precision == "fp32"
+        assert create_engine("tensorrt", bundle, model.spec).precision == "fp32"
 
     def test_larger_batches_first(self, rtx: FakeTensorRT, model: ToyModel, bundle: Path, cuda: FakeCuda) -> None:
         store(model, rtx, bundle, max_batch=1)
         store(model, rtx, bundle)
-        create_backend("tensorrt", bundle, model.spec).run(batch_of(3))
+        create_engine("tensorrt", bundle, model.spec).run(batch_of(3))
         assert cuda.launches == 0  # one batch of three, not three of one
 
     def test_both_libraries(
@@ -312,10 +363,10 @@ class TestChoice:
         assert seam.find_library().name == "tensorrt"
         assert seam.find_library("tensorrt_rtx").name == "tensorrt_rtx"
         store(model, rtx, bundle)
-        create_backend("tensorrt", bundle, model.spec).run(batch_of(1))
+        create_engine("tensorrt", bundle, model.spec).run(batch_of(1))
         assert (full.executions, rtx.executions) == (0, 2)
         store(model, full, bundle)
-        create_backend("tensorrt", bundle, model.spec).run(batch_of(1))
+        create_engine("tensorrt", bundle, model.spec).run(batch_of(1))
         assert (full.executions, rtx.executions) == (2, 2)
 
     def test_targets(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +420,7 @@ def test_gpu_check(
         assert part["cuda_graphs_for_batches"] == [1, 2, 3]
         assert part["median_ms_by_batch"].keys() == {"1", "3"}
 
-    monkeypatch.setattr(gpu_check.TensorRTBackend, "run", lambda self, batch: np.zeros((len(batch), 3, *PATCH_3D)))
+    monkeypatch.setattr(gpu_check.TensorRTEngine, "run", lambda self, batch: np.zeros((len(batch), 3, *PATCH_3D)))
     with pytest.raises(SystemExit) as caught:
         gpu_check.main(args)
     assert caught.value.code == 1

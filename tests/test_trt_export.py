@@ -17,16 +17,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fastnnunet.engines.trt import library as seam
+from fastnnunet.engines.trt.build import build_plan
+from fastnnunet.engines.trt.half import to_half
 from fastnnunet.engines.trt.library import find_library
+from fastnnunet.engines.trt.stepwise import run_stepwise
 from fastnnunet.engines.trt.store import EngineKey, find_engine, write_engine
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import tensorrt as export
-from fastnnunet.export.half import to_half
-from fastnnunet.export.onnx import to_onnx
 from fastnnunet.export.quantize_onnx import quantize_onnx
 from fastnnunet.export.quantized import prepare_quantized
-from fastnnunet.export.stepwise import run_stepwise
-from fastnnunet.export.tensorrt import build_plan, export_engines, make_graph
+from fastnnunet.export.tensorrt import export_engines, make_graph
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.release.quantize import QuantizeJob, quantize_bundle
 from fastnnunet.specs.canonical import sha256_of_file
 from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model, smooth_noise, write_image
@@ -199,7 +200,7 @@ class TestWrongGraphs:
             build_plan(graph, rtx_key(), find_library("tensorrt_rtx"))
 
     def test_norms_in_fp16(self, float_graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fastnnunet.export.half.FLOAT32_OPS", frozenset())
+        monkeypatch.setattr("fastnnunet.engines.trt.half.FLOAT32_OPS", frozenset())
         with pytest.raises(MismatchError, match=r"normalization \S+ is computed in DataType.HALF, expected float32"):
             build_plan(to_half(float_graph), rtx_key(precision="fp16"), find_library("tensorrt_rtx"))
 

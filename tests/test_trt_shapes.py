@@ -15,15 +15,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fastnnunet.engines import base
-from fastnnunet.engines.base import create_backend
+from fastnnunet.engines import registry
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.engines.trt.library import find_library
+from fastnnunet.engines.trt.stepwise import run_stepwise
 from fastnnunet.engines.trt.store import write_engine
 from fastnnunet.errors import BackendError, MismatchError, ParityError, SpecError
 from fastnnunet.export.graph import fix_batch
-from fastnnunet.export.onnx import to_onnx
-from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.export.tensorrt import engine_key, export_engines, make_graph
+from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
@@ -81,7 +81,7 @@ def make_ensemble(bundle: Path, spec: BundleSpec) -> BundleSpec:
     spec = write_spec(bundle, spec, model_files=files, folds=("0", "1"))
     with np.load(bundle / "parity.npz") as parity:
         image = parity["image"]
-    folds = [create_backend("onnxruntime", bundle, replace(spec, model_files=(f,)), threads=1) for f in files]
+    folds = [create_engine("onnxruntime", bundle, replace(spec, model_files=(f,)), threads=1) for f in files]
     np.savez(bundle / "parity.npz", image=image, logits=np.mean([fold.run(image) for fold in folds], axis=0))
     return write_spec(bundle, spec)
 
@@ -187,8 +187,8 @@ class TestRunning:
     def test_dynamic_space(self, rtx: FakeTensorRT, bundle: Path, model: ToyModel) -> None:  # noqa: F811
         spec = make_dynamic(bundle, model.spec)
         self.store(rtx, bundle, spec)
-        backend = create_backend("tensorrt", bundle, spec)
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        backend = create_engine("tensorrt", bundle, spec)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for size in (1, 4, 6):
             np.testing.assert_allclose(backend.run(batch_of(size)), oracle.run(batch_of(size)), atol=1e-4)
         with pytest.raises(BackendError, match=r"expected \(N, 1, 16, 20, 24\)"):
@@ -197,8 +197,8 @@ class TestRunning:
     def test_fixed_batch(self, rtx: FakeTensorRT, cuda: FakeCuda, bundle: Path, model: ToyModel) -> None:  # noqa: F811
         spec = make_fixed(bundle, model.spec, 3)
         self.store(rtx, bundle, spec)
-        backend = create_backend("tensorrt", bundle, spec)
-        oracle = create_backend("onnxruntime", model.bundle, model.spec, threads=1)
+        backend = create_engine("tensorrt", bundle, spec)
+        oracle = create_engine("onnxruntime", model.bundle, model.spec, threads=1)
         for size in (1, 3, 7):
             np.testing.assert_allclose(backend.run(batch_of(size)), oracle.run(batch_of(size)), atol=1e-4)
         assert (rtx.executions, cuda.launches) == (2, 1 + 1 + 3 - 1)  # one size, run and captured once
@@ -224,10 +224,10 @@ class TestRunning:
         model: ToyModel,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(base, "cuda_device_count", lambda: 2)
+        monkeypatch.setattr(registry, "cuda_device_count", lambda: 2)
         cuda.devices = 2
         self.store(rtx, bundle, model.spec)
-        backend = create_backend("tensorrt", bundle, model.spec, device="cuda:1")
+        backend = create_engine("tensorrt", bundle, model.spec, device="cuda:1")
         assert cuda.device == 1
         cuda.device = 0  # another backend's
         backend.run(batch_of(1))

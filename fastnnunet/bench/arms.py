@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.bench.worker import CaseRun, Runner
-from fastnnunet.engines.base import INT8_ENDINGS, BackendOptions, Precision, create_ensemble
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.model_files import INT8_ENDINGS
+from fastnnunet.engines.registry import EngineOptions, create_ensemble
 from fastnnunet.errors import CorruptError
 from fastnnunet.images.cases import Case
 from fastnnunet.specs.bundle import BundleSpec, int8_file, load_bundle_spec
@@ -153,7 +155,7 @@ class BundleArm:
         return self.device != "cpu"
 
     @property
-    def _options(self) -> BackendOptions:
+    def _options(self) -> EngineOptions:
         return {"threads": self.threads, "precision": self.precision, "device": self.device}
 
     def load(self) -> Runner:

@@ -7,13 +7,8 @@ from typing import Any
 
 from fastnnunet.bench.arms import BundleArm, ReferenceArm, StockArm
 from fastnnunet.bench.measure import Limit
-from fastnnunet.engines.base import (
-    BACKENDS,
-    Precision,
-    available_cores,
-    choose_backend,
-    installed_cpu_backends,
-)
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.registry import ENGINES, available_cores, choose_engine, installed_cpu_engines
 from fastnnunet.errors import BackendError, ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.evaluate.segmentations import LabelSet, make_label_set
 from fastnnunet.images.cases import Case, find_cases
@@ -159,7 +154,7 @@ def short_names(specs: Mapping[Path, BundleSpec]) -> dict[Path, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class ArmEngine:
     """What computes a bundle."""
 
     backend: str
@@ -170,27 +165,27 @@ class Engine:
     def name(self) -> str:
         """The backend, and what is not its default."""
         words = [self.backend]
-        if self.device != BACKENDS[self.backend].devices[0]:
+        if self.device != ENGINES[self.backend].devices[0]:
             words.append(self.device)
         if self.precision != "fp32":
             words.append(self.precision)
         return " ".join(words)
 
 
-def _engines(job: BenchmarkJob) -> tuple[list[Engine], tuple[str, ...]]:
+def _engines(job: BenchmarkJob) -> tuple[list[ArmEngine], tuple[str, ...]]:
     """Backends with the precisions they compute in, and those pairs that there are not.
 
     Raises BackendError where no backend has a precision or a device, SpecError for unknown names.
     """
-    backends = job.backends or installed_cpu_backends()
+    backends = job.backends or installed_cpu_engines()
     places = []
     for words in backends:
         name, _, device = words.partition(":")
-        if name not in BACKENDS:
-            raise SpecError(f"--backend: got {words!r}, expected some of {', '.join(BACKENDS)}, or onnxruntime:cuda")
-        places.append((name, str(choose_backend(name, device or None)[1])))
-    wanted = [Engine(*place, precision) for place in places for precision in job.precisions]
-    engines = [engine for engine in wanted if engine.precision in BACKENDS[engine.backend].precisions]
+        if name not in ENGINES:
+            raise SpecError(f"--backend: got {words!r}, expected some of {', '.join(ENGINES)}, or onnxruntime:cuda")
+        places.append((name, str(choose_engine(name, device or None)[1])))
+    wanted = [ArmEngine(*place, precision) for place in places for precision in job.precisions]
+    engines = [engine for engine in wanted if engine.precision in ENGINES[engine.backend].precisions]
     for precision in job.precisions:
         if precision not in [engine.precision for engine in engines]:
             raise BackendError(
@@ -218,7 +213,7 @@ def _reference_arm(
     )
 
 
-def _bundle_arm(short: str, bundle: Path, engine: Engine, threads: int) -> BundleArm:
+def _bundle_arm(short: str, bundle: Path, engine: ArmEngine, threads: int) -> BundleArm:
     return BundleArm(
         name=f"{short} {engine.name}",
         bundle=bundle,

@@ -21,7 +21,7 @@ OnStep = Callable[[str, float, float], None]  # what, seconds done, seconds expe
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TimedCase:
     """One prediction to time: arm, case and repetition by index."""
 
     arm: int
@@ -59,14 +59,14 @@ class Measured:
     peak_gpu_memory_bytes: dict[str, int]
 
 
-def plan_steps(limits: Sequence[Limit]) -> list[Step]:
+def plan_steps(limits: Sequence[Limit]) -> list[TimedCase]:
     """All measured predictions, arms innermost."""
     steps = []
     for repetition in range(max((limit.repeat for limit in limits), default=0)):
         for case in range(max(limit.cases for limit in limits)):
             for arm, limit in enumerate(limits):
                 if case < limit.cases and repetition < limit.repeat:
-                    steps.append(Step(arm, case, repetition))
+                    steps.append(TimedCase(arm, case, repetition))
     return steps
 
 

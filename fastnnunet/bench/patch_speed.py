@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnnunet.engines.base import Precision, create_backend
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.registry import create_engine
 from fastnnunet.specs.bundle import load_bundle_spec
 
 _WARM_UP = 3
@@ -28,7 +29,7 @@ def ms_per_patch(
         with np.load(bundle / "parity.npz") as stored:
             patches[name] = np.ascontiguousarray(stored["image"][:1])
         for precision in precisions:
-            engines[name, precision] = create_backend(backend, bundle, spec, threads=threads, precision=precision)
+            engines[name, precision] = create_engine(backend, bundle, spec, threads=threads, precision=precision)
     times: dict[tuple[str, Precision], list[float]] = {key: [] for key in engines}
     for _ in range(_WARM_UP + rounds):
         for (name, precision), engine in engines.items():

@@ -23,6 +23,9 @@ class Device:
         return f"{self.kind}:{self.index}" if self.index else self.kind
 
 
+CPU = Device()
+
+
 def parse_device(text: str) -> Device:
     """`cpu`, `cuda` or, for another GPU than the first, `cuda:1` and so on. Raises SpecError for anything else."""
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)

@@ -7,14 +7,13 @@ the one that came last, whatever the other one's metadata says, so the module it
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from fastnnunet.engines.base import Precision, model_path
+from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
-from fastnnunet.engines.devices import Device
+from fastnnunet.engines.model_files import model_path
 from fastnnunet.errors import BackendError
 from fastnnunet.specs.bundle import BundleSpec
 
@@ -22,18 +21,16 @@ _CUDA = "CUDAExecutionProvider"
 _MEND = "install the one for GPUs alone: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeEngine:
     name = "onnxruntime"
 
-    def __init__(
-        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device()
-    ) -> None:
+    def __init__(self, model: Path | bytes, num_heads: int, settings: Settings) -> None:
         import onnxruntime
 
-        self.precision = precision
-        model_file = model_path(bundle_dir, spec, precision, self.name)
+        self.precision: Precision = settings.precision
+        device, what = settings.device, model if isinstance(model, Path) else "the exported network"
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -46,33 +43,47 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             providers = [(_CUDA, {"device_id": device.index})]
         try:
-            self._session = onnxruntime.InferenceSession(str(model_file), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                str(model) if isinstance(model, Path) else model, options, providers=providers
+            )
         except Exception as e:  # the engine's exceptions share no base class but Exception
-            raise BackendError(f"onnxruntime cannot load {model_file} on {device}: {e}") from e
+            raise BackendError(f"onnxruntime cannot load {what} on {device}: {e}") from e
         self._session.disable_fallback()  # it would make another session on the CPU when this one fails
         if device.kind == "cuda" and _CUDA not in (got := self._session.get_providers()):
             raise BackendError(
-                f"onnxruntime {onnxruntime.__version__} loaded {model_file} on {', '.join(got)}, expected {_CUDA}\n"
+                f"onnxruntime {onnxruntime.__version__} loaded {what} on {', '.join(got)}, expected {_CUDA}\n"
                 "its CUDA libraries do not load: pip install 'onnxruntime-gpu[cuda,cudnn]' brings them; or give "
                 "-device cpu"
             )
         self._input, self._output = self._session.get_inputs()[0].name, self._session.get_outputs()[0].name
-        self._num_heads = spec.num_heads
-        self._calls = Calls(self.name)
+        self._num_heads = num_heads
+        self._apart = settings.apart
+        self._calls = Calls(self.name, survives_fork=device.kind == "cpu")
         self._own = threading.local()  # logits_NHX of each thread
 
-    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    @classmethod
+    def of_bundle(cls, bundle_dir: Path, spec: BundleSpec, settings: Settings) -> Self:
+        return cls(model_path(bundle_dir, spec, settings.precision, cls.name), spec.num_heads, settings)
+
+    @classmethod
+    def of_network(cls, network: LiveNetwork, settings: Settings) -> Self:
+        return cls(network.to_onnx(), network.num_heads, settings)
+
+    def run(self, batch_NCX: Array) -> Array:
         """Logits in an array that the thread's next call writes to again: those of many classes are large."""
         shape = (len(batch_NCX), self._num_heads, *batch_NCX.shape[2:])
         logits_NHX = getattr(self._own, "logits_NHX", None)
         if logits_NHX is None or logits_NHX.shape != shape:
             logits_NHX = self._own.logits_NHX = np.empty(shape, np.float32)
+        size = 1 if self._apart else len(batch_NCX)
         with self._calls:
             try:
-                binding = self._session.io_binding()
-                binding.bind_cpu_input(self._input, batch_NCX)
-                binding.bind_output(self._output, "cpu", 0, np.float32, shape, logits_NHX.ctypes.data)
-                self._session.run_with_iobinding(binding)
+                for first in range(0, len(batch_NCX), size):
+                    part = logits_NHX[first : first + size]
+                    binding = self._session.io_binding()
+                    binding.bind_cpu_input(self._input, batch_NCX[first : first + size])
+                    binding.bind_output(self._output, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                    self._session.run_with_iobinding(binding)
             except Exception as e:
                 raise BackendError(f"onnxruntime failed on a batch of shape {batch_NCX.shape}: {e}") from e
         return logits_NHX

@@ -13,14 +13,12 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from fastnnunet.engines.base import Precision
+from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
-from fastnnunet.engines.devices import Device
 from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.engines.trt.library import Library, find_library, installed_names
 from fastnnunet.engines.trt.store import StoredEngine, list_engines, source_file
@@ -28,7 +26,7 @@ from fastnnunet.errors import BackendError
 from fastnnunet.specs.bundle import BundleSpec
 
 log = logging.getLogger(__name__)
-_Pinned: TypeAlias = tuple[int, npt.NDArray[np.float32]]  # address and array of page-locked memory
+_Pinned: TypeAlias = tuple[int, Array]  # address and array of page-locked memory
 
 
 @dataclass(slots=True)
@@ -39,22 +37,14 @@ class _Prepared:
     graph: Any | None  # None: the library does not allow capture, the context is run instead
 
 
-class TensorRTBackend:
+class TensorRTEngine:
     name = "tensorrt"
 
-    def __init__(
-        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device("cuda")
-    ) -> None:
-        """Load the engine for a GPU of this machine and allocate its memory. `threads` means nothing here."""
+    def __init__(self, library: Library, stored: StoredEngine, cuda: Cuda, precision: Precision) -> None:
+        """Load an engine that fits the GPU and allocate its memory."""
         self.precision = precision
-        self._cuda = cuda = Cuda(device.index)
-        if (reason := cuda.why_no_device()) is not None:
-            raise BackendError(
-                f"backend tensorrt needs an NVIDIA GPU with a current driver; CUDA says: {reason}\n"
-                "predict with --backend auto instead"
-            )
+        self._cuda = cuda
         cuda.use_device()
-        library, stored = choose_engine(bundle_dir, spec, precision, cuda.architecture())
         self._library = library
         self._key = key = stored.key
         library.logger.errors.clear()
@@ -83,7 +73,21 @@ class TensorRTBackend:
             release.callback(_destroy_graphs, cuda, self._prepared)
             weakref.finalize(self, release.pop_all().close)
 
-    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    @classmethod
+    def of_bundle(cls, bundle_dir: Path, spec: BundleSpec, settings: Settings) -> Self:
+        cuda = require_gpu(settings.device.index)
+        library, stored = choose_stored(bundle_dir, spec, settings.precision, cuda.architecture())
+        return cls(library, stored, cuda, settings.precision)
+
+    @classmethod
+    def of_network(cls, network: LiveNetwork, settings: Settings) -> Self:
+        from fastnnunet.engines.trt.build import engine_of_network
+
+        cuda, library = require_gpu(settings.device.index), find_library()
+        stored = engine_of_network(network, settings.precision, library, cuda.architecture())
+        return cls(library, stored, cuda, settings.precision)
+
+    def run(self, batch_NCX: Array) -> Array:
         if batch_NCX.ndim < 2 or batch_NCX.shape[1:] != self._key.input_shape or not len(batch_NCX):
             raise BackendError(f"tensorrt failed on a batch of shape {batch_NCX.shape}: {self._expected()}")
         with self._calls:
@@ -100,7 +104,7 @@ class TensorRTBackend:
         """Batch sizes that are replayed as CUDA graphs."""
         return sorted(size for size, one in self._prepared.items() if one.graph is not None)
 
-    def _run_once(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run_once(self, batch_NCX: Array) -> Array:
         """Logits in the thread's pinned buffer."""
         size = len(batch_NCX)
         address, host_output = self._output_of_thread()
@@ -167,7 +171,18 @@ class TensorRTBackend:
         return f"expected (N, {', '.join(map(str, self._key.input_shape))})"
 
 
-def choose_engine(
+def require_gpu(index: int = 0) -> Cuda:
+    """A GPU of this machine. Raises BackendError when CUDA has none."""
+    cuda = Cuda(index)
+    if (reason := cuda.why_no_device()) is not None:
+        raise BackendError(
+            f"backend tensorrt needs an NVIDIA GPU with a current driver; CUDA says: {reason}\n"
+            "predict with --backend auto instead"
+        )
+    return cuda
+
+
+def choose_stored(
     bundle_dir: Path, spec: BundleSpec, precision: Precision, architecture: str
 ) -> tuple[Library, StoredEngine]:
     """The engine of the model file in that precision for this GPU and an installed library, the largest batch first.

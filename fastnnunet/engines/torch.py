@@ -1,18 +1,19 @@
-"""PyTorch: the reference the other backends are measured against. The one runtime file that imports torch.
+"""PyTorch on the CPU or an NVIDIA GPU: the reference of the others. The one file of the runtime that imports torch.
 
-The network is rebuilt from the bundle's architecture and gets its weights from the ONNX file, whose initializers are
+bf16 is that of autocast, which keeps the statistics of InstanceNorm in float32. On a GPU, fp32 is what PyTorch takes it
+for: convolutions may round their factors to TF32.
+The network of a bundle is rebuilt from its architecture and gets its weights from the ONNX file, whose initializers are
 named as in the state dict.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.engines.base import Precision
+from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
-from fastnnunet.engines.devices import Device
 from fastnnunet.errors import BackendError, CorruptError, MismatchError
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.specs.checks.networks import find_arguments, find_network
@@ -21,31 +22,87 @@ from fastnnunet.specs.checks.networks import find_arguments, find_network
 _UNUSED_AT_INFERENCE = ("decoder.seg_layers.", "mask_token")  # and what Primus puts where patches were dropped
 
 
-class TorchBackend:
+LARGEST_BATCH = 16  # rows a GPU sees at once; halved where its memory is too small
+
+
+class TorchEngine:
     name = "torch"
 
-    def __init__(
-        self, bundle_dir: Path, spec: BundleSpec, threads: int, precision: Precision, device: Device = Device()
-    ) -> None:
+    def __init__(self, network: Any, settings: Settings) -> None:
+        """`network`: a torch.nn.Module in float32, which is taken over."""
         import torch
 
-        self.precision = precision
-        self._threads = threads
-        self._network = load_network(spec, bundle_dir / spec.model_file).eval()
+        device = settings.device
+        if device.kind == "cuda" and (problem := why_no_cuda()) is not None:
+            raise BackendError(f"backend torch cannot compute on {device}: {problem}")
+        self.precision: Precision = settings.precision
+        self._threads = settings.threads
+        self._device = torch.device(device.kind, device.index) if device.kind == "cuda" else torch.device("cpu")
+        self._network = network.eval().to(self._device)
         self._torch = torch
-        self._calls = Calls(self.name)
+        # a CPU gains nothing from a batch and would hold the activations of all of it
+        self._most = LARGEST_BATCH if device.kind == "cuda" else 1 if settings.apart else None
+        self._calls = Calls(self.name, survives_fork=device.kind == "cpu")
 
-    def run(self, batch_NCX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    @classmethod
+    def of_bundle(cls, bundle_dir: Path, spec: BundleSpec, settings: Settings) -> Self:
+        return cls(load_network(spec, bundle_dir / spec.model_file), settings)
+
+    @classmethod
+    def of_network(cls, network: LiveNetwork, settings: Settings) -> Self:
+        return cls(network.module, settings)
+
+    def run(self, batch_NCX: Array) -> Array:
         torch = self._torch
         threads = 1 if self._calls.is_forked else self._threads  # the others of OpenMP's pool are the parent's
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)  # of this thread
+        kind, bf16 = self._device.type, self.precision == "bf16"
         with self._calls:
             try:
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-                    return self._network(torch.from_numpy(batch_NCX)).float().numpy()
-            except RuntimeError as e:
+                with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+                    return self._in_parts(torch.from_numpy(batch_NCX).to(self._device))
+            except RuntimeError as e:  # torch.OutOfMemoryError is one
                 raise BackendError(f"torch failed on a batch of shape {batch_NCX.shape}: {e}") from e
+
+    def _in_parts(self, batch_NCX: Any) -> Array:
+        torch = self._torch
+        while True:
+            size = min(self._most or len(batch_NCX), len(batch_NCX))
+            try:
+                parts = [self._network(part).float() for part in batch_NCX.split(size)]
+                logits_NHX: Array = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+                return logits_NHX
+            except torch.OutOfMemoryError:  # of the device; for good, since the next batch will be as large
+                if size == 1:
+                    raise
+                self._most = size // 2
+                torch.cuda.empty_cache()
+
+
+def why_no_cuda() -> str | None:
+    """None when PyTorch has a GPU to compute on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA\ninstall the other build: https://pytorch.org"
+    return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no GPU\nnvidia-smi lists them"
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 is multiplied natively: by a GPU, or by this CPU."""
+    import torch
+
+    return bool(torch.cuda.is_available()) or cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); emulated bf16 would be slower than fp32."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def build_network(spec: BundleSpec) -> Any:

@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class CaseResult:
+class CaseScores:
     """All labels of one case."""
 
     case: str
     metrics: dict[str, LabelMetrics]
 
 
-def evaluate_case(reference_file: Path, prediction_file: Path, labels: LabelSet, tolerance_mm: float) -> CaseResult:
+def evaluate_case(reference_file: Path, prediction_file: Path, labels: LabelSet, tolerance_mm: float) -> CaseScores:
     """Every label of one case. Raises ImageError or MismatchError."""
     case = reference_file.name.removesuffix(labels.file_ending)
     reference, prediction = read_segmentation(reference_file), read_segmentation(prediction_file)
@@ -37,7 +37,7 @@ def evaluate_case(reference_file: Path, prediction_file: Path, labels: LabelSet,
         if unknown:
             logger.warning("case %s: %s holds values that no label has: %s", case, what, sorted(unknown))
     pair = reference.labels_zyx, prediction.labels_zyx
-    return CaseResult(
+    return CaseScores(
         case,
         {
             name: label_metrics(*pair, values, reference.spacing_mm, tolerance_mm, labels.ignore)
@@ -53,7 +53,7 @@ def evaluate_cases(
     labels: LabelSet,
     tolerance_mm: float = 1.0,
     processes: int = 1,
-) -> Iterator[CaseResult]:
+) -> Iterator[CaseScores]:
     """Yield the result of each case in order, computed by `processes` workers."""
     if tolerance_mm < 0:
         raise SpecError(f"tolerance: got {tolerance_mm} mm, expected 0 or more")
@@ -76,7 +76,7 @@ def evaluate_cases(
             raise
 
 
-def mean_metrics(results: Sequence[CaseResult], names: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def mean_metrics(results: Sequence[CaseScores], names: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Mean per label over the cases where it is defined, and `foreground_mean`: the mean of those means.
 
     `cases` counts the cases whose Dice is defined.
@@ -91,7 +91,7 @@ def mean_metrics(results: Sequence[CaseResult], names: Mapping[str, Any]) -> dic
 
 
 def report(
-    results: Sequence[CaseResult], labels: LabelSet, pairing: Pairing, tolerance_mm: float, folders: tuple[Path, Path]
+    results: Sequence[CaseScores], labels: LabelSet, pairing: Pairing, tolerance_mm: float, folders: tuple[Path, Path]
 ) -> dict[str, Any]:
     """The JSON record of one evaluation; `folders` are those of predictions and labels."""
     return {

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet import __version__
 from fastnnunet.errors import MismatchError, NotFoundError, printable
 from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
-from fastnnunet.export.onnx import put_weights, to_onnx
 from fastnnunet.export.parity import ParityCheck, ParityReport
 from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
@@ -32,11 +30,13 @@ from fastnnunet.nnunet.files.plans import (
     num_input_channels,
     read_json,
 )
+from fastnnunet.nnunet.onnx import put_weights, to_onnx
 from fastnnunet.nnunet.student.fit import stride_products
 from fastnnunet.nnunet.student.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.version import __version__
 
 Fold = int | str
 PARITY_FILE = "parity.npz"

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastnnunet.errors import ParityError
 from fastnnunet.export.graph import larger_patches
-from fastnnunet.export.onnx import INPUT, OUTPUT
+from fastnnunet.specs.bundle import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     import onnx

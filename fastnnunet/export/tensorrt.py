@@ -6,48 +6,31 @@ gets an engine for each fold. What a library cannot take, a graph that is not wh
 loses too much is one error, and nothing of that model file is stored.
 """
 
-import logging
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.trt.build import DEFAULT_BATCH, build_plan, check_parity, run_onnx, simplify
+from fastnnunet.engines.trt.half import to_half
 from fastnnunet.engines.trt.library import Library, find_library
 from fastnnunet.engines.trt.store import EngineKey, StoredEngine, engine_folders, find_engine, source_file, write_engine
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
-from fastnnunet.export.half import to_half
-from fastnnunet.export.onnx import INPUT, OUTPUT
+from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.quantized import prepare_quantized
-from fastnnunet.export.stepwise import run_stepwise
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
 
 if TYPE_CHECKING:
     import onnx
 
-EnginePrecision = Literal["fp32", "fp16", "int8"]
 PARITY_FILE = "parity.npz"
-DEFAULT_BATCH = {2: 16, 3: 4}  # dimensions of the patch -> largest batch
 # operators an InstanceNormalization becomes when an exporter takes it apart; slower, and in fp16 wrong
 _TAKEN_APART = ("BatchNormalization", "GroupNormalization", "Sqrt", "Reciprocal")
-# what torch exports of Primus and TensorRT does not take
-_FOR_OPTIMIZER = ("SplitToSequence", "SequenceAt")
-# share of voxels that keep their label, of logits near each other in float16 or 8 bits; less is a wrong graph
-LABEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.995, "int8": 0.9}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphParity:
-    """How far the graph an engine is built from is from the bundle's expected logits, run on a CPU."""
-
-    patches: int
-    max_abs_difference: float  # in logits
-    max_abs_logit: float
-    label_agreement: float  # share of voxels with the same argmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +42,7 @@ class BuiltEngine:
 def export_engines(
     bundle: Path,
     *,
-    precision: EnginePrecision = "fp16",
+    precision: Precision = "fp16",
     architectures: Sequence[str] = (),
     library_name: str | None = None,
     max_batch: int | None = None,
@@ -108,7 +91,7 @@ def default_architectures(library: Library) -> tuple[str, ...]:
 def engine_key(
     spec: BundleSpec,
     model_file: Path,
-    precision: EnginePrecision,
+    precision: Precision,
     library: Library,
     architecture: str,
     max_batch: int | None,
@@ -128,7 +111,7 @@ def engine_key(
     )
 
 
-def make_graph(model_file: Path, spec: BundleSpec, precision: EnginePrecision) -> "onnx.ModelProto":
+def make_graph(model_file: Path, spec: BundleSpec, precision: Precision) -> "onnx.ModelProto":
     """The graph to build from, in that precision. Raises CorruptError, MismatchError."""
     import onnx
 
@@ -139,8 +122,7 @@ def make_graph(model_file: Path, spec: BundleSpec, precision: EnginePrecision) -
         raise CorruptError(f"cannot read {model_file}: {e}") from e
     check_norms(model, spec)
     _fix_space(model, spec.patch_size)
-    if any(node.op_type in _FOR_OPTIMIZER for node in model.graph.node):
-        model = _simplify(model)
+    model = simplify(model)
     if precision == "fp16":
         return to_half(model)
     return prepare_quantized(model) if precision == "int8" else model
@@ -153,19 +135,6 @@ def _fix_space(model: "onnx.ModelProto", patch_size: Sequence[int]) -> None:
             if axis.HasField("dim_param"):
                 axis.dim_value = size  # the other of the two goes
     del model.graph.value_info[:]  # shapes in between, which may name those axes
-
-
-def _simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The same graph without sequences of tensors and type casts that turn out to do nothing."""
-    from onnxscript import optimizer
-
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every constant it leaves alone
-    try:
-        return optimizer.optimize(model)
-    finally:
-        logger.setLevel(level)
 
 
 def check_norms(model: "onnx.ModelProto", spec: BundleSpec) -> None:
@@ -194,99 +163,11 @@ def _parity_patches(bundle: Path, spec: BundleSpec, fold: int) -> tuple[np.ndarr
     if spec.batch_size is not None:
         image_NCX, expected = (np.resize(a, (spec.batch_size, *a.shape[1:])) for a in (image_NCX, expected))
     if len(spec.model_files) > 1:
-        import onnxruntime
-
-        file = str(bundle / spec.model_files[fold])
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        expected = session.run([OUTPUT], {INPUT: image_NCX})[0]
+        expected = run_onnx(str(bundle / spec.model_files[fold]), image_NCX)
     return image_NCX, expected
 
 
-def check_parity(
-    graph: "onnx.ModelProto", image_NCX: np.ndarray, expected: np.ndarray, precision: EnginePrecision
-) -> GraphParity:
-    """Run the graph on patches. Raises ParityError for NaN or when too many labels differ."""
-    got = run_stepwise(graph, {graph.graph.input[0].name: image_NCX})[graph.graph.output[0].name]
-    parity = GraphParity(
-        patches=len(image_NCX),
-        max_abs_difference=float(np.abs(got - expected).max()),
-        max_abs_logit=float(np.abs(expected).max()),
-        label_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
-    )
-    if not np.isfinite(got).all() or parity.label_agreement < LABEL_AGREEMENT[precision]:
-        raise ParityError(
-            f"in {precision} the network gives the same label on {parity.label_agreement:.3%} of the voxels of "
-            f"{parity.patches} real patches, expected at least {LABEL_AGREEMENT[precision]:.2%} and finite logits\n"
-            f"  largest logit difference {parity.max_abs_difference:.3g}, logits up to {parity.max_abs_logit:.3g}\n"
-            "no engine was built; build it with --precision fp32"
-        )
-    return parity
-
-
-def build_plan(graph: "onnx.ModelProto", key: EngineKey, library: Library) -> bytes:
-    """The serialised engine. Raises MismatchError with the library's own words when it refuses the graph."""
-    module = library.module
-    library.logger.errors.clear()
-    builder = module.Builder(library.logger)
-    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = module.OnnxParser(network, library.logger)
-    if not parser.parse(graph.SerializeToString()):
-        errors = (parser.get_error(i) for i in range(parser.num_errors))
-        raise MismatchError(_refusal(key, [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]))
-    _check_network(network, graph, key, module)
-    plan = builder.build_serialized_network(network, builder_config(builder, key, library))
-    if plan is None:
-        raise MismatchError(_refusal(key, library.logger.errors))
-    return bytes(plan)
-
-
-def builder_config(builder: Any, key: EngineKey, library: Library) -> Any:
-    """Target, range of batches and what little of precision is not in the graph."""
-    config = builder.create_builder_config()
-    library.set_target(config, key.architecture)
-    if key.precision == "fp32":
-        config.clear_flag(library.module.BuilderFlag.TF32)  # on by default; rounds factors of convolutions to 11 bits
-    profile = builder.create_optimization_profile()
-    smallest, largest = (key.min_batch, *key.input_shape), (key.max_batch, *key.input_shape)
-    profile.set_shape(INPUT, smallest, largest, largest)
-    config.add_optimization_profile(profile)
-    return config
-
-
-def _check_network(network: Any, graph: "onnx.ModelProto", key: EngineKey, module: Any) -> None:
-    """What the parser made of the graph: inputs and outputs of the bundle, norms still norms and in float32."""
-    problems = []
-    batch = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or -1
-    for kind, got, name, shape in (
-        ("inputs", [network.get_input(i) for i in range(network.num_inputs)], INPUT, key.input_shape),
-        ("outputs", [network.get_output(i) for i in range(network.num_outputs)], OUTPUT, key.output_shape),
-    ):
-        found = [(t.name, tuple(t.shape), t.dtype) for t in got]
-        if found != (expected_here := [(name, (batch, *shape), module.float32)]):
-            problems.append(f"{kind} are {found}, expected {expected_here}")
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    norms = [layer for layer in layers if layer.type == module.LayerType.NORMALIZATION]
-    expected = sum(node.op_type == "InstanceNormalization" for node in graph.graph.node)
-    if len(norms) < expected:
-        problems.append(f"{len(norms)} normalization layers were made of {expected} InstanceNormalization nodes")
-    problems += [
-        f"normalization {layer.name} is computed in {layer.get_input(0).dtype}, expected float32"
-        for layer in norms
-        if layer.get_input(0).dtype != module.float32
-    ]
-    if problems:
-        raise MismatchError(_refusal(key, problems))
-
-
-def _refusal(key: EngineKey, reasons: Sequence[str]) -> str:
-    listed = "\n".join(f"  - {reason}" for reason in list(reasons)[:5]) or "  - (it gave no reason)"
-    return (
-        f"{key.library} {key.library_version} cannot build the model in {key.precision} for {key.architecture}:\n"
-        f"{listed}\nno engine was written; try another --precision or --arch, or predict with another backend"
-    )
-
-
-def _model_file(bundle: Path, spec: BundleSpec, model_file: str, precision: EnginePrecision) -> Path:
+def _model_file(bundle: Path, spec: BundleSpec, model_file: str, precision: Precision) -> Path:
     file = bundle / source_file(model_file, precision)
     if file.name not in spec.files:
         raise NotFoundError(

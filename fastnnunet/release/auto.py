@@ -10,7 +10,7 @@ import numpy as np
 from fastnnunet.bench.arms import ReferenceArm
 from fastnnunet.bench.patch_speed import ms_per_patch
 from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
-from fastnnunet.engines.base import available_cores
+from fastnnunet.engines.registry import available_cores
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.evaluate.cases import evaluate_cases
 from fastnnunet.evaluate.segmentations import make_label_set

@@ -14,7 +14,7 @@ from fastnnunet.engines.base import Precision
 from fastnnunet.errors import MismatchError, ParityError
 from fastnnunet.evaluate.metrics import dice_of_masks, nanmean, region_mask
 from fastnnunet.evaluate.segmentations import LabelSet, make_label_set
-from fastnnunet.release.gate_cases import CaseSource
+from fastnnunet.release.gate_cases import GateCases
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.times import StageTimes
@@ -64,7 +64,7 @@ class _Dice:
 
 
 def compare(
-    source: CaseSource,
+    source: GateCases,
     fp32: Mapping[str, LoadedBundle],
     others: Sequence[LoadedBundle],
     on_case: Callable[[int, int], None] | None = None,

@@ -19,7 +19,7 @@ Labels = NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class JudgedCases:
     """Which cases to judge on and which to calibrate on; disjoint where there are enough."""
 
     judge: tuple[str, ...]
@@ -30,7 +30,7 @@ class Choice:
         return bool(set(self.judge) & set(self.calibrate))
 
 
-def choose_cases(known: Sequence[str], held_out: Sequence[str], named: Sequence[str], count: int) -> Choice:
+def choose_cases(known: Sequence[str], held_out: Sequence[str], named: Sequence[str], count: int) -> JudgedCases:
     """Judge on the cases `named`, else on the first `count` of those `held_out`, else (there are none) of `known`.
 
     Calibration gets what is in neither group; where that is nothing, what is not judged on; else everything.
@@ -46,15 +46,15 @@ def choose_cases(known: Sequence[str], held_out: Sequence[str], named: Sequence[
     judge = tuple(named) or tuple(sorted(held_out)[:count]) or tuple(sorted(known)[:few])
     for left_out in (set(held_out) | set(judge), set(judge), set()):
         if rest := tuple(sorted(set(known) - left_out)):
-            return Choice(judge=judge, calibrate=rest)
+            return JudgedCases(judge=judge, calibrate=rest)
     raise NotFoundError("there are no cases to calibrate on")
 
 
-class CaseSource(Protocol):
+class GateCases(Protocol):
     """Where cases come from."""
 
     kind: str  # for records
-    choice: Choice
+    choice: JudgedCases
     has_labels: bool
     held_out: bool  # whether all cases to judge on were kept from the training of the model
 

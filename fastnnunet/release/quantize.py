@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.engines.base import INT8_ENDINGS, Precision, create_ensemble, is_installed
+from fastnnunet.engines.base import Precision
+from fastnnunet.engines.model_files import INT8_ENDINGS
+from fastnnunet.engines.registry import create_ensemble, is_installed
 from fastnnunet.errors import BackendError, SpecError
 from fastnnunet.export.patches import RandomPatches
 from fastnnunet.export.quantize_onnx import check_onnx_quantizer, quantize_onnx
 from fastnnunet.export.quantize_openvino import check_openvino_quantizer, quantize_openvino
 from fastnnunet.release.gate import Comparison, compare, require
-from fastnnunet.release.gate_cases import CaseSource, ImageCases, TrainingCases
+from fastnnunet.release.gate_cases import GateCases, ImageCases, TrainingCases
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.specs.bundle import (
     FORMAT_VERSION,
@@ -163,13 +165,13 @@ def _load(backend: str, folder: Path, spec: BundleSpec, precision: Precision, jo
     return loaded
 
 
-def _source(job: QuantizeJob, spec: BundleSpec, bundle: LoadedBundle) -> CaseSource:
+def _source(job: QuantizeJob, spec: BundleSpec, bundle: LoadedBundle) -> GateCases:
     if job.images is None:
         return TrainingCases(spec, job.cases, job.num_cases)
     return ImageCases(bundle, job.images, job.labels, job.cases, job.num_cases)
 
 
-def _judged_on(source: CaseSource) -> str:
+def _judged_on(source: GateCases) -> str:
     kind = "held-out cases" if source.held_out else source.kind
     also = ", calibrated on the same" if source.choice.overlap else ""
     against = "" if source.has_labels else ", against the prediction in fp32 since there are no labels"
@@ -177,7 +179,7 @@ def _judged_on(source: CaseSource) -> str:
 
 
 def _make_int8(
-    job: QuantizeJob, spec: BundleSpec, source: CaseSource, backends: list[str], staging: Path, show: Show
+    job: QuantizeJob, spec: BundleSpec, source: GateCases, backends: list[str], staging: Path, show: Show
 ) -> list[str]:
     """Write the quantised twins of the bundle's models into `staging`; their names."""
     patches = RandomPatches(

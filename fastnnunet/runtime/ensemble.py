@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastnnunet import native
-from fastnnunet.engines.base import Backend
+from fastnnunet.engines.base import Engine
 from fastnnunet.geometry.chunked_window import streamed_window
 from fastnnunet.geometry.half import check_half_limits
 from fastnnunet.runtime.sliding_window import (
@@ -21,7 +21,7 @@ from fastnnunet.runtime.sliding_window import (
 
 def ensemble_logits(
     data_CZYX: Array,
-    backends: Sequence[Backend],
+    backends: Sequence[Engine],
     window: SlidingWindow,
     *,
     on_tiles: OnTiles | None = None,

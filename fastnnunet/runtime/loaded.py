@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import native
-from fastnnunet.engines.base import Backend, Precision, create_ensemble
+from fastnnunet.engines.base import Engine, Precision
+from fastnnunet.engines.registry import create_ensemble
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
 from fastnnunet.geometry.resample import ResampleSpec, parse_label_resample_spec, parse_resample_spec
 from fastnnunet.runtime.ensemble import ensemble_logits
@@ -63,7 +64,7 @@ class LoadedBundle:
     def __init__(
         self,
         spec: BundleSpec,
-        backends: Sequence[Backend],
+        backends: Sequence[Engine],
         *,
         step_size: float | None = None,
         mirroring: bool = True,
@@ -127,7 +128,7 @@ class LoadedBundle:
         return other
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> Engine:
         """What runs the network (of an ensemble, the first; the others are of its kind)."""
         return self.backends[0]
 

@@ -9,13 +9,13 @@ Axes: C channel, H head, N tile in a batch, Z Y X space; 2d patches are tiles of
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import native
+from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.errors import BackendError
 from fastnnunet.geometry.chunked_window import ChunkedWindow, Index, chunked_window
 from fastnnunet.geometry.gaussian import gaussian_weights
@@ -173,18 +173,6 @@ def _predict_tiles(
         if logits.shape != (expected := (len(chosen), window.num_heads, *patch_size)):
             raise BackendError(f"the network returned logits of shape {logits.shape}, expected {expected}")
         yield logits
-
-
-def mirrored(network: Network, batch_NCX: Array, mirror_axes: Sequence[int] | None) -> Array:
-    """Mean of the logits over every subset of the mirrored axes (spatial axes counted from 0), as nnU-Net sums them."""
-    if not mirror_axes:
-        return network(batch_NCX)
-    total = network(batch_NCX).copy()
-    subsets = [s for n in range(len(mirror_axes)) for s in combinations([m + 2 for m in mirror_axes], n + 1)]
-    for axes in subsets:
-        total += np.flip(network(np.ascontiguousarray(np.flip(batch_NCX, axes))), axes)
-    total /= len(subsets) + 1
-    return total
 
 
 def _tile_weights(patch_size: tuple[int, ...], use_gaussian: bool) -> Array:

@@ -1,11 +1,13 @@
 """What a soft-label cache holds: everything here changes a stored value, except the layout fields marked so."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastnnunet.errors import SpecError
+from fastnnunet.specs.option import Option
 
 LARGEST_TOLERANCE = 0.1
+TeacherEngine = Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +25,17 @@ class CacheSpec:
     step_size: float = 0.5
     # logits: averaged over mirrors, tiles and folds, as nnU-Net does; probabilities: every fold's soft labels averaged
     pooling: Literal["logits", "probabilities"] = "logits"
-    engine: Literal["auto", "torch", "openvino"] = "auto"  # runs the teacher; auto = OpenVINO on a CPU if installed
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic of the teacher; auto = bf16 where the CPU has it
+    engine: Annotated[
+        TeacherEngine,
+        Option(
+            "--engine",
+            "What runs the teacher (default: the recipe's); auto: OpenVINO on a CPU if installed, else PyTorch.",
+        ),
+    ] = "auto"
+    # arithmetic of the teacher; auto: bf16 where the CPU and the engine have it, fp16 in TensorRT
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # layout: does not change a decoded value, so it is not part of the key
-    # measured (pipelines/measure/cache_layout.py; lz4, 2 channels, T = 3, random 128^3 patch): 32 takes 0.74 bytes per
+    # measured (measure/cache/cache_layout.py; lz4, 2 channels, T = 3, random 128^3 patch): 32 takes 0.74 bytes per
     # voxel and 3.7 ms, 24 0.93 and 4.4, 16 1.07 and 6.7; 48 0.77 and 3.5, 64 0.69 and 4.3
     chunk_zyx: tuple[int, int, int] = (32, 32, 32)  # aimed at: each axis is cut into about equal parts of this size
     # auto: zstd for small volumes, lz4 for large ones. zstd is a quarter smaller, but patches take 2 to 3 times as long

@@ -17,7 +17,7 @@ MAX_YAML_BYTES = 2**18  # a recipe or a student has a hundredth of it
 _MAX_INTEGER = 2**63
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):
     """YAML as far as JSON goes: no dates, sets or bytes, and no key twice."""
 
     yaml_constructors: typing.ClassVar = {
@@ -52,7 +52,7 @@ def load_yaml_spec(cls: type[T], path: Path) -> T:
             text = f.read(MAX_YAML_BYTES + 1)
         if len(text) > MAX_YAML_BYTES:
             raise ValueError(f"it has more than {MAX_YAML_BYTES} bytes")
-        raw = yaml.load(text.decode(), _Loader)
+        raw = yaml.load(text.decode(), _UniqueKeys)
         check_tree(raw)
     except RecursionError:
         raise SpecError(f"{path} is not valid YAML: it is nested too deep") from None

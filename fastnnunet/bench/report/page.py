@@ -8,7 +8,7 @@ from typing import Any
 
 from fastnnunet.bench.benchmark import prediction_folder
 from fastnnunet.bench.job import ENSEMBLE, SINGLE
-from fastnnunet.bench.report.headline import fastest, headline, students
+from fastnnunet.bench.report.headline import Record, fastest, headline, students
 from fastnnunet.bench.report.numbers import NONE, dice, percent, seconds, size, times
 from fastnnunet.bench.report.page_plots import dice_plot, stage_plot, total_plot
 from fastnnunet.bench.report.page_style import STYLE
@@ -16,7 +16,6 @@ from fastnnunet.bench.report.slices import CasePictures, case_pictures, legend
 from fastnnunet.runtime.times import STAGES
 from fastnnunet.system.files import atomic_output, make_folder
 
-Record = Mapping[str, Any]
 MOST_LABELS = 12  # columns of the table of labels, entries of a legend
 
 

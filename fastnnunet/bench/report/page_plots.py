@@ -1,13 +1,12 @@
 """Plots of a benchmark record as SVG that stands inside a page and takes its colours."""
 
 import io
-from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from fastnnunet.bench.report.headline import students
+from fastnnunet.bench.report.headline import Record, students
 from fastnnunet.bench.report.numbers import dice, seconds
 from fastnnunet.runtime.times import STAGES
 
@@ -27,7 +26,6 @@ _SETTINGS = {
 }
 _HEIGHTS_PT = (12, -20, 28, -36)
 _LEAST_SCALE = 0.85  # below that a plot scrolls rather than shrinks
-Record = Mapping[str, Any]
 
 
 def stage_plot(record: Record) -> str:

@@ -94,9 +94,14 @@ def source_file(model_file: str, precision: str) -> str:
     return int8_file(model_file) if precision == "int8" else model_file
 
 
+def machine_folder() -> Path:
+    """Where engines of this machine lie that belong to no bundle or cannot lie beside theirs."""
+    return local_home() / FOLDER
+
+
 def engine_folders(bundle_dir: Path) -> tuple[Path, Path]:
     """Where engines of a bundle are looked for, in this order."""
-    return bundle_dir / FOLDER, local_home() / FOLDER
+    return bundle_dir / FOLDER, machine_folder()
 
 
 def write_engine(folder: Path, key: EngineKey, plan: bytes, parity: dict[str, Any]) -> StoredEngine:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import torch
 
-from fastnnunet.specs.checks.pickles import Record, RefusedTypeError, load_plain, load_records, settle
+from fastnnunet.specs.checks.pickles import Pickled, RefusedTypeError, load_plain, load_records, settle
 
 _ZIP = b"PK\x03\x04"
 _OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -59,7 +59,7 @@ class _Storages(dict[str, torch.Tensor]):
         return tensor
 
 
-class _Storage(Record):
+class _Storage(Pickled):
     __slots__ = ("_dtype", "_key", "_numel", "_storages")
 
     def __init__(self, storages: _Storages, dtype: torch.dtype, key: str, numel: int) -> None:
@@ -82,7 +82,7 @@ class _Storage(Record):
         return torch.empty(0, dtype=dtype).set_(data.untyped_storage(), offset, tuple(size), tuple(stride))
 
 
-class _Tensor(Record):
+class _Tensor(Pickled):
     __slots__ = ("_arguments", "_is_parameter", "_needs_gradient", "_storage")
 
     def __init__(self, storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, needs_gradient: Any) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder, teacher_folder
+from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder
 from fastnnunet.nnunet.files.plans import (
     architecture_of,
     build_network,
@@ -20,7 +19,6 @@ from fastnnunet.specs.checks.json_text import read_json
 from fastnnunet.specs.checks.networks import find_network
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
-from fastnnunet.specs.teacher import TeacherSpec
 
 STOCK_TRAINER = "nnUNetTrainer"
 UNETS = "dynamic_network_architectures.architectures.unet."
@@ -42,13 +40,6 @@ def reduce_features(features_per_stage: list[int], student: StudentSpec) -> list
             f"expected r of at most {min(features_per_stage)}"
         )
     return [student.narrower(f) for f in features_per_stage]
-
-
-def trainer_of(teacher: TeacherSpec) -> str:
-    """The trainer named in the teacher's first checkpoint, which builds its network."""
-    return str(
-        load_checkpoint(teacher_folder(teacher) / f"fold_{teacher.folds[0]}" / teacher.checkpoint)["trainer_name"]
-    )
 
 
 def student_plans(
@@ -131,7 +122,7 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     """Full resolution costs most: one in-plane convolution ([1, 3, 3]) on each side of it.
 
     OpenVINO in bfloat16, 128^3, r=4, two cores with other load, fastest of seven runs: width 0.595 s; one convolution
-    0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (pipelines/measure/lite_student.py). [1, 3, 3] halves the time and
+    0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (measure/train/lite_student.py). [1, 3, 3] halves the time and
     still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
     axes = 2 if "2d" in str(kwargs.get("conv_op")) else 3

@@ -34,7 +34,7 @@ def train_teacher(
     import numpy as np
     import torch
 
-    from fastnnunet.nnunet.engines import resolve_precision
+    from fastnnunet.engines.labelling import resolve_precision
     from fastnnunet.nnunet.trainer.epochs import run_epochs
     from fastnnunet.nnunet.trainer.trainer import make_trainer, nnunet_quiet
 

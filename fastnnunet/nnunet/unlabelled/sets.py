@@ -67,7 +67,7 @@ class UnlabelledCases(PreprocessedCases):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class SetRecord:
     """What is known of a set; written after every case."""
 
     images: Path  # the folder the images came from
@@ -119,7 +119,7 @@ class ImageSet:
     def record_file(self) -> Path:
         return self.folder / f"{self.data_identifier}.json"
 
-    def record(self) -> Record:
+    def record(self) -> SetRecord:
         """Raises NotFoundError when nothing was preprocessed yet, CorruptError."""
         return read_record(self.record_file)
 
@@ -171,7 +171,7 @@ def resolve_set(plans: dict[str, Any], configuration: str, reference: str) -> st
     raise NotFoundError(f"--unlabelled {reference}: neither a folder of images nor a set of unlabelled images\n{known}")
 
 
-def read_record(file: Path) -> Record:
+def read_record(file: Path) -> SetRecord:
     """Raises NotFoundError, CorruptError."""
     try:
         raw = read_json_object(file)
@@ -181,7 +181,7 @@ def read_record(file: Path) -> Record:
             str(case): {str(name): (int(s), int(t), str(d)) for name, (s, t, d) in files.items()}
             for case, files in raw["cases"].items()
         }
-        return Record(images=Path(raw["images"]), preprocessing=str(raw["preprocessing"]), cases=cases)
+        return SetRecord(images=Path(raw["images"]), preprocessing=str(raw["preprocessing"]), cases=cases)
     except FileNotFoundError as e:
         raise NotFoundError(f"no unlabelled images were preprocessed: {file} is missing") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -204,7 +204,7 @@ def preprocess_images(
     with _locked(target.folder):
         known = _finished(target, images, found)
         tasks = _tasks(target, found, known)
-        record = Record(images=images, preprocessing=target.preprocessing, cases=known)
+        record = SetRecord(images=images, preprocessing=target.preprocessing, cases=known)
         _write_record(target.record_file, record)
         _remove_others(target.cases_folder, known)
         problems: dict[str, str] = {}
@@ -321,7 +321,7 @@ def _tasks(target: ImageSet, found: Mapping[str, tuple[Path, ...]], known: Conta
     }
 
 
-def _write_record(file: Path, record: Record) -> None:
+def _write_record(file: Path, record: SetRecord) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         temporary.write_text(canonical_json({"format_version": VERSION, **dataclasses.asdict(record)}))

@@ -33,7 +33,7 @@ class RefusedTypeError(pickle.UnpicklingError):
         self.name = name
 
 
-class Record:
+class Pickled:
     """Stands for a value that is made when the pickle is done; has no attribute a pickle can set."""
 
     __slots__ = ()
@@ -119,7 +119,7 @@ class _Settling:
         self._done: dict[int, tuple[Any, Any]] = {}  # id -> value, which must live as long as its id counts, and result
 
     def settled(self, value: Any) -> Any:
-        if not isinstance(value, Record | dict | list | tuple | deque):
+        if not isinstance(value, Pickled | dict | list | tuple | deque):
             return value
         if id(value) not in self._done:
             self._done[id(value)] = value, value  # before its contents: a container may hold itself
@@ -127,7 +127,7 @@ class _Settling:
         return self._done[id(value)][1]
 
     def _settle(self, value: Any) -> Any:
-        if isinstance(value, Record):
+        if isinstance(value, Pickled):
             return value.settle(self.settled)
         if isinstance(value, tuple):
             items = [self.settled(item) for item in value]
@@ -143,7 +143,7 @@ class _Settling:
         return value
 
 
-class _Dtype(Record):
+class _Dtype(Pickled):
     """numpy.dtype('f8', False, True) and its state: numbers, text and times; `O` only for the items of an array."""
 
     __slots__ = ("_code", "_dtype")
@@ -167,7 +167,7 @@ class _Dtype(Record):
         return self._dtype
 
 
-class _Array(Record):
+class _Array(Pickled):
     """numpy.ndarray; its state comes later, when it was made by `_reconstruct`."""
 
     __slots__ = ("_value",)

@@ -1,0 +1,248 @@
+"""The teacher ensemble: trained folds run over preprocessed cases as nnU-Net's sliding window runs them."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
+from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
+from fastnnunet.engines.mirrors import mirrored
+from fastnnunet.engines.registry import ENGINES, engine_of_network
+from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
+from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
+from fastnnunet.geometry.padding import centre_padding, pad_spatial
+from fastnnunet.nnunet.files.checkpoint import load_weights
+from fastnnunet.nnunet.files.model import ModelFolder
+from fastnnunet.nnunet.files.plans import build_network, check_fits, network_class_name
+from fastnnunet.nnunet.onnx import to_onnx
+from fastnnunet.nnunet.reference import fold_reference
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import Fold, TeacherSpec
+from fastnnunet.teachers.deviation import measure_deviation, middle
+
+MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
+PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through the networks one mirror at a time
+
+
+@dataclass(frozen=True)
+class NnUNetTeacher:
+    """A recipe for loading the ensemble. Cheap and picklable; dask workers call `load` once each."""
+
+    files: ModelFolder
+    folds: tuple[Fold, ...]
+    mirroring: bool
+    step_size: float
+    precision: Precision
+    engine: str  # as in ENGINES
+    unseen: dict[str, tuple[Fold, ...]]  # case -> folds whose training set did not contain it
+
+    @property
+    def folder(self) -> Path:
+        """The model folder."""
+        return self.files.folder
+
+    @property
+    def num_heads(self) -> int:
+        """Number of output channels of the networks."""
+        return self.files.model.num_heads
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether the model is region-based (sigmoid heads)."""
+        return self.files.model.has_regions
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Patch size in voxels, zyx (two entries for 2d)."""
+        return self.files.model.patch_size
+
+    @property
+    def num_channels(self) -> int:
+        """Number of input channels of the networks."""
+        return self.files.model.num_channels
+
+    def unseen_folds(self, case_id: str) -> tuple[Fold, ...]:
+        """Folds of this ensemble that did not train on the case (all of them for a case in no split)."""
+        return self.unseen.get(case_id, self.folds)
+
+    def alternatives(self, spec: CacheSpec) -> "Iterator[NnUNetTeacher]":
+        """This teacher in every engine and precision that the recipe leaves open."""
+        for engine in ENGINES if spec.engine == "auto" else (self.engine,):
+            for precision in labelling_precisions(engine):
+                if spec.precision in ("auto", precision):
+                    yield replace(self, engine=engine, precision=precision)
+
+    def identity(self) -> dict[str, Any]:
+        """What of the teacher changes a logit: architecture, patch, labels, weights, mirrors, step, precision."""
+        model = self.files.model
+        return {
+            "dataset": model.manager.dataset_name,
+            "plans": model.manager.plans_name,
+            "configuration": model.configuration,
+            "patch_size": list(self.patch_size),
+            "architecture": {
+                "class": model.config.network_arch_class_name,
+                "kwargs": model.config.configuration["architecture"]["arch_kwargs"],
+            },
+            "labels": model.dataset_json["labels"],
+            "folds": [str(f) for f in self.folds],
+            "checkpoints": {str(f): self.files.digest(f) for f in self.folds},
+            "mirror_axes": list(self.mirror_axes()),
+            "step_size": self.step_size,
+            "precision": self.precision,
+            "engine": self.engine,
+        }
+
+    def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:
+        """Peak memory of labelling an image of this shape, beyond weights and activations."""
+        window = chunked_window(shape_zyx, self.patch_size, self.step_size, chunk_zyx)
+        tile_bytes = 4 * self.num_heads * math.prod(self.patch_size)
+        mirrors = 2 ** len(self.mirror_axes()) if tile_bytes <= PARALLEL_BYTES else 1
+        means = window.peak_voxels() * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
+        image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
+        return means + (mirrors + 3) * tile_bytes + 2 * image
+
+    def mirror_axes(self) -> tuple[int, ...]:
+        """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
+        return self.files.facts(self.folds[0]).mirror_axes if self.mirroring else ()
+
+    def load(self, threads: int) -> "LoadedTeacher":
+        """Take all folds into engines. Raises BackendError, CorruptError, MismatchError."""
+        settings = Settings(threads=threads, precision=self.precision, device=resolve_device(self.engine), apart=True)
+        model = self.files.model
+        engines: dict[Fold, Engine] = {}
+        described = (model.plans, model.configuration, model.dataset_json)
+        for fold in self.folds:
+            weights, path = self.files.take_weights(fold), self.files.path(fold)
+            trainer = self.files.facts(self.folds[0]).trainer
+            check_fits(*described, trainer, weights, path)
+            network = build_network(*described, trainer=trainer)
+            load_weights(network, weights, path)
+            live = LiveNetwork(
+                module=network,
+                channels=model.num_channels,
+                num_heads=model.num_heads,
+                patch_size=model.patch_size,
+                to_onnx=partial(_onnx_bytes, network, model.num_channels, model.patch_size),
+            )
+            engines[fold] = engine_of_network(self.engine, live, settings)
+        return LoadedTeacher(self, engines, model.num_heads, self.mirror_axes())
+
+
+@dataclass
+class LoadedTeacher:
+    """The ensemble in memory."""
+
+    recipe: NnUNetTeacher
+    engines: Mapping[Fold, Engine]
+    num_heads: int
+    mirror_axes: tuple[int, ...]
+
+    def blocks(
+        self,
+        image_CZYX: np.ndarray,
+        folds: Sequence[Fold],
+        chunk_zyx: Sequence[int],
+        per_fold: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Iterator[Block]:
+        """Mean logits over mirrors, tiles and folds, chunk by chunk: (chunk number, float32 (heads, z, y, x)).
+
+        `per_fold`, when given, turns the logits (heads, z, y, x) of each fold's tile into what is averaged instead.
+        """
+        recipe = self.recipe
+        window = chunked_window(image_CZYX.shape[1:], recipe.patch_size, recipe.step_size, chunk_zyx)
+        padded = pad_spatial(image_CZYX, centre_padding(image_CZYX.shape[1:], window.tile))
+        below = [-axis[0] for axis in window.starts]
+        means = ChunkedMean(window, _mean_dtype(window, self.num_heads))
+        for number, start in enumerate(window.tiles):
+            inside = tuple(slice(s + b, s + b + t) for s, b, t in zip(start, below, window.tile, strict=True))
+            yield from means.add(number, self._tile(padded[(slice(None), *inside)], folds, per_fold))
+
+    def _tile(
+        self, tile_CZYX: np.ndarray, folds: Sequence[Fold], per_fold: Callable[[np.ndarray], np.ndarray] | None
+    ) -> np.ndarray:
+        tile_1CX = np.ascontiguousarray(tile_CZYX.reshape(1, len(tile_CZYX), *self.recipe.patch_size))
+        small = 4 * self.num_heads * math.prod(self.recipe.patch_size) <= PARALLEL_BYTES
+        at_once = 2 ** len(self.mirror_axes) if small else 1
+        total: np.ndarray | None = None
+        for fold in folds:
+            (mean,) = mirrored(self.engines[fold].run, tile_1CX, self.mirror_axes, at_once=at_once)
+            if not self.mirror_axes:
+                mean = mean.copy()  # out of the engine's own memory
+            values = mean if per_fold is None else per_fold(mean)
+            if total is None:
+                total = values
+            else:
+                total += values
+        if total is None:
+            raise ValueError("no folds")
+        total /= len(folds)
+        return total.reshape(self.num_heads, *tile_CZYX.shape[1:])
+
+    def seconds_per_patch(self) -> float:
+        """Seconds for one patch through all folds and mirrors (one timed fold after a warm-up, times the folds)."""
+        shape = (1, *self.recipe.patch_size)[-3:]
+        image_CZYX = np.zeros((self.recipe.num_channels, *shape), np.float32)
+        first = self.recipe.folds[:1]
+        self._tile(image_CZYX, first, None)
+        start = time.perf_counter()
+        self._tile(image_CZYX, first, None)
+        return (time.perf_counter() - start) * len(self.recipe.folds)
+
+    def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
+        """How far this ensemble is from nnU-Net's own predictor, which loads the same folds from disk.
+
+        Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over
+        folds is no further off than they are, and nnU-Net needs minutes for all of them.
+        """
+        recipe = self.recipe
+        reference = fold_reference(
+            recipe.folder, recipe.files.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
+        )
+        size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
+        patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
+        measured = measure_deviation(
+            self._patch_logits, reference.logits, patches, temperature=temperature, has_regions=recipe.has_regions
+        )
+        return {"against": reference.name, **measured}
+
+    def _patch_logits(self, patch_CZYX: np.ndarray, fold: Fold) -> np.ndarray:
+        return next(logits for _, logits in self.blocks(patch_CZYX, (fold,), patch_CZYX.shape[1:]))
+
+
+def _onnx_bytes(network: Any, channels: int, patch_size: tuple[int, ...]) -> bytes:
+    return to_onnx(network, channels, patch_size).SerializeToString()
+
+
+def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
+    return np.dtype(np.float32 if 4 * heads * window.peak_voxels() <= MEANS_BYTES else np.float16)
+
+
+def make_teacher(
+    spec: TeacherSpec, files: ModelFolder, recipe: CacheSpec, splits: list[dict[str, list[str]]]
+) -> NnUNetTeacher:
+    """A teacher for `spec` whose model folder was found. `splits` decide which folds saw which case."""
+    unseen: dict[str, tuple[Fold, ...]] = {}
+    for case in sorted({c for s in splits for part in s.values() for c in part}):
+        unseen[case] = tuple(
+            f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
+        )
+    trainer = files.facts(spec.folds[0]).trainer
+    network = network_class_name(files.plans, spec.configuration, files.dataset_json, trainer)
+    engine = resolve_engine(recipe.engine, network)
+    return NnUNetTeacher(
+        files=files,
+        folds=spec.folds,
+        mirroring=recipe.mirroring,
+        step_size=recipe.step_size,
+        precision=resolve_precision(recipe.precision, engine),
+        engine=engine,
+        unseen=unseen,
+    )
