@@ -8,11 +8,12 @@ from typing import Any
 
 from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.cache.build import CaseDone, build_cache
+from fastnnunet.cache.build import build_cache
 from fastnnunet.distill.soft_labels import cache_job
-from fastnnunet.distill.train import TrainingJob, TrainingState, run_folder, train_student
+from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
+from fastnnunet.events import Event, Progress
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.prepare import plan_and_preprocess
@@ -136,8 +137,9 @@ def is_taught(demo: Demo, fold: int) -> bool:
 def label(demo: Demo, report: Report, fresh: bool) -> None:
     job = cache_job(demo.teacher, demo.cache_spec)
 
-    def advance(case: CaseDone) -> None:
-        report(case.done / case.total)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
 
     build_cache(job, threads=available_cores(), progress=advance)
 
@@ -160,8 +162,9 @@ def student_job(demo: Demo, r: int) -> TrainingJob:
 
 
 def distil(demo: Demo, r: int, report: Report, fresh: bool) -> None:
-    def advance(state: TrainingState) -> None:
-        report((state.epoch * state.iterations + state.iteration) / (state.epochs * state.iterations))
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
 
     job = student_job(demo, r)
     resume = run_folder(job).is_dir() and not fresh
@@ -185,9 +188,9 @@ def is_exported(demo: Demo, r: int) -> bool:
 
 
 def measure(demo: Demo, report: Report, fresh: bool) -> None:
-    def advance(what: str, done_s: float, expected_s: float) -> None:
-        if what == "measuring":
-            report(done_s / expected_s)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.what == "measuring" and event.total:
+            report(event.done / event.total)
 
     job = BenchmarkJob(
         teacher=demo.teacher,

@@ -147,7 +147,7 @@ def _run(
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.train import parse_folds, run_job, wait_passively
+    from fastnnunet.cli.train import parse_folds, run_jobs, wait_passively
 
     wait_passively()
     from fastnnunet.distill.soft_labels import cache_for_training
@@ -190,22 +190,21 @@ def _train(args: argparse.Namespace) -> None:
             cache_for_training(job.teacher, job.cache)
         except (NotFoundError, MismatchError) as e:
             _build_cache(job, reason=str(e).splitlines()[0])
-    run_job(job, resume=args.c_continue, overwrite=False, validate=True)
+    run_jobs([job], resume=args.c_continue, overwrite=False, validate=True)
 
 
 def _build_cache(job: "TrainingJob", reason: str) -> None:
-    from fastnnunet.cache.build import build_cache
-    from fastnnunet.cli.cache_view import BuildProgress
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.api import label
+    from fastnnunet.cli.cache_view import cache_view
 
-    cache = cache_job(job.teacher, job.cache)
-    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes: {cache.path}", file=sys.stderr)
-    with BuildProgress(cache, cache.todo()) as progress:
-        build_cache(cache, workers=0, threads=os.cpu_count() or 1, progress=progress.advance)
+    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes", file=sys.stderr)
+    with cache_view() as view:
+        label(job.teacher, job.cache, threads=os.cpu_count() or 1, progress=view)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.export import export_student
+    from fastnnunet.api.export import student_model
+    from fastnnunet.cli.export import export_model
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
 
@@ -219,17 +218,14 @@ def _export(args: argparse.Namespace) -> None:
         simplify=args.sim,
         batch_size=args.b if args.fix else None,
     )
-    export_student(
-        dataset=args.d,
-        configuration=args.c,
-        plans=args.tpl,
-        fold=args.f,
-        student=_student(args, None),
-        distill=DistillSpec(alpha=args.a, temperature=args.temp),
-        output=args.o,
-        checkpoint="checkpoint_final.pth",
+    student, distill = _student(args, None), DistillSpec(alpha=args.a, temperature=args.temp)
+    export_model(
+        student_model(
+            args.d, student, distill, configuration=args.c, plans=args.tpl, student_plans=args.spl, folds=[args.f]
+        ),
+        [args.f],
+        args.o,
         overwrite=args.overwrite,
-        verbose=args.v,
-        student_plans=args.spl,
         graph=graph,
+        verbose=args.v,
     )

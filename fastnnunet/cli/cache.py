@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
     from fastnnunet.distill.unlabelled import UnlabelledJob
+    from fastnnunet.events import Listener
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
 
@@ -86,46 +87,35 @@ def build(
 
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
     """
-    from fastnnunet.cache.build import CasesFailedError, build_cache
-    from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
+    from fastnnunet.api import label
+    from fastnnunet.cache.build import CasesFailedError
+    from fastnnunet.cli.cache_view import cache_view, print_summary
 
     request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
-    unlabelled = _unlabelled(request, images, name)
-    if unlabelled is None:
-        job = _job(request)
-    else:
-        with cases_progress("preprocessing images") as preprocessing:
-            cases = unlabelled.preprocess(workers, preprocessing)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(cases, digesting)
-    print(f"cache: {job.path}")
-    with BuildProgress(job, job.todo(case)) as progress:
-        try:
-            cache = build_cache(
-                job,
+    _require_images(images, name)
+    try:
+        with cache_view() as view:
+            labelled = label(
+                request.teacher,
+                request.recipe,
+                recipe_file=request.recipe_file,
+                root=request.place,
+                images=images,
+                name=name,
+                cases=case,
                 workers=workers,
                 threads=threads,
                 scheduler=scheduler,
-                only=case,
                 memory_limit_bytes=int(memory_limit * 2**30),
-                progress=progress.advance,
+                progress=view,
             )
-        except CasesFailedError as e:
-            failure: CasesFailedError | None = e
-        else:
-            failure = None
-    if failure is not None:
-        typer.echo(f"error: {failure}", err=True)
-        raise typer.Exit(1)
-    if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import list_foreground
-
-        with cases_progress("listing foreground") as listing:
-            list_foreground(unlabelled, cache, workers, listing)
-    print_summary(cache)
-    if unlabelled is not None:
-        print(f"train with: --unlabelled {unlabelled.target.name}")
+    except CasesFailedError as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(1) from e
+    print_summary(labelled.cache)
+    if labelled.unlabelled is not None:
+        print(f"train with: --unlabelled {labelled.unlabelled}")
 
 
 @app.command("plan")
@@ -157,19 +147,18 @@ def plan(
     """
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cache.store.folder import require_root
-    from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
+    from fastnnunet.cli.cache_view import cache_view, print_plan, print_preprocessing
 
     request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
     workers, threads = _parallelism(workers, threads)
     unlabelled = _unlabelled(request, images, name)
     missing: list[str] = []
-    if unlabelled is None:
-        job = _job(request)
-    else:
-        with cases_progress("reading images") as reading:
-            expected, missing = unlabelled.expected(workers, reading)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, digesting)
+    with cache_view() as view:
+        if unlabelled is None:
+            job = _job(request, view)
+        else:
+            expected, missing = unlabelled.expected(workers, view)
+            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, view)
     todo = job.todo(case)
     require_root(job.root)
     teacher = job.factory.load(threads) if timing and todo else None
@@ -218,11 +207,11 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: options.C
       fastnnunet cache verify 40467043
     """
     from fastnnunet.cache.verify import verify_cache
-    from fastnnunet.cli.cache_view import VerifyProgress, print_reports
+    from fastnnunet.cli.cache_view import cache_view, print_reports
 
     folder = _select(cache, dataset, root)
-    with VerifyProgress(len(folder.cases)) as progress:
-        reports = verify_cache(folder, progress.advance)
+    with cache_view() as view:
+        reports = verify_cache(folder, view)
     if not print_reports(folder, reports):
         raise typer.Exit(1)
 
@@ -261,12 +250,12 @@ def gc(
       fastnnunet cache gc -d 4 --dry-run
     """
     from fastnnunet.cache.gc import collect_garbage
-    from fastnnunet.cli.cache_view import gc_progress, print_leftovers
+    from fastnnunet.cli.cache_view import cache_view, print_leftovers
 
     leftovers = []
-    with gc_progress() as progress:
+    with cache_view() as view:
         for place in _roots(dataset, root):
-            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=progress)
+            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=view)
     print_leftovers(leftovers, dry_run=dry_run)
 
 
@@ -303,26 +292,28 @@ def _request(
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
 
 
-def _job(request: "Request") -> "CacheJob":
+def _job(request: "Request", progress: "Listener") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
-    from fastnnunet.cli.cache_view import digest_progress
     from fastnnunet.distill.soft_labels import cache_job
 
-    with digest_progress() as progress:
-        return cache_job(
-            request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
-        )
+    return cache_job(
+        request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
+    )
 
 
 def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "UnlabelledJob | None":
     """The unlabelled images that are asked for, or None. Raises SpecError, NotFoundError."""
+    _require_images(images, name)
     if images is None:
-        if name is not None:
-            raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
     from fastnnunet.distill.unlabelled import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
+
+
+def _require_images(images: Path | None, name: str | None) -> None:
+    if images is None and name is not None:
+        raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
 
 
 def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:

@@ -8,9 +8,10 @@ import typer
 
 from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.events import Event, Result
 
 if TYPE_CHECKING:
-    from fastnnunet.errors import FastnnUNetError
+    pass
 
 
 def postprocess(
@@ -56,13 +57,13 @@ def postprocess(
 
     failed = 0
 
-    def on_done(file: Path, error: "FastnnUNetError | None") -> None:
+    def show(event: Event) -> None:
         nonlocal failed
-        if error is not None:
+        if isinstance(event, Result) and event.value is not None:
             failed += 1
-            print(f"failed: {printable(file.name)}: {printable(error, keep=LINES)}", file=sys.stderr)
+            print(f"failed: {printable(event.what)}: {printable(event.value, keep=LINES)}", file=sys.stderr)
 
-    total = postprocess_folder(source, output, labels, cleanup, workers=workers, on_done=on_done)
+    total = postprocess_folder(source, output, labels, cleanup, workers=workers, progress=show)
     print(f"{total - failed} label map(s) postprocessed into {output}")
     if failed:
         print(f"{failed} label map(s) failed, see above", file=sys.stderr)

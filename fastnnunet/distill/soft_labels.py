@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +15,7 @@ from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.engines.labelling import labelling_precisions
 from fastnnunet.engines.registry import ENGINES
+from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.teacher import NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
@@ -70,11 +70,11 @@ def cache_job(
     *,
     root: Place | None = None,
     spec_file: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
 ) -> CacheJob:
     """Join nnU-Net's cases and teacher with a cache recipe; nothing is written. `root` None = beside the cases.
 
-    `progress` gets (cases digested, cases). Raises NotFoundError, SpecError, MismatchError, CorruptError.
+    Raises NotFoundError, SpecError, MismatchError, CorruptError.
     """
     source, factory, default_root = open_teacher(teacher, spec)
     command = build_command(teacher, spec, spec_file, root)
