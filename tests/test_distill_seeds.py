@@ -13,7 +13,6 @@ from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli.guard import guarded
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer.loading import NumberedBatches, ordered_batches
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
@@ -21,6 +20,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 
 TEACHER = TeacherSpec(dataset="998", folds=(0,))
 CACHE = CacheSpec(precision="fp32", mirroring=False)

@@ -15,12 +15,10 @@ import torch
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.soft_labels import cache_for_training
 from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.nnunet.student.plans import find_student, reduce_features
@@ -29,6 +27,8 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.jobs import cache_for_training
 from tests.samples import NNUNETS, dataset_of, transformed
 from tests.tiny import CONFIGURATION, DATASET
 

@@ -19,7 +19,6 @@ from fastnnunet.distill.train import TrainingJob, train_student
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample_labels
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.nnunet.files.plans import build_network
 from fastnnunet.nnunet.files.splits import split_of
@@ -30,6 +29,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.samples import NNUNETS, transformed
 from tests.tiny import CONFIGURATION, DATASET, FEATURES, before_2_5
 

@@ -19,11 +19,11 @@ from fastnnunet.engines.torch import TorchEngine, cpu_has_bf16
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.geometry.grid import tile_slices
 from fastnnunet.geometry.padding import centre_padding, inner_slices
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
 from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.tiny import DATASET
 
 SPEC = TeacherSpec(dataset="998")

@@ -19,7 +19,6 @@ from fastnnunet.engines.torch import build_network as build_from_bundle
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.graph import dynamic_multiples, plans_for
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, resolved
 from fastnnunet.nnunet.student.fit import check_fit, network_cost
@@ -34,6 +33,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.graph import GraphSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.bundles import Toy, make_toy_model
 from tests.teachers import nnunet_files, nnunet_predictor, save_checkpoint
 from tests.tiny import CONFIGURATION, DATASET, before_2_5
@@ -526,6 +526,6 @@ def test_versions_are_those_of_pyproject():
     from packaging.requirements import Requirement
 
     extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = {r.name: r.specifier for r in map(Requirement, extras["train"])}
+    wanted = {r.name: r.specifier for r in map(Requirement, extras["store"] + extras["train"])}
     for package, oldest in OLDEST.items():
         assert f">={oldest}" in {str(s) for s in wanted[package]}

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 
 from fastnnunet.engines import registry
-from fastnnunet.engines.base import Engine
-from fastnnunet.engines.registry import ENGINES, create_engine, is_installed
+from fastnnunet.engines.base import Engine, LiveNetwork, Settings
+from fastnnunet.engines.devices import Device
+from fastnnunet.engines.labelling import resolve_device
+from fastnnunet.engines.registry import ENGINES, create_engine, engine_of_network, is_installed
+from fastnnunet.engines.torch import TorchEngine
 from fastnnunet.engines.trt.cuda import gpu_architecture
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, SpecError
 from fastnnunet.export.tensorrt import export_engines
@@ -42,6 +46,20 @@ def _expected(model: ToyModel, batch: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(batch)).numpy()
 
 
+def _live(model: ToyModel) -> LiveNetwork:
+    """The network that a teacher would hand over."""
+    from tests.bundles import _network
+
+    network, onnx_bytes = _network(len(model.spec.patch_size), 1, 3)
+    return LiveNetwork(
+        module=deepcopy(network),
+        channels=1,
+        num_heads=3,
+        patch_size=model.spec.patch_size,
+        to_onnx=lambda: onnx_bytes,
+    )
+
+
 def _needed(name: str, model: ToyModel) -> None:
     """Skip where a backend cannot run; make the engine of one that runs no ONNX."""
     if not is_installed(name):
@@ -53,11 +71,16 @@ def _needed(name: str, model: ToyModel) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-class TestBackendContract:
-    @pytest.fixture
-    def backend(self, name: str, model: ToyModel) -> Engine:
+class TestEngineContract:
+    """Of a bundle, as the runtime makes engines, and of a network in memory, as teachers do."""
+
+    @pytest.fixture(params=["bundle", "bundle, apart", "network", "network, apart"])
+    def backend(self, name: str, model: ToyModel, request: pytest.FixtureRequest) -> Engine:
         _needed(name, model)
-        return create_engine(name, model.bundle, model.spec, threads=1)
+        apart = request.param.endswith("apart")
+        if request.param.startswith("bundle"):
+            return create_engine(name, model.bundle, model.spec, threads=1, apart=apart)
+        return engine_of_network(name, _live(model), Settings(threads=1, device=resolve_device(name), apart=apart))
 
     def test_name(self, name: str, backend: Engine) -> None:
         assert backend.name == name
@@ -104,6 +127,54 @@ class TestBackendContract:
         with pytest.raises(BackendError) as caught:
             create_engine(name, model.bundle, model.spec)
         assert f"pip install '{install}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_patches_computed_apart_do_not_depend_on_each_other(name: str, model: ToyModel) -> None:
+    _needed(name, model)
+    if resolve_device(name).kind == "cuda":
+        pytest.skip("a GPU computes several at once")
+    batch = np.random.default_rng(4).standard_normal((5, 1, *PATCH_3D)).astype(np.float32)
+    one, two = (engine_of_network(name, _live(model), Settings(threads=n, apart=True)) for n in (1, 2))
+    together = one.run(batch).copy()
+    for row, alone in zip(together, batch, strict=True):
+        np.testing.assert_array_equal(one.run(alone[None])[0], row)
+    if name == "openvino":  # whose threads take a patch each
+        np.testing.assert_array_equal(two.run(batch), together)
+
+
+class TestTorchOnAGpu:
+    def test_what_is_missing_is_named(self, model: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        monkeypatch.setattr(registry, "cuda_device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for cuda, reason in ((None, "was built without CUDA"), ("12.6", "finds no GPU")):
+            monkeypatch.setattr(torch.version, "cuda", cuda)
+            with pytest.raises(BackendError, match=f"torch cannot compute on cuda: torch .*{reason}"):
+                create_engine("torch", model.bundle, model.spec, device="cuda")
+
+    def test_network_and_patches_go_to_the_device_asked_for(
+        self, model: ToyModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With a CPU that says it is a GPU."""
+        import torch
+
+        made = []
+
+        def device(kind: str, index: int | None = None) -> torch.device:
+            made.append((kind, index))
+            return real("cpu")
+
+        real = torch.device
+        monkeypatch.setattr(registry, "cuda_device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        backend = TorchEngine.of_network(_live(model), Settings(threads=1))
+        monkeypatch.setattr(torch, "device", device)
+        on_gpu = TorchEngine.of_network(_live(model), Settings(threads=1, device=Device("cuda", 1)))
+        assert made == [("cuda", 1)]
+        batch = np.random.default_rng(5).standard_normal((2, 1, *PATCH_3D)).astype(np.float32)
+        np.testing.assert_array_equal(on_gpu.run(batch), backend.run(batch))
 
 
 def test_bf16_is_close(model: ToyModel) -> None:

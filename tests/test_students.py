@@ -22,7 +22,6 @@ from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.plans import build_network, configuration_of, read_json, trainer_class
 from fastnnunet.nnunet.student.fit import check_fit, network_cost, patch_problems
@@ -35,6 +34,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from tests.test_kinds import prepare, read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 

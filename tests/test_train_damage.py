@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.store.folder import command_at
 from fastnnunet.cli.main import main
-from fastnnunet.distill.soft_labels import build_command, cache_for_training, cache_job
 from fastnnunet.distill.train import run_folder, train_student, train_students
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
@@ -25,6 +24,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import build_command, cache_for_training, cache_job
 from tests.test_distill_train import CACHE, SHORT, build, make_job
 from tests.tiny import CONFIGURATION, DATASET
 

@@ -12,7 +12,6 @@ from fastnnunet.cli import aliases
 from fastnnunet.cli.guard import guarded
 from fastnnunet.cli.main import main
 from fastnnunet.cli.train import parse_folds, student_specs
-from fastnnunet.distill.soft_labels import build_command
 from fastnnunet.distill.train import resolve_device, train_student, train_students
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint
@@ -23,6 +22,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import build_command
 from tests.test_distill_train import SHORT, make_job
 from tests.tiny import DATASET
 

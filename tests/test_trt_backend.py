@@ -10,21 +10,24 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fastnnunet.engines.base import Engine
-from fastnnunet.engines.registry import create_engine
+from fastnnunet.engines.base import Engine, LiveNetwork, Settings
+from fastnnunet.engines.devices import Device
+from fastnnunet.engines.registry import create_engine, engine_of_network
 from fastnnunet.engines.trt import library as seam
 from fastnnunet.engines.trt.store import EngineKey, StoredEngine, write_engine
-from fastnnunet.errors import BackendError, CorruptError, SpecError
+from fastnnunet.errors import BackendError, CorruptError, MismatchError, ParityError, SpecError
 from fastnnunet.export.tensorrt import BuiltEngine
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.canonical import sha256_of_file
 from pipelines import gpu_check
 from tests import fake_gpu
-from tests.bundles import PATCH_3D, Toy, ToyModel, make_toy_model
+from tests.bundles import PATCH_3D, Toy, ToyModel, _network, make_toy_model
 from tests.fake_gpu import CudaError, FakeCuda, FakeTensorRT
 
 MAX_BATCH = 3
@@ -100,6 +103,53 @@ def bundle(model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def batch_of(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((size, 1, *PATCH_3D)).astype(np.float32)
+
+
+class TestNetworkInMemory:
+    """What a teacher hands over: its engine is built once for a machine."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_built_once_and_computes_the_network(
+        self, rtx: FakeTensorRT, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+    ) -> None:
+        built = []
+
+        def build_plan(graph: Any, key: EngineKey, library: Any) -> bytes:
+            built.append(key)
+            return rtx.plan(onnx_bytes, key.architecture, key.max_batch)  # the fake computes in float32
+
+        monkeypatch.setattr("fastnnunet.engines.trt.build.build_plan", build_plan)
+        network, onnx_bytes = _network(3, 1, 3)
+        live = LiveNetwork(module=network, channels=1, num_heads=3, patch_size=PATCH_3D, to_onnx=lambda: onnx_bytes)
+        settings = Settings(threads=1, precision=precision, device=Device("cuda"), apart=True)
+        batch = batch_of(8)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(batch)).numpy()
+        for _ in range(2):
+            engine = engine_of_network("tensorrt", live, settings)
+            assert engine.precision == precision
+            np.testing.assert_allclose(engine.run(batch), expected, atol=1e-4)
+        (key,) = built
+        assert (key.precision, key.architecture, key.max_batch) == (precision, "sm86", 4)
+        assert (key.input_shape, key.output_shape) == ((1, *PATCH_3D), (3, *PATCH_3D))
+        (folder,) = (tmp_path / "home" / "engines").iterdir()
+        assert folder.name == key.folder_name
+
+    def test_a_precision_that_overflows_builds_nothing(
+        self, rtx: FakeTensorRT, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnx
+
+        _, onnx_bytes = _network(3, 1, 3)
+        model = onnx.load_model_from_string(onnx_bytes)
+        for tensor in model.graph.initializer:  # logits beyond the range of float16
+            if tensor.name == "decoder.seg_layers.1.weight":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1e5, tensor.name))
+        live = LiveNetwork(module=None, channels=1, num_heads=3, patch_size=PATCH_3D, to_onnx=model.SerializeToString)
+        settings = Settings(threads=1, precision="fp16", device=Device("cuda"))
+        with pytest.raises((ParityError, MismatchError)):
+            engine_of_network("tensorrt", live, settings)
+        assert not (tmp_path / "home").exists()
 
 
 class TestRunning:

@@ -11,15 +11,15 @@ import zarr
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
-from fastnnunet.distill.soft_labels import cache_for_training
-from fastnnunet.distill.unlabelled import list_foreground, open_images
 from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.unlabelled import sets as unlabelled
 from fastnnunet.nnunet.unlabelled.foreground import read_locations, write_locations
 from fastnnunet.nnunet.unlabelled.sets import resolve_set
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.images import list_foreground, open_images
+from fastnnunet.teachers.jobs import cache_for_training
 from tests.tiny import CONFIGURATION, DATASET
 
 TEACHER = TeacherSpec(dataset="998", folds=(0, 1))

@@ -16,7 +16,7 @@ from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training, cache_job
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student, train_students
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
@@ -31,6 +31,7 @@ from fastnnunet.nnunet.unlabelled.foreground import read_locations
 from fastnnunet.nnunet.unlabelled.sets import UnlabelledCases
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
+from fastnnunet.teachers.jobs import cache_for_training, cache_job
 from tests.test_distill_distributed import change_plans, torchrun
 from tests.test_distill_seeds import TEACHER, assert_same, trained
 from tests.test_unlabelled_images import RECIPE, build_unlabelled, image_folder, raw_image

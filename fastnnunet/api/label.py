@@ -13,7 +13,7 @@ from fastnnunet.specs.teacher import TeacherSpec
 if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.distill.unlabelled import UnlabelledJob
+    from fastnnunet.teachers.images import UnlabelledJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,9 @@ def label(
     """
     from fastnnunet.cache.build import build_cache
     from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
-    from fastnnunet.distill.soft_labels import cache_job
-    from fastnnunet.distill.unlabelled import list_foreground, open_images
     from fastnnunet.engines.registry import available_cores
+    from fastnnunet.teachers.images import list_foreground, open_images
+    from fastnnunet.teachers.jobs import cache_job
 
     unlabelled: UnlabelledJob | None = None
     if images is None:

@@ -150,12 +150,12 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.cli.train import parse_folds, run_jobs, wait_passively
 
     wait_passively()
-    from fastnnunet.distill.soft_labels import cache_for_training
     from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.jobs import cache_for_training
 
     settings = {
         "alpha": args.a,

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.distill.unlabelled import UnlabelledJob
     from fastnnunet.events import Listener
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.teacher import TeacherSpec
+    from fastnnunet.teachers.images import UnlabelledJob
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +40,12 @@ LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
+Engine = Annotated[
+    Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] | None,
+    typer.Option(
+        "--engine", help="What runs the teacher [default: the recipe's]; auto: the fastest of torch, openvino."
+    ),
+]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
@@ -63,6 +69,7 @@ def build(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -91,8 +98,10 @@ def build(
     from fastnnunet.cache.build import CasesFailedError
     from fastnnunet.cli.cache_view import cache_view, print_summary
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     _require_images(images, name)
     try:
         with cache_view() as view:
@@ -128,6 +137,7 @@ def plan(
     checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
+    engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,
     images: Images = None,
@@ -149,8 +159,10 @@ def plan(
     from fastnnunet.cache.store.folder import require_root
     from fastnnunet.cli.cache_view import cache_view, print_plan, print_preprocessing
 
-    request = _request(dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, root, previous)
-    workers, threads = _parallelism(workers, threads)
+    request = _request(
+        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
+    )
+    workers, threads = _parallelism(workers, threads, request.recipe.engine)
     unlabelled = _unlabelled(request, images, name)
     missing: list[str] = []
     with cache_view() as view:
@@ -268,6 +280,7 @@ def _request(
     checkpoint: str,
     spec_file: Path | None,
     temperature: float | None,
+    engine: str | None,
     root: str | None,
     previous: str | None,
 ) -> "Request":
@@ -286,7 +299,7 @@ def _request(
         checkpoint=checkpoint,
         previous=previous,
     )
-    recipe = recipe_of(spec_file, temperature)
+    recipe = recipe_of(spec_file, temperature, engine)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
     return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
@@ -294,7 +307,7 @@ def _request(
 
 def _job(request: "Request", progress: "Listener") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
-    from fastnnunet.distill.soft_labels import cache_job
+    from fastnnunet.teachers.jobs import cache_job
 
     return cache_job(
         request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
@@ -306,7 +319,7 @@ def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "U
     _require_images(images, name)
     if images is None:
         return None
-    from fastnnunet.distill.unlabelled import open_images
+    from fastnnunet.teachers.images import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
 
@@ -316,16 +329,19 @@ def _require_images(images: Path | None, name: str | None) -> None:
         raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
 
 
-def _parallelism(workers: int | None, threads: int | None) -> tuple[int, int]:
+def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
     """Processes and threads per process: what was asked for, else up to four processes that share the CPUs.
 
-    With a GPU one process, since all of them would share it.
+    With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
+    from fastnnunet.engines.labelling import resolve_device
+
+    on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
     cpus = len(os.sched_getaffinity(0))
     if workers is None:
         import torch
 
-        workers = 1 if torch.cuda.is_available() else min(4, cpus)
+        workers = 1 if on_gpu or torch.cuda.is_available() else min(4, cpus)
     return workers, threads or max(1, cpus // max(1, workers))
 
 

@@ -150,7 +150,7 @@ def train(
         where="options",
     )
     if unlabelled is not None:
-        from fastnnunet.distill.unlabelled import named_set
+        from fastnnunet.teachers.images import named_set
 
         set_name = named_set(teacher, recipe, unlabelled, place, spec)
         distill = dataclasses.replace(distill, unlabelled=set_name)
@@ -184,15 +184,16 @@ def train(
         run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
 
 
-def recipe_of(spec: Path | None, temperature: float | None) -> "CacheSpec":
-    """The cache recipe of `--spec`, else the default one, at its own temperature unless `-temp` gives another."""
+def recipe_of(spec: Path | None, temperature: float | None, engine: str | None = None) -> "CacheSpec":
+    """The cache recipe of `--spec`, else the default one, at its own temperature and engine unless others are given."""
     import dataclasses
 
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.load import load_yaml_spec
 
     recipe = CacheSpec() if spec is None else load_yaml_spec(CacheSpec, spec)
-    return recipe if temperature is None else dataclasses.replace(recipe, temperature=temperature)
+    given: dict[str, Any] = {"temperature": temperature, "engine": engine}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def wait_passively() -> None:

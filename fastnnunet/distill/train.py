@@ -15,7 +15,7 @@ import numpy as np
 from fastnnunet import __version__
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
@@ -51,6 +51,7 @@ from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_for_training
 
 if TYPE_CHECKING:
     from fastnnunet.nnunet.trainer.mixing import Unlabelled

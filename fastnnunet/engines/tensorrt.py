@@ -84,12 +84,8 @@ class TensorRTEngine:
         from fastnnunet.engines.trt.build import engine_of_network
 
         cuda, library = require_gpu(settings.device.index), find_library()
-        return cls(
-            library,
-            engine_of_network(network, settings.precision, library, cuda.architecture()),
-            cuda,
-            settings.precision,
-        )
+        stored = engine_of_network(network, settings.precision, library, cuda.architecture())
+        return cls(library, stored, cuda, settings.precision)
 
     def run(self, batch_NCX: Array) -> Array:
         if batch_NCX.ndim < 2 or batch_NCX.shape[1:] != self._key.input_shape or not len(batch_NCX):

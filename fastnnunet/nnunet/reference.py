@@ -6,8 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
@@ -137,6 +140,43 @@ def reference_of_network(
     )
     _check_no_cascade(predictor, configuration)
     return ReferencePredictor(predictor, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReference:
+    """nnU-Net's predictor over preprocessed patches, one fold at a time, read from disk as nnU-Net reads it."""
+
+    predictor: "nnUNetPredictor"
+    folder: Path
+    checkpoint: str
+
+    @property
+    def name(self) -> str:
+        """What it is, for a record."""
+        return f"nnunetv2 {metadata.version('nnunetv2')} nnUNetPredictor on {self.predictor.device.type}"
+
+    def logits(self, patch_CZYX: np.ndarray, fold: int | str) -> np.ndarray:
+        """float32 (heads, z, y, x) of a patch float32 (C, z, y, x)."""
+        import torch
+
+        self.predictor.initialize_from_trained_model_folder(str(self.folder), (fold,), self.checkpoint)
+        logits: np.ndarray = (
+            self.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(patch_CZYX)).float().numpy()
+        )
+        return logits
+
+
+def fold_reference(folder: Path, checkpoint: str, *, mirroring: bool, step_size: float) -> FoldReference:
+    """nnU-Net's predictor for the folds of a model folder, on a CUDA device where there is one."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a note about the device
+        predictor = nnUNetPredictor(
+            tile_step_size=step_size, use_mirroring=mirroring, device=device, verbose=False, allow_tqdm=False
+        )
+    return FoldReference(predictor, folder, checkpoint)
 
 
 def predict_command(

@@ -31,9 +31,9 @@ from fastnnunet.cache.store.shard import ABSENT
 from fastnnunet.engines.base import LiveNetwork, Settings
 from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.engines.openvino import OpenVINOEngine
-from fastnnunet.nnunet.teacher import LoadedTeacher, NnUNetTeacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
+from fastnnunet.teachers.nnunet import LoadedTeacher, NnUNetTeacher
 from pipelines.measure.head import arguments, header, put
 
 REPOSITORY = Path(__file__).resolve().parents[3]

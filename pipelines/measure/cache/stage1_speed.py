@@ -24,9 +24,9 @@ from scipy.special import softmax
 from fastnnunet.cache.crew import InProcess
 from fastnnunet.cache.identity import folds_for_case
 from fastnnunet.cache.label import CaseTask
-from fastnnunet.distill.soft_labels import cache_job
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_job
 from pipelines.measure.head import header, model_arguments, put
 
 

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `fastnnunet train` set
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches
@@ -33,6 +33,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_for_training
 from pipelines.measure.head import header, put, training_arguments
 from pipelines.measure.train.step_speed import (
     WARM,

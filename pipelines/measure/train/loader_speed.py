@@ -16,13 +16,14 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob
 from fastnnunet.nnunet.trainer.loading import TRAINING, loading_in_this_process, ordered_batches
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_for_training
 from pipelines.measure.head import header, put, training_arguments
 from pipelines.measure.train.step_speed import make_trainer, temporary_results
 

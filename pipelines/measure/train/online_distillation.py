@@ -20,12 +20,12 @@ import torch
 
 from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.train import TrainingJob, _seed_everything, run_folder
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.trainer.epochs import run_epochs
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
 from pipelines.measure.train.step_speed import make_trainer, online_trainer, teacher_labels
 from pipelines.measure.train.student_table import ONLINE
 

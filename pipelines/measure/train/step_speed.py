@@ -36,14 +36,15 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from scipy.special import softmax
 
 from fastnnunet.distill.memory import keep_freed_memory
-from fastnnunet.distill.soft_labels import CachedSoftLabels, cache_for_training
+from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob, _configure, check_job, resolve_device
-from fastnnunet.nnunet.dataset import open_teacher
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.jobs import cache_for_training
 from pipelines.measure.head import header, put, training_arguments
 
 RESULTS = "nnUNet_results"

@@ -9,9 +9,9 @@ from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.files.plans import read_json
 from fastnnunet.nnunet.files.splits import load_splits
-from fastnnunet.nnunet.teacher import NnUNetTeacher, make_teacher
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
 
 
 def cache_root(dataset_name: str, plans: str, configuration: str) -> Path:

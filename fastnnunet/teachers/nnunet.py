@@ -1,5 +1,6 @@
 """The teacher ensemble: trained folds run over preprocessed cases as nnU-Net's sliding window runs them."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
-from fastnnunet.nnunet.deviation import measure_deviation
 from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.files.plans import (
     build_network,
@@ -30,7 +30,9 @@ from fastnnunet.nnunet.files.plans import (
     read_json,
 )
 from fastnnunet.nnunet.onnx import to_onnx
+from fastnnunet.nnunet.reference import fold_reference
 from fastnnunet.specs.teacher import Fold, TeacherSpec
+from fastnnunet.teachers.deviation import measure_deviation, middle
 
 MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
 PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through the networks one mirror at a time
@@ -219,8 +221,24 @@ class LoadedTeacher:
         return (time.perf_counter() - start) * len(self.recipe.folds)
 
     def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
-        """How far this ensemble is from nnU-Net's own predictor; see `measure_deviation`."""
-        return measure_deviation(self, images_CZYX, temperature)
+        """How far this ensemble is from nnU-Net's own predictor, which loads the same folds from disk.
+
+        Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over
+        folds is no further off than they are, and nnU-Net needs minutes for all of them.
+        """
+        recipe = self.recipe
+        reference = fold_reference(
+            recipe.folder, recipe.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
+        )
+        size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
+        patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
+        measured = measure_deviation(
+            self._patch_logits, reference.logits, patches, temperature=temperature, has_regions=recipe.has_regions
+        )
+        return {"against": reference.name, **measured}
+
+    def _patch_logits(self, patch_CZYX: np.ndarray, fold: Fold) -> np.ndarray:
+        return next(logits for _, logits in self.blocks(patch_CZYX, (fold,), patch_CZYX.shape[1:]))
 
 
 def _onnx_bytes(network: Any, channels: int, patch_size: tuple[int, ...]) -> bytes:

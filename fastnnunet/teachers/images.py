@@ -1,0 +1,234 @@
+"""Images without labels: preprocessed, and labelled by the teacher into a cache of their own.
+
+No fold of the teacher saw these images, so all chosen folds label them whatever the recipe's policy says. Their cache
+is an ordinary one; its key differs from that of the data set's own because the digests of the images do.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnnunet.cache.job import CacheJob, prepare_job
+from fastnnunet.cache.plan import free_bytes
+from fastnnunet.cache.store.folder import CacheFolder
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.shard import chunk_for
+from fastnnunet.cache.store.storage import Place
+from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.nnunet.files.paths import teacher_folder
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
+from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.sets import (
+    ImageSet,
+    UnlabelledCases,
+    default_name,
+    expected_shapes,
+    name_for,
+    preprocess_images,
+    resolve_set,
+)
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.jobs import build_command
+from fastnnunet.teachers.nnunet import NnUNetTeacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlabelledJob:
+    """A set of images, a teacher and a recipe; make one with `open_images`."""
+
+    target: ImageSet
+    images: Path
+    labelled: tuple[str, ...]  # ids of the data set's own cases
+    factory: NnUNetTeacher
+    spec: CacheSpec
+    root: Place
+    command: str  # what a person types to bring everything up to date
+
+    def preprocess(self, processes: int, progress: Listener = ignore) -> UnlabelledCases:
+        """See `preprocess_images`."""
+        return preprocess_images(self.target, self.images, self.labelled, processes, progress)
+
+    def expected(self, processes: int, progress: Listener = ignore) -> "tuple[ExpectedCases, list[str]]":
+        """The cases as they are or will be, and those not preprocessed yet; writes nothing."""
+        shapes, missing = expected_shapes(self.target, self.images, self.labelled, processes, progress)
+        return ExpectedCases(shapes), missing
+
+    def require_preprocessing_space(self, job: CacheJob, missing: Sequence[str]) -> int:
+        """Bytes that preprocessing these cases would write at most. Raises DiskSpaceError."""
+        voxels = sum(map(job.voxels, missing))
+        size_bytes = voxels * (4 * self.factory.num_channels + 2)  # float32 image and int16 segmentation, uncompressed
+        free = free_bytes(self.target.folder)
+        if size_bytes > free:
+            raise DiskSpaceError(
+                f"not enough disk space for {len(missing)} preprocessed images in {self.target.folder}\n"
+                f"  got      {free / 1e9:.3f} GB free\n  expected {size_bytes / 1e9:.3f} GB\nfree some space"
+            )
+        return size_bytes
+
+    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Listener = ignore) -> CacheJob:
+        """The cache of these cases."""
+        return prepare_job(cases, self.factory, self.spec, self.root, command=self.command, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedCases:
+    """Shapes of cases that need not be preprocessed yet: what a plan needs."""
+
+    shapes: dict[str, tuple[int, int, int]]
+
+    @property
+    def case_ids(self) -> tuple[str, ...]:
+        return tuple(sorted(self.shapes))
+
+    def shape_zyx(self, case_id: str) -> tuple[int, int, int]:
+        return self.shapes[case_id]
+
+    def image_CZYX(self, case_id: str) -> np.ndarray:
+        raise NotFoundError(f"case {case_id} is not preprocessed yet")
+
+    def digest(self, case_id: str) -> str:
+        """The same for all: the key of the cache is not known before they are preprocessed."""
+        return "not preprocessed"
+
+
+def open_images(
+    teacher: TeacherSpec,
+    spec: CacheSpec,
+    images: Path | None,
+    name: str | None = None,
+    root: Place | None = None,
+    spec_file: Path | None = None,
+) -> UnlabelledJob:
+    """Join a folder of images with teacher and recipe; nothing is written. Without `images` those of the set `name`.
+
+    Raises SpecError for a cascade stage or an impossible name, and what `open_teacher` raises.
+    """
+    _refuse_cascade(teacher)
+    recipe = replace(spec, policy="ensemble")
+    cases, factory, default_root = open_teacher(teacher, recipe)
+    set_name = name_for(images or Path(), name)
+    target = ImageSet(
+        name=set_name,
+        plans=factory.plans,
+        configuration=teacher.configuration,
+        dataset_json=factory.dataset_json,
+    )
+    try:
+        folder = images if images is not None else target.record().images
+    except NotFoundError as e:
+        build = build_command(teacher, spec, spec_file, root)
+        raise NotFoundError(f"{e}\nmake them with: {build} --images FOLDER --name {set_name}") from e
+    return UnlabelledJob(
+        target=target,
+        images=folder,
+        labelled=cases.case_ids,
+        factory=factory,
+        spec=recipe,
+        root=root or default_root,
+        command=images_command(teacher, spec, folder, set_name, root, spec_file),
+    )
+
+
+def images_command(
+    teacher: TeacherSpec, spec: CacheSpec, images: Path, name: str, root: Place | None, spec_file: Path | None
+) -> str:
+    """The `fastnnunet cache build --images` command of a set."""
+    words = ["--images", str(images.resolve())]
+    if name != default_name(images):
+        words += ["--name", name]
+    return f"{build_command(teacher, spec, spec_file, root)} {shlex.join(words)}"
+
+
+def named_set(
+    teacher: TeacherSpec,
+    spec: CacheSpec,
+    reference: str,
+    root: Place | None = None,
+    spec_file: Path | None = None,
+) -> str:
+    """The name of the set that a name or a folder of images stands for.
+
+    Raises NotFoundError with the command that makes it, SpecError for a cascade stage.
+    """
+    _refuse_cascade(teacher)
+    plans = read_json(teacher_folder(teacher) / "plans.json")
+    try:
+        return resolve_set(plans, teacher.configuration, reference)
+    except NotFoundError as e:
+        build = build_command(teacher, spec, spec_file, root)
+        images = Path(reference)
+        if images.is_dir():
+            build = images_command(teacher, spec, images, default_name(images), root, spec_file)
+        else:
+            build += " --images FOLDER"
+        raise NotFoundError(f"{e}\nmake it with: {build}") from e
+
+
+def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Listener = ignore) -> None:
+    """Write the foreground voxels of every stored case, as the teacher sees it; what is there is kept.
+
+    Raises CorruptError when the cache is damaged, BuildError.
+    """
+    folder = job.target.foreground_folder(cache.key)
+    stored = [case for case, problem in cache.problems(cache.cases).items() if problem is None]
+    tasks = {
+        case: _ForegroundTask(cache=cache.path, case_id=case, target=job.target, file=folder / f"{case}.npz")
+        for case in stored
+        if not (folder / f"{case}.npz").is_file()
+    }
+    for done, (case, outcome) in enumerate(each(_list_case, tasks, processes), start=1):
+        if isinstance(outcome, FastnnUNetError):
+            raise outcome
+        if isinstance(outcome, Exception):
+            raise BuildError(f"foreground of {case} cannot be listed: {type(outcome).__name__}: {outcome}") from outcome
+        progress(Progress(what="listing foreground", done=done, total=len(tasks), unit="cases"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ForegroundTask:
+    """One case, for any process."""
+
+    cache: Place
+    case_id: str
+    target: ImageSet
+    file: Path
+
+
+def _list_case(task: _ForegroundTask) -> None:
+    target = task.target
+    manager = label_manager_of(configuration_of(target.plans, target.configuration)[0], target.dataset_json)
+    outside_ZYX = np.asarray(target.cases.load(task.case_id)[1][0]) < 0
+    label_ZYX = teacher_label(task.cache, task.case_id, manager)
+    write_locations(task.file, sample_foreground(label_ZYX, outside_ZYX, manager))
+
+
+def teacher_label(cache: Place, case_id: str, label_manager: Any) -> np.ndarray:
+    """The label map (Z, Y, X), int16, that a cache's soft labels make; read one layer of chunks at a time."""
+    reader = SoftLabelReader(cache)
+    if (served := reader.cache.spec.temperature_range) is not None:  # no temperature changes which class is largest
+        reader = SoftLabelReader(cache, served[0])
+    size_z, size_y, size_x = reader.shape_zyx(case_id)
+    depth = chunk_for(reader.cache.spec, (size_z, size_y, size_x))[0]
+    label_ZYX = np.empty((size_z, size_y, size_x), np.int16)
+    for lower in range(0, size_z, depth):
+        upper = min(lower + depth, size_z)
+        stored = reader.read_patch(case_id, (lower, 0, 0), (upper, size_y, size_x))
+        label_ZYX[lower:upper] = label_manager.convert_probabilities_to_segmentation(reader.to_probabilities(stored))
+    return label_ZYX
+
+
+def _refuse_cascade(teacher: TeacherSpec) -> None:
+    plans = read_json(teacher_folder(teacher) / "plans.json")
+    if (stage := configuration_of(plans, teacher.configuration)[1].previous_stage_name) is not None:
+        raise SpecError(
+            f"unlabelled images: {teacher.configuration} is a cascade stage and needs predictions of {stage}, which "
+            "they do not have\nuse a configuration without a previous stage"
+        )
