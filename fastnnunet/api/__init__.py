@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastnnunet.api.benchmark import Benchmarked, benchmark, raw_folder
 from fastnnunet.api.distil import Student, distil
-from fastnnunet.api.export import Exported, export, student_model
+from fastnnunet.api.export import Exported, export, export_named, student_model
 from fastnnunet.api.label import Labelled, label
+from fastnnunet.api.names import find_bundle, find_run
 from fastnnunet.api.predict import Prediction, predict
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ __all__ = [
     "benchmark",
     "distil",
     "export",
+    "export_named",
+    "find_bundle",
+    "find_run",
     "label",
     "predict",
     "raw_folder",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastnnunet.api.names import check_name, name_run
+from fastnnunet.errors import SpecError
 from fastnnunet.events import Event, Listener, Remaining, ignore
 
 if TYPE_CHECKING:
@@ -28,20 +30,27 @@ def distil(
     resume: bool | None = False,
     overwrite: bool = False,
     validate: bool = True,
+    name: str | None = None,
     progress: Listener = ignore,
 ) -> list[Student]:
     """Train students on the same batches, which are made only once. Never runs a teacher.
 
     `resume` None: go on with what is there. `validate`: predict and score the validation fold at the end. In a run of
-    several processes only the first tells what it does.
+    several processes only the first tells what it does. `name`: of one student, for `export_named` and `find_bundle`.
     Raises what `fastnnunet.distill.train.train_students` raises, before anything is trained.
     """
     from fastnnunet.distill.train import run_folder, train_students
 
+    if name is not None:
+        if len(jobs) != 1:
+            raise SpecError(f"name {name!r}: got {len(jobs)} students, expected one")
+        check_name(name, run_folder(jobs[0]).parent)
     if resume is None:
         resume = any(run_folder(job).is_dir() for job in jobs)
     told = _in_words(jobs, progress) if is_first_process() else ignore
     folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=told)
+    if name is not None and is_first_process():
+        name_run(name, folders[0].parent, [jobs[0].fold])
     return [_student(job, folder) for job, folder in zip(jobs, folders, strict=True)]
 
 

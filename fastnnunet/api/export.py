@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastnnunet.api.names import find_run, note_bundle
 from fastnnunet.errors import NotFoundError
 from fastnnunet.events import Listener, ignore
 from fastnnunet.specs.distill import DistillSpec
@@ -68,6 +69,19 @@ def export(
         progress=progress,
     )
     return Exported(bundle=output, parity=report)
+
+
+def export_named(
+    name: str, folds: Sequence[Fold] | None = None, output: Path | None = None, **options: Any
+) -> Exported:
+    """Write the bundle of a run that was trained under this name, where `find_bundle` finds it; see `export`.
+
+    `folds` default to those trained. Raises as `export`, and NotFoundError with the names there are.
+    """
+    run = find_run(name)
+    exported = export(run.model, folds or run.folds, output or run.bundle, **options)
+    note_bundle(run, exported.bundle)
+    return exported
 
 
 def student_model(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +23,9 @@ app.command("quantize")(quantize)
 
 @app.command("onnx")
 def onnx(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle folder to write.")],
-    folds: Annotated[list[str], typer.Option("-f", "--fold", help="Fold; several make an ensemble.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle folder to write.")] = None,
+    folds: Annotated[list[str] | None, typer.Option("-f", "--fold", help="Fold; several make an ensemble.")] = None,
+    name: options.RunName = None,
     dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name.")] = None,
     model: Annotated[
         Path | None, typer.Option("-m", "--model", help="Instead of -d: any nnU-Net model folder, as it is.")
@@ -68,6 +69,8 @@ def onnx(
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 1 2 3 4 --teacher -o hippocampus_ensemble
 
       fastnnunet export onnx -m MODEL_FOLDER -f 0 1 2 3 4 -o ensemble
+
+      fastnnunet export onnx --name my_student
     """
     from fastnnunet.specs.graph import GraphSpec
 
@@ -77,6 +80,13 @@ def onnx(
         simplify=simplify,
         batch_size=batch,
     )
+    if name is not None:
+        if any((dataset, model, teacher, reduction, student_file, size, student_plans)):
+            raise SpecError(f"--name {name} says which model; leave out -d, -m, --teacher, -r, --student, -ts and -spl")
+        export_model(name, folds or (), output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
+        return
+    if output is None or not folds:
+        raise SpecError("give -o, the bundle folder to write, and -f, the fold or folds; or the --name of a run")
     if model is not None or teacher:
         if model is not None and (teacher or dataset is not None):
             raise SpecError("give either -m, or -d with --teacher")
@@ -129,7 +139,7 @@ def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, 
 
 
 def export_model(
-    model: Path,
+    model: Path | str,
     folds: Sequence[str],
     output: Path | None,
     *,
@@ -140,22 +150,23 @@ def export_model(
     needs_real_patches: bool = True,
     shown: bool = False,
 ) -> None:
-    """Export folds of a model folder, show how far it is if `shown`, and say how well that went."""
-    from fastnnunet.api import View, export
+    """Export folds of a model folder, or a run by its name; show how far it is if `shown`, and say how well it went."""
+    from fastnnunet.api import View, export, export_named
     from fastnnunet.cli.train import parse_folds
     from fastnnunet.events import ignore
 
     with View() as view:
-        exported = export(
-            model,
-            parse_folds(list(folds)),
-            output,
-            checkpoint=checkpoint,
-            overwrite=overwrite,
-            graph=graph,
-            needs_real_patches=needs_real_patches,
-            progress=view if shown else ignore,
-        )
+        options: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "overwrite": overwrite,
+            "graph": graph,
+            "needs_real_patches": needs_real_patches,
+            "progress": view if shown else ignore,
+        }
+        if isinstance(model, str):
+            exported = export_named(model, parse_folds(list(folds)), output, **options)
+        else:
+            exported = export(model, parse_folds(list(folds)), output, **options)
     print(f"bundle: {exported.bundle}")
     if verbose:
         print(exported.described)

@@ -52,6 +52,8 @@ Blocks = Annotated[str, typer.Option("-bs", "--blocks", help="reduce, keep, incr
 Architecture = Annotated[str, typer.Option("--architecture", help="same, plain or residual.")]
 Size = Annotated[str | None, typer.Option("-ts", "--size", help="A stock Primus: S, B, M or L.")]
 
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run: of `train`, for `export` and `predict`.")]
+
 # how it is trained
 Alpha = Annotated[float, typer.Option("-a", "--alpha", help="Weight of the soft loss; 0 trains the control.")]
 Anneal = Annotated[

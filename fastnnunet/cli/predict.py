@@ -46,6 +46,7 @@ def predict(
         Path | None,
         typer.Option("-m", "--model", help="Bundle of `fastnnunet export`, or nnU-Net model folder."),
     ] = None,
+    name: options.RunName = None,
     dataset: Annotated[
         str | None, typer.Option("-d", "--dataset", help="Instead of -m: data set id or name in nnUNet_results.")
     ] = None,
@@ -137,11 +138,15 @@ def predict(
     needs torch) and kept in ~/.cache/fastnnunet (FASTNNUNET_CACHE_HOME). The next case is read and the last written
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
-    from fastnnunet.api import View
+    from fastnnunet.api import View, find_bundle
     from fastnnunet.api import predict as run
     from fastnnunet.events import Event, Progress, Result
     from fastnnunet.images.output import RunArguments
 
+    if name is not None:
+        if model is not None or dataset is not None:
+            raise SpecError(f"--name {name} says which model; leave out -m and -d")
+        model = find_bundle(name)
     predicting = False
     with View(bars=not disable_progress_bar) as view:
 

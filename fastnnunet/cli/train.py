@@ -26,6 +26,7 @@ def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
 def train(
     dataset: options.Dataset,
     fold: Annotated[list[str], typer.Option("-f", "--fold", help="The student's fold(s): 0 to 4, or all.")],
+    name: options.RunName = None,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
     family: options.Family = "auto",
@@ -156,6 +157,8 @@ def train(
         distill = dataclasses.replace(distill, unlabelled=set_name)
     choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
     students = student_specs(reduction, student_file, choices, student_plans)
+    if name is not None and len(students) > 1:
+        raise SpecError(f"--name {name}: got {len(students)} students, expected one; train the others by themselves")
     groups = [
         [
             TrainingJob(
@@ -181,7 +184,7 @@ def train(
         for job in (job for group in groups for job in group):
             check_job(job, resume=resume, overwrite=overwrite)
     for group in groups:
-        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
+        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate, name=name)
 
 
 def recipe_of(spec: Path | None, temperature: float | None, engine: str | None = None) -> "CacheSpec":
@@ -235,15 +238,19 @@ def student_specs(
     return [build_spec(StudentSpec, {**choices, "r": r, "plans_name": plans_name}, where="options") for r in sizes]
 
 
-def run_jobs(jobs: "list[TrainingJob]", *, resume: bool, overwrite: bool, validate: bool) -> list[Path]:
+def run_jobs(
+    jobs: "list[TrainingJob]", *, resume: bool, overwrite: bool, validate: bool, name: str | None = None
+) -> list[Path]:
     """Train students on the same batches, shown on standard error; print where they went."""
     from fastnnunet.api import View, distil
     from fastnnunet.api.distil import is_first_process
 
     with View() as view:
-        students = distil(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=view)
+        students = distil(jobs, resume=resume, overwrite=overwrite, validate=validate, name=name, progress=view)
     for student in students if is_first_process() else ():
         print(f"student {student.tag}: {student.folder}")
         if student.mean_dice is not None:
             print(f"mean Dice on the {student.judged_on}: {student.mean_dice:.4f}")
+        if name is not None:
+            print(f"export it with: fastnnunet export onnx --name {name}")
     return [student.folder for student in students]
