@@ -53,14 +53,17 @@ def label(
     from fastnnunet.cache.build import build_cache
     from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
     from fastnnunet.engines.registry import available_cores
+    from fastnnunet.nnunet.files.model import model_folder_of
     from fastnnunet.teachers.images import list_foreground, open_images
     from fastnnunet.teachers.jobs import cache_job
 
+    # one process labels, and need not read the weights again that the digests took
+    files = model_folder_of(teacher, keep=teacher.folds if workers == 0 and scheduler is None else ())
     unlabelled: UnlabelledJob | None = None
     if images is None:
-        job = cache_job(teacher, recipe, root=root, spec_file=recipe_file, progress=progress)
+        job = cache_job(teacher, recipe, root=root, spec_file=recipe_file, progress=progress, files=files)
     else:
-        unlabelled = open_images(teacher, recipe, images, name, root, recipe_file)
+        unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
     todo = job.todo(cases)
     stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)

@@ -20,8 +20,8 @@ from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Progress, ignore
-from fastnnunet.nnunet.files.paths import teacher_folder
-from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
 from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.nnunet.unlabelled.sets import (
@@ -106,20 +106,24 @@ def open_images(
     name: str | None = None,
     root: Place | None = None,
     spec_file: Path | None = None,
+    files: ModelFolder | None = None,
 ) -> UnlabelledJob:
     """Join a folder of images with teacher and recipe; nothing is written. Without `images` those of the set `name`.
 
+    `files`: as of `cache_job`.
+
     Raises SpecError for a cascade stage or an impossible name, and what `open_teacher` raises.
     """
-    _refuse_cascade(teacher)
+    files = files or model_folder_of(teacher)
+    _refuse_cascade(files)
     recipe = replace(spec, policy="ensemble")
-    cases, factory, default_root = open_teacher(teacher, recipe)
+    cases, factory, default_root = open_teacher(teacher, recipe, files)
     set_name = name_for(images or Path(), name)
     target = ImageSet(
         name=set_name,
-        plans=factory.plans,
+        plans=files.plans,
         configuration=teacher.configuration,
-        dataset_json=factory.dataset_json,
+        dataset_json=files.dataset_json,
     )
     try:
         folder = images if images is not None else target.record().images
@@ -158,10 +162,10 @@ def named_set(
 
     Raises NotFoundError with the command that makes it, SpecError for a cascade stage.
     """
-    _refuse_cascade(teacher)
-    plans = read_json(teacher_folder(teacher) / "plans.json")
+    files = model_folder_of(teacher)
+    _refuse_cascade(files)
     try:
-        return resolve_set(plans, teacher.configuration, reference)
+        return resolve_set(files.plans, teacher.configuration, reference)
     except NotFoundError as e:
         build = build_command(teacher, spec, spec_file, root)
         images = Path(reference)
@@ -225,10 +229,9 @@ def teacher_label(cache: Place, case_id: str, label_manager: Any) -> np.ndarray:
     return label_ZYX
 
 
-def _refuse_cascade(teacher: TeacherSpec) -> None:
-    plans = read_json(teacher_folder(teacher) / "plans.json")
-    if (stage := configuration_of(plans, teacher.configuration)[1].previous_stage_name) is not None:
+def _refuse_cascade(files: ModelFolder) -> None:
+    if (stage := configuration_of(files.plans, files.configuration)[1].previous_stage_name) is not None:
         raise SpecError(
-            f"unlabelled images: {teacher.configuration} is a cascade stage and needs predictions of {stage}, which "
+            f"unlabelled images: {files.configuration} is a cascade stage and needs predictions of {stage}, which "
             "they do not have\nuse a configuration without a previous stage"
         )
