@@ -196,7 +196,9 @@ class TestCache:
         bundle = cached_bundle(folder, (2, 3))
         (bundle / "model_1.onnx").write_bytes(b"damage")
         told: list[str] = []
-        predictor = load_model(folder, (2, 3), tell=told.append, backend="onnxruntime")
+        predictor = load_model(
+            folder, (2, 3), progress=lambda e: told.append(getattr(e, "text", "")), backend="onnxruntime"
+        )
         assert any("made again" in message for message in told)
         assert predictor.spec.model_files == ("model_0.onnx", "model_1.onnx")
         assert sorted(p.name for p in bundle.iterdir()) == ["bundle.json", "model_0.onnx", "model_1.onnx", "parity.npz"]
