@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
+import functools
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,13 @@ def shared():
     if not (SHARED / "data" / "Dataset004_Hippocampus").is_dir():
         pytest.skip(f"real data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def operators_listed_once():
+    """torch's exporter lists its five hundred operators anew for every network, a quarter of an export: once will do."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry is not None and not getattr(registry, "listed_once", False):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        registry.listed_once = True
