@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import parse_folds, student_specs
+from fastnnunet.cli.parts.fields import spread
 from fastnnunet.cli.quantize import quantize
 from fastnnunet.cli.tensorrt import tensorrt
 from fastnnunet.errors import NotFoundError, SpecError
@@ -27,38 +29,24 @@ app.command("quantize")(quantize)
 
 
 @app.command("onnx")
+@spread
 def onnx(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle folder to write.")],
-    folds: Annotated[list[str], typer.Option("-f", "--fold", help="Fold; several make an ensemble.")],
-    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name.")] = None,
-    model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Instead of -d: any nnU-Net model folder, as it is.")
-    ] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="With -d: the trained model itself, no student.")] = False,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With --teacher: its trainer.")] = "nnUNetTrainer",
+    output: Annotated[Path, options.ask("-o --output", "The bundle folder to write.")],
+    folds: Annotated[list[str], options.ask("-f --fold", "Fold; several make an ensemble.")],
+    origin: options.ByName,
+    student: options.Student,
+    trained: options.Trained,
+    shape: options.Graph,
+    dataset: Annotated[str | None, options.ask("-d --dataset", "Data set id or name.")] = None,
+    model: Annotated[Path | None, options.ask("-m --model", "Instead of -d: any nnU-Net model folder.")] = None,
+    teacher: Annotated[bool, options.ask("--teacher", "With -d: the trained model itself, no student.")] = False,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "auto",
-    round_to: options.RoundTo = 1,
-    blocks: options.Blocks = "auto",
-    architecture: options.Architecture = "same",
-    size: options.Size = None,
-    configuration: options.Configuration = "3d_fullres",
-    alpha: Annotated[float, typer.Option("-a", "--alpha", help="As in training; names the student.")] = 0.3,
-    temperature: Annotated[float, typer.Option("-temp", "--temperature", help="As in training.")] = 3.0,
-    plans: options.Plans = "nnUNetPlans",
-    student_plans: Annotated[
-        str | None, typer.Option("-spl", help="Name of the student's plans, when several students fit.")
-    ] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", help="Checkpoint of the student.")] = "checkpoint_final.pth",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
-    patch_size: Annotated[
-        list[int] | None,
-        typer.Option("--patch-size", help="Window of another size than the trained one, z y x; U-Nets only."),
-    ] = None,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="The graph takes any patch size; U-Nets only.")] = False,
-    simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
-    batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
+    student_plans: options.StudentPlans = None,
+    checkpoint: Annotated[
+        str, options.ask("-chk", "Checkpoint of the student.", options.STUDENT)
+    ] = "checkpoint_final.pth",
+    overwrite: options.Overwrite = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Write a bundle: model.onnx (or one for each fold) with its weights inside, bundle.json, parity.npz.
@@ -76,29 +64,23 @@ def onnx(
     """
     from fastnnunet.specs.graph import GraphSpec
 
-    graph = GraphSpec(
-        patch_size=tuple(patch_size) if patch_size else None,
-        dynamic_space=dynamic,
-        simplify=simplify,
-        batch_size=batch,
-    )
+    configuration, plans, trainer = origin.values()
+    graph = GraphSpec(**shape)
     if model is not None or teacher:
         if model is not None and (teacher or dataset is not None):
             raise SpecError("give either -m, or -d with --teacher")
-        if reduction or student_file or size or student_plans:
+        if reduction or student_file or student["size"] or student_plans:
             raise SpecError("-m and --teacher export a model as it is: leave out -r, --student, -ts and -spl")
         folder = _teacher(model, dataset, trainer, plans, configuration)
         export_teacher(folder, folds, output, checkpoint, overwrite=overwrite, graph=graph)
         return
     if dataset is None:
         raise SpecError("which model? give -d for a student or, with --teacher, a trained model; or -m MODEL_FOLDER")
-    from fastnnunet.cli.train import student_specs
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.student import StudentSpec
 
-    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
-    named = student_plans is not None and not reduction and student_file is None and size is None
-    students = [StudentSpec()] if named else student_specs(reduction, student_file, choices)
+    named = student_plans is not None and not reduction and student_file is None and student["size"] is None
+    students = [StudentSpec()] if named else student_specs(reduction, student_file, student)
     if len(students) > 1:
         raise SpecError(f"-r: got {len(students)} sizes, expected one student a bundle")
     export_student(
@@ -107,7 +89,7 @@ def onnx(
         plans=plans,
         fold=folds,
         student=students[0],
-        distill=DistillSpec(alpha=alpha, temperature=temperature),
+        distill=DistillSpec(**trained),
         output=output,
         checkpoint=checkpoint,
         overwrite=overwrite,
@@ -130,7 +112,6 @@ def export_teacher(
     folder: Path, folds: Sequence[str], output: Path, checkpoint: str, *, overwrite: bool, graph: "GraphSpec"
 ) -> None:
     """Export folds of a model folder as it is, and say how well that went."""
-    from fastnnunet.cli.train import parse_folds
     from fastnnunet.export.bundle import export_bundle
 
     report = export_bundle(
@@ -167,9 +148,9 @@ def _train_command(
         words += ["-ts", student.size]
     else:
         words += ["-r", str(student.r)]
-        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
+        flags = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
         default = type(student)()
-        for flag, field in options.items():
+        for flag, field in flags.items():
             if (value := getattr(student, field)) != getattr(default, field):
                 words += [flag, str(value)]
     return shlex.join([*words, "-a", f"{distill.alpha:g}", "-temp", f"{distill.temperature:g}"])
@@ -194,7 +175,6 @@ def export_student(
 
     `output` None puts `bundle/` beside its checkpoint.
     """
-    from fastnnunet.cli.train import parse_folds
     from fastnnunet.export.bundle import export_bundle
     from fastnnunet.nnunet.files.paths import model_folder, resolve_dataset
     from fastnnunet.nnunet.student.plans import STOCK_TRAINER, find_student

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastnnunet.cli.guard import LINES
-from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.cli.parts import options
 
 if TYPE_CHECKING:
     from fastnnunet.errors import FastnnUNetError
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def postprocess(
     source: Annotated[Path, typer.Option("-i", "--input", help="Folder of predictions.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, under the same names.")],
-    pp_pkl_file: PostprocessingFile = None,
-    keep_largest: KeepLargest = None,
-    min_size: MinSize = None,
-    fill_holes: FillHoles = None,
+    pp_pkl_file: options.PostprocessingFile = None,
+    keep_largest: options.KeepLargest = None,
+    min_size: options.MinSize = None,
+    fill_holes: options.FillHoles = None,
     workers: Annotated[int, typer.Option("-np", "--workers", min=1, help="Files at a time.")] = 2,
     plans_json: Annotated[
         Path | None, typer.Option("-plans_json", "--plans_json", help="Default: plans.json among the predictions.")

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastnnunet.cli import options
 from fastnnunet.cli.guard import LINES
-from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.cli.parts import options
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
@@ -37,98 +36,111 @@ PROFILE_FILE = "fastnnunet_profile.json"
 def predict(
     source: Annotated[
         Path,
-        typer.Option(
-            "-i", "--input", help="Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."
-        ),
+        options.ask("-i --input", "Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
+    output: Annotated[Path, options.ask("-o --output", "Folder, or a file for a single image.")],
     model: Annotated[
         Path | None,
-        typer.Option("-m", "--model", help="Bundle of `fastnnunet export`, or nnU-Net model folder."),
+        options.ask("-m --model", "Bundle of `fastnnunet export`, or nnU-Net model folder."),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option("-d", "--dataset", help="Instead of -m: data set id or name in nnUNet_results.")
+        str | None, options.ask("-d --dataset", "Instead of -m: data set id or name in nnUNet_results.")
     ] = None,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="With -d: plans.")] = "nnUNetPlans",
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With -d: trainer.")] = "nnUNetTrainer",
+    plans: Annotated[str, options.ask("-p --plans", "With -d: plans.", options.MODEL)] = "nnUNetPlans",
+    trainer: Annotated[str, options.ask("-tr --trainer", "With -d: trainer.", options.MODEL)] = "nnUNetTrainer",
     configuration: Annotated[
-        str | None, typer.Option("-c", "--configuration", help="With -d: configuration, such as 3d_fullres.")
+        str | None, options.ask("-c --configuration", "With -d: configuration, such as 3d_fullres.")
     ] = None,
     folds: Annotated[
         list[str] | None,
-        typer.Option("-f", "--fold", help="Folds; default: 0 1 2 3 4, of a bundle all that it has."),
+        options.ask("-f --fold", "Folds; default: 0 1 2 3 4, of a bundle all that it has."),
     ] = None,
     step_size: Annotated[
-        float | None, typer.Option("-step_size", "--step_size", help="Step between tiles / patch; default: 0.5.")
+        float | None, options.ask("-step_size --step_size", "Step between tiles / patch; default: 0.5.", options.MODEL)
     ] = None,
-    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="A line for each case: its shapes and times.")] = False,
+    disable_tta: Annotated[bool, options.ask("--disable_tta", "No mirroring: faster, less accurate.")] = False,
+    verbose: Annotated[
+        bool, options.ask("--verbose", "A line for each case: its shapes and times.", options.OUTPUT)
+    ] = False,
     save_probabilities: Annotated[
-        bool, typer.Option("--save_probabilities", help="Also write CASE.npz and CASE.pkl.")
+        bool, options.ask("--save_probabilities", "Also write CASE.npz and CASE.pkl.", options.OUTPUT)
     ] = False,
     continue_prediction: Annotated[
-        bool, typer.Option("--continue_prediction", "--c", help="Leave out cases that are predicted already.")
+        bool, options.ask("--continue_prediction --c", "Leave out cases that are predicted already.")
     ] = False,
     checkpoint: Annotated[
-        str | None, typer.Option("-chk", help="Of a model folder; default: checkpoint_final.pth.")
+        str | None, options.ask("-chk", "Of a model folder; default: checkpoint_final.pth.", options.MODEL)
     ] = None,
     npp: Annotated[
-        int, typer.Option("-npp", envvar="nnUNet_npp", help="One thread reads; none where this and -nps are 0.")
+        int, options.ask("-npp", "One thread reads; none where this and -nps are 0.", options.RUN, envvar="nnUNet_npp")
     ] = 3,
     nps: Annotated[
-        int, typer.Option("-nps", envvar="nnUNet_nps", help="One thread writes; none where this and -npp are 0.")
+        int, options.ask("-nps", "One thread writes; none where this and -npp are 0.", options.RUN, envvar="nnUNet_nps")
     ] = 3,
     prev_stage_predictions: Annotated[
         Path | None,
-        typer.Option(
-            "-prev_stage_predictions", "--prev_stage_predictions", help="Cascades: segmentations of the previous stage."
+        options.ask(
+            "-prev_stage_predictions --prev_stage_predictions",
+            "Cascades: segmentations of the previous stage.",
+            options.MODEL,
         ),
     ] = None,
     num_parts: Annotated[
-        int, typer.Option("-num_parts", help="Number of commands that share the folder, each with its -part_id.")
+        int, options.ask("-num_parts", "Number of commands that share the folder, each with its -part_id.", options.RUN)
     ] = 1,
-    part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.")] = 0,
+    part_id: Annotated[int, options.ask("-part_id", "Which of them this is, from 0.", options.RUN)] = 0,
     device: Annotated[
         str | None,
-        typer.Option(
+        options.ask(
             "-device",
-            help="cpu, cuda (cuda:1, ... another GPU), or mps (computed on the CPU); default: where the backend "
+            "cpu, cuda (cuda:1, ... another GPU), or mps (computed on the CPU); default: where the backend "
             "computes, of auto and onnxruntime the CPU.",
+            options.RUN,
         ),
     ] = None,
-    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bar.")] = False,
+    disable_progress_bar: Annotated[
+        bool, options.ask("--disable_progress_bar", "No progress bar.", options.OUTPUT)
+    ] = False,
     not_on_device: Annotated[
-        bool, typer.Option("--not_on_device", help="Changes nothing: tiles are always summed in main memory.")
+        bool, options.ask("--not_on_device", "Changes nothing: tiles are always summed in main memory.", options.RUN)
     ] = False,
     backend: Annotated[
-        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.")
+        str,
+        options.ask(
+            "--backend", "auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.", options.RUN
+        ),
     ] = "auto",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "int8"],
-        typer.Option(
+        options.ask(
             "--precision",
-            help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "
+            "fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "
             "quantize`; fp16: engines of tensorrt.",
+            options.RUN,
         ),
     ] = "fp32",
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
+        int | None, options.ask("--threads", "Threads of the backend; default: all cores.", options.RUN)
     ] = None,
     series: Annotated[
-        str | None, typer.Option("--series", help="SeriesInstanceUID, where a DICOM folder holds several.")
+        str | None, options.ask("--series", "SeriesInstanceUID, where a DICOM folder holds several.", options.OUTPUT)
     ] = None,
     output_format: Annotated[
         Literal["image", "dicom-seg"],
-        typer.Option("--output-format", help="image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input."),
+        options.ask(
+            "--output-format", "image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input.", options.OUTPUT
+        ),
     ] = "image",
-    keep_largest: KeepLargest = None,
-    min_size: MinSize = None,
-    fill_holes: FillHoles = None,
-    pp_pkl_file: PostprocessingFile = None,
+    keep_largest: options.KeepLargest = None,
+    min_size: options.MinSize = None,
+    fill_holes: options.FillHoles = None,
+    pp_pkl_file: options.PostprocessingFile = None,
     allow_code: options.AllowCode = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
+    profile: Annotated[
+        bool, options.ask("--profile", "Print the time of every stage of every case.", options.OUTPUT)
+    ] = False,
     profile_json: Annotated[
-        bool, typer.Option("--profile_json", help=f"Write it beside the output, as {PROFILE_FILE}.")
+        bool, options.ask("--profile_json", f"Write it beside the output, as {PROFILE_FILE}.", options.OUTPUT)
     ] = False,
 ) -> None:
     """Predict as `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` do: their flags, names and files.
@@ -234,7 +246,7 @@ def _model_folder(model: Path | None, dataset: str | None, configuration: str | 
 
 def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...] | None":
     """nnU-Net's default for model folders; None, all there are, for bundles."""
-    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.cli.parts.choices import parse_folds
     from fastnnunet.specs.bundle import is_bundle
 
     if given:

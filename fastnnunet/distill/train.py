@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastnnunet import __version__
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
@@ -53,6 +52,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.jobs import cache_for_training
+from fastnnunet.version import __version__
 
 if TYPE_CHECKING:
     from fastnnunet.nnunet.trainer.mixing import Unlabelled

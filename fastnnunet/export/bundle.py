@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet import __version__
 from fastnnunet.errors import MismatchError, NotFoundError, printable
 from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
 from fastnnunet.export.parity import ParityCheck, ParityReport
@@ -37,6 +36,7 @@ from fastnnunet.nnunet.student.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.version import __version__
 
 Fold = int | str
 PARITY_FILE = "parity.npz"
