@@ -32,8 +32,8 @@ from fastnnunet.teachers.jobs import cache_for_training
 from tests.samples import NNUNETS, dataset_of, transformed
 from tests.tiny import CONFIGURATION, DATASET
 
-CACHE = CacheSpec(precision="fp32", mirroring=False)
-LOGIT_GAP = CacheSpec(precision="fp32", mirroring=False, encoding="logit_gap_u8", temperature_range=(1.0, 4.0), level=3)
+CACHE = CacheSpec(precision="fp32", mirroring=False, engine="torch")  # loads at once; OpenVINO compiles each fold
+LOGIT_GAP = dataclasses.replace(CACHE, encoding="logit_gap_u8", temperature_range=(1.0, 4.0), level=3)
 SHORT = DistillSpec(epochs=2, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
 
 

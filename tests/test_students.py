@@ -149,7 +149,7 @@ def make_job(student, distill=CONTROL, trainer="nnUNetTrainer", **changes):
         teacher=TeacherSpec(dataset="998", folds=(0, 1), trainer=trainer),
         student=student,
         distill=distill,
-        cache=CacheSpec(precision="fp32", mirroring=False),
+        cache=CacheSpec(precision="fp32", mirroring=False, engine="torch"),
         fold=0,
         device="cpu",
         threads=1,

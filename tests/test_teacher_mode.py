@@ -16,7 +16,8 @@ import torch
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.export.models import cached_bundle, load_model, trained_folds
+from fastnnunet.export.models import cached_bundle, load_model
+from fastnnunet.nnunet.files.paths import trained_folds
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.sliding_window import SlidingWindow
@@ -222,7 +223,7 @@ class TestCache:
         shutil.rmtree(folder / "fold_3")
         with pytest.raises(NotFoundError, match=r"fold\(s\) 3 have no checkpoint_final\.pth"):
             load_model(folder, (0, 1, 2, 3, 4))
-        assert trained_folds(folder) == (0, 1, 2, 4)
+        assert trained_folds(folder, "checkpoint_final.pth") == (0, 1, 2, 4)
         with pytest.raises(NotFoundError, match=r"neither bundle\.json nor plans\.json"):
             load_model(tmp_path)
         with pytest.raises(NotFoundError, match="no fold"):

@@ -28,9 +28,10 @@ from fastnnunet.api.view import View
 from fastnnunet.engines.base import Precision
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, SpecError
 from fastnnunet.events import Event, Message, Progress
-from fastnnunet.export.models import CHECKPOINT, Fold, load_model, trained_folds
+from fastnnunet.export.models import CHECKPOINT, Fold, load_model
 from fastnnunet.images.cases import take_part
 from fastnnunet.images.output import RunArguments, write_run_files
+from fastnnunet.nnunet.files.paths import trained_folds
 from fastnnunet.runtime.loaded import Inferred
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor

@@ -21,7 +21,7 @@ from typing import Any
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.images.io import image_io
-from fastnnunet.nnunet.files.paths import check_model_folder
+from fastnnunet.nnunet.files.paths import check_model_folder, trained_folds
 from fastnnunet.nnunet.files.plans import read_json
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import FORMAT_VERSION, is_bundle
@@ -73,15 +73,6 @@ def check_reader(model: Path) -> None:
     plans = model / "plans.json"
     if not is_bundle(model) and plans.is_file():
         image_io(str(read_json(plans).get("image_reader_writer")))
-
-
-def trained_folds(model_folder: Path, checkpoint: str = CHECKPOINT) -> tuple[int, ...]:
-    """The numbered folds that have a checkpoint, as nnU-Net detects them. Raises NotFoundError when there are none."""
-    names = (path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
-    folds = tuple(sorted(int(name) for name in names if name.isdigit()))
-    if not folds:
-        raise NotFoundError(f"no fold of {model_folder} has a {checkpoint}")
-    return folds
 
 
 def cached_bundle(

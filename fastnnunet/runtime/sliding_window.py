@@ -96,7 +96,7 @@ class TileSums:
         padded_shape = tuple(n + below + above for n, (below, above) in zip(chunks.shape, padding, strict=True))
         total = _summed_weights(padded_shape, window.patch_size, window.step_size, window.use_gaussian)
         self._total_ZYX = total[inner_slices(chunks.shape, padding)]
-        self._left = chunks.tiles_per_chunk.copy()
+        self._left = chunks.tiles_per_chunk
         self._sums: dict[Index, HalfArray] = {}
 
     def add(self, tile_number: int, logits_HX: Array) -> Iterator[tuple[Index, HalfArray]]:
