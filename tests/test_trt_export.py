@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fastnnunet.engines.trt import library as seam
-from fastnnunet.engines.trt.build import build_plan
+from fastnnunet.engines.trt.build import build_plan, builder_config, check_parity
 from fastnnunet.engines.trt.half import to_half
 from fastnnunet.engines.trt.library import find_library
 from fastnnunet.engines.trt.stepwise import run_stepwise
@@ -177,7 +177,7 @@ class TestBuilding:
         library = find_library("tensorrt_rtx")
         module, builder = library.module, library.module.Builder(library.logger)
         for precision, tf32 in (("fp32", False), ("fp16", True)):
-            config = export.builder_config(builder, rtx_key("sm120", precision), library)
+            config = builder_config(builder, rtx_key("sm120", precision), library)
             assert config.get_flag(module.BuilderFlag.TF32) == tf32
             assert config.get_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
             assert config.num_compute_capabilities == 1
@@ -326,7 +326,7 @@ class TestHalf:
         with np.load(bundle / "parity.npz") as parity:
             image, expected = parity["image"], parity["logits"]
         with pytest.raises(ParityError, match="in fp16 the network gives the same label on"):
-            export.check_parity(graph, image, expected, "fp16")
+            check_parity(graph, image, expected, "fp16")
 
 
 def _spec_of(bundle: Path):
