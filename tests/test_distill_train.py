@@ -221,12 +221,12 @@ def test_continue_with_nothing_to_continue(world, caplog):
 
 @pytest.mark.parametrize(("fold", "words"), [(0, "the validation fold: 0.5"), ("all", "the training cases, fold all")])
 def test_dice_says_what_it_was_measured_on(tmp_path, monkeypatch, capsys, fold, words):
-    from fastnnunet.cli.train import run_job
+    from fastnnunet.cli.train import run_jobs
 
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation/summary.json").write_text('{"foreground_mean": {"Dice": 0.5}}')
     monkeypatch.setattr("fastnnunet.distill.train.train_students", lambda *_args, **_options: [tmp_path])
-    run_job(make_job(fold=fold), resume=False, overwrite=False, validate=True)
+    run_jobs([make_job(fold=fold)], resume=False, overwrite=False, validate=True)
     assert words in capsys.readouterr().out
 
 

@@ -147,7 +147,7 @@ def _run(
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.train import run_job, wait_passively
+    from fastnnunet.cli.train import run_jobs, wait_passively
 
     wait_passively()
     from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
@@ -178,22 +178,21 @@ def _train(args: argparse.Namespace) -> None:
             cache_for_training(job.teacher, job.cache)
         except (NotFoundError, MismatchError) as e:
             _build_cache(job, reason=str(e).splitlines()[0])
-    run_job(job, resume=args.c_continue, overwrite=False, validate=True)
+    run_jobs([job], resume=args.c_continue, overwrite=False, validate=True)
 
 
 def _build_cache(job: "TrainingJob", reason: str) -> None:
-    from fastnnunet.cache.build import build_cache
-    from fastnnunet.cli.parts.cache_view import BuildProgress
-    from fastnnunet.teachers.jobs import cache_job
+    from fastnnunet.api import label
+    from fastnnunet.cli.parts.cache_view import cache_view
 
-    cache = cache_job(job.teacher, job.cache)
-    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes: {cache.path}", file=sys.stderr)
-    with BuildProgress(cache, cache.todo()) as progress:
-        build_cache(cache, workers=0, threads=os.cpu_count() or 1, progress=progress.advance)
+    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes", file=sys.stderr)
+    with cache_view() as view:
+        label(job.teacher, job.cache, threads=os.cpu_count() or 1, progress=view)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.export import export_student
+    from fastnnunet.api.export import student_model
+    from fastnnunet.cli.export import export_model
 
     if args.dynamic_space and args.fix:
         raise SpecError("-da makes shapes dynamic, -fix makes them fixed; give one")
@@ -205,17 +204,13 @@ def _export(args: argparse.Namespace) -> None:
         simplify=args.simplify,
         batch_size=args.b if args.fix else None,
     )
-    export_student(
-        dataset=args.dataset,
+    folder = student_model(
+        args.dataset,
+        _student(args, None),
+        DistillSpec(alpha=args.alpha, temperature=args.temperature),
         configuration=args.configuration,
         plans=args.plans,
-        fold=args.f,
-        student=_student(args, None),
-        distill=DistillSpec(alpha=args.alpha, temperature=args.temperature),
-        output=args.o,
-        checkpoint="checkpoint_final.pth",
-        overwrite=args.overwrite,
-        verbose=args.v,
         student_plans=args.plans_name,
-        graph=graph,
+        folds=[args.f],
     )
+    export_model(folder, [args.f], args.o, overwrite=args.overwrite, graph=graph, verbose=args.v)

@@ -75,24 +75,14 @@ def benchmark(
 
       fastnnunet benchmark -d 7 -i big -m bundle -o out --extrapolate-ensemble --no-baseline-warm-up --cold-rounds 0
     """
-    import shlex
     import sys
 
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from fastnnunet.bench.benchmark import run_benchmark
+    from fastnnunet.api import View
+    from fastnnunet.api.benchmark import benchmark as run
     from fastnnunet.bench.job import BenchmarkJob
-    from fastnnunet.bench.report.headline import headline
-    from fastnnunet.bench.report.plot import plot_benchmark
-    from fastnnunet.bench.report.table import benchmark_table
     from fastnnunet.engines.base import Precision
     from fastnnunet.evaluate.tables import wide_console
-    from fastnnunet.specs.provenance import write_json
-    from fastnnunet.system.files import check_output_folder
 
-    for folder in (output, *([] if html is None else [html.parent])):
-        check_output_folder(folder)
     wrong = [p for p in precisions or [] if p not in get_args(Precision)]
     if wrong:
         raise SpecError(f"--precision: got {wrong[0]!r}, expected one of {', '.join(get_args(Precision))}")
@@ -117,26 +107,11 @@ def benchmark(
         device=device,
         tolerance_mm=tolerance_mm,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("preparing", total=None)
-
-        def show(what: str, done: float, expected: float) -> None:
-            progress.update(task, description=what, completed=done, total=expected)
-
-        record = run_benchmark(job, show, [] if html is None else [html])
-    record["command"] = shlex.join(["fastnnunet", *sys.argv[1:]])
-    record["summary"] = headline(record)
-    stamp = record["created"][:19].replace("-", "").replace(":", "")
-    target = output / f"benchmark_{stamp}.json"
-    write_json(target, record)
-    plot_benchmark(record, target.with_suffix(".png"))
+    with View() as view:
+        done = run(job, command=["fastnnunet", *sys.argv[1:]], page=html, progress=view)
+    print(done.table)
     console = wide_console()
-    console.print(benchmark_table(record))
-    console.print(record["summary"], highlight=False)
-    console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    console.print(done.record["summary"], highlight=False)
+    console.print(f"record: {done.file}\nplot:   {done.plot}", highlight=False, soft_wrap=True)
     if html is not None:
-        from fastnnunet.bench.report.page import pictures_of, write_page
-
-        write_page(record, pictures_of(record, images, labels, output), html)
         console.print(f"page:   {html}", highlight=False, soft_wrap=True)

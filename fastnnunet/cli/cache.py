@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
+    from fastnnunet.events import Listener
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.teachers.images import UnlabelledJob
@@ -93,48 +94,35 @@ def build(
 
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
     """
-    from fastnnunet.cache.build import CasesFailedError, build_cache
-    from fastnnunet.cli.parts.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
-    from fastnnunet.nnunet.files.model import model_folder_of
+    from fastnnunet.api import label
+    from fastnnunet.cache.build import CasesFailedError
+    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
 
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
-    files = model_folder_of(request.teacher, keep=request.teacher.folds if workers == 0 and scheduler is None else ())
-    unlabelled = _unlabelled(request, images, name, files)
-    if unlabelled is None:
-        job = _job(request, files)
-    else:
-        with cases_progress("preprocessing images") as preprocessing:
-            cases = unlabelled.preprocess(workers, preprocessing)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(cases, digesting)
-    print(f"cache: {job.path}")
-    with BuildProgress(job, job.todo(case)) as progress:
-        try:
-            cache = build_cache(
-                job,
+    _require_images(images, name)
+    try:
+        with cache_view() as view:
+            labelled = label(
+                request.teacher,
+                request.recipe,
+                recipe_file=request.recipe_file,
+                root=request.place,
+                images=images,
+                name=name,
+                cases=case,
                 workers=workers,
                 threads=threads,
                 scheduler=scheduler,
-                only=case,
                 memory_limit_bytes=int(memory_limit * 2**30),
-                progress=progress.advance,
+                progress=view,
             )
-        except CasesFailedError as e:
-            failure: CasesFailedError | None = e
-        else:
-            failure = None
-    if failure is not None:
-        typer.echo(f"error: {failure}", err=True)
-        raise typer.Exit(1)
-    if unlabelled is not None:
-        from fastnnunet.teachers.images import list_foreground
-
-        with cases_progress("listing foreground") as listing:
-            list_foreground(unlabelled, cache, workers, listing)
-    print_summary(cache)
-    if unlabelled is not None:
-        print(f"train with: --unlabelled {unlabelled.target.name}")
+    except CasesFailedError as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(1) from e
+    print_summary(labelled.cache)
+    if labelled.unlabelled is not None:
+        print(f"train with: --unlabelled {labelled.unlabelled}")
 
 
 @app.command("plan")
@@ -166,7 +154,7 @@ def plan(
     """
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cache.store.folder import require_root
-    from fastnnunet.cli.parts.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
+    from fastnnunet.cli.parts.cache_view import cache_view, print_plan, print_preprocessing
     from fastnnunet.nnunet.files.model import model_folder_of
 
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
@@ -174,13 +162,12 @@ def plan(
     files = model_folder_of(request.teacher, keep=request.teacher.folds if timing else ())
     unlabelled = _unlabelled(request, images, name, files)
     missing: list[str] = []
-    if unlabelled is None:
-        job = _job(request, files)
-    else:
-        with cases_progress("reading images") as reading:
-            expected, missing = unlabelled.expected(workers, reading)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, digesting)
+    with cache_view() as view:
+        if unlabelled is None:
+            job = _job(request, files, view)
+        else:
+            expected, missing = unlabelled.expected(workers, view)
+            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, view)
     todo = job.todo(case)
     require_root(job.root)
     loaded = job.factory.load(threads) if timing and todo else None
@@ -229,11 +216,11 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: options.C
       fastnnunet cache verify 40467043
     """
     from fastnnunet.cache.verify import verify_cache
-    from fastnnunet.cli.parts.cache_view import VerifyProgress, print_reports
+    from fastnnunet.cli.parts.cache_view import cache_view, print_reports
 
     folder = _select(cache, dataset, root)
-    with VerifyProgress(len(folder.cases)) as progress:
-        reports = verify_cache(folder, progress.advance)
+    with cache_view() as view:
+        reports = verify_cache(folder, view)
     if not print_reports(folder, reports):
         raise typer.Exit(1)
 
@@ -270,12 +257,12 @@ def gc(
       fastnnunet cache gc -d 4 --dry-run
     """
     from fastnnunet.cache.gc import collect_garbage
-    from fastnnunet.cli.parts.cache_view import gc_progress, print_leftovers
+    from fastnnunet.cli.parts.cache_view import cache_view, print_leftovers
 
     leftovers = []
-    with gc_progress() as progress:
+    with cache_view() as view:
         for place in _roots(dataset, root):
-            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=progress)
+            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=view)
     print_leftovers(leftovers, dry_run=dry_run)
 
 
@@ -299,33 +286,35 @@ def _request(
     return Request(teacher=ensemble, recipe=recipe, recipe_file=spec_file, place=place)
 
 
-def _job(request: "Request", files: "ModelFolder") -> "CacheJob":
+def _job(request: "Request", files: "ModelFolder", progress: "Listener") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
-    from fastnnunet.cli.parts.cache_view import digest_progress
     from fastnnunet.teachers.jobs import cache_job
 
-    with digest_progress() as progress:
-        return cache_job(
-            request.teacher,
-            request.recipe,
-            root=request.place,
-            spec_file=request.recipe_file,
-            progress=progress,
-            files=files,
-        )
+    return cache_job(
+        request.teacher,
+        request.recipe,
+        root=request.place,
+        spec_file=request.recipe_file,
+        progress=progress,
+        files=files,
+    )
 
 
 def _unlabelled(
     request: "Request", images: Path | None, name: str | None, files: "ModelFolder"
 ) -> "UnlabelledJob | None":
     """The unlabelled images that are asked for, or None. Raises SpecError, NotFoundError."""
+    _require_images(images, name)
     if images is None:
-        if name is not None:
-            raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
     from fastnnunet.teachers.images import open_images
 
     return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file, files)
+
+
+def _require_images(images: Path | None, name: str | None) -> None:
+    if images is None and name is not None:
+        raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
 
 
 def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:

@@ -1,8 +1,5 @@
 """`fastnnunet distill auto`: the smallest student that is good enough."""
 
-import contextlib
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,9 +64,9 @@ def auto(
     from fastnnunet.cli.train import run_jobs, wait_passively
 
     wait_passively()
+    from fastnnunet.api import View
     from fastnnunet.bench.report.plot import plot_sizes
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.parts.cache_view import cases_progress
     from fastnnunet.distill.train import TrainingJob
     from fastnnunet.release.auto import auto_size
     from fastnnunet.specs.distill import DistillSpec
@@ -97,12 +94,7 @@ def auto(
         cache_spec_file=spec,
         cache_root=None if cache_root is None else place_at(cache_root),
     )
-    with contextlib.ExitStack() as stack:
-
-        @cache
-        def bar() -> Callable[[int, int], None]:  # not before the bar of the training is gone
-            return stack.enter_context(cases_progress("predicting validation cases"))
-
+    with View() as view:
         record = auto_size(
             job,
             students,
@@ -112,7 +104,7 @@ def auto(
             prefer=prefer,
             control=control,
             train=lambda jobs, resume: run_jobs(jobs, resume=resume, overwrite=False, validate=False),
-            show=lambda done, total: bar()(done, total),
+            progress=view,
         )
     target = output / f"auto_{record['created'][:19].replace('-', '').replace(':', '')}.json"
     write_json(target, record)

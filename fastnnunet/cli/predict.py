@@ -2,19 +2,19 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.parts import options
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from fastnnunet.runtime.predict import CaseResult, Predictor
+    from fastnnunet.api.predict import Prediction
+    from fastnnunet.api.view import View
+    from fastnnunet.runtime.predict import CaseResult
 
 EXAMPLES = """Examples:
 
@@ -43,6 +43,7 @@ def predict(
         Path | None,
         options.ask("-m --model", "Bundle of `fastnnunet export`, or nnU-Net model folder."),
     ] = None,
+    name: options.RunName = None,
     dataset: Annotated[
         str | None, options.ask("-d --dataset", "Instead of -m: data set id or name in nnUNet_results.")
     ] = None,
@@ -149,54 +150,38 @@ def predict(
     needs torch) and kept in ~/.cache/fastnnunet (FASTNNUNET_CACHE_HOME). The next case is read and the last written
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
-    from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.progress import RunProgress
-    from fastnnunet.export.models import check_reader, load_model
+    from fastnnunet.api import View, find_bundle
+    from fastnnunet.api import predict as run
+    from fastnnunet.events import Event, Progress, Result
     from fastnnunet.images.output import RunArguments
-    from fastnnunet.images.tidy.rules import cleanup_from_words
 
-    begin = time.perf_counter()
-    with RunProgress(disable=disable_progress_bar) as progress:
-        folder = _model_folder(model, dataset, configuration, plans, trainer)
-        check_reader(folder)
-        predictor = load_model(
-            folder,
-            _folds(folds, model),
-            checkpoint,
-            tell=progress.tell,
-            backend=backend,
-            threads=threads,
-            precision=precision,
-            device=device_name(device),
-            step_size=step_size,
-            mirroring=not disable_tta,
-        )
-        load_s = time.perf_counter() - begin
-        if predictor.backend.precision == "bf16" and predictor.spec.measured("bf16", predictor.backend.name) is None:
-            progress.tell(
-                "note: what bf16 loses was not measured for this model; to do so: fastnnunet export quantize BUNDLE "
-                "--precision bf16"
-            )
-        cleanup = cleanup_from_words(
-            predictor.spec.labels,
-            keep_largest=keep_largest or (),
-            min_size=min_size,
-            fill_holes=fill_holes or (),
-            postprocessing_file=pp_pkl_file,
-        )
+    if name is not None:
+        if model is not None or dataset is not None:
+            raise SpecError(f"--name {name} says which model; leave out -m and -d")
+        model = find_bundle(name)
+    predicting = False
+    with View(bars=not disable_progress_bar) as view:
 
-        def on_done(result: "CaseResult") -> None:
-            progress.case_done()
-            if result.error is not None:
-                progress.tell(f"failed: {printable(result.case_id)}: {printable(result.error, keep=LINES)}")
-            elif verbose:
-                progress.tell(_describe(result))
+        def show(event: Event) -> None:
+            nonlocal predicting
+            predicting = predicting or (isinstance(event, Progress) and event.unit == "cases")
+            view(event)
+            if verbose and isinstance(event, Result) and event.value.error is None:
+                view.print(_describe(event.value))
 
-        begin = time.perf_counter()
         try:
-            results = predictor.predict_files(
+            prediction = run(
+                _model_folder(model, dataset, configuration, plans, trainer),
                 source,
                 output,
+                folds=_folds(folds, model),
+                checkpoint=checkpoint,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                device=device,
+                step_size=step_size,
+                mirroring=not disable_tta,
                 arguments=RunArguments(
                     num_processes_preprocessing=npp,
                     num_processes_segmentation_export=nps,
@@ -206,28 +191,31 @@ def predict(
                 save_probabilities=save_probabilities,
                 overwrite=not continue_prediction,
                 previous=prev_stage_predictions,
-                cleanup=cleanup,
+                keep_largest=keep_largest or (),
+                min_size=min_size,
+                fill_holes=fill_holes or (),
+                postprocessing_file=pp_pkl_file,
                 dicom_series=series,
                 dicom_seg=output_format == "dicom-seg",
-                on_start=progress.on_start,
-                on_tiles=progress.on_tiles,
-                on_done=on_done,
+                progress=show,
             )
         except KeyboardInterrupt:
-            _leave_interrupted(progress)
-        wall_s = time.perf_counter() - begin
+            if not predicting:
+                raise
+            _leave_interrupted(view)
 
-    done = [r for r in results if r.error is None]
-    print(f"{len(done)} case(s) predicted with {predictor.backend.name} into {output} (model loaded in {load_s:.2f} s)")
+    done, total = prediction.done, len(prediction.cases)
+    loaded = f"(model loaded in {prediction.load_s:.2f} s)"
+    print(f"{len(done)} case(s) predicted with {prediction.engine} into {output} {loaded}")
     if done:
         stages = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means(done).items())
-        print(f"{1e3 * wall_s / len(results):.1f} ms per case; mean of its stages: {stages}")
+        print(f"{1e3 * prediction.wall_s / total:.1f} ms per case; mean of its stages: {stages}")
     if profile:
         _print_profile(done)
     if profile_json:
-        _write_profile(predictor, results, output, load_s, wall_s)
-    if len(done) < len(results):
-        print(f"{len(results) - len(done)} case(s) failed, see above", file=sys.stderr)
+        _write_profile(prediction, output)
+    if len(done) < total:
+        print(f"{total - len(done)} case(s) failed, see above", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -254,9 +242,9 @@ def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...
     return None if model is not None and is_bundle(model) else (0, 1, 2, 3, 4)
 
 
-def _leave_interrupted(progress: Any) -> None:
+def _leave_interrupted(view: "View") -> NoReturn:
     """Exit code 130 at once: threads that read or compute are not waited for, and what they hold is not torn down."""
-    progress.__exit__(None, None, None)
+    view.__exit__(None, None, None)
     print("interrupted; finished cases are kept, --continue_prediction goes on after them", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -290,22 +278,20 @@ def _print_profile(done: "list[CaseResult]") -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _write_profile(
-    predictor: "Predictor", results: "list[CaseResult]", output: Path, load_s: float, wall_s: float
-) -> None:
+def _write_profile(prediction: "Prediction", output: Path) -> None:
     import json
     from dataclasses import asdict
 
     from fastnnunet.system.files import atomic_output, make_folder
 
     record = {
-        **predictor.describe(),
-        "load_s": load_s,
-        "wall_s": wall_s,
-        "cases": [{"case": r.case_id, **asdict(r.times)} for r in results if r.error is None],
-        "failed": {r.case_id: str(r.error) for r in results if r.error is not None},
+        **prediction.described,
+        "load_s": prediction.load_s,
+        "wall_s": prediction.wall_s,
+        "cases": [{"case": r.case_id, **asdict(r.times)} for r in prediction.cases if r.error is None],
+        "failed": {r.case_id: str(r.error) for r in prediction.cases if r.error is not None},
     }
-    folder = output.parent if any(r.output == output for r in results) else output
+    folder = output.parent if any(r.output == output for r in prediction.cases) else output
     make_folder(folder)
     with atomic_output(folder / PROFILE_FILE) as partial:
         partial.write_text(json.dumps(record, indent=1))

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastnnunet.cli.parts import options
 from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
 from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError
+
+if TYPE_CHECKING:
+    from fastnnunet.distill.train import TrainingJob
 
 
 @spread
@@ -16,6 +19,7 @@ def train(
     fold: Annotated[list[str], options.ask("-f --fold", "The student's fold(s): 0 to 4, or all.")],
     student: options.Student,
     training: options.Training,
+    name: options.RunName = None,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
     student_plans: options.StudentPlans = None,
@@ -83,6 +87,8 @@ def train(
         set_name = named_set(ensemble, recipe, unlabelled, place, spec)
         distill = dataclasses.replace(distill, unlabelled=set_name)
     students = student_specs(reduction, student_file, student, student_plans)
+    if name is not None and len(students) > 1:
+        raise SpecError(f"--name {name}: got {len(students)} students, expected one; train the others by themselves")
     groups = [
         [
             TrainingJob(
@@ -108,7 +114,7 @@ def train(
         for job in (job for group in groups for job in group):
             check_job(job, resume=resume, overwrite=overwrite)
     for group in groups:
-        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate)
+        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate, name=name)
 
 
 def wait_passively() -> None:
@@ -119,61 +125,19 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run_job(job: Any, *, resume: bool, overwrite: bool, validate: bool) -> Path:
-    """Train one student as `run_jobs` does."""
-    return run_jobs([job], resume=resume, overwrite=overwrite, validate=validate)[0]
+def run_jobs(
+    jobs: "list[TrainingJob]", *, resume: bool, overwrite: bool, validate: bool, name: str | None = None
+) -> list[Path]:
+    """Train students on the same batches, shown on standard error; print where they went."""
+    from fastnnunet.api import View, distil
+    from fastnnunet.api.distil import is_first_process
 
-
-def run_jobs(jobs: list[Any], *, resume: bool, overwrite: bool, validate: bool) -> list[Path]:
-    """Train students on the same batches with a progress line on standard error; print where they went."""
-    import sys
-    import time
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from fastnnunet.distill.train import TrainingState, train_students
-    from fastnnunet.specs.checks.json_text import read_json_object
-
-    first = jobs[0]
-    name = f"{' '.join(job.student.tag for job in jobs)} fold {first.fold}"
-    columns = (
-        TextColumn(f"[bold]{name}"),
-        BarColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    total = first.distill.epochs * first.distill.iterations_per_epoch
-    first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal and first_process)
-    start = time.monotonic()
-    latest: dict[str, str] = {}
-    done_before: list[int] = []  # iterations of an earlier run that this one continues
-    with Progress(*columns, console=console, speed_estimate_period=120, disable=hidden) as progress:
-        task = progress.add_task("train", total=total, text="starting")
-
-        def show(state: TrainingState) -> None:
-            dice = f" pseudo Dice {' '.join(f'{d:.3f}' for d in state.pseudo_dice)}" if state.pseudo_dice else ""
-            own = f"{state.student} " if len(jobs) > 1 else ""
-            latest[state.student] = f"{own}hard {state.hard:+.3f} soft {state.soft:.3f}{dice}"
-            text = f"epoch {state.epoch + 1}/{state.epochs} {'; '.join(latest.values())}"
-            done = state.epoch * state.iterations + state.iteration
-            done_before[:] = done_before or [state.epoch * state.iterations]
-            progress.update(task, completed=done, text=text)
-            last = state.iteration == state.iterations and state.student == jobs[-1].student.tag
-            if not console.is_terminal and last and first_process:  # a log file: one line an epoch
-                left_s = (time.monotonic() - start) / (done - done_before[0]) * (total - done)
-                print(f"{name} {text} left {left_s:.0f} s", file=sys.stderr, flush=True)
-
-        folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=show)
-    for job, folder in zip(jobs, folders, strict=True) if first_process else ():
-        print(f"student {job.student.tag}: {folder}")
-        summary = folder / "validation" / "summary.json"
-        if summary.is_file():
-            mean = read_json_object(summary)["foreground_mean"]["Dice"]
-            judged = "training cases, fold all has no others" if job.fold == "all" else "validation fold"
-            print(f"mean Dice on the {judged}: {mean:.4f}")
-    return folders
+    with View() as view:
+        students = distil(jobs, resume=resume, overwrite=overwrite, validate=validate, name=name, progress=view)
+    for student in students if is_first_process() else ():
+        print(f"student {student.tag}: {student.folder}")
+        if student.mean_dice is not None:
+            print(f"mean Dice on the {student.judged_on}: {student.mean_dice:.4f}")
+        if name is not None:
+            print(f"export it with: fastnnunet export onnx --name {name}")
+    return [student.folder for student in students]

@@ -20,6 +20,7 @@ from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cascade import previous_folder
 from fastnnunet.nnunet.files.cases import open_cases
@@ -85,8 +86,8 @@ class TrainingJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingState:
-    """What a progress line shows."""
+class TrainingState(Progress):
+    """One iteration of one student is done; `done` and `total` count those of the whole training."""
 
     student: str
     epoch: int
@@ -96,9 +97,7 @@ class TrainingState:
     hard: float
     soft: float
     pseudo_dice: list[float] = field(default_factory=list)
-
-
-Progress = Callable[[TrainingState], None]
+    unit: str = "iterations"
 
 
 def train_student(job: TrainingJob, **options: Any) -> Path:
@@ -112,7 +111,7 @@ def train_students(
     resume: bool = False,
     overwrite: bool = False,
     validate: bool = True,
-    progress: Progress | None = None,
+    progress: Listener = ignore,
 ) -> list[Path]:
     """Train students on the same batches; returns fold folders (checkpoints, progress.png, validation/summary.json).
 
@@ -131,7 +130,7 @@ def train_students(
 
 
 def _train_students(
-    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Progress | None
+    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Listener
 ) -> list[Path]:
     import torch
 
@@ -444,24 +443,27 @@ def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob, weights: We
         log.info("student %s takes %.0f %% of its first weights from the teacher", job.student.tag, 100 * share)
 
 
-def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Progress | None) -> None:
+def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Listener) -> None:
     from fastnnunet.nnunet.trainer.epochs import run_epochs
 
     def report(number: int, iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
         trainer = trainers[number]
-        if progress is not None:
-            progress(
-                TrainingState(
-                    student=jobs[number].student.tag,
-                    epoch=trainer.current_epoch,
-                    epochs=trainer.num_epochs,
-                    iteration=iteration,
-                    iterations=trainer.num_iterations_per_epoch,
-                    hard=step["hard"],
-                    soft=step["soft"],
-                    pseudo_dice=pseudo_dice,
-                )
+        iterations = trainer.num_iterations_per_epoch
+        progress(
+            TrainingState(
+                what=f"{' '.join(job.student.tag for job in jobs)} fold {jobs[0].fold}",
+                done=trainer.current_epoch * iterations + iteration,
+                total=trainer.num_epochs * iterations,
+                student=jobs[number].student.tag,
+                epoch=trainer.current_epoch,
+                epochs=trainer.num_epochs,
+                iteration=iteration,
+                iterations=iterations,
+                hard=step["hard"],
+                soft=step["soft"],
+                pseudo_dice=pseudo_dice,
             )
+        )
 
     run_epochs(trainers, report)
 

@@ -1,6 +1,7 @@
 """Which trained nnU-Net ensemble is the teacher."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from fastnnunet.errors import SpecError
@@ -33,3 +34,13 @@ class TeacherSpec:
             raise SpecError(f"folds: got {self.folds}, expected each fold once")
         in_order = sorted(self.folds, key=lambda fold: (isinstance(fold, str), fold))  # their mean has no order
         object.__setattr__(self, "folds", tuple(in_order))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedSpec:
+    """An nnU-Net model that came without its data set: a model folder, or a zip of one or several."""
+
+    path: Path
+    configuration: str | None = None  # None: as the folder's name ends, where there is one model
+    folds: tuple[Fold, ...] | None = None  # None: all numbered folds that are there
+    checkpoint: str = "checkpoint_final.pth"

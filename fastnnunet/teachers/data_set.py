@@ -10,7 +10,7 @@ from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.specs.teacher import Fold, TeacherSpec
 from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
 
 
@@ -34,7 +34,13 @@ def open_teacher(
     if previous is not None:
         cases = open_cascade(cases, previous, spec, files.plans, files.dataset_json)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    teacher = make_teacher(spec, files, cache_spec, load_splits(base, cases.case_ids))
+    splits = load_splits(base, cases.case_ids)
+    unseen: dict[str, tuple[Fold, ...]] = {}
+    for case in sorted({c for s in splits for part in s.values() for c in part}):
+        unseen[case] = tuple(
+            f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
+        )
+    teacher = make_teacher(files, spec.folds, cache_spec, unseen)
     if cache_spec.policy == "out_of_fold":
         orphans = [c for c in cases.case_ids if not teacher.unseen_folds(c)]
         if orphans:

@@ -5,7 +5,7 @@ is an ordinary one; its key differs from that of the data set's own because the 
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
@@ -38,8 +39,6 @@ from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import build_command
 from fastnnunet.teachers.nnunet import NnUNetTeacher
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnlabelledJob:
@@ -53,11 +52,11 @@ class UnlabelledJob:
     root: Place
     command: str  # what a person types to bring everything up to date
 
-    def preprocess(self, processes: int, progress: Progress | None = None) -> UnlabelledCases:
+    def preprocess(self, processes: int, progress: Listener = ignore) -> UnlabelledCases:
         """See `preprocess_images`."""
         return preprocess_images(self.target, self.images, self.labelled, processes, progress)
 
-    def expected(self, processes: int, progress: Progress | None = None) -> "tuple[ExpectedCases, list[str]]":
+    def expected(self, processes: int, progress: Listener = ignore) -> "tuple[ExpectedCases, list[str]]":
         """The cases as they are or will be, and those not preprocessed yet; writes nothing."""
         shapes, missing = expected_shapes(self.target, self.images, self.labelled, processes, progress)
         return ExpectedCases(shapes), missing
@@ -74,7 +73,7 @@ class UnlabelledJob:
             )
         return size_bytes
 
-    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Progress | None = None) -> CacheJob:
+    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Listener = ignore) -> CacheJob:
         """The cache of these cases."""
         return prepare_job(cases, self.factory, self.spec, self.root, command=self.command, progress=progress)
 
@@ -177,7 +176,7 @@ def named_set(
         raise NotFoundError(f"{e}\nmake it with: {build}") from e
 
 
-def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Progress | None = None) -> None:
+def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Listener = ignore) -> None:
     """Write the foreground voxels of every stored case, as the teacher sees it; what is there is kept.
 
     Raises CorruptError when the cache is damaged, BuildError.
@@ -194,8 +193,7 @@ def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, prog
             raise outcome
         if isinstance(outcome, Exception):
             raise BuildError(f"foreground of {case} cannot be listed: {type(outcome).__name__}: {outcome}") from outcome
-        if progress is not None:
-            progress(done, len(tasks))
+        progress(Progress(what="listing foreground", done=done, total=len(tasks), unit="cases"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

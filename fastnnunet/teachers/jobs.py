@@ -1,7 +1,6 @@
 """Caches as commands ask for them: a teacher and a recipe by name become a cache to build or to find."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
@@ -9,6 +8,7 @@ from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.store.storage import Place
+from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
@@ -45,13 +45,13 @@ def cache_job(
     *,
     root: Place | None = None,
     spec_file: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
     files: ModelFolder | None = None,
 ) -> CacheJob:
     """Join nnU-Net's cases and teacher with a cache recipe; nothing is written. `root` None = beside the cases.
 
-    `files`: the model folder where it is open already, or where it is to keep the weights for the build. `progress`
-    gets (cases digested, cases). Raises NotFoundError, SpecError, MismatchError, CorruptError.
+    `files`: the model folder where it is open already, or where it is to keep the weights for the build.
+    Raises NotFoundError, SpecError, MismatchError, CorruptError.
     """
     source, factory, default_root = open_teacher(teacher, spec, files)
     command = build_command(teacher, spec, spec_file, root)

@@ -24,7 +24,7 @@ from fastnnunet.nnunet.files.plans import build_network, check_fits, network_cla
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.nnunet.reference import fold_reference
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.teacher import Fold, TeacherSpec
+from fastnnunet.specs.teacher import Fold
 from fastnnunet.teachers.deviation import measure_deviation, middle
 
 MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
@@ -226,20 +226,15 @@ def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
 
 
 def make_teacher(
-    spec: TeacherSpec, files: ModelFolder, recipe: CacheSpec, splits: list[dict[str, list[str]]]
+    files: ModelFolder, folds: tuple[Fold, ...], recipe: CacheSpec, unseen: dict[str, tuple[Fold, ...]]
 ) -> NnUNetTeacher:
-    """A teacher for `spec` whose model folder was found. `splits` decide which folds saw which case."""
-    unseen: dict[str, tuple[Fold, ...]] = {}
-    for case in sorted({c for s in splits for part in s.values() for c in part}):
-        unseen[case] = tuple(
-            f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
-        )
-    trainer = files.facts(spec.folds[0]).trainer
-    network = network_class_name(files.plans, spec.configuration, files.dataset_json, trainer)
+    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`."""
+    trainer = files.facts(folds[0]).trainer
+    network = network_class_name(files.plans, files.configuration, files.dataset_json, trainer)
     engine = resolve_engine(recipe.engine, network)
     return NnUNetTeacher(
         files=files,
-        folds=spec.folds,
+        folds=folds,
         mirroring=recipe.mirroring,
         step_size=recipe.step_size,
         precision=resolve_precision(recipe.precision, engine),

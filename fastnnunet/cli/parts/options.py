@@ -57,6 +57,8 @@ Student = Annotated[Asked, Group(StudentSpec, STUDENT, without=("r", "plans_name
 Depth = Annotated[Asked, Group(StudentSpec, STUDENT, only=("blocks", "architecture"))]
 StudentPlans = Annotated[str | None, option(StudentSpec, "plans_name", panel=STUDENT)]
 
+RunName = Annotated[str | None, ask("--name", "Name of the run: of `train`, for `export` and `predict`.")]
+
 # how it is trained; the temperature is the recipe's
 _OF_ONE = ("unlabelled", "unlabelled_share", "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
 Training = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature",))]
