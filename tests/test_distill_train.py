@@ -254,7 +254,7 @@ class TestTraining:
         script = tmp_path / "stock.py"
         script.write_text(code)
         plans = student_plans_name("nnUNetPlans", StudentSpec(r=2), SHORT)
-        options = f"-d 998 -c {CONFIGURATION} -p {plans} -f 0 -device cpu -npp 1 -nps 1".split()
+        options = f"-d 998 -c {CONFIGURATION} -p {plans} -f 0 -device cpu -npp 0 -nps 0".split()
         images, out = world / "raw" / DATASET / "imagesTs", tmp_path / "out"
         command = [sys.executable, str(script), "-i", str(images), "-o", str(out), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
