@@ -34,7 +34,7 @@ STUDENT_FOLD = "all"  # every training case: students are judged on volumes that
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSpec:
-    """How much of everything; the defaults take about nine minutes on two cores."""
+    """How much of everything."""
 
     n_train: int = 24
     n_test: int = 6
