@@ -8,10 +8,11 @@ from typing import Any
 
 from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.cache.build import CaseDone, build_cache
-from fastnnunet.distill.train import TrainingJob, TrainingState, reached_checkpoint, run_folder, train_students
+from fastnnunet.cache.build import build_cache
+from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
 from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
+from fastnnunet.events import Event, Progress
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.prepare import plan_and_preprocess
@@ -141,8 +142,9 @@ def is_taught(demo: Demo, fold: int) -> bool:
 def label(demo: Demo, report: Report, fresh: bool) -> None:
     job = cache_job(demo.teacher, demo.cache_spec)
 
-    def advance(case: CaseDone) -> None:
-        report(case.done / case.total)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
 
     build_cache(job, threads=available_cores(), progress=advance)
 
@@ -167,8 +169,9 @@ def student_job(demo: Demo, r: int) -> TrainingJob:
 def distil(demo: Demo, report: Report, fresh: bool) -> None:
     """All sizes at once: each batch is loaded and augmented for all of them."""
 
-    def advance(state: TrainingState) -> None:
-        report((state.epoch * state.iterations + state.iteration) / (state.epochs * state.iterations))
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
 
     jobs = [student_job(demo, r) for r in demo.spec.sizes]
     resume = not fresh and any(reached_checkpoint(run_folder(job)) for job in jobs)
@@ -192,9 +195,9 @@ def is_exported(demo: Demo, r: int) -> bool:
 
 
 def measure(demo: Demo, report: Report, fresh: bool) -> None:
-    def advance(what: str, done_s: float, expected_s: float) -> None:
-        if what == "measuring":
-            report(done_s / expected_s)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.what == "measuring" and event.total:
+            report(event.done / event.total)
 
     job = BenchmarkJob(
         teacher=demo.teacher,
