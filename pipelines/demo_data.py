@@ -29,7 +29,7 @@ Vector = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Volume:
     """One volume: int16 HU and uint8 labels, both (z, y, x)."""
 
     image_zyx: NDArray[np.int16]
@@ -81,7 +81,7 @@ def make_dataset(
     return folder
 
 
-def _write_case(folder: Path, part: str, case: str, content: Case) -> None:
+def _write_case(folder: Path, part: str, case: str, content: Volume) -> None:
     import SimpleITK as sitk
 
     for kind, ending, array in (
@@ -95,7 +95,7 @@ def _write_case(folder: Path, part: str, case: str, content: Case) -> None:
         sitk.WriteImage(image, str(folder / f"{kind}{part}" / f"{case}{ending}"), useCompression=True)
 
 
-def make_case(seed: int, index: int) -> Case:
+def make_case(seed: int, index: int) -> Volume:
     """Case number `index`: the same voxels for the same two numbers, whatever was made before."""
     rng = np.random.default_rng([seed, index])
     spacing_mm = SPACINGS_MM[1 if index % 3 == 2 else 0]
@@ -106,7 +106,7 @@ def make_case(seed: int, index: int) -> Case:
     image = _pool(hu)
     fractions = np.stack([_pool((labels == v).astype(np.float32)) for v in LABELS.values()])
     labels_zyx = fractions.argmax(axis=0).astype(np.uint8)
-    return Case(_acquire(rng, image, spacing_mm), labels_zyx, spacing_mm)
+    return Volume(_acquire(rng, image, spacing_mm), labels_zyx, spacing_mm)
 
 
 def _fine_grid(shape: tuple[int, ...], spacing_mm: Vector) -> tuple[Array, Array, Array]:

@@ -109,7 +109,7 @@ class TestApi:
         (tmp_path / "in" / "bad_0000.nii.gz").write_bytes(good.read_bytes()[:2000])
         capfd.readouterr()
         heard: list[tuple[int, Event]] = []
-        done: list[api.Prediction] = []
+        done: list[api.Predicted] = []
 
         def work() -> None:
             done.append(

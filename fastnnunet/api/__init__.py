@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fastnnunet.api.benchmark import Benchmarked, benchmark, raw_folder
 from fastnnunet.api.distil import Student, distil
 from fastnnunet.api.export import Exported, export, export_named, student_model
-from fastnnunet.api.label import Labelled, label
+from fastnnunet.api.label import LabelledCache, label
 from fastnnunet.api.names import find_bundle, find_run
-from fastnnunet.api.predict import Prediction, predict
+from fastnnunet.api.predict import Predicted, predict
 
 if TYPE_CHECKING:
     from fastnnunet.api.fast_predictor import FastPredictor as FastPredictor
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Benchmarked",
     "Exported",
-    "Labelled",
-    "Prediction",
+    "LabelledCache",
+    "Predicted",
     "Student",
     "benchmark",
     "distil",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
+class LabelledCache:
     """A complete cache; of images without labels also the name of their set, for a training."""
 
     cache: "CacheFolder"
@@ -39,7 +39,7 @@ def label(
     memory_limit_bytes: int | None = None,
     verify: bool = False,
     progress: Listener = ignore,
-) -> Labelled:
+) -> LabelledCache:
     """Label every case of the teacher's data set that is not in the cache yet; interrupted, the same call goes on.
 
     `images` labels that folder of images without labels instead, as the set `name` (default: the folder's). `cases`:
@@ -84,7 +84,7 @@ def label(
         list_foreground(unlabelled, cache, workers, progress)
     if verify:
         _verify(cache, progress)
-    return Labelled(cache=cache, unlabelled=None if unlabelled is None else unlabelled.target.name)
+    return LabelledCache(cache=cache, unlabelled=None if unlabelled is None else unlabelled.target.name)
 
 
 def _verify(cache: "CacheFolder", progress: Listener) -> None:

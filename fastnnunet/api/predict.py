@@ -18,7 +18,7 @@ KEPT = "\n\t"  # what may stand in a message of several lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Predicted:
     """What became of every case, and how long it took."""
 
     cases: tuple["CaseResult", ...]
@@ -57,7 +57,7 @@ def predict(
     dicom_series: str | None = None,
     dicom_seg: bool = False,
     progress: Listener = ignore,
-) -> Prediction:
+) -> Predicted:
     """Predict an image or a folder of images into `output`, with nnU-Net's names and side files.
 
     `model`: a bundle, or an nnU-Net model folder, which is exported on first use (that needs torch; a bundle needs
@@ -117,7 +117,7 @@ def predict(
         dicom_seg=dicom_seg,
         progress=told,
     )
-    return Prediction(
+    return Predicted(
         cases=tuple(results),
         engine=predictor.backend.name,
         described=predictor.describe(),

@@ -39,7 +39,7 @@ class Arm(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedRun:
     """One case as measured in the arm's process: wall seconds, and the largest resident memory it ever had."""
 
     elapsed_s: float
@@ -62,7 +62,7 @@ class Worker:
         """Wait until the arm is loaded. Raises what loading raised, BuildError when the process died."""
         self._receive()
 
-    def predict(self, case: Any, output: Path) -> Timed:
+    def predict(self, case: Any, output: Path) -> TimedRun:
         """Predict a case into a file. Raises what the arm raised, BuildError when the process died."""
         self._pipe.send((case, output))
         return self._receive()
@@ -98,7 +98,7 @@ def _serve(pipe: Connection, arm: Arm) -> None:
             case, output = pipe.recv()
             begin = time.perf_counter()
             told = run(case, output)
-            pipe.send(Timed(time.perf_counter() - begin, told, own_peak_bytes()))
+            pipe.send(TimedRun(time.perf_counter() - begin, told, own_peak_bytes()))
     except FastnnUNetError as e:
         pipe.send(e)
     except (EOFError, KeyboardInterrupt):  # nobody asks any more

@@ -12,7 +12,7 @@ from fastnnunet.cli.parts import options
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from fastnnunet.api.predict import Prediction
+    from fastnnunet.api.predict import Predicted
     from fastnnunet.api.view import View
     from fastnnunet.runtime.predict import CaseResult
 
@@ -278,7 +278,7 @@ def _print_profile(done: "list[CaseResult]") -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _write_profile(prediction: "Prediction", output: Path) -> None:
+def _write_profile(prediction: "Predicted", output: Path) -> None:
     import json
     from dataclasses import asdict
 
