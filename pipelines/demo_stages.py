@@ -6,21 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.bench.benchmark import run_benchmark
-from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.cache.build import build_cache
-from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
+from fastnnunet import api
+from fastnnunet.distill.train import reached_checkpoint, run_folder
 from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.events import Event, Progress
-from fastnnunet.export.bundle import export_bundle
+from fastnnunet.events import Event, Listener, Progress
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.prepare import plan_and_preprocess
 from fastnnunet.nnunet.trainer.train_teacher import train_teacher
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
-from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.jobs import cache_job
@@ -140,13 +136,7 @@ def is_taught(demo: Demo, fold: int) -> bool:
 
 
 def label(demo: Demo, report: Report, fresh: bool) -> None:
-    job = cache_job(demo.teacher, demo.cache_spec)
-
-    def advance(event: Event) -> None:
-        if isinstance(event, Progress) and event.total:
-            report(event.done / event.total)
-
-    build_cache(job, threads=available_cores(), progress=advance)
+    api.label(demo.teacher, demo.cache_spec, progress=_share(report, "labelling"))
 
 
 def is_labelled(demo: Demo) -> bool:
@@ -156,8 +146,8 @@ def is_labelled(demo: Demo) -> bool:
         return False
 
 
-def student_job(demo: Demo, r: int) -> TrainingJob:
-    return TrainingJob(
+def student_job(demo: Demo, r: int) -> "api.TrainingJob":
+    return api.TrainingJob(
         teacher=demo.teacher,
         student=StudentSpec(r=r),
         distill=demo.distill(r),
@@ -168,14 +158,9 @@ def student_job(demo: Demo, r: int) -> TrainingJob:
 
 def distil(demo: Demo, report: Report, fresh: bool) -> None:
     """All sizes at once: each batch is loaded and augmented for all of them."""
-
-    def advance(event: Event) -> None:
-        if isinstance(event, Progress) and event.total:
-            report(event.done / event.total)
-
     jobs = [student_job(demo, r) for r in demo.spec.sizes]
     resume = not fresh and any(reached_checkpoint(run_folder(job)) for job in jobs)
-    train_students(jobs, resume=resume, overwrite=fresh, validate=False, progress=advance)
+    api.distil(jobs, resume=resume, overwrite=fresh, validate=False, progress=_share(report))
 
 
 def is_distilled(demo: Demo) -> bool:
@@ -183,7 +168,7 @@ def is_distilled(demo: Demo) -> bool:
 
 
 def export(demo: Demo, r: int, report: Report, fresh: bool) -> None:
-    export_bundle(run_folder(student_job(demo, r)).parent, STUDENT_FOLD, demo.bundle(r), overwrite=True)
+    api.export(run_folder(student_job(demo, r)).parent, STUDENT_FOLD, demo.bundle(r), overwrite=True)
 
 
 def is_exported(demo: Demo, r: int) -> bool:
@@ -195,11 +180,7 @@ def is_exported(demo: Demo, r: int) -> bool:
 
 
 def measure(demo: Demo, report: Report, fresh: bool) -> None:
-    def advance(event: Event) -> None:
-        if isinstance(event, Progress) and event.what == "measuring" and event.total:
-            report(event.done / event.total)
-
-    job = BenchmarkJob(
+    job = api.BenchmarkJob(
         teacher=demo.teacher,
         bundles=tuple(demo.bundle(r) for r in demo.spec.sizes),
         images=demo.raw / "imagesTs",
@@ -211,7 +192,7 @@ def measure(demo: Demo, report: Report, fresh: bool) -> None:
         threads=available_cores(),
         same_network=False,
     )
-    write_json(demo.benchmark_file, run_benchmark(job, advance))
+    api.benchmark(job, command=["make", "demo"], file=demo.benchmark_file, progress=_share(report, "measuring"))
 
 
 def is_measured(demo: Demo) -> bool:
@@ -231,6 +212,16 @@ def cache_statistics(demo: Demo) -> dict[str, Any]:
         "float16_bytes_per_voxel": 2 * len(json.loads((demo.raw / "dataset.json").read_text())["labels"]),
         "largest_error": max(m.max_error for m in manifests),
     }
+
+
+def _share(report: Report, what: str | None = None) -> Listener:
+    """A listener that reports the share done of the work called `what`, or of any."""
+
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and what in (None, event.what) and event.total:
+            report(event.done / event.total)
+
+    return advance
 
 
 def _is_checkpoint(path: Path) -> bool:
