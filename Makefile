@@ -29,13 +29,16 @@ $(VENV)/.installed: pyproject.toml $(NATIVE)
 
 install: $(VENV)/.installed
 
+# threads of torch that wait asleep: loaders and other work get the cores (two busy cores: a step in a fifth of the time)
+demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/python -m pipelines.demo
 
-# Two processes, each test file in one of them; told where the wheel is, and the environment of another Python if there is one.
+# Two processes, each test file in one of them, in the order of tests/conftest.py. They are told where the wheel is, and the
+# environment of another Python if there is one.
 test: install wheel another
 	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A wheel whose install needs no compiler, made where nothing is installed but what building it takes. On Linux auditwheel puts
 # libgomp inside, which other machines may lack, and names the oldest glibc that will do. That is about the one of this machine:

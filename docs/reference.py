@@ -58,11 +58,15 @@ def _command_page(words: tuple[str, ...], leaf: Any) -> str:
     lines = [f"## fastnnunet {' '.join(words)}" if len(words) > 1 else "", "", _prose(leaf.help), ""]
     if leaf.epilog:
         lines += [_prose(leaf.epilog), ""]
-    lines += ["| | takes | what it does |", "|---|---|---|"]
     kinds = get_type_hints(leaf.callback)
+    panels: dict[str | None, list[str]] = {None: []}  # what everyone needs comes first
     for parameter in leaf.params:
         if parameter.name != "help":
-            lines.append(f"| {_names(parameter)} | {_takes(kinds[parameter.name])} | {_what(parameter)} |")
+            row = f"| {_names(parameter)} | {_takes(kinds[parameter.name])} | {_what(parameter)} |"
+            panels.setdefault(parameter.rich_help_panel, []).append(row)
+    for heading, rows in panels.items():
+        lines += [f"**{heading}**", ""] if heading else []
+        lines += ["| | takes | what it does |", "|---|---|---|", *rows, ""]
     return "\n".join([*lines, ""])
 
 

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fastnnunet.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fastnnunet.api.fast_predictor import FastPredictor as FastPredictor
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

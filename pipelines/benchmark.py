@@ -4,53 +4,29 @@ make benchmark DATASET=4 CONFIG=3d_fullres FOLD=0 R="2 4" BUNDLES=bundles
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-from fastnnunet.bench.benchmark import run_benchmark
-from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.bench.report.headline import headline
-from fastnnunet.bench.report.page import pictures_of, write_page
-from fastnnunet.bench.report.plot import plot_benchmark
-from fastnnunet.bench.report.table import benchmark_table
-from fastnnunet.evaluate.tables import wide_console
-from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
-from fastnnunet.specs.provenance import write_json
+from fastnnunet import api
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.common import bundle_folder, run
 
 
 def main(args: argparse.Namespace) -> None:
-    name = resolve_dataset(args.dataset)
-    raw = nnunet_folder("nnUNet_raw") / name
-    labels = raw / "labelsTs"
-    job = BenchmarkJob(
-        teacher=TeacherSpec(dataset=name, configuration=args.configuration),
-        bundles=tuple(bundle_folder(args.bundles, name, args.configuration, args.fold, r) for r in args.r),
+    raw = api.raw_folder(args.dataset)
+    job = api.BenchmarkJob(
+        teacher=TeacherSpec(dataset=raw.name, configuration=args.configuration),
+        bundles=tuple(bundle_folder(args.bundles, raw.name, args.configuration, args.fold, r) for r in args.r),
         images=raw / "imagesTs",
-        labels=labels if labels.is_dir() else None,
+        labels=raw / "labelsTs" if (raw / "labelsTs").is_dir() else None,
         output=args.output,
         baseline_cases=args.baseline_cases,
         cold_rounds=3,
     )
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("preparing", total=None)
-        record = run_benchmark(
-            job, lambda what, done, expected: bar.update(task, description=what, completed=done, total=expected)
-        )
-    record["command"] = shlex.join(["python", "-m", "pipelines.benchmark", *sys.argv[1:]])
-    record["summary"] = headline(record)
-    target = args.output / f"benchmark_{name}.json"
-    write_json(target, record)
-    plot_benchmark(record, target.with_suffix(".png"))
-    wide_console().print(benchmark_table(record))
-    page = target.with_suffix(".html")
-    write_page(record, pictures_of(record, job.images, job.labels, job.output), page)
-    print(f"record: {target}\npage:   {page}")
+    command, file = ["python", "-m", "pipelines.benchmark", *sys.argv[1:]], args.output / f"benchmark_{raw.name}.json"
+    with api.View() as view:
+        done = api.benchmark(job, command=command, file=file, page=file.with_suffix(".html"), progress=view)
+    print(f"{done.table}\nrecord: {done.file}\npage:   {done.page}")
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ def demo_steps(demo: Demo) -> list[Step]:
     steps.append(
         step("cache", "labelling with the ensemble", 4 * spec.n_train, teachers, stages.label, stages.is_labelled)
     )
-    for r in spec.sizes:
-        expected_s, title = 5 + 0.2 * spec.student_epochs * spec.iterations, f"distilling student r={r}"
-        steps.append(step(f"student_{r}", title, expected_s, ["cache"], stages.distil, stages.is_distilled, r))
+    title = f"distilling students {' and '.join(f'r={r}' for r in spec.sizes)}"
+    expected_s = 5 + 0.1 * len(spec.sizes) * spec.student_epochs * spec.iterations
+    steps.append(step("students", title, expected_s, ["cache"], stages.distil, stages.is_distilled))
     for r, key in zip(spec.sizes, bundles, strict=True):
         title = f"exporting student r={r}"
-        steps.append(step(key, title, 6, [f"student_{r}"], stages.export, stages.is_exported, r))
+        steps.append(step(key, title, 6, ["students"], stages.export, stages.is_exported, r))
     title, expected_s = "predicting held-out volumes", 12 * spec.n_test
     steps.append(step("measure", title, expected_s, bundles, stages.measure, stages.is_measured))
     return steps

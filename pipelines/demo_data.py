@@ -20,9 +20,9 @@ from scipy.ndimage import gaussian_filter
 from fastnnunet.errors import MismatchError
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spine": 3, "tumour": 4}
-SPACINGS_MM = ((3.5, 2.75, 2.75), (4.5, 3.25, 3.25))  # of every three cases the third is from the second
+SPACINGS_MM = ((4.0, 3.4, 3.4), (4.6, 3.8, 3.8))  # of every three cases the third is from the second
 SUPERSAMPLING = 2
-RECIPE_VERSION = 1  # raise it whenever a voxel changes
+RECIPE_VERSION = 2  # raise it whenever a voxel changes
 
 Array = NDArray[np.float32]
 Vector = tuple[float, float, float]
@@ -131,7 +131,7 @@ def _acquire(rng: np.random.Generator, image: Array, spacing_mm: Vector) -> NDAr
     shading = gaussian_filter(rng.normal(size=image.shape).astype(np.float32), [25 / s for s in spacing_mm])
     shading *= rng.uniform(8, 16) / shading.std()
     noise = gaussian_filter(rng.normal(size=image.shape).astype(np.float32), 0.5)
-    noise *= rng.uniform(14, 26) / noise.std()
+    noise *= rng.uniform(12, 22) / noise.std()
     inside = np.clip((blurred + 900) / 700, 0, 1)  # air scatters less
     return np.rint(np.clip(blurred + inside * shading + (0.3 + 0.7 * inside) * noise, -1024, 2000)).astype(np.int16)
 
@@ -170,10 +170,10 @@ class _Scene:
         lobe = self._ellipsoid((centre[0] + u(2, 8), -17, -2), (14, 11, u(18, 24)))
         texture = self._texture(6.0)
         self._put(np.minimum(liver, lobe) < 1, u(95, 115) + 6 * texture, "liver")
-        size = u(9, 14)
+        size = u(10, 13)
         place = tuple(c + u(-0.42, 0.42) * r for c, r in zip(centre, (26, 18, 17), strict=True))
-        tumour = self._ellipsoid((place[0], place[1], place[2]), (size, size * u(0.8, 1.2), size * u(0.8, 1.2)))
-        self._put(tumour < 1, u(30, 55) + 8 * texture, "tumour")
+        tumour = self._ellipsoid((place[0], place[1], place[2]), (size, size * u(0.9, 1.15), size * u(0.9, 1.15)))
+        self._put(tumour < 1, u(15, 40) + 6 * texture, "tumour")
 
     def _kidney(self, side: float) -> None:
         u = self.rng.uniform
@@ -195,7 +195,7 @@ class _Scene:
         process = (np.abs(across) < 3.0) & (back > 8) & (back < u(15, 18)) & (phase < 0.6 * height)
         wings = (np.abs(across) < u(14, 18)) & (np.abs(back - 11) < 3.0) & (phase < 0.4 * height)
         canal = (across / 4.2) ** 2 + ((back - 10) / 3.6) ** 2
-        marrow, cortex, disc = u(180, 230), u(420, 560), u(80, 105)
+        marrow, cortex, disc = u(230, 280), u(420, 560), u(80, 105)
         bone = np.where(vertebra < 0.62, marrow + 25 * self._texture(3.0), cortex).astype(np.float32)
         self._put(vertebra < 1, np.where(phase < 4.0, disc, bone).astype(np.float32), "spine")
         self._put((vertebra >= 1) & (process | wings) & (canal > 1), cortex * 0.8, "spine")

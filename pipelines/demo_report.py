@@ -1,5 +1,7 @@
 """What the demo leaves: one table on the screen, the same as JSON, and one picture."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,26 @@ def report(demo: Demo, elapsed_s: dict[str, float]) -> None:
     _picture(demo, benchmark, demo.out / "demo.png")
     console = Console()
     console.print(_table(record, labels))
-    console.print(f"table: {demo.out / 'demo.json'}\npicture: {demo.out / 'demo.png'}", highlight=False, soft_wrap=True)
+    for line in (
+        f"table: {demo.out / 'demo.json'}",
+        f"picture: {demo.out / 'demo.png'}",
+        "your own nnU-Net: README.md, I trained an nnU-Net",
+        f"next, predict with a student: {_next_command(demo)}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_command(demo: Demo) -> str:
+    """Prediction of the held-out volumes by the smallest student."""
+    fastnnunet, model = Path(sys.executable).with_name("fastnnunet"), demo.bundle(max(demo.spec.sizes))
+    words = [fastnnunet, "predict", "-i", demo.raw / "imagesTs", "-o", demo.out / "predicted", "-m", model]
+    return shlex.join(_from_here(word) for word in words)
+
+
+def _from_here(word: str | Path) -> str:
+    """A path as one types it in this folder."""
+    here = Path.cwd()
+    return str(word.relative_to(here) if isinstance(word, Path) and word.is_relative_to(here) else word)
 
 
 def _row(name: str, arm: dict[str, Any], labels: list[str]) -> dict[str, Any]:

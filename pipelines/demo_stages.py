@@ -8,10 +8,11 @@ from typing import Any
 
 from fastnnunet.bench.benchmark import run_benchmark
 from fastnnunet.bench.job import BenchmarkJob
-from fastnnunet.cache.build import CaseDone, build_cache
-from fastnnunet.distill.train import TrainingJob, TrainingState, run_folder, train_student
+from fastnnunet.cache.build import build_cache
+from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
 from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
+from fastnnunet.events import Event, Progress
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.prepare import plan_and_preprocess
@@ -28,6 +29,7 @@ from pipelines.steps import Report
 
 DATASET_ID, NAME = 901, "ProceduralCT"
 FINAL = "checkpoint_final.pth"
+STUDENT_FOLD = "all"  # every training case: students are judged on volumes that no model saw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,9 @@ class DemoSpec:
     n_train: int = 24
     n_test: int = 6
     seed: int = 20240901
-    iterations: int = 25  # per epoch
+    iterations: int = 20  # per epoch
     teacher_epochs: int = 6
-    student_epochs: int = 24  # at r=4 the tumour appears only after some 300 iterations
+    student_epochs: int = 30  # at r=4 the tumour appears only after some 300 iterations
     sizes: tuple[int, ...] = (2, 4)
     repeat: int = 3  # timings per case and student
 
@@ -62,6 +64,8 @@ class Demo:
             iterations_per_epoch=self.spec.iterations,
             val_iterations_per_epoch=1,
             optimizer="adamw",
+            anneal=True,
+            temperature=1.0,
             seed=self.spec.seed,
         )
 
@@ -136,8 +140,9 @@ def is_taught(demo: Demo, fold: int) -> bool:
 def label(demo: Demo, report: Report, fresh: bool) -> None:
     job = cache_job(demo.teacher, demo.cache_spec)
 
-    def advance(case: CaseDone) -> None:
-        report(case.done / case.total)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
 
     build_cache(job, threads=available_cores(), progress=advance)
 
@@ -155,25 +160,28 @@ def student_job(demo: Demo, r: int) -> TrainingJob:
         student=StudentSpec(r=r),
         distill=demo.distill,
         cache=demo.cache_spec,
-        fold=0,
+        fold=STUDENT_FOLD,
     )
 
 
-def distil(demo: Demo, r: int, report: Report, fresh: bool) -> None:
-    def advance(state: TrainingState) -> None:
-        report((state.epoch * state.iterations + state.iteration) / (state.epochs * state.iterations))
+def distil(demo: Demo, report: Report, fresh: bool) -> None:
+    """All sizes at once: each batch is loaded and augmented for all of them."""
 
-    job = student_job(demo, r)
-    resume = run_folder(job).is_dir() and not fresh
-    train_student(job, resume=resume, overwrite=fresh, validate=False, progress=advance)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.total:
+            report(event.done / event.total)
+
+    jobs = [student_job(demo, r) for r in demo.spec.sizes]
+    resume = not fresh and any(reached_checkpoint(run_folder(job)) for job in jobs)
+    train_students(jobs, resume=resume, overwrite=fresh, validate=False, progress=advance)
 
 
-def is_distilled(demo: Demo, r: int) -> bool:
-    return _is_checkpoint(run_folder(student_job(demo, r)) / FINAL)
+def is_distilled(demo: Demo) -> bool:
+    return all(_is_checkpoint(run_folder(student_job(demo, r)) / FINAL) for r in demo.spec.sizes)
 
 
 def export(demo: Demo, r: int, report: Report, fresh: bool) -> None:
-    export_bundle(run_folder(student_job(demo, r)).parent, 0, demo.bundle(r), overwrite=True)
+    export_bundle(run_folder(student_job(demo, r)).parent, STUDENT_FOLD, demo.bundle(r), overwrite=True)
 
 
 def is_exported(demo: Demo, r: int) -> bool:
@@ -185,9 +193,9 @@ def is_exported(demo: Demo, r: int) -> bool:
 
 
 def measure(demo: Demo, report: Report, fresh: bool) -> None:
-    def advance(what: str, done_s: float, expected_s: float) -> None:
-        if what == "measuring":
-            report(done_s / expected_s)
+    def advance(event: Event) -> None:
+        if isinstance(event, Progress) and event.what == "measuring" and event.total:
+            report(event.done / event.total)
 
     job = BenchmarkJob(
         teacher=demo.teacher,

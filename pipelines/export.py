@@ -6,27 +6,18 @@ make export DATASET=4 CONFIG=3d_fullres FOLD=0 R="2 4" BUNDLES=bundles
 import argparse
 from pathlib import Path
 
-from fastnnunet.cli.export import export_student
-from fastnnunet.nnunet.files.paths import resolve_dataset
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet import api
 from fastnnunet.specs.student import StudentSpec
 from pipelines.common import bundle_folder, run
 
 
 def main(args: argparse.Namespace) -> None:
-    name = resolve_dataset(args.dataset)
     for r in args.r:
-        export_student(
-            dataset=name,
-            configuration=args.configuration,
-            plans="nnUNetPlans",
-            fold=str(args.fold),
-            student=StudentSpec(r=r),
-            distill=DistillSpec(),
-            output=bundle_folder(args.to, name, args.configuration, args.fold, r),
-            checkpoint="checkpoint_final.pth",
-            overwrite=True,
-        )
+        model = api.student_model(args.dataset, StudentSpec(r=r), configuration=args.configuration)
+        bundle = bundle_folder(args.to, model.parent.name, args.configuration, args.fold, r)
+        with api.View() as view:
+            exported = api.export(model, args.fold, bundle, overwrite=True, progress=view)
+        print(f"bundle: {exported.bundle}\n{exported.described}")
 
 
 if __name__ == "__main__":

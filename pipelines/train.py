@@ -5,8 +5,7 @@ make train DATASET=4 CONFIG=3d_fullres FOLD=0 R="2 4" EXTRA="--epochs 60 --itera
 
 import argparse
 
-from fastnnunet.cli.train import run_job
-from fastnnunet.distill.train import TrainingJob, run_folder
+from fastnnunet import api
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.load import build_spec
@@ -18,14 +17,16 @@ from pipelines.common import run
 def main(args: argparse.Namespace) -> None:
     settings = {"epochs": args.epochs, "iterations_per_epoch": args.iterations, "optimizer": args.optimizer}
     for r in args.r:
-        job = TrainingJob(
+        job = api.TrainingJob(
             teacher=TeacherSpec(dataset=args.dataset, configuration=args.configuration),
             student=StudentSpec(r=r),
             distill=build_spec(DistillSpec, settings, where="options"),
             cache=CacheSpec(),
             fold=args.fold,
         )
-        run_job(job, resume=run_folder(job).is_dir(), overwrite=False, validate=True)
+        with api.View() as view:
+            (student,) = api.distil([job], resume=None, progress=view)
+        print(f"student {student.tag}: mean Dice on the {student.judged_on} {student.mean_dice:.4f}: {student.folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def _architecture(dims: int) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=8)
+@cache
 def _network(dims: int, channels: int, heads: int) -> tuple[Any, bytes]:
     """A network whose labels are all frequent, and its ONNX file; exported once per shape."""
     import torch

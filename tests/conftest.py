@@ -6,14 +6,28 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
+import functools
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import make_world, world_environment
 
+# Files that take long for their number of tests. They begin first, so that no process waits for the other at the end.
+LONG = {
+    "test_another_python", "test_demo", "test_distill_distributed", "test_distill_train", "test_kinds",
+    "test_loader_processes", "test_pipeline", "test_platforms", "test_stock_tools", "test_students",
+    "test_unlabelled_train", "test_wheel",
+}  # fmt: skip
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +59,13 @@ def shared():
     if not (SHARED / "data" / "Dataset004_Hippocampus").is_dir():
         pytest.skip(f"real data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def operators_listed_once():
+    """torch's exporter lists its operators anew for every network, which is a third of an export: once will do."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry is not None and not getattr(registry, "listed_once", False):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        registry.listed_once = True

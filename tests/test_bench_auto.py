@@ -26,7 +26,7 @@ def nnunet_dice(labels, predictions, case):
 
 def test_trains_scores_and_chooses_from_the_command_line(world, tmp_path, monkeypatch, capsys):
     build()
-    (tmp_path / "recipe.yaml").write_text("precision: fp32\nmirroring: false\n")
+    (tmp_path / "recipe.yaml").write_text("precision: fp32\nmirroring: false\nengine: torch\n")
     monkeypatch.setenv("nnUNet_def_n_proc", "2")
     out = tmp_path / "out"
     words = (

@@ -52,7 +52,7 @@ def test_measure_times_the_call_and_leaves_out_the_warm_up(tmp_path: Path) -> No
         {"a": "A", "b": "B"},
         [Limit(2, 2), Limit(1, 1, warm_up=False)],
         lambda arm, case: tmp_path / f"{arm}_{case}",
-        lambda what, done, expected: progress.append((what, done, expected)),
+        lambda e: progress.append((e.what, e.done, e.total)),
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["fast A", "fast A", "slow A", "fast B", "fast A", "fast B"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ import zarr
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.codecs import softmax
 from fastnnunet.cache.identity import FORMAT_VERSION
+from fastnnunet.cache.store.folder import open_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cli.main import main
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
+from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.jobs import cache_for_training
 from tests.cache_fakes import FakeCases, make_job
 from tests.readonly import read_only
 from tests.tiny import CONFIGURATION, DATASET
@@ -35,6 +39,40 @@ def cli(capsys):
         return stop.value.code or 0, captured.out + captured.err
 
     return run
+
+
+@pytest.mark.parametrize("command", ["build", "plan"])
+def test_an_engine_that_needs_a_gpu_is_refused_before_cases_are_read(world, cli, command, monkeypatch):
+    monkeypatch.setattr("fastnnunet.engines.labelling.cuda_device_count", lambda: 0)
+    monkeypatch.setattr("fastnnunet.nnunet.files.cases.PreprocessedCases.digest", lambda *_: pytest.fail("read"))
+    code, text = cli(command, *BASE, "--engine", "tensorrt")
+    assert code == 2
+    assert "engine tensorrt needs an NVIDIA GPU" in text
+
+
+def test_any_engine_labels_and_a_training_finds_it(world, cli, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mirroring: false\nprecision: fp32\n")
+    made = {}
+    for engine in ("onnxruntime", "torch"):
+        code, text = cli("build", *BASE, "--spec", recipe, "--workers", "0", "--engine", engine)
+        assert code == 0, text
+        (folder,) = (p.parent for p in world.rglob("fastnnunet_*/*/zarr.json") if p.parent not in made.values())
+        made[engine] = folder
+        command = open_cache(folder).build_command
+        assert command.endswith(f"--engine {engine}")
+    case = next(iter(open_cache(folder).cases))
+    one, other = (
+        reader.to_probabilities(reader.read_patch(case, (0, 0, 0), (16, 16, 16)))
+        for reader in map(SoftLabelReader, made.values())
+    )
+    assert np.abs(one - other).max() <= 1 / 255 + 1e-6  # a step of the encoding
+    teacher = TeacherSpec(dataset="998", configuration=CONFIGURATION, folds=(0, 1))
+    for engine, folder in made.items():
+        spec = CacheSpec(mirroring=False, precision="fp32", engine=engine)
+        assert cache_for_training(teacher, spec) == folder
+    shutil.rmtree(made["torch"])
+    assert cache_for_training(teacher, CacheSpec(mirroring=False, precision="fp32")) == made["onnxruntime"]
 
 
 def test_build_list_info_verify(world, cli):

@@ -5,12 +5,18 @@ After a deliberate change: `python -m tests.test_cli_surface`, and commit what t
 
 import argparse
 import importlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 from unittest import mock
+
+import typer
 
 from docs.reference import entry_points, leaves
 from fastnnunet.cli.main import command
+from fastnnunet.cli.parts.fields import Group, add_argument, ask, spread
+from fastnnunet.specs.option import Option
 
 FROZEN = Path(__file__).with_name("cli_surface.txt")
 AGAIN = "python -m tests.test_cli_surface"
@@ -44,6 +50,7 @@ def clicked(leaf: Any) -> list[str]:
         }
         names = f"({place}) {parameter.name}" if positional else " ".join(parameter.opts)
         text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("pathlib.", "")
+        text = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)  # as Python from 3.14 on writes it
         lines.append(line(names, text, parameter.default, rest))
     return lines
 
@@ -63,7 +70,7 @@ def line(names: str, kind: str, default: Any, rest: dict[str, Any]) -> str:
             *(
                 key if value is True else f"{key} {value}"
                 for key, value in rest.items()
-                if value not in (None, False, "")
+                if value is not None and value is not False and value != ""
             ),
         ]
     )
@@ -87,6 +94,47 @@ def parser_of(module: str, function: str) -> argparse.ArgumentParser:
 
 def test_no_option_changed_its_names_type_or_default():
     assert surface() == FROZEN.read_text(), f"the command line changed; if it is meant to: {AGAIN}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soup:
+    """A spec with every kind of field that there is."""
+
+    name: Annotated[str, Option("-n --name", "Whose.", first=True)]
+    salt: Annotated[float, Option("--salt", "In grams.")] = 0.5
+    bowls: Annotated[int | None, Option("-b", "How many.")] = None
+    kind: Annotated[Literal["clear", "thick"], Option("--kind", "Clear or thick.")] = "clear"
+    herbs: Annotated[tuple[str, ...], Option("--herb", "May repeat.")] = ("dill",)
+    hot: Annotated[bool, Option("--hot/--cold", "As served.")] = True
+    secret: int = 7
+
+
+def test_a_field_is_an_option_of_both_command_lines_without_another_word():
+    seen: list[Any] = []
+
+    @spread
+    def cook(soup: Annotated[dict[str, Any], Group(Soup, "Taste")], stir: Annotated[int, ask("--stir", "Times.")] = 1):
+        seen.append((Soup(**soup), stir))
+
+    app = typer.Typer()
+    app.command()(cook)
+    run = typer.main.get_command(app)
+    run(["-n", "Ada"], standalone_mode=False)
+    words = "--name Bo --salt 2 -b 3 --kind thick --herb leek --herb mint --cold --stir 4"
+    run(words.split(), standalone_mode=False)
+    rich = Soup(name="Bo", salt=2.0, bowls=3, kind="thick", herbs=("leek", "mint"), hot=False)
+    assert seen == [(Soup(name="Ada"), 1), (rich, 4)]
+    headings = {p.name: (p.rich_help_panel, p.help) for p in run.params}
+    assert headings["name"] == (None, "Whose.")
+    assert headings["salt"] == ("Taste", "In grams.")
+    assert "secret" not in headings
+
+    parser = argparse.ArgumentParser()
+    for name, flags in {"name": "-n", "salt": "-s", "bowls": "-b", "kind": "-k", "herbs": "-e"}.items():
+        add_argument(parser, Soup, name, flags)
+    assert Soup(**vars(parser.parse_args(["-n", "Ada"])) | {"herbs": ("dill",)}) == Soup(name="Ada")
+    given = vars(parser.parse_args(["-n", "Bo", "-s", "2", "-b", "3", "-k", "thick", "-e", "leek", "mint"]))
+    assert given == {"name": "Bo", "salt": 2.0, "bowls": 3, "kind": "thick", "herbs": ["leek", "mint"]}
 
 
 if __name__ == "__main__":

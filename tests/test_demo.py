@@ -1,6 +1,9 @@
 """The demo at toy size: the same steps on five small volumes and narrow networks, interrupted once on the way."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,11 +69,15 @@ def test_runs_resumes_and_leaves_table_and_picture(
     assert record["cache"]["cases"] == 5
     assert record["cache"]["bytes_per_voxel"] < record["cache"]["float16_bytes_per_voxel"] == 10
     assert record["cache"]["largest_error"] < 1 / 255
-    assert set(record["elapsed_s"]) >= {"data", "prepare", "teacher_4", "cache", "student_2", "bundle_4", "measure"}
+    assert set(record["elapsed_s"]) >= {"data", "prepare", "teacher_4", "cache", "students", "bundle_4", "measure"}
     assert (narrow / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for text in ("ensemble", "one fold", "student r2", "student r4", "tumour", "bytes per voxel"):
         assert text in printed
+    next_command = shlex.split(printed.splitlines()[-1].split(": ", 1)[1])
+    assert next_command[1] == "predict"
+    assert subprocess.run(next_command, check=False, capture_output=True, text=True).returncode == 0
+    assert {p.name for p in (narrow / "predicted").glob("*.nii.gz")} == {"ct_005.nii.gz", "ct_006.nii.gz"}
 
     # a third run only prints again
     before = {p: p.stat().st_mtime_ns for p in narrow.rglob("*") if p.is_file() and p.parent != narrow}
@@ -80,3 +87,17 @@ def test_runs_resumes_and_leaves_table_and_picture(
         demo.main(
             narrow, DemoSpec(n_train=5, n_test=2, iterations=1, teacher_epochs=1, student_epochs=1, repeat=1, seed=1)
         )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pipelines.demo",
+        # what a process does that nnU-Net starts while it preprocesses
+        "import multiprocessing.spawn as spawn; spawn._fixup_main_from_name('pipelines.demo')",
+    ],
+)
+def test_torch_is_imported_without_a_word(code: str) -> None:
+    code = f"{code}; import sys, nnunetv2.training.nnUNetTrainer.nnUNetTrainer; assert 'torch' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -40,7 +40,7 @@ def change_plans(world, **changes):
 
 @pytest.fixture
 def prepared(world):
-    (world / "recipe.yaml").write_text("precision: fp32\nmirroring: false\n")
+    (world / "recipe.yaml").write_text("precision: fp32\nmirroring: false\nengine: torch\n")
     return world
 
 

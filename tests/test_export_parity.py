@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fastnnunet.errors import CorruptError, ParityError
+from fastnnunet.events import Message
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export import parity
 from fastnnunet.export.bundle import export_bundle
@@ -293,31 +294,38 @@ class TestSmallPatches:
 class TestProgress:
     def test_every_stage_is_told_before_it_begins(self, model_folder, tmp_path):
         stages = []
-        export_bundle(model_folder, (0, 3), tmp_path / "b", on_stage=lambda *stage: stages.append(stage))
+
+        def note(event):
+            stages.append((event.done, event.total, event.note))
+
+        export_bundle(model_folder, (0, 3), tmp_path / "b", progress=note)
         assert [number for number, _, _ in stages] == [1, 2, 3, 4, 5, 6]
         assert {total for _, total, _ in stages} == {6}
         assert stages[4][2] == "fold 3, 2 patches of 16 x 16 x 16 through PyTorch"
         (model_folder / "fold_0" / "checkpoint_final.pth").write_bytes(b"damaged")
         with pytest.raises(CorruptError):
-            export_bundle(model_folder, (0,), tmp_path / "c", on_stage=lambda *stage: stages.append(stage))
+            export_bundle(
+                model_folder, (0,), tmp_path / "c", progress=lambda e: stages.append((e.done, e.total, e.note))
+            )
         assert stages[6:] == [(1, 4, "building the network")]
 
     def test_first_use_of_a_model(self, model_folder, tmp_path, monkeypatch):
         monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
         told = []
 
-        def tell(message):
+        def tell(event):
+            message = event.text if isinstance(event, Message) else event.line
             told.append((message, (tmp_path / "home").exists()))
 
-        bundle = cached_bundle(model_folder, (0,), tell=tell)
+        bundle = cached_bundle(model_folder, (0,), progress=tell)
         messages = [message for message, _ in told]
         assert messages[0].startswith(f"{model_folder.name}: reading 3 new or changed file(s)")
         assert not told[0][1]  # nothing was done by then
         assert messages[1].startswith("first use of this model: exporting 1 fold(s)")
         assert [m.split(":")[0] for m in messages[2:-1]] == [f"export {n}/4" for n in (1, 2, 3, 4)]
         told.clear()
-        assert cached_bundle(model_folder, (0,), tell=tell) == bundle
+        assert cached_bundle(model_folder, (0,), progress=tell) == bundle
         assert told == []
         shutil.copytree(model_folder / "fold_0", model_folder / "fold_9")
-        assert cached_bundle(model_folder, (9,), tell=tell) != bundle
+        assert cached_bundle(model_folder, (9,), progress=tell) != bundle
         assert told[0][0].startswith(f"{model_folder.name}: reading 1 new")

@@ -68,6 +68,16 @@ def test_gaussian_is_nnunets_bit_for_bit(shape: tuple[int, ...]) -> None:
     assert not got.flags.writeable
 
 
+def test_gaussian_of_every_length_is_nnunets_bit_for_bit() -> None:
+    """The core's exp and order of sums are not NumPy's: float16 must not show it."""
+    import torch
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+    for shape in [*((n,) for n in range(1, 513)), *((n, 24 + n % 7, 40) for n in range(7, 300, 60))]:
+        expected = compute_gaussian(shape, sigma_scale=1 / 8, value_scaling_factor=10, device=torch.device("cpu"))
+        np.testing.assert_array_equal(gaussian_weights(shape), expected.float().numpy(), str(shape))
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(shape=st.tuples(*[st.integers(1, 30)] * 3), minimum=st.tuples(*[st.integers(1, 30)] * 3))
 def test_padding_equals_acvl_utils(shape: tuple[int, ...], minimum: tuple[int, ...]) -> None:

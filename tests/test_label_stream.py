@@ -193,7 +193,7 @@ class TestChoice:
         monkeypatch.setattr(loaded, "STREAM_BYTES", 2 * 3 * case.data_CZYX[0].size - 1)
         assert isinstance(bundle.infer(case, StageTimes()), Labelled)
         seen: list[tuple[int, int]] = []
-        got = bundle.predict_array(image, properties, on_tiles=lambda *counts: seen.append(counts))
+        got = bundle.predict_array(image, properties, progress=lambda e: seen.append((e.done, e.total)))
         np.testing.assert_array_equal(got.segmentation_ZYX, expected.segmentation_ZYX)
         assert seen[-1] == (len(seen), len(seen))
         assert got.times.infer_s > 0 < got.times.postprocess_s

@@ -29,10 +29,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A suite that runs in the background ignores Ctrl-C, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A suite that runs in the background ignores Ctrl-C or the loss of its terminal, and so would what it starts."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Batches:

@@ -14,9 +14,9 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from scipy.special import softmax
 
 from fastnnunet.engines.base import Settings
-from fastnnunet.engines.labelling import resolve_engine
+from fastnnunet.engines.labelling import resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.torch import TorchEngine, cpu_has_bf16
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.geometry.grid import tile_slices
 from fastnnunet.geometry.padding import centre_padding, inner_slices
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
@@ -24,6 +24,7 @@ from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
+from tests.test_trt_backend import cuda, rtx  # noqa: F401 (fixtures)
 from tests.tiny import DATASET
 
 SPEC = TeacherSpec(dataset="998")
@@ -102,6 +103,66 @@ def test_bf16_keeps_labels(world, engine):
     if engine == "torch" or cpu_has_bf16():  # OpenVINO computes in fp32 where the CPU has no bf16
         fp32 = teacher_logits(dataclasses.replace(teacher, precision="fp32"), image_CZYX, teacher.folds)
         assert not np.array_equal(got, fp32), "bf16 was asked for and fp32 was run"
+
+
+def test_tensorrt_labels_as_pytorch_does(world, rtx, monkeypatch):  # noqa: F811
+    """On the simulated GPU, with engines that are built of the teacher's own ONNX."""
+    monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(world / "home"))
+    monkeypatch.setattr("fastnnunet.engines.labelling.cuda_device_count", lambda: 1)
+    monkeypatch.setattr(
+        "fastnnunet.engines.trt.build.build_plan",
+        lambda graph, key, library: rtx.plan(graph.SerializeToString(), key.architecture, key.max_batch),
+    )
+    two_folds = TeacherSpec(dataset="998", folds=(0, 3))  # an export takes seconds
+    cases, teacher, _ = open_teacher(two_folds, dataclasses.replace(FP32, engine="tensorrt"))
+    image_CZYX = cases.image_CZYX(cases.case_ids[0])
+    got = teacher_logits(teacher, image_CZYX, (0, 3))
+    expected = teacher_logits(dataclasses.replace(teacher, engine="torch"), image_CZYX, (0, 3))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    engines = {path.name for path in (world / "home" / "engines").iterdir()}
+    assert len(engines) == len(teacher.folds)
+    monkeypatch.setattr("fastnnunet.engines.trt.build.build_plan", None)  # the same networks give the same keys
+    dataclasses.replace(teacher, folds=(3,)).load(threads=1)
+    assert {path.name for path in (world / "home" / "engines").iterdir()} == engines
+
+
+def test_a_teacher_that_needs_a_gpu_is_refused_before_it_is_read(world, rtx, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("fastnnunet.engines.labelling.cuda_device_count", lambda: 0)
+    _, teacher, _ = open_teacher(SPEC, CacheSpec(engine="tensorrt"))
+    assert teacher.precision == "fp16"
+    for file in world.rglob("checkpoint_final.pth"):
+        file.write_bytes(b"")
+    with pytest.raises(BackendError, match="engine tensorrt needs an NVIDIA GPU"):
+        teacher.load(threads=1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "expected"),
+    [
+        ("onnxruntime", "auto", "fp32"),
+        ("tensorrt", "auto", "fp16"),
+        ("tensorrt", "fp32", "fp32"),
+        ("torch", "bf16", "bf16"),
+        ("torch", "auto", "bf16" if cpu_has_bf16() else "fp32"),
+        ("openvino", "auto", "bf16" if cpu_has_bf16() else "fp32"),
+    ],
+)
+def test_precision_of_an_engine(engine, precision, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_precision(precision, engine) == expected
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "bf16"), ("tensorrt", "bf16"), ("torch", "fp16")])
+def test_a_precision_the_engine_does_not_have(engine, precision):
+    with pytest.raises(SpecError, match=f"precision: got {precision} with engine: {engine}, expected auto or fp32"):
+        resolve_precision(precision, engine)
+
+
+def test_devices_of_engines(monkeypatch):
+    monkeypatch.setattr("fastnnunet.engines.labelling.cuda_device_count", lambda: 1)
+    monkeypatch.setattr("fastnnunet.engines.labelling.why_no_cuda", lambda name: None if name == "torch" else "no")
+    assert str(resolve_device("torch")) == str(resolve_device("tensorrt")) == "cuda"
+    assert str(resolve_device("onnxruntime")) == str(resolve_device("openvino")) == "cpu"
 
 
 def test_threads_change_nothing(world):
@@ -202,10 +263,11 @@ def test_identity_follows_the_weights_and_nothing_else(world):
     checkpoint = load_checkpoint(path)
     checkpoint["logging"] = {"more": [1.0]}
     torch.save(checkpoint, path)
-    assert teacher.identity() == before
+    assert open_teacher(SPEC, FP32)[1].identity() == before
     checkpoint["network_weights"]["decoder.seg_layers.0.bias"][0] += 1e-3
     torch.save(checkpoint, path)
-    after = teacher.identity()
+    after = open_teacher(SPEC, FP32)[1].identity()
+    assert teacher.identity() == before, "what was read is read once"
     assert [f for f in "01234" if after["checkpoints"][f] != before["checkpoints"][f]] == ["3"]
 
 

@@ -56,7 +56,7 @@ class Case:
         self.file.write_bytes(model)
         self.progress: list[tuple[int, int]] = []
         q_onnx.quantize_onnx(
-            self.file, self.patches, self.int8, on_patches=lambda done, total: self.progress.append((done, total))
+            self.file, self.patches, self.int8, progress=lambda e: self.progress.append((e.done, e.total))
         )
         self.graph = onnx.load(str(self.int8)).graph
         self.stored = {t.name: numpy_helper.to_array(t) for t in self.graph.initializer}
@@ -199,7 +199,7 @@ class TestOnnx:
             patches(1, PATCH_3D, count=5),
             tmp_path / "int8.onnx",
             batch_size=2,
-            on_patches=lambda *progress: given.append(progress),
+            progress=lambda e: given.append((e.done, e.total)),
         )
         assert given == [(2, 5), (4, 5)]
         shape = onnx.load(str(tmp_path / "int8.onnx")).graph.input[0].type.tensor_type.shape
@@ -242,7 +242,7 @@ def test_openvino(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
     progress: list[tuple[int, int]] = []
     q_openvino.quantize_openvino(
-        case.file, case.patches, tmp_path / "model_int8.xml", on_patches=lambda *seen: progress.append(seen)
+        case.file, case.patches, tmp_path / "model_int8.xml", progress=lambda e: progress.append((e.done, e.total))
     )
     assert progress[:6] == [(n, 6) for n in range(1, 7)]
     assert {p.name for p in tmp_path.iterdir()} == {"model_int8.xml", "model_int8.bin"}

@@ -74,7 +74,7 @@ def onnx_job(bundle: Path, images: Path, **changes) -> QuantizeJob:
 class TestAccepted:
     def test_files_digests_and_measurement(self, bundle: Path, real: Path) -> None:
         seen: list[tuple[str, int, int]] = []
-        done = quantize_bundle(onnx_job(bundle, real), lambda *step: seen.append(step))
+        done = quantize_bundle(onnx_job(bundle, real), lambda e: seen.append((e.what, e.done, e.total)))
         assert sorted(p.name for p in bundle.iterdir()) == [
             "bundle.json",
             "model.onnx",

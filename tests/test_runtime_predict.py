@@ -53,11 +53,11 @@ def test_folder_as_nnunet(model: ToyModel, predictor: Predictor, tmp_path: Path)
         tmp_path / "in",
         tmp_path / "new" / "got",
         save_probabilities=True,
-        on_start=lambda case, index, total: seen.append(f"{case.case_id} {index}/{total}"),
+        progress=lambda e: seen.append(f"{e.note} {e.done}/{e.total}" if getattr(e, "unit", "") == "cases" else ""),
     )
     got = tmp_path / "new" / "got"
     assert _names(got) == _names(tmp_path / "expected")
-    assert seen == ["a_1 0/2", "b 1/2"]
+    assert [text for text in seen if text] == ["a_1 0/2", "b 1/2", "b 2/2"]
     assert [r.case_id for r in results] == ["a_1", "b"]
     assert all(r.error is None and r.times.infer_s > 0 and r.times.total_s > r.times.infer_s for r in results)
     for name in ("plans.json", "dataset.json"):

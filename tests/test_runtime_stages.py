@@ -165,7 +165,7 @@ def test_sliding_window_is_bit_identical(shape: tuple[int, ...], patch: tuple[in
     expected = _nnunet_window(data, _fake_network, patch, 3, mirror)
     seen: list[tuple[int, int]] = []
     window = SlidingWindow(num_heads=3, patch_size=patch, step_size=0.5, mirror_axes=mirror)
-    got = sliding_window_logits(data, _fake_network, window, on_tiles=lambda *counts: seen.append(counts))
+    got = sliding_window_logits(data, _fake_network, window, progress=lambda e: seen.append((e.done, e.total)))
     np.testing.assert_array_equal(got, expected)
     assert seen[-1][0] == seen[-1][1] == len(seen)
 

@@ -2,7 +2,9 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import _fastnnunet_core as core
 
@@ -17,27 +19,43 @@ def parameters(function: ast.stmt) -> list[tuple[str, str]]:
     assert isinstance(function, ast.FunctionDef)
     found = []
     for argument in function.args.args:
+        if argument.arg == "self":
+            continue
         assert argument.annotation is not None
-        written = ast.unparse(argument.annotation).replace("collections.abc.", "")
+        written = ast.unparse(argument.annotation).replace("collections.abc.", "").replace("_fastnnunet_core.", "")
         array = re.search(r"NDArray\[numpy\.(\w+?)_?\]|ndarray\[(\w+)\]", written)
         optional = " | None" if array and written.endswith("| None") else ""
         found.append((argument.arg, (array[1] or array[2]) + optional if array else written))
     return found
 
 
+def members(holder: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Functions of the module, methods and properties of its classes."""
+    for name, member in vars(holder).items():
+        if isinstance(member, type):
+            yield from members(member, f"{name}.")
+        elif not name.startswith("__"):
+            yield prefix + name, member
+
+
 def test_the_stub_describes_the_compiled_module():
     described: dict[str, list[list[tuple[str, str]]]] = {}  # function -> overloads -> parameters
     for node in ast.parse(STUB.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            described.setdefault(node.name, []).append(parameters(node))
+        for member in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(member, ast.FunctionDef):
+                name = member.name if member is node else f"{node.name}.{member.name}"
+                described.setdefault(name, []).append(parameters(member))
     compiled = {}
-    for name in dir(core):
-        signatures = [s[0] for s in getattr(getattr(core, name), "__nb_signature__", ())]
+    for name, member in members(core):
+        if isinstance(member, property):
+            compiled[name] = [[]]
+        signatures = [s[0] for s in getattr(member, "__nb_signature__", ())]
         # "ndarray[dtype=float32, shape=(*, *)]" is no Python: the element type alone is
         plain = [re.sub(r"ndarray\[dtype=(\w+)[^\]]*\]", r"ndarray[\1]", s) for s in signatures]
+        plain = [re.sub(r"= \\\d+", "= ...", s) for s in plain]  # a default value is a number with a backslash
         if plain:
             compiled[name] = [parameters(ast.parse(f"{s}: ...").body[0]) for s in plain]
-    assert "resample" in compiled
+    assert {"resample", "ChunkedWindow.overlap", "ChunkedWindow.grid", "ChunkedWindow.streamed"} <= compiled.keys()
     assert described == compiled, "make the stub again: CONTRIBUTING.md says how"
 
 

@@ -17,7 +17,7 @@ import torch
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli import aliases
-from fastnnunet.cli.train import student_specs
+from fastnnunet.cli.parts.choices import student_specs
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
@@ -149,7 +149,7 @@ def make_job(student, distill=CONTROL, trainer="nnUNetTrainer", **changes):
         teacher=TeacherSpec(dataset="998", folds=(0, 1), trainer=trainer),
         student=student,
         distill=distill,
-        cache=CacheSpec(precision="fp32", mirroring=False),
+        cache=CacheSpec(precision="fp32", mirroring=False, engine="torch"),
         fold=0,
         device="cpu",
         threads=1,

@@ -16,7 +16,8 @@ import torch
 from fastnnunet.cli.main import main
 from fastnnunet.errors import BackendError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.export.models import cached_bundle, load_model, trained_folds
+from fastnnunet.export.models import cached_bundle, load_model
+from fastnnunet.nnunet.files.paths import trained_folds
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.sliding_window import SlidingWindow
@@ -196,7 +197,9 @@ class TestCache:
         bundle = cached_bundle(folder, (2, 3))
         (bundle / "model_1.onnx").write_bytes(b"damage")
         told: list[str] = []
-        predictor = load_model(folder, (2, 3), tell=told.append, backend="onnxruntime")
+        predictor = load_model(
+            folder, (2, 3), progress=lambda e: told.append(getattr(e, "text", "")), backend="onnxruntime"
+        )
         assert any("made again" in message for message in told)
         assert predictor.spec.model_files == ("model_0.onnx", "model_1.onnx")
         assert sorted(p.name for p in bundle.iterdir()) == ["bundle.json", "model_0.onnx", "model_1.onnx", "parity.npz"]
@@ -220,7 +223,7 @@ class TestCache:
         shutil.rmtree(folder / "fold_3")
         with pytest.raises(NotFoundError, match=r"fold\(s\) 3 have no checkpoint_final\.pth"):
             load_model(folder, (0, 1, 2, 3, 4))
-        assert trained_folds(folder) == (0, 1, 2, 4)
+        assert trained_folds(folder, "checkpoint_final.pth") == (0, 1, 2, 4)
         with pytest.raises(NotFoundError, match=r"neither bundle\.json nor plans\.json"):
             load_model(tmp_path)
         with pytest.raises(NotFoundError, match="no fold"):

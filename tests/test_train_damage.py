@@ -94,7 +94,7 @@ class TestPreprocessedCases:
 class TestMovedCaches:
     def test_the_command_builds_where_it_is_now(self, world, tmp_path):
         recipe = world / "recipe.yaml"
-        recipe.write_text("precision: fp32\nmirroring: false\n")
+        recipe.write_text("precision: fp32\nmirroring: false\nengine: torch\n")
         job = make_job(cache=load_yaml_spec(CacheSpec, recipe), cache_spec_file=recipe)
         cache = build_cache(cache_job(job.teacher, job.cache, spec_file=recipe))
         assert "--root" not in cache.build_command

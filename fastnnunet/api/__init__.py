@@ -1,0 +1,56 @@
+"""The front desk: a function for each stage and one stream of events.
+
+`label` makes the cache of a teacher, `distil` trains students from it, `export` makes a bundle of one, `predict` runs
+it, `benchmark` measures bundles beside nnU-Net. Each tells a `progress` listener (`fastnnunet.events`) what it does,
+prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a listener that
+shows events on a terminal. Importing this needs neither torch nor nnunetv2 nor zarr.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.api.benchmark import Benchmarked, benchmark, raw_folder
+from fastnnunet.api.distil import Student, distil
+from fastnnunet.api.export import Exported, export, export_named, student_model
+from fastnnunet.api.label import Labelled, label
+from fastnnunet.api.names import find_bundle, find_run
+from fastnnunet.api.predict import Prediction, predict
+
+if TYPE_CHECKING:
+    from fastnnunet.api.fast_predictor import FastPredictor as FastPredictor
+    from fastnnunet.api.view import View as View
+    from fastnnunet.bench.job import BenchmarkJob as BenchmarkJob
+    from fastnnunet.distill.train import TrainingJob as TrainingJob
+
+__all__ = [
+    "Benchmarked",
+    "Exported",
+    "Labelled",
+    "Prediction",
+    "Student",
+    "benchmark",
+    "distil",
+    "export",
+    "export_named",
+    "find_bundle",
+    "find_run",
+    "label",
+    "predict",
+    "raw_folder",
+    "student_model",
+]
+
+_LATER = {
+    "BenchmarkJob": "fastnnunet.bench.job",
+    "FastPredictor": "fastnnunet.api.fast_predictor",
+    "TrainingJob": "fastnnunet.distill.train",
+    "View": "fastnnunet.api.view",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What takes time to import, imported when asked for."""
+    from importlib import import_module
+
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,12 +24,14 @@ from fastnnunet.api.conversions import (
     plan_cases,
     raw_images,
 )
-from fastnnunet.api.progress import RunProgress
+from fastnnunet.api.view import View
 from fastnnunet.engines.base import Precision
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, SpecError
-from fastnnunet.export.models import CHECKPOINT, Fold, load_model, trained_folds
+from fastnnunet.events import Event, Message, Progress
+from fastnnunet.export.models import CHECKPOINT, Fold, load_model
 from fastnnunet.images.cases import take_part
 from fastnnunet.images.output import RunArguments, write_run_files
+from fastnnunet.nnunet.files.paths import trained_folds
 from fastnnunet.runtime.loaded import Inferred
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
@@ -99,7 +101,7 @@ class FastPredictor:
             Path(model_training_output_dir),
             folds,
             None if checkpoint_name == CHECKPOINT else checkpoint_name,
-            tell=_log.warning if self.verbose or self.allow_tqdm else _log.info,
+            progress=partial(_to_log, logging.WARNING if self.verbose or self.allow_tqdm else logging.INFO),
             backend=self.backend,
             threads=self.threads,
             precision=self.precision,
@@ -187,19 +189,17 @@ class FastPredictor:
         results: list[Result] = []
         failed: dict[str, FastnnUNetError] = {}
         with (
-            RunProgress(disable=not self.allow_tqdm) as progress,
+            View(bars=self.allow_tqdm) as view,
             closing(
                 predictor.predict_planned(
                     planned,
                     threaded=arguments.threaded,
                     before_first=write_side_files,
-                    on_start=progress.on_start,
-                    on_tiles=progress.on_tiles,
+                    progress=view,
                 )
             ) as outcomes,
         ):
             for result in outcomes:
-                progress.case_done()
                 if result.error is not None:
                     failed[result.case_id] = result.error
                 kept = result.prediction
@@ -384,6 +384,13 @@ class FastPredictor:
         if self.verbose or self.verbose_preprocessing:
             _log.warning("image %s preprocessed to %s", raw.image.shape, case.data_CZYX.shape)
         return case
+
+
+def _to_log(level: int, event: Event) -> None:
+    if isinstance(event, Message):
+        _log.log(level, event.text)
+    elif isinstance(event, Progress) and event.logged:
+        _log.log(level, event.line)
 
 
 def _finish(

@@ -1,6 +1,6 @@
 """Ensemble, single fold and bundles over the same images: seconds, memory, parity and Dice in one record."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from fastnnunet.bench.cold import measure_cold
 from fastnnunet.bench.compare import add_agreement, add_dice, add_ratios, extrapolated
 from fastnnunet.bench.job import ENSEMBLE, SINGLE, BenchmarkJob, Setup, prepare
 from fastnnunet.bench.measure import Measured, measure, summarise
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.images.overlap import inputs_of, refuse_overlap
 from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.provenance import hardware, now_utc, versions
 
-Progress = Callable[[str, float, float], None]  # what, seconds done, seconds expected
 TIMED = "image file to label file, models loaded and warm, one case after the other, arms interleaved"
 COLD = "a new process from its start to its end, with the label file written; first case, files in the system's cache"
 MEMORY = "largest resident set of the arm's own process over the baseline cases, libraries and model included"
@@ -25,16 +25,13 @@ GPU_MEMORY = "used memory of the whole device above what was used before, while 
 ON_CPU, NO_WARM_UP = "this arm computes on the CPU", "it is measured in the warm-up, which was left out"
 
 
-def run_benchmark(
-    job: BenchmarkJob, progress: Progress | None = None, other_outputs: Sequence[Path] = ()
-) -> dict[str, Any]:
+def run_benchmark(job: BenchmarkJob, progress: Listener = ignore, other_outputs: Sequence[Path] = ()) -> dict[str, Any]:
     """Measure and return the record; predictions of every arm are left in `job.output`/predictions/ARM.
 
     `other_outputs`: what the caller writes; none of it may be an image or a label either.
     Raises NotFoundError, CorruptError, MismatchError, SpecError, BackendError before anything is measured, BuildError
     when a measured process dies.
     """
-    tell = progress or (lambda _what, _done, _expected: None)
     setup = prepare(job)
 
     def output_of(arm: str, case: str) -> Path:
@@ -44,9 +41,9 @@ def run_benchmark(
     outputs = [output_of(arm.name, case) for arm in setup.arms for case in setup.cases]
     refuse_overlap([*inputs_of(setup.cases.values()), *truth], [*outputs, *other_outputs])
     load_before = hardware()["load_average_1min"]
-    measured = measure(setup.arms, setup.cases, setup.limits, output_of, tell)
+    measured = measure(setup.arms, setup.cases, setup.limits, output_of, progress)
     common = list(setup.cases)[: min(limit.cases for limit in setup.limits)]
-    results = _summaries(setup, measured, len(common), tell)
+    results = _summaries(setup, measured, len(common), progress)
     if job.cold_rounds:
         first_name, first = next(iter(setup.cases.items()))
         arms = [arm for arm in setup.arms if not isinstance(arm, StockArm)]
@@ -57,14 +54,14 @@ def run_benchmark(
             setup.labels.file_ending,
             job.cold_rounds,
             lambda arm: output_of(arm, first_name),
-            tell,
+            progress,
         )
         for name, times in cold.items():
             results[name]["cold"] = {"median_s": float(np.median(times.elapsed_s)), **asdict(times)}
     add_ratios(results, {"ensemble": ENSEMBLE, "single_fold": SINGLE})
     add_agreement(results, ENSEMBLE, setup.same_network, output_of)
     if job.labels is not None:
-        tell("Dice", 0, 1)
+        progress(Progress(what="Dice", done=0, total=1, unit="steps"))
         add_dice(
             results, common, setup.labels, job.labels, job.tolerance_mm, lambda arm: prediction_folder(job.output, arm)
         )
@@ -99,11 +96,11 @@ def prediction_folder(output: Path, arm: str) -> Path:
     return output / "predictions" / arm.replace(" ", "_")
 
 
-def _summaries(setup: Setup, measured: Measured, common_cases: int, tell: Progress) -> dict[str, dict[str, Any]]:
+def _summaries(setup: Setup, measured: Measured, common_cases: int, progress: Listener) -> dict[str, dict[str, Any]]:
     """What every arm is and what it took; an ensemble that was not run comes first, as it does when it was."""
     results: dict[str, dict[str, Any]] = {}
     for number, arm in enumerate(setup.arms):
-        tell(f"parity of {arm.name}", number, len(setup.arms))
+        progress(Progress(what=f"parity of {arm.name}", done=number, total=len(setup.arms), unit="arms"))
         gpu_bytes = measured.peak_gpu_memory_bytes.get(arm.name)
         results[arm.name] = {
             **arm.describe(),

@@ -17,6 +17,7 @@ import numpy as np
 from fastnnunet.bench.arms import BundleArm, ReferenceArm
 from fastnnunet.errors import BuildError
 from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.events import Listener, Progress
 from fastnnunet.images.cases import Case
 from fastnnunet.nnunet.reference import predict_command
 from fastnnunet.specs.teacher import TeacherSpec
@@ -83,7 +84,7 @@ def measure_cold(
     file_ending: str,
     rounds: int,
     warm_output_of: Callable[[str], Path],
-    on_step: Callable[[str, float, float], None],
+    progress: Listener,
 ) -> dict[str, ColdTimes]:
     """Every arm `rounds` times, in turn. Raises BuildError."""
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -95,7 +96,8 @@ def measure_cold(
             starts[arm.name] = cold_start(arm, teacher, case, file_ending, place)
         for number in range(rounds):
             for position, (name, start) in enumerate(starts.items()):
-                on_step(f"cold start of {name}", number * len(starts) + position, rounds * len(starts))
+                done, total = number * len(starts) + position, rounds * len(starts)
+                progress(Progress(what=f"cold start of {name}", done=done, total=total, unit="starts"))
                 times[name].append(time_once(start))
         agreement = {
             name: float(

@@ -16,8 +16,7 @@ import numpy as np
 
 from fastnnunet.bench.gpu_memory import GpuMeter
 from fastnnunet.bench.worker import Arm, Worker
-
-OnStep = Callable[[str, float, float], None]  # what, seconds done, seconds expected
+from fastnnunet.events import Listener, Progress, ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +74,24 @@ def measure(
     cases: Mapping[str, Any],
     limits: Sequence[Limit],
     output_of: Callable[[str, str], Path],
-    on_step: OnStep = lambda _what, _done, _expected: None,
+    progress: Listener = ignore,
 ) -> Measured:
     """Load, warm up, and run the plan; nothing is written unless every arm can be loaded.
 
     `cases` maps case names to what the arms take; `output_of(arm, case)` says where a prediction goes;
-    `on_step(what, done_s, expected_s)` reports progress, estimated from the latest time of each arm.
+    `progress`: seconds done and expected, estimated from the latest time of each arm.
     Raises what an arm raises, BuildError when its process dies, BackendError without nvidia-smi for an arm on a GPU.
     """
     case_names = list(cases)
     samples: list[Sample] = []
     with ExitStack() as stack:
         meter = stack.enter_context(GpuMeter()) if any(arm.on_gpu for arm in arms) else None
-        workers, kept = _load(arms, stack, meter, on_step)
+        workers, kept = _load(arms, stack, meter, progress)
         first = cases[case_names[0]]
         peaks = {}
         for number, (arm, worker, limit) in enumerate(zip(arms, workers, limits, strict=True)):
             if limit.warm_up:
-                on_step(f"warming up {arm.name}", number, len(arms))
+                progress(Progress(what=f"warming up {arm.name}", done=number, total=len(arms), unit="arms"))
                 warm_up = partial(worker.predict, first, output_of(arm.name, case_names[0]))
                 _, highest, _ = meter.rise(warm_up) if meter and arm.on_gpu else (warm_up(), 0, 0)
                 if arm.on_gpu:
@@ -118,17 +117,18 @@ def measure(
             )
             left_s = sum(latest.get(s.arm, timed.elapsed_s) for s in steps[number + 1 :])
             done_s = perf_counter() - started
-            on_step("measuring", done_s, done_s + left_s)
+            total_s = done_s + left_s
+            progress(Progress(what="measuring", done=done_s, total=total_s, unit="s", remaining_s=left_s))
     return Measured(samples, peaks)
 
 
 def _load(
-    arms: Sequence[Arm], stack: ExitStack, meter: GpuMeter | None, on_step: OnStep
+    arms: Sequence[Arm], stack: ExitStack, meter: GpuMeter | None, progress: Listener
 ) -> tuple[list[Worker], dict[str, tuple[int, int]]]:
     """A worker per arm, loaded one after another; of arms on a GPU the most bytes this took there and those kept."""
     workers, on_gpu = [], {}
     for number, arm in enumerate(arms):
-        on_step(f"loading {arm.name}", number, len(arms))
+        progress(Progress(what=f"loading {arm.name}", done=number, total=len(arms), unit="arms"))
         worker = stack.enter_context(Worker(arm))
         if meter is not None and arm.on_gpu:
             _, highest, kept = meter.rise(worker.loaded)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.errors import BackendError, BuildError, FastnnUNetError
 from fastnnunet.system.children import Children
 
 _PATIENCE_S = 5.0
@@ -114,6 +114,8 @@ def own_peak_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        raise BackendError("the memory of a process is read on Linux and macOS only; run the benchmark there")
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,7 +5,7 @@ process, in a worker of a local dask cluster, or on a cluster elsewhere; where i
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from fastnnunet.cache.store.manifest import Manifest
 from fastnnunet.cache.store.storage import require_shared, require_writable
 from fastnnunet.cache.store.writer import remove_leftovers
 from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.events import Listener, Message, Progress, Remaining, ignore
 from fastnnunet.system.locks import has_locks
+from fastnnunet.system.words import size_text
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +42,19 @@ class CasesFailedError(BuildError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaseDone:
-    """Progress: one case is finished (`manifest`) or failed (`error`)."""
+class CaseDone(Progress):
+    """One case is finished (`manifest`) or failed (`error`)."""
 
     case_id: str
     manifest: Manifest | None
     error: str | None
     voxels: int
-    done: int
-    total: int
+    unit: str = "cases"
+    logged: bool = True
 
-
-Progress = Callable[[CaseDone], None]
+    @property
+    def line(self) -> str:
+        return f"{self.done:g}/{self.total:g} {self.case_id} {self.note}"
 
 
 def build_cache(
@@ -62,7 +65,7 @@ def build_cache(
     scheduler: str | None = None,
     only: Sequence[str] | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
-    progress: Progress | None = None,
+    progress: Listener = ignore,
 ) -> CacheFolder:
     """Label every case that is not stored yet and return the cache.
 
@@ -106,7 +109,7 @@ def build_cache(
             )
             for case in todo
         ]
-        failed = _run(job, crew.label(tasks), len(todo), progress)
+        failed = _run(job, crew.label(tasks), todo, progress)
     if failed:
         raise CasesFailedError(
             f"{len(failed)} of {len(todo)} cases failed\n"
@@ -117,19 +120,37 @@ def build_cache(
     return cache
 
 
-def _run(job: CacheJob, outcomes: Iterator[Outcome], total: int, progress: Progress | None) -> dict[str, str]:
+def _run(job: CacheJob, outcomes: Iterator[Outcome], todo: Sequence[str], progress: Listener) -> dict[str, str]:
     """Wait for all cases; returns those that failed, with the reason."""
     failed: dict[str, str] = {}
+    remaining, voxels_done, voxels = Remaining(), 0, sum(map(job.voxels, todo))
     for done, (case, outcome) in enumerate(outcomes, start=1):
         manifest = outcome if isinstance(outcome, Manifest) else None
         error = None if isinstance(outcome, Manifest) else str(outcome)
         if error is not None:
             failed[case] = error
-        if progress is not None:
-            progress(
-                CaseDone(case_id=case, manifest=manifest, error=error, voxels=job.voxels(case), done=done, total=total)
+            progress(Message(text=f"{done}/{len(todo)} {case} failed: {error}", level="error"))
+        voxels_done += job.voxels(case)  # cases differ in size
+        progress(
+            CaseDone(
+                what="labelling",
+                case_id=case,
+                manifest=manifest,
+                error=error,
+                voxels=job.voxels(case),
+                done=done,
+                total=len(todo),
+                remaining_s=remaining.seconds(voxels_done, voxels),
+                note="failed" if manifest is None else _told(manifest),
+                logged=manifest is not None,
             )
+        )
     return failed
+
+
+def _told(manifest: Manifest) -> str:
+    size, voxels = manifest.stored_bytes, manifest.voxels
+    return f"{manifest.seconds:.1f} s, {size_text(size)}, {size / voxels:.2f} B/voxel"
 
 
 def _tidy(cache: CacheFolder) -> None:

@@ -8,30 +8,30 @@ has not changed for `STALE_S`.
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from fastnnunet.cache.gc_objects import collect_objects
-from fastnnunet.cache.leftover import Leftover
+from fastnnunet.cache.leftover import Leftover, looked_at
 from fastnnunet.cache.store.folder import CACHE_NAME, GROUP_NAME, CacheFolder, cache_folders, open_cache
 from fastnnunet.cache.store.manifest import MANIFEST_NAME
 from fastnnunet.cache.store.storage import ObjectPath, Place
 from fastnnunet.cache.store.writer import is_abandoned, partial_folder
 from fastnnunet.errors import BuildError, CorruptError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.system.locks import locked
 
 STALE_S = 3600
 
 
 def collect_garbage(
-    root: Place, *, damaged: bool = False, dry_run: bool = False, progress: Callable[[str], None] | None = None
+    root: Place, *, damaged: bool = False, dry_run: bool = False, progress: Listener = ignore
 ) -> list[Leftover]:
     """Remove the leftovers under `root`, the folder that holds caches, and return them.
 
     Leftovers are unfinished cases of dead builders, case folders without a manifest, and temporary metadata files.
     With `damaged` every shard is read, and committed cases that no longer match their manifest go too; `cache build`
     makes them again. Valid cases, caches whose own metadata is damaged, and files this project does not write are never
-    touched. `dry_run` removes nothing. `progress` gets the name of each case looked at.
+    touched. `dry_run` removes nothing. `progress` hears of each case looked at.
     In an object store, where nothing can be locked, only what is older than a day goes
     (`gc_objects.py`). Raises BuildError when something cannot be removed, StorageError when a store does not answer.
     """
@@ -50,8 +50,7 @@ def collect_garbage(
                 continue  # nothing in it can be judged; `cache list` shows it as damaged
             for case_id in cache.cases:
                 found.append(_case(cache, root / place.name / case_id, damaged, dry_run))
-                if progress is not None:
-                    progress(case_id)
+                progress(looked_at(case_id))
     except OSError as e:
         raise BuildError(
             f"cannot remove leftovers under {root}: {e}\nmake the folder writable and run the same command again"

@@ -5,21 +5,20 @@ any object was written within `STALE_OBJECTS_S`. The manifest goes first, and wi
 Parts of uploads that never ended are no objects; a lifecycle rule of the bucket removes those.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from fastnnunet.cache.leftover import Leftover
+from fastnnunet.cache.leftover import Leftover, looked_at
 from fastnnunet.cache.store.folder import CACHE_NAME, CacheFolder, open_cache
 from fastnnunet.cache.store.manifest import MANIFEST_NAME
 from fastnnunet.cache.store.storage import PROBE_NAME, ObjectPath
 from fastnnunet.errors import CorruptError, NotFoundError
+from fastnnunet.events import Listener
 
 STALE_OBJECTS_S = 24 * 3600
 
 
-def collect_objects(
-    root: ObjectPath, *, damaged: bool, dry_run: bool, progress: Callable[[str], None] | None
-) -> list[Leftover]:
+def collect_objects(root: ObjectPath, *, damaged: bool, dry_run: bool, progress: Listener) -> list[Leftover]:
     """See `gc.collect_garbage`."""
     found = [_probe(root / PROBE_NAME, dry_run)]
     for folder in (root / name for name in root.names() if CACHE_NAME.fullmatch(name)):
@@ -29,8 +28,7 @@ def collect_objects(
             continue  # nothing in it can be judged; `cache list` shows a damaged one
         for case_id in cache.cases:
             found.append(_case(cache, folder / case_id, damaged, dry_run))
-            if progress is not None:
-                progress(case_id)
+            progress(looked_at(case_id))
     return [leftover for leftover in found if leftover is not None]
 
 

@@ -4,12 +4,13 @@ The identity holds everything that changes a stored value and nothing else: no p
 shapes or compression.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastnnunet.cache.codecs import codec_for_spec, identity_of_codec
 from fastnnunet.cache.interfaces import CaseSource, TeacherFactory
 from fastnnunet.errors import SpecError
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import sha256_of, to_plain
 
@@ -19,13 +20,12 @@ KEY_CHARS_IN_NAME = 16
 Identity = dict[str, Any]
 
 
-def digest_cases(source: CaseSource, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-    """Case id -> digest of its preprocessed image, for every case. `progress` gets (done, total)."""
+def digest_cases(source: CaseSource, progress: Listener = ignore) -> dict[str, str]:
+    """Case id -> digest of its preprocessed image, for every case."""
     digests = {}
     for case_id in source.case_ids:
         digests[case_id] = source.digest(case_id)
-        if progress is not None:
-            progress(len(digests), len(source.case_ids))
+        progress(Progress(what="reading cases", done=len(digests), total=len(source.case_ids), unit="cases"))
     return digests
 
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet.specs.cache import CacheSpec
+
 Fold = int | str
 Float32Array = npt.NDArray[np.float32]
 StoredArray = npt.NDArray[np.uint8 | np.float16]  # what an encoding stores; its dtype is the codec's
@@ -89,6 +91,10 @@ class TeacherFactory(Protocol):
 
     def unseen_folds(self, case_id: str) -> tuple[Any, ...]:
         """The folds that did not train on this case."""
+        ...
+
+    def alternatives(self, spec: CacheSpec) -> "Iterator[TeacherFactory]":
+        """This teacher as another machine would load it, in everything that the recipe leaves open (`auto`)."""
         ...
 
     def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:

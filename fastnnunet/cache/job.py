@@ -1,6 +1,6 @@
 """One cache to be built: cases + teacher + recipe + place. What `plan`, `build` and a training's `find` start from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from fastnnunet.cache.interfaces import CaseSource, TeacherFactory
 from fastnnunet.cache.store.folder import CacheFolder, create_cache, open_cache
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.specs.cache import CacheSpec
 
 
@@ -71,11 +72,11 @@ def prepare_job(
     root: Place,
     *,
     command: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
 ) -> CacheJob:
     """Digest the cases and work out the identity; nothing is written.
 
-    `progress` gets (cases digested, cases). Raises SpecError when recipe and teacher contradict each other.
+    Raises SpecError when recipe and teacher contradict each other.
     """
     cases = digest_cases(source, progress)
     identity = build_identity(cases, factory, spec)

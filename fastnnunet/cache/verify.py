@@ -1,6 +1,5 @@
 """Checking a whole cache: nothing is believed that can be computed again."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +9,7 @@ from fastnnunet.cache.store.folder import CacheFolder
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.errors import FastnnUNetError, StorageError
+from fastnnunet.events import Listener, Progress, ignore
 
 Status = Literal["ok", "missing", "damaged"]
 
@@ -24,7 +24,7 @@ class CaseReport:
     stored_bytes: int
 
 
-def verify_cache(cache: CacheFolder, progress: Callable[[CaseReport], None] | None = None) -> list[CaseReport]:
+def verify_cache(cache: CacheFolder, progress: Listener = ignore) -> list[CaseReport]:
     """Check every case: manifest, digests of metadata and shard, every chunk decoded, simplex, shape.
 
     The group (key, identity, list of cases) was checked when `cache` was opened. A damaged case does not hide the next.
@@ -34,8 +34,7 @@ def verify_cache(cache: CacheFolder, progress: Callable[[CaseReport], None] | No
         reader = SoftLabelReader(cache.path, fetched=Path(fetched))
         for case_id in cache.cases:
             reports.append(_verify_case(cache, reader, case_id))
-            if progress is not None:
-                progress(reports[-1])
+            progress(Progress(what="checking", done=len(reports), total=len(cache.cases), unit="cases", note=case_id))
             for file in Path(fetched).iterdir():  # one remote shard at a time; copies fetched earlier prove nothing
                 file.unlink()
     return reports

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastnnunet.cli.guard import guarded, refuse_empty
+from fastnnunet.cli.parts.choices import parse_folds, student_specs, teacher_of
+from fastnnunet.cli.parts.fields import add_argument
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.specs.checks.networks import allow_code
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
     from fastnnunet.distill.train import TrainingJob
-    from fastnnunet.specs.student import StudentSpec
 
 
 VARIANTS = {  # command -> (the teacher's plans, the teacher's trainer)
@@ -28,6 +33,20 @@ VARIANTS = {  # command -> (the teacher's plans, the teacher's trainer)
     "resenc_": ("nnUNetResEncUNetMPlans", "nnUNetTrainer"),
     "primus_": ("nnUNetPlans", "nnUNet_Primus_M_Trainer"),
 }
+# field -> nnU-Net's name for its option
+OPTIONS = (
+    *((TeacherSpec, "dataset", "-d"), (TeacherSpec, "configuration", "-c")),
+    *((DistillSpec, "alpha", "-a"), (DistillSpec, "temperature", "-temp")),
+    *((StudentSpec, "plans_name", "-spl"), (StudentSpec, "blocks", "-bs"), (StudentSpec, "size", "-ts")),
+)
+TRAIN_OPTIONS = (
+    *((TeacherSpec, "folds", "-tf"), (TeacherSpec, "checkpoint", "-tcp")),
+    *((DistillSpec, "epochs", "-e"), (DistillSpec, "iterations_per_epoch", "--iterations")),
+    *((DistillSpec, "optimizer", "--optimizer"), (DistillSpec, "start", "--start")),
+)
+EXPORT_OPTIONS = (
+    *((GraphSpec, "patch_size", "-is"), (GraphSpec, "dynamic_space", "-da"), (GraphSpec, "simplify", "-sim")),
+)
 
 
 def distillation_train(argv: list[str] | None = None) -> None:
@@ -63,15 +82,9 @@ def primus_distillation_export_onnx(argv: list[str] | None = None) -> None:
 def _train_command(variant: str, argv: list[str] | None) -> None:
     example = f"nnUNetv2_{variant}distillation_train -d 4 -f 0 -a 0.3 -temp 3.0 -r 2"
     parser = _parser(variant, "Distil one student from a trained nnU-Net ensemble.", example)
-    parser.add_argument("-tf", nargs="+", default=["0", "1", "2", "3", "4"], help="teacher folds")
-    parser.add_argument("-tcp", default="checkpoint_final.pth", help="the teacher's checkpoint")
+    for spec, name, flags in TRAIN_OPTIONS:
+        add_argument(parser, spec, name, flags)
     parser.add_argument("-w", type=Path, help="nnU-Net checkpoint of fitting shapes to start the student from")
-    parser.add_argument(
-        "--start", default="teacher", help="first weights: teacher (its most important channels) or random"
-    )
-    parser.add_argument("-e", type=int, default=1000, help="epochs")
-    parser.add_argument("--iterations", type=int, default=250, help="iterations per epoch")
-    parser.add_argument("--optimizer", default="sgd", help="sgd, or adamw for short runs; Primus always takes AdamW")
     parser.add_argument("-disable_mirroring", action="store_true", help="no mirroring, neither in training nor in use")
     parser.add_argument("--use_da5", action="store_true", help="nnU-Net's DA5 augmentation")
     parser.add_argument("-d_device", default="auto", help="cpu or cuda")
@@ -84,17 +97,10 @@ def _train_command(variant: str, argv: list[str] | None) -> None:
 def _export_command(variant: str, argv: list[str] | None) -> None:
     example = f"nnUNetv2_{variant}distillation_export_onnx -d 4 -f 0 -r 2 -o bundle_r2 -v"
     parser = _parser(variant, "Export a student as a validated bundle.", example)
-    parser.add_argument("-o", type=Path, help="bundle folder [default: beside the student's checkpoint]")
+    parser.add_argument("-o", type=Path, help="bundle folder (default: beside the student's checkpoint)")
     parser.add_argument("-v", action="store_true", help="say how the exported model was validated (it always is)")
-    parser.add_argument(
-        "-is",
-        dest="image_size",
-        nargs="+",
-        type=int,
-        help="patch size z y x, if not the trained one; the window of predictions then has it (U-Nets only)",
-    )
-    parser.add_argument("-da", action="store_true", help="dynamic spatial axes too (U-Nets only); the batch always is")
-    parser.add_argument("-sim", action="store_true", help="simplify the graph: fold constants (matters for Primus)")
+    for spec, name, flags in EXPORT_OPTIONS:
+        add_argument(parser, spec, name, flags)
     parser.add_argument("-b", type=int, default=1, help="batch size of -fix; without -fix every batch size works")
     parser.add_argument("-fix", action="store_true", help="fixed shapes, the batch size of -b among them")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
@@ -106,17 +112,13 @@ def _parser(variant: str, description: str, example: str) -> argparse.ArgumentPa
     parser = argparse.ArgumentParser(
         description=description, epilog=f"example: {example}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("-d", required=True, help="data set id or name")
-    parser.add_argument("-c", default="3d_fullres", help="configuration")
     parser.add_argument("-f", default="0", help="the student's fold")
-    parser.add_argument("-r", type=int, help="student size: width divided by r (2 where neither -r nor -ts is given)")
-    parser.add_argument("-a", type=float, default=0.3, help="weight of the soft loss")
-    parser.add_argument("-temp", type=float, default=3.0, help="temperature")
-    parser.add_argument("-tpl", default=plans, help="the teacher's plans")
-    parser.add_argument("-t", "-tr", dest="tr", default=trainer, help="the teacher's trainer")
-    parser.add_argument("-spl", help="name of the student's plans")
-    parser.add_argument("-bs", default="auto", help="blocks per stage: reduce, keep, increase or adaptive")
-    parser.add_argument("-ts", help="a stock Primus as the student: S, B, M or L")
+    for spec, name, flags in OPTIONS:
+        add_argument(parser, spec, name, flags)
+    sizes = "student size: width divided by r (2 where neither -r nor -ts is given)"
+    add_argument(parser, StudentSpec, "r", "-r", default=None, help=sizes)
+    add_argument(parser, TeacherSpec, "plans", "-tpl", default=plans)
+    add_argument(parser, TeacherSpec, "trainer", "-t -tr", default=trainer)
     parser.add_argument(
         "--allow-code", action="store_true", help="run code that the teacher names; only if you trust it"
     )
@@ -124,12 +126,10 @@ def _parser(variant: str, description: str, example: str) -> argparse.ArgumentPa
 
 
 def _student(args: argparse.Namespace, plans_name: str | None) -> "StudentSpec":
-    from fastnnunet.cli.train import student_specs
-
     sizes = None if args.r is None else [args.r]
-    if sizes is None and args.ts is None:
+    if sizes is None and args.size is None:
         sizes = [2]
-    return student_specs(sizes, None, {"blocks": args.bs, "size": args.ts}, plans_name)[0]
+    return student_specs(sizes, None, {"blocks": args.blocks, "size": args.size}, plans_name)[0]
 
 
 def _run(
@@ -147,38 +147,26 @@ def _run(
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.train import parse_folds, run_job, wait_passively
+    from fastnnunet.cli.train import run_jobs, wait_passively
 
     wait_passively()
     from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
     from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
-    from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.teachers.jobs import cache_for_training
 
+    named = {name: getattr(args, name) for name in ("dataset", "configuration", "plans", "trainer", "checkpoint")}
+    trained = ("alpha", "temperature", "epochs", "iterations_per_epoch", "optimizer", "start")
     settings = {
-        "alpha": args.a,
-        "temperature": args.temp,
-        "epochs": args.e,
-        "iterations_per_epoch": args.iterations,
-        "optimizer": args.optimizer,
-        "start": args.start,
+        **{name: getattr(args, name) for name in trained},
         "mirror_augmentation": not args.disable_mirroring,
         "augmentation": "da5" if args.use_da5 else "default",
     }
     job = TrainingJob(
-        teacher=TeacherSpec(
-            dataset=args.d,
-            configuration=args.c,
-            plans=args.tpl,
-            trainer=args.tr,
-            folds=parse_folds(args.tf),
-            checkpoint=args.tcp,
-        ),
-        student=_student(args, args.spl),
+        teacher=teacher_of(named, args.folds),
+        student=_student(args, args.plans_name),
         distill=build_spec(DistillSpec, settings, where="options"),
-        cache=dataclasses.replace(CacheSpec(), temperature=args.temp),
+        cache=dataclasses.replace(CacheSpec(), temperature=args.temperature),
         fold=parse_folds([args.f])[0],
         device=args.d_device,
         pretrained=args.w,
@@ -190,46 +178,39 @@ def _train(args: argparse.Namespace) -> None:
             cache_for_training(job.teacher, job.cache)
         except (NotFoundError, MismatchError) as e:
             _build_cache(job, reason=str(e).splitlines()[0])
-    run_job(job, resume=args.c_continue, overwrite=False, validate=True)
+    run_jobs([job], resume=args.c_continue, overwrite=False, validate=True)
 
 
 def _build_cache(job: "TrainingJob", reason: str) -> None:
-    from fastnnunet.cache.build import build_cache
-    from fastnnunet.cli.cache_view import BuildProgress
-    from fastnnunet.teachers.jobs import cache_job
+    from fastnnunet.api import label
+    from fastnnunet.cli.parts.cache_view import cache_view
 
-    cache = cache_job(job.teacher, job.cache)
-    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes: {cache.path}", file=sys.stderr)
-    with BuildProgress(cache, cache.todo()) as progress:
-        build_cache(cache, workers=0, threads=os.cpu_count() or 1, progress=progress.advance)
+    print(f"{reason}\nbuilding the soft-label cache first, once for all student sizes", file=sys.stderr)
+    with cache_view() as view:
+        label(job.teacher, job.cache, threads=os.cpu_count() or 1, progress=view)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from fastnnunet.cli.export import export_student
-    from fastnnunet.specs.distill import DistillSpec
-    from fastnnunet.specs.graph import GraphSpec
+    from fastnnunet.api.export import student_model
+    from fastnnunet.cli.export import export_model
 
-    if args.da and args.fix:
+    if args.dynamic_space and args.fix:
         raise SpecError("-da makes shapes dynamic, -fix makes them fixed; give one")
     if args.b > 1 and not args.fix:
         print(f"-b {args.b} without -fix changes nothing: the batch axis is dynamic", file=sys.stderr)
     graph = GraphSpec(
-        patch_size=tuple(args.image_size) if args.image_size else None,
-        dynamic_space=args.da,
-        simplify=args.sim,
+        patch_size=tuple(args.patch_size) if args.patch_size else None,
+        dynamic_space=args.dynamic_space,
+        simplify=args.simplify,
         batch_size=args.b if args.fix else None,
     )
-    export_student(
-        dataset=args.d,
-        configuration=args.c,
-        plans=args.tpl,
-        fold=args.f,
-        student=_student(args, None),
-        distill=DistillSpec(alpha=args.a, temperature=args.temp),
-        output=args.o,
-        checkpoint="checkpoint_final.pth",
-        overwrite=args.overwrite,
-        verbose=args.v,
-        student_plans=args.spl,
-        graph=graph,
+    folder = student_model(
+        args.dataset,
+        _student(args, None),
+        DistillSpec(alpha=args.alpha, temperature=args.temperature),
+        configuration=args.configuration,
+        plans=args.plans,
+        student_plans=args.plans_name,
+        folds=[args.f],
     )
+    export_model(folder, [args.f], args.o, overwrite=args.overwrite, graph=graph, verbose=args.v)

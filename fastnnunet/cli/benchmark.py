@@ -5,54 +5,66 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import teacher_of
+from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError
 
 
+@spread
 def benchmark(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Data set id or name of the teacher.")],
-    images: Annotated[Path, typer.Option("-i", "--input", help="Folder of images named CASE_0000, CASE_0001, ...")],
-    bundles: Annotated[list[Path], typer.Option("-m", "--model", help="Bundle folder(s).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the record, the plot, the predictions.")],
-    labels: Annotated[Path | None, typer.Option("-g", "--labels", help="True segmentations: adds Dice.")] = None,
-    configuration: options.Configuration = "3d_fullres",
+    teacher: options.Teacher,
+    images: Annotated[Path, options.ask("-i --input", "Folder of images named CASE_0000, CASE_0001, ...")],
+    bundles: Annotated[list[Path], options.ask("-m --model", "Bundle folder(s).")],
+    output: Annotated[Path, options.ask("-o --output", "Folder for the record, the plot, the predictions.")],
+    labels: Annotated[Path | None, options.ask("-g --labels", "True segmentations: adds Dice.")] = None,
     folds: options.Folds = None,
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     backends: Annotated[
         list[str] | None,
-        typer.Option(
+        options.ask(
             "--backend",
-            help="openvino, onnxruntime, onnxruntime:cuda, torch, tensorrt [default: all installed, no GPU].",
+            "openvino, onnxruntime, onnxruntime:cuda, torch, tensorrt (default: all installed, no GPU).",
+            options.RUN,
         ),
     ] = None,
     precisions: Annotated[
-        list[str] | None, typer.Option("--precision", help="fp32, bf16, fp16, int8, where a backend has it [fp32].")
+        list[str] | None,
+        options.ask("--precision", "fp32, bf16, fp16, int8, where a backend has it (fp32).", options.RUN),
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="For every arm alike [default: all cores].")] = None,
-    cases: Annotated[int | None, typer.Option("--cases", help="Only the first so many images.")] = None,
-    repeat: Annotated[int, typer.Option("--repeat", help="Measurements per case.")] = 5,
-    baseline_cases: Annotated[int, typer.Option("--baseline-cases", help="Images for the two nnU-Net arms.")] = 5,
-    baseline_repeat: Annotated[int, typer.Option("--baseline-repeat", help="Measurements per case for them.")] = 1,
+    threads: Annotated[
+        int | None, options.ask("--threads", "For every arm alike (default: all cores).", options.RUN)
+    ] = None,
+    cases: Annotated[int | None, options.ask("--cases", "Only the first so many images.", options.MEASURED)] = None,
+    repeat: Annotated[int, options.ask("--repeat", "Measurements per case.", options.MEASURED)] = 5,
+    baseline_cases: Annotated[
+        int, options.ask("--baseline-cases", "Images for the two nnU-Net arms.", options.MEASURED)
+    ] = 5,
+    baseline_repeat: Annotated[
+        int, options.ask("--baseline-repeat", "Measurements per case for them.", options.MEASURED)
+    ] = 1,
     baseline_warm_up: Annotated[
         bool, typer.Option(help="Let them predict one case unmeasured before; leave it out for large images.")
     ] = True,
     extrapolate_ensemble: Annotated[
-        bool, typer.Option("--extrapolate-ensemble", help="Do not run the ensemble: one fold, forward passes counted.")
+        bool,
+        options.ask(
+            "--extrapolate-ensemble", "Do not run the ensemble: one fold, forward passes counted.", options.MEASURED
+        ),
     ] = False,
     runtime_ensemble: Annotated[
-        bool, typer.Option("--runtime-ensemble", help="The ensemble through fastnnunet's runtime too.")
+        bool, options.ask("--runtime-ensemble", "The ensemble through fastnnunet's runtime too.", options.MEASURED)
     ] = False,
     same_network: Annotated[
         bool, typer.Option(help="Run each bundle's network in nnunetv2 too and count voxels that differ.")
     ] = True,
-    cold_rounds: Annotated[int, typer.Option("--cold-rounds", help="New processes per arm; 0: no cold start.")] = 3,
-    device: Annotated[str, typer.Option("-device", "--device", help="Of the nnU-Net arms: cpu or cuda.")] = "cpu",
-    tolerance_mm: Annotated[float, typer.Option("--tolerance", help="Of the surface Dice in mm.")] = 1.0,
+    cold_rounds: Annotated[
+        int, options.ask("--cold-rounds", "New processes per arm; 0: no cold start.", options.MEASURED)
+    ] = 3,
+    device: Annotated[str, options.ask("-device --device", "Of the nnU-Net arms: cpu or cuda.", options.RUN)] = "cpu",
+    tolerance_mm: Annotated[float, options.ask("--tolerance", "Of the surface Dice in mm.", options.MEASURED)] = 1.0,
     allow_code: options.AllowCode = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Also a page with plots and slices, one file without links.")
+        Path | None, options.ask("--html", "Also a page with plots and slices, one file without links.")
     ] = None,
 ) -> None:
     """Measure cold start, seconds per stage, memory, parity and Dice of bundles against nnU-Net's own predictor.
@@ -63,38 +75,19 @@ def benchmark(
 
       fastnnunet benchmark -d 7 -i big -m bundle -o out --extrapolate-ensemble --no-baseline-warm-up --cold-rounds 0
     """
-    import shlex
     import sys
 
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from fastnnunet.bench.benchmark import run_benchmark
+    from fastnnunet.api import View
+    from fastnnunet.api.benchmark import benchmark as run
     from fastnnunet.bench.job import BenchmarkJob
-    from fastnnunet.bench.report.headline import headline
-    from fastnnunet.bench.report.plot import plot_benchmark
-    from fastnnunet.bench.report.table import benchmark_table
-    from fastnnunet.cli.train import parse_folds
     from fastnnunet.engines.base import Precision
     from fastnnunet.evaluate.tables import wide_console
-    from fastnnunet.specs.provenance import write_json
-    from fastnnunet.specs.teacher import TeacherSpec
-    from fastnnunet.system.files import check_output_folder
 
-    for folder in (output, *([] if html is None else [html.parent])):
-        check_output_folder(folder)
     wrong = [p for p in precisions or [] if p not in get_args(Precision)]
     if wrong:
         raise SpecError(f"--precision: got {wrong[0]!r}, expected one of {', '.join(get_args(Precision))}")
     job = BenchmarkJob(
-        teacher=TeacherSpec(
-            dataset=dataset,
-            configuration=configuration,
-            plans=plans,
-            trainer=trainer,
-            folds=parse_folds(folds or ["0", "1", "2", "3", "4"]),
-            checkpoint=checkpoint,
-        ),
+        teacher=teacher_of(teacher, folds),
         bundles=tuple(bundles),
         images=images,
         labels=labels,
@@ -114,26 +107,11 @@ def benchmark(
         device=device,
         tolerance_mm=tolerance_mm,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("preparing", total=None)
-
-        def show(what: str, done: float, expected: float) -> None:
-            progress.update(task, description=what, completed=done, total=expected)
-
-        record = run_benchmark(job, show, [] if html is None else [html])
-    record["command"] = shlex.join(["fastnnunet", *sys.argv[1:]])
-    record["summary"] = headline(record)
-    stamp = record["created"][:19].replace("-", "").replace(":", "")
-    target = output / f"benchmark_{stamp}.json"
-    write_json(target, record)
-    plot_benchmark(record, target.with_suffix(".png"))
+    with View() as view:
+        done = run(job, command=["fastnnunet", *sys.argv[1:]], page=html, progress=view)
+    print(done.table)
     console = wide_console()
-    console.print(benchmark_table(record))
-    console.print(record["summary"], highlight=False)
-    console.print(f"record: {target}\nplot:   {target.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    console.print(done.record["summary"], highlight=False)
+    console.print(f"record: {done.file}\nplot:   {done.plot}", highlight=False, soft_wrap=True)
     if html is not None:
-        from fastnnunet.bench.report.page import pictures_of, write_page
-
-        write_page(record, pictures_of(record, images, labels, output), html)
         console.print(f"page:   {html}", highlight=False, soft_wrap=True)

@@ -1,20 +1,23 @@
 """`fastnnunet cache`: soft labels of the teacher ensemble, computed once and stored."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import recipe_of, teacher_of
+from fastnnunet.cli.parts.fields import Asked, spread
 from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.specs.cache import CacheSpec, TeacherEngine
 
 if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
-    from fastnnunet.specs.cache import CacheSpec
+    from fastnnunet.events import Listener
+    from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.specs.teacher import TeacherSpec
     from fastnnunet.teachers.images import UnlabelledJob
 
@@ -23,28 +26,29 @@ app = typer.Typer(
     help="Stage 1: run the teacher ensemble once over every case and store its soft labels.",
 )
 
-AnyDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name [default: all].")]
+AnyDataset = Annotated[str | None, options.ask("-d --dataset", "Data set id or name (default: all).")]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", help="Label this folder of images without labels instead (CASE_0000.nii.gz ...)."),
+    options.ask(
+        "--images", "Label this folder of images without labels instead (CASE_0000.nii.gz ...).", options.CASES
+    ),
 ]
-SetName = Annotated[str | None, typer.Option("--name", help="With --images: name of the set [default: the folder's].")]
-Cases = Annotated[list[str] | None, typer.Option("--case", help="Only these cases; damaged ones are replaced.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Processes; 0: none but this one.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads per process.")]
+SetName = Annotated[
+    str | None, options.ask("--name", "With --images: name of the set (default: the folder's).", options.CASES)
+]
+Cases = Annotated[
+    list[str] | None, options.ask("--case", "Only these cases; damaged ones are replaced.", options.CASES)
+]
+Workers = Annotated[int | None, options.ask("--workers", "Processes; 0: none but this one.", options.RUN, min=0)]
+Threads = Annotated[int | None, options.ask("--threads", "CPU threads per process.", options.RUN, min=1)]
 MemoryLimit = Annotated[
-    float, typer.Option("--memory-limit", min=0.1, help="GiB a worker may use beyond the teacher's weights.")
+    float, options.ask("--memory-limit", "GiB a worker may use beyond the teacher's weights.", options.RUN, min=0.1)
 ]
 LeftCache = Annotated[
     str, typer.Argument(metavar="A", help="Folder or URL of a cache, or the first digits of its key.")
 ]
 RightCache = Annotated[str, typer.Argument(metavar="B", help="The other one.")]
-Engine = Annotated[
-    Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] | None,
-    typer.Option(
-        "--engine", help="What runs the teacher [default: the recipe's]; auto: the fastest of torch, openvino."
-    ),
-]
+Engine = Annotated[TeacherEngine | None, options.option(CacheSpec, "engine", panel=options.TEACHER)]
 WhichCache = Annotated[str | None, typer.Argument(help="Folder or URL of the cache, or the first digits of its key.")]
 
 
@@ -53,19 +57,16 @@ class Request:
     """Which cache is meant."""
 
     teacher: "TeacherSpec"
-    recipe: "CacheSpec"
+    recipe: CacheSpec
     recipe_file: Path | None
     place: "Place | None"
 
 
 @app.command("build")
+@spread
 def build(
-    dataset: options.Dataset,
-    configuration: options.Configuration = "3d_fullres",
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
+    teacher: options.Teacher,
     fold: options.Folds = None,
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
     engine: Engine = None,
@@ -77,7 +78,7 @@ def build(
     workers: Workers = None,
     threads: Threads = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="Use this dask cluster, e.g. tcp://host:8786.")
+        str | None, options.ask("--scheduler", "Use this dask cluster, e.g. tcp://host:8786.", options.RUN)
     ] = None,
     memory_limit: MemoryLimit = 4.0,
     allow_code: options.AllowCode = False,
@@ -93,58 +94,42 @@ def build(
 
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
     """
-    from fastnnunet.cache.build import CasesFailedError, build_cache
-    from fastnnunet.cli.cache_view import BuildProgress, cases_progress, digest_progress, print_summary
+    from fastnnunet.api import label
+    from fastnnunet.cache.build import CasesFailedError
+    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
 
-    request = _request(
-        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
-    )
+    request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
-    unlabelled = _unlabelled(request, images, name)
-    if unlabelled is None:
-        job = _job(request)
-    else:
-        with cases_progress("preprocessing images") as preprocessing:
-            cases = unlabelled.preprocess(workers, preprocessing)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(cases, digesting)
-    print(f"cache: {job.path}")
-    with BuildProgress(job, job.todo(case)) as progress:
-        try:
-            cache = build_cache(
-                job,
+    _require_images(images, name)
+    try:
+        with cache_view() as view:
+            labelled = label(
+                request.teacher,
+                request.recipe,
+                recipe_file=request.recipe_file,
+                root=request.place,
+                images=images,
+                name=name,
+                cases=case,
                 workers=workers,
                 threads=threads,
                 scheduler=scheduler,
-                only=case,
                 memory_limit_bytes=int(memory_limit * 2**30),
-                progress=progress.advance,
+                progress=view,
             )
-        except CasesFailedError as e:
-            failure: CasesFailedError | None = e
-        else:
-            failure = None
-    if failure is not None:
-        typer.echo(f"error: {failure}", err=True)
-        raise typer.Exit(1)
-    if unlabelled is not None:
-        from fastnnunet.teachers.images import list_foreground
-
-        with cases_progress("listing foreground") as listing:
-            list_foreground(unlabelled, cache, workers, listing)
-    print_summary(cache)
-    if unlabelled is not None:
-        print(f"train with: --unlabelled {unlabelled.target.name}")
+    except CasesFailedError as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(1) from e
+    print_summary(labelled.cache)
+    if labelled.unlabelled is not None:
+        print(f"train with: --unlabelled {labelled.unlabelled}")
 
 
 @app.command("plan")
+@spread
 def plan(
-    dataset: options.Dataset,
-    configuration: options.Configuration = "3d_fullres",
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
+    teacher: options.Teacher,
     fold: options.Folds = None,
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
     engine: Engine = None,
@@ -157,7 +142,9 @@ def plan(
     threads: Threads = None,
     memory_limit: MemoryLimit = 4.0,
     allow_code: options.AllowCode = False,
-    timing: Annotated[bool, typer.Option("--time/--no-time", help="Load the teacher and time one patch.")] = True,
+    timing: Annotated[
+        bool, options.ask("--time/--no-time", "Load the teacher and time one patch.", options.RUN)
+    ] = True,
 ) -> None:
     """Say what a build would write, need and take. Writes nothing; exit code 2 when disk or memory is too small.
 
@@ -167,28 +154,27 @@ def plan(
     """
     from fastnnunet.cache.plan import plan_cache, require_memory, require_space
     from fastnnunet.cache.store.folder import require_root
-    from fastnnunet.cli.cache_view import cases_progress, digest_progress, print_plan, print_preprocessing
+    from fastnnunet.cli.parts.cache_view import cache_view, print_plan, print_preprocessing
+    from fastnnunet.nnunet.files.model import model_folder_of
 
-    request = _request(
-        dataset, configuration, plans, trainer, fold, checkpoint, spec, temperature, engine, root, previous
-    )
+    request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
-    unlabelled = _unlabelled(request, images, name)
+    files = model_folder_of(request.teacher, keep=request.teacher.folds if timing else ())
+    unlabelled = _unlabelled(request, images, name, files)
     missing: list[str] = []
-    if unlabelled is None:
-        job = _job(request)
-    else:
-        with cases_progress("reading images") as reading:
-            expected, missing = unlabelled.expected(workers, reading)
-        with digest_progress() as digesting:
-            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, digesting)
+    with cache_view() as view:
+        if unlabelled is None:
+            job = _job(request, files, view)
+        else:
+            expected, missing = unlabelled.expected(workers, view)
+            job = unlabelled.cache_job(expected if missing else unlabelled.target.cases, view)
     todo = job.todo(case)
     require_root(job.root)
-    teacher = job.factory.load(threads) if timing and todo else None
+    loaded = job.factory.load(threads) if timing and todo else None
     if unlabelled is not None:
         size_bytes = unlabelled.require_preprocessing_space(job, missing)
         print_preprocessing(unlabelled.target.cases_folder, len(missing), len(job.cases), size_bytes)
-    planned = plan_cache(job, teacher=teacher, workers=max(1, workers), only=case)
+    planned = plan_cache(job, teacher=loaded, workers=max(1, workers), only=case)
     print_plan(planned, None if not missing else f"under {job.root}, named once the images are preprocessed")
     if todo:
         require_space(job, todo)
@@ -203,7 +189,7 @@ def list_caches(dataset: AnyDataset = None, root: options.CacheRoot = None) -> N
 
       fastnnunet cache list -d 4
     """
-    from fastnnunet.cli.cache_view import print_list
+    from fastnnunet.cli.parts.cache_view import print_list
 
     print_list(_all_folders(dataset, root))
 
@@ -216,7 +202,7 @@ def info(cache: WhichCache = None, dataset: AnyDataset = None, root: options.Cac
 
       fastnnunet cache info 40467043
     """
-    from fastnnunet.cli.cache_view import print_info
+    from fastnnunet.cli.parts.cache_view import print_info
 
     print_info(_select(cache, dataset, root))
 
@@ -230,11 +216,11 @@ def verify(cache: WhichCache = None, dataset: AnyDataset = None, root: options.C
       fastnnunet cache verify 40467043
     """
     from fastnnunet.cache.verify import verify_cache
-    from fastnnunet.cli.cache_view import VerifyProgress, print_reports
+    from fastnnunet.cli.parts.cache_view import cache_view, print_reports
 
     folder = _select(cache, dataset, root)
-    with VerifyProgress(len(folder.cases)) as progress:
-        reports = verify_cache(folder, progress.advance)
+    with cache_view() as view:
+        reports = verify_cache(folder, view)
     if not print_reports(folder, reports):
         raise typer.Exit(1)
 
@@ -249,7 +235,7 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: o
 
       fastnnunet cache diff 40467043 9f3c
     """
-    from fastnnunet.cli.cache_view import print_differences
+    from fastnnunet.cli.parts.cache_view import print_differences
 
     if not print_differences(_select(left, dataset, root), _select(right, dataset, root)):
         raise typer.Exit(1)
@@ -259,10 +245,8 @@ def diff(left: LeftCache, right: RightCache, dataset: AnyDataset = None, root: o
 def gc(
     dataset: AnyDataset = None,
     root: options.CacheRoot = None,
-    damaged: Annotated[
-        bool, typer.Option("--damaged", help="Read every case and remove the damaged ones too.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    damaged: Annotated[bool, options.ask("--damaged", "Read every case and remove the damaged ones too.")] = False,
+    dry_run: Annotated[bool, options.ask("--dry-run", "Only say what would be removed.")] = False,
 ) -> None:
     """Remove what interrupted builds left behind. Valid cases and the work of running builders are never touched.
 
@@ -273,69 +257,64 @@ def gc(
       fastnnunet cache gc -d 4 --dry-run
     """
     from fastnnunet.cache.gc import collect_garbage
-    from fastnnunet.cli.cache_view import gc_progress, print_leftovers
+    from fastnnunet.cli.parts.cache_view import cache_view, print_leftovers
 
     leftovers = []
-    with gc_progress() as progress:
+    with cache_view() as view:
         for place in _roots(dataset, root):
-            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=progress)
+            leftovers += collect_garbage(place, damaged=damaged, dry_run=dry_run, progress=view)
     print_leftovers(leftovers, dry_run=dry_run)
 
 
 def _request(
-    dataset: str,
-    configuration: str,
-    plans: str,
-    trainer: str,
+    teacher: Asked,
     folds: list[str] | None,
-    checkpoint: str,
+    previous: str | None,
     spec_file: Path | None,
     temperature: float | None,
     engine: str | None,
     root: str | None,
-    previous: str | None,
 ) -> "Request":
     """Teacher, recipe and place as the options name them. Raises SpecError, NotFoundError."""
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.train import parse_folds, recipe_of
-    from fastnnunet.specs.teacher import TeacherSpec
 
     place = None if root is None else place_at(root)
-    teacher = TeacherSpec(
-        dataset=dataset,
-        configuration=configuration,
-        plans=plans,
-        trainer=trainer,
-        folds=parse_folds(folds) if folds else TeacherSpec(dataset=dataset).folds,
-        checkpoint=checkpoint,
-        previous=previous,
-    )
+    ensemble = teacher_of(teacher, folds, previous)
     recipe = recipe_of(spec_file, temperature, engine)
     if temperature is not None and recipe.temperature_range is not None:
         raise SpecError("--temp: this recipe serves every temperature of its temperature_range; leave --temp out")
-    return Request(teacher=teacher, recipe=recipe, recipe_file=spec_file, place=place)
+    return Request(teacher=ensemble, recipe=recipe, recipe_file=spec_file, place=place)
 
 
-def _job(request: "Request") -> "CacheJob":
+def _job(request: "Request", files: "ModelFolder", progress: "Listener") -> "CacheJob":
     """Join nnU-Net's cases and teacher with a cache recipe."""
-    from fastnnunet.cli.cache_view import digest_progress
     from fastnnunet.teachers.jobs import cache_job
 
-    with digest_progress() as progress:
-        return cache_job(
-            request.teacher, request.recipe, root=request.place, spec_file=request.recipe_file, progress=progress
-        )
+    return cache_job(
+        request.teacher,
+        request.recipe,
+        root=request.place,
+        spec_file=request.recipe_file,
+        progress=progress,
+        files=files,
+    )
 
 
-def _unlabelled(request: "Request", images: Path | None, name: str | None) -> "UnlabelledJob | None":
+def _unlabelled(
+    request: "Request", images: Path | None, name: str | None, files: "ModelFolder"
+) -> "UnlabelledJob | None":
     """The unlabelled images that are asked for, or None. Raises SpecError, NotFoundError."""
+    _require_images(images, name)
     if images is None:
-        if name is not None:
-            raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
         return None
     from fastnnunet.teachers.images import open_images
 
-    return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file)
+    return open_images(request.teacher, request.recipe, images, name, request.place, request.recipe_file, files)
+
+
+def _require_images(images: Path | None, name: str | None) -> None:
+    if images is None and name is not None:
+        raise SpecError(f"--name {name} names a set of unlabelled images; give their folder with --images")
 
 
 def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple[int, int]:
@@ -344,9 +323,10 @@ def _parallelism(workers: int | None, threads: int | None, engine: str) -> tuple
     With a GPU one process, since all of them would share it. Raises BackendError when the engine needs one.
     """
     from fastnnunet.engines.labelling import resolve_device
+    from fastnnunet.engines.registry import available_cores
 
     on_gpu = engine != "auto" and resolve_device(engine).kind == "cuda"
-    cpus = len(os.sched_getaffinity(0))
+    cpus = available_cores()
     if workers is None:
         import torch
 

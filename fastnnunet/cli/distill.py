@@ -1,14 +1,13 @@
 """`fastnnunet distill auto`: the smallest student that is good enough."""
 
-import contextlib
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
+from fastnnunet.cli.parts.fields import spread
 
 app = typer.Typer(no_args_is_help=True, help="Find the student to deploy.")
 
@@ -19,46 +18,32 @@ def _group() -> None:
 
 
 @app.command("auto")
+@spread
 def auto(
-    dataset: options.Dataset,
-    fold: Annotated[str, typer.Option("-f", "--fold", help="The students' fold; its validation cases decide.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for record, plot, bundles, predictions.")],
-    within: Annotated[float, typer.Option("--within", help="Dice points (Dice x 100) a student may lose.")] = 0.5,
+    teacher: options.Teacher,
+    fold: Annotated[str, options.ask("-f --fold", "The students' fold; its validation cases decide.")],
+    output: Annotated[Path, options.ask("-o --output", "Folder for record, plot, bundles, predictions.")],
+    depth: options.Depth,
+    training: options.ManyTrainings,
+    within: Annotated[float, options.ask("--within", "Dice points (Dice x 100) a student may lose.")] = 0.5,
     prefer: Annotated[
-        str, typer.Option("--prefer", help="Of those within: smallest (parameters), or fastest (milliseconds a patch).")
+        str, options.ask("--prefer", "Of those within: smallest (parameters), or fastest (milliseconds a patch).")
     ] = "smallest",
     control: Annotated[
-        bool, typer.Option("--control", help="Also train each without soft labels; the better of the two counts.")
+        bool, options.ask("--control", "Also train each without soft labels; the better of the two counts.")
     ] = False,
-    reduction: Annotated[list[int] | None, typer.Option("-r", "--reduction", help="Sizes [default: 2 4 6 8].")] = None,
+    reduction: Annotated[list[int] | None, options.ask("-r --reduction", "Sizes (default: 2 4 6 8).")] = None,
     families: Annotated[
-        list[str] | None, typer.Option("--family", help="width, lite, or both: every size of each [default: auto].")
+        list[str] | None,
+        options.ask("--family", "width, lite, or both: every size of each (default: auto).", options.STUDENT),
     ] = None,
-    blocks: options.Blocks = "auto",
-    architecture: options.Architecture = "same",
     reference: Annotated[
-        str, typer.Option("--reference", help="out-of-fold (the fold that did not see the cases) or ensemble.")
+        str, options.ask("--reference", "out-of-fold (the fold that did not see the cases) or ensemble.")
     ] = "out-of-fold",
-    configuration: options.Configuration = "3d_fullres",
-    alpha: options.Alpha = 0.3,
-    anneal: options.Anneal = False,
     temperature: options.Temperature = None,
-    loss: options.Loss = "kl",
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
     teacher_folds: options.TeacherFolds = None,
-    checkpoint: options.Checkpoint = "checkpoint_final.pth",
     spec: options.SpecFile = None,
     cache_root: options.CacheRoot = None,
-    epochs: options.Epochs = 1000,
-    iterations: options.Iterations = 250,
-    val_iterations: options.ValIterations = 50,
-    batch_size: options.BatchSize = None,
-    optimizer: options.Optimizer = "sgd",
-    lr: options.LearningRate = None,
-    start: options.Start = "teacher",
-    seed: options.Seed = 0,
-    precision: options.TrainingPrecision = "auto",
     device: options.TrainingDevice = "auto",
     threads: options.Threads = None,
     allow_code: options.AllowCode = False,
@@ -76,55 +61,32 @@ def auto(
 
       fastnnunet distill auto -d 4 -f 0 --within 0.5 -r 4 6 --control -o auto_hippocampus
     """
-    from fastnnunet.cli.train import parse_folds, recipe_of, run_jobs, student_specs, wait_passively
+    from fastnnunet.cli.train import run_jobs, wait_passively
 
     wait_passively()
+    from fastnnunet.api import View
     from fastnnunet.bench.report.plot import plot_sizes
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.cache_view import cases_progress
     from fastnnunet.distill.train import TrainingJob
     from fastnnunet.release.auto import auto_size
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
     from fastnnunet.specs.provenance import write_json
-    from fastnnunet.specs.teacher import TeacherSpec
 
     recipe = recipe_of(spec, temperature)
-    distill = {
-        "alpha": alpha,
-        "anneal": anneal,
-        "temperature": recipe.temperature,
-        "epochs": epochs,
-        "iterations_per_epoch": iterations,
-        "val_iterations_per_epoch": val_iterations,
-        "batch_size": batch_size,
-        "optimizer": optimizer,
-        "initial_lr": lr,
-        "seed": seed,
-        "precision": precision,
-        "start": start,
-        "loss": loss,
-    }
     students = [
         student
         for family in dict.fromkeys(families or ["auto"])
         for student in student_specs(
             list(dict.fromkeys(reduction or [2, 4, 6, 8])),
             None,
-            {"family": family, "blocks": blocks, "architecture": architecture},
+            {"family": family, **depth},
         )
     ]
     job = TrainingJob(
-        teacher=TeacherSpec(
-            dataset=dataset,
-            configuration=configuration,
-            plans=plans,
-            trainer=trainer,
-            folds=parse_folds(teacher_folds or ["0", "1", "2", "3", "4"]),
-            checkpoint=checkpoint,
-        ),
+        teacher=teacher_of(teacher, teacher_folds),
         student=students[0],
-        distill=build_spec(DistillSpec, distill, where="options"),
+        distill=build_spec(DistillSpec, {**training, "temperature": recipe.temperature}, where="options"),
         cache=recipe,
         fold=parse_folds([fold])[0],
         device=device,
@@ -132,12 +94,7 @@ def auto(
         cache_spec_file=spec,
         cache_root=None if cache_root is None else place_at(cache_root),
     )
-    with contextlib.ExitStack() as stack:
-
-        @cache
-        def bar() -> Callable[[int, int], None]:  # not before the bar of the training is gone
-            return stack.enter_context(cases_progress("predicting validation cases"))
-
+    with View() as view:
         record = auto_size(
             job,
             students,
@@ -147,7 +104,7 @@ def auto(
             prefer=prefer,
             control=control,
             train=lambda jobs, resume: run_jobs(jobs, resume=resume, overwrite=False, validate=False),
-            show=lambda done, total: bar()(done, total),
+            progress=view,
         )
     target = output / f"auto_{record['created'][:19].replace('-', '').replace(':', '')}.json"
     write_json(target, record)

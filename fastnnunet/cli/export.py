@@ -1,23 +1,20 @@
 """`fastnnunet export`: a student, or a trained nnU-Net ensemble, as a bundle."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import parse_folds, student_specs
+from fastnnunet.cli.parts.fields import spread
 from fastnnunet.cli.quantize import quantize
 from fastnnunet.cli.tensorrt import tensorrt
-from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.export.parity import ParityReport
-    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.graph import GraphSpec
-    from fastnnunet.specs.student import StudentSpec
 
 app = typer.Typer(no_args_is_help=True, help="Export a student or an ensemble for deployment; always validated.")
 
@@ -27,38 +24,25 @@ app.command("quantize")(quantize)
 
 
 @app.command("onnx")
+@spread
 def onnx(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle folder to write.")],
-    folds: Annotated[list[str], typer.Option("-f", "--fold", help="Fold; several make an ensemble.")],
-    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Data set id or name.")] = None,
-    model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Instead of -d: any nnU-Net model folder, as it is.")
-    ] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="With -d: the trained model itself, no student.")] = False,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With --teacher: its trainer.")] = "nnUNetTrainer",
+    origin: options.ByName,
+    student: options.Student,
+    trained: options.Trained,
+    shape: options.Graph,
+    output: Annotated[Path | None, options.ask("-o --output", "The bundle folder to write.")] = None,
+    folds: Annotated[list[str] | None, options.ask("-f --fold", "Fold; several make an ensemble.")] = None,
+    name: options.RunName = None,
+    dataset: Annotated[str | None, options.ask("-d --dataset", "Data set id or name.")] = None,
+    model: Annotated[Path | None, options.ask("-m --model", "Instead of -d: any nnU-Net model folder.")] = None,
+    teacher: Annotated[bool, options.ask("--teacher", "With -d: the trained model itself, no student.")] = False,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "auto",
-    round_to: options.RoundTo = 1,
-    blocks: options.Blocks = "auto",
-    architecture: options.Architecture = "same",
-    size: options.Size = None,
-    configuration: options.Configuration = "3d_fullres",
-    alpha: Annotated[float, typer.Option("-a", "--alpha", help="As in training; names the student.")] = 0.3,
-    temperature: Annotated[float, typer.Option("-temp", "--temperature", help="As in training.")] = 3.0,
-    plans: options.Plans = "nnUNetPlans",
-    student_plans: Annotated[
-        str | None, typer.Option("-spl", help="Name of the student's plans, when several students fit.")
-    ] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", help="Checkpoint of the student.")] = "checkpoint_final.pth",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
-    patch_size: Annotated[
-        list[int] | None,
-        typer.Option("--patch-size", help="Window of another size than the trained one, z y x; U-Nets only."),
-    ] = None,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="The graph takes any patch size; U-Nets only.")] = False,
-    simplify: Annotated[bool, typer.Option("--simplify", help="Fold constants (matters for Primus).")] = False,
-    batch: Annotated[int | None, typer.Option("--batch", help="Fixed batch size [default: any].")] = None,
+    student_plans: options.StudentPlans = None,
+    checkpoint: Annotated[
+        str, options.ask("-chk", "Checkpoint of the student.", options.STUDENT)
+    ] = "checkpoint_final.pth",
+    overwrite: options.Overwrite = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Write a bundle: model.onnx (or one for each fold) with its weights inside, bundle.json, parity.npz.
@@ -73,47 +57,57 @@ def onnx(
       fastnnunet export onnx -d 4 -c 3d_fullres -f 0 1 2 3 4 --teacher -o hippocampus_ensemble
 
       fastnnunet export onnx -m MODEL_FOLDER -f 0 1 2 3 4 -o ensemble
+
+      fastnnunet export onnx --name my_student
     """
     from fastnnunet.specs.graph import GraphSpec
 
-    graph = GraphSpec(
-        patch_size=tuple(patch_size) if patch_size else None,
-        dynamic_space=dynamic,
-        simplify=simplify,
-        batch_size=batch,
-    )
+    configuration, plans, trainer = origin.values()
+    graph = GraphSpec(**shape)
+    if name is not None:
+        if any((dataset, model, teacher, reduction, student_file, student["size"], student_plans)):
+            raise SpecError(f"--name {name} says which model; leave out -d, -m, --teacher, -r, --student, -ts and -spl")
+        export_model(name, folds or (), output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
+        return
+    if output is None or not folds:
+        raise SpecError("give -o, the bundle folder to write, and -f, the fold or folds; or the --name of a run")
     if model is not None or teacher:
         if model is not None and (teacher or dataset is not None):
             raise SpecError("give either -m, or -d with --teacher")
-        if reduction or student_file or size or student_plans:
+        if reduction or student_file or student["size"] or student_plans:
             raise SpecError("-m and --teacher export a model as it is: leave out -r, --student, -ts and -spl")
         folder = _teacher(model, dataset, trainer, plans, configuration)
-        export_teacher(folder, folds, output, checkpoint, overwrite=overwrite, graph=graph)
+        export_model(
+            folder,
+            folds,
+            output,
+            checkpoint=checkpoint,
+            overwrite=overwrite,
+            graph=graph,
+            needs_real_patches=False,
+            shown=True,
+        )
         return
     if dataset is None:
         raise SpecError("which model? give -d for a student or, with --teacher, a trained model; or -m MODEL_FOLDER")
-    from fastnnunet.cli.train import student_specs
+    from fastnnunet.api.export import student_model
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.student import StudentSpec
 
-    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
-    named = student_plans is not None and not reduction and student_file is None and size is None
-    students = [StudentSpec()] if named else student_specs(reduction, student_file, choices)
+    named = student_plans is not None and not reduction and student_file is None and student["size"] is None
+    students = [StudentSpec()] if named else student_specs(reduction, student_file, student)
     if len(students) > 1:
         raise SpecError(f"-r: got {len(students)} sizes, expected one student a bundle")
-    export_student(
-        dataset=dataset,
+    folder = student_model(
+        dataset,
+        students[0],
+        DistillSpec(**trained),
         configuration=configuration,
         plans=plans,
-        fold=folds,
-        student=students[0],
-        distill=DistillSpec(alpha=alpha, temperature=temperature),
-        output=output,
-        checkpoint=checkpoint,
-        overwrite=overwrite,
         student_plans=student_plans,
-        graph=graph,
+        folds=parse_folds(folds),
     )
+    export_model(folder, folds, output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
 
 
 def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
@@ -126,105 +120,34 @@ def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, 
     return trained_model_folder(dataset, trainer, plans, configuration)
 
 
-def export_teacher(
-    folder: Path, folds: Sequence[str], output: Path, checkpoint: str, *, overwrite: bool, graph: "GraphSpec"
-) -> None:
-    """Export folds of a model folder as it is, and say how well that went."""
-    from fastnnunet.cli.train import parse_folds
-    from fastnnunet.export.bundle import export_bundle
-
-    report = export_bundle(
-        folder,
-        parse_folds(list(folds)),
-        output,
-        checkpoint=checkpoint,
-        overwrite=overwrite,
-        graph=graph,
-        needs_real_patches=False,
-        on_stage=lambda number, total, what: print(f"export {number}/{total}: {what}", file=sys.stderr),
-    )
-    print(f"bundle: {output}")
-    print(_parity(report))
-
-
-def _parity(report: "ParityReport") -> str:
-    kind = "real" if report.real else "noise"
-    return (
-        f"parity with PyTorch on {report.patches} {kind} patches: largest logit difference "
-        f"{report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
-        f"same label on {report.label_agreement:.3%} of voxels"
-    )
-
-
-def _train_command(
-    dataset: str, configuration: str, plans: str, folds: Sequence[str], student: "StudentSpec", distill: "DistillSpec"
-) -> str:
-    """The `fastnnunet train` command of a student; one that is written out comes from a file."""
-    words = ["fastnnunet", "train", "-d", dataset, "-c", configuration, "-p", plans, "-f", *folds]
-    if student.is_explicit:
-        words += ["--student", "FILE"]
-    elif student.size is not None:
-        words += ["-ts", student.size]
-    else:
-        words += ["-r", str(student.r)]
-        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
-        default = type(student)()
-        for flag, field in options.items():
-            if (value := getattr(student, field)) != getattr(default, field):
-                words += [flag, str(value)]
-    return shlex.join([*words, "-a", f"{distill.alpha:g}", "-temp", f"{distill.temperature:g}"])
-
-
-def export_student(
-    *,
-    dataset: str,
-    configuration: str,
-    plans: str,
-    fold: str | Sequence[str],
-    student: "StudentSpec",
-    distill: "DistillSpec",
+def export_model(
+    model: Path | str,
+    folds: Sequence[str],
     output: Path | None,
-    checkpoint: str,
-    overwrite: bool,
+    *,
+    checkpoint: str = "checkpoint_final.pth",
+    overwrite: bool = False,
+    graph: "GraphSpec",
     verbose: bool = True,
-    student_plans: str | None = None,
-    graph: "GraphSpec | None" = None,
-) -> Path:
-    """Export a student found by what it was trained with or by its `student_plans`; several folds as an ensemble.
+    needs_real_patches: bool = True,
+    shown: bool = False,
+) -> None:
+    """Export folds of a model folder, or a run by its name; show how far it is if `shown`, and say how well it went."""
+    from fastnnunet.api import View, export, export_named
+    from fastnnunet.events import ignore
 
-    `output` None puts `bundle/` beside its checkpoint.
-    """
-    from fastnnunet.cli.train import parse_folds
-    from fastnnunet.export.bundle import export_bundle
-    from fastnnunet.nnunet.files.paths import model_folder, resolve_dataset
-    from fastnnunet.nnunet.student.plans import STOCK_TRAINER, find_student
-    from fastnnunet.specs.graph import GraphSpec
-
-    folds = [fold] if isinstance(fold, str) else list(fold)
-    name = resolve_dataset(dataset)
-    if student_plans is not None:
-        folder = model_folder(name, STOCK_TRAINER, student_plans, configuration)
-        found = sorted(folder.parent.glob(f"*__{student_plans}__{configuration}"))  # a stock Primus has its own trainer
-        folder = found[0] if found else folder
-        if not folder.is_dir():
-            there = [p.name.split("__")[1] for p in sorted(folder.parent.glob(f"*__{plans}_*__{configuration}"))]
-            raise NotFoundError(f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}")
-    else:
-        try:
-            folder = find_student(name, plans, configuration, student, distill)
-        except NotFoundError as e:
-            command = _train_command(dataset, configuration, plans, folds, student, distill)
-            raise NotFoundError(f"{e}\ntrain it with: {command}") from e
-    output = output or folder / f"fold_{folds[0]}" / "bundle"
-    report = export_bundle(
-        folder,
-        parse_folds(folds),
-        output,
-        checkpoint=checkpoint,
-        overwrite=overwrite,
-        graph=graph or GraphSpec(),
-    )
-    print(f"bundle: {output}")
+    with View() as view:
+        options: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "overwrite": overwrite,
+            "graph": graph,
+            "needs_real_patches": needs_real_patches,
+            "progress": view if shown else ignore,
+        }
+        if isinstance(model, str):
+            exported = export_named(model, parse_folds(list(folds)), output, **options)
+        else:
+            exported = export(model, parse_folds(list(folds)), output, **options)
+    print(f"bundle: {exported.bundle}")
     if verbose:
-        print(_parity(report))
-    return output
+        print(exported.described)

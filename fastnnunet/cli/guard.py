@@ -47,10 +47,14 @@ def refuse_empty(argv: Sequence[str]) -> None:
             )
 
 
+def quieten_torch() -> None:
+    """Leave out what torch says about the decorators of libraries that nnU-Net imports; nothing a user can mend."""
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
+
+
 def guarded(command: Callable[[], None]) -> None:
     """Run `command`. Exit codes: its own, 2 for what a user can mend (also a full disk), 130 when interrupted."""
-    # torch about the decorators of libraries that nnU-Net imports; nothing a user can mend
-    warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
+    quieten_torch()
     try:
         command()
     except FastnnUNetError as e:

@@ -2,24 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fastnnunet.cli.guard import LINES
-from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
-
-if TYPE_CHECKING:
-    from fastnnunet.errors import FastnnUNetError
+from fastnnunet.cli.parts import options
 
 
 def postprocess(
     source: Annotated[Path, typer.Option("-i", "--input", help="Folder of predictions.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, under the same names.")],
-    pp_pkl_file: PostprocessingFile = None,
-    keep_largest: KeepLargest = None,
-    min_size: MinSize = None,
-    fill_holes: FillHoles = None,
+    pp_pkl_file: options.PostprocessingFile = None,
+    keep_largest: options.KeepLargest = None,
+    min_size: options.MinSize = None,
+    fill_holes: options.FillHoles = None,
     workers: Annotated[int, typer.Option("-np", "--workers", min=1, help="Files at a time.")] = 2,
     plans_json: Annotated[
         Path | None, typer.Option("-plans_json", "--plans_json", help="Default: plans.json among the predictions.")
@@ -40,6 +37,7 @@ def postprocess(
       fastnnunet postprocess -i predictions -o cleaned --keep-largest liver spleen --min-size 50mm3 --fill-holes
     """
     from fastnnunet.errors import SpecError, printable
+    from fastnnunet.events import Event, Result
     from fastnnunet.images.tidy.folder import postprocess_folder, read_label_source
     from fastnnunet.images.tidy.rules import cleanup_from_words
 
@@ -56,13 +54,13 @@ def postprocess(
 
     failed = 0
 
-    def on_done(file: Path, error: "FastnnUNetError | None") -> None:
+    def show(event: Event) -> None:
         nonlocal failed
-        if error is not None:
+        if isinstance(event, Result) and event.value is not None:
             failed += 1
-            print(f"failed: {printable(file.name)}: {printable(error, keep=LINES)}", file=sys.stderr)
+            print(f"failed: {printable(event.what)}: {printable(event.value, keep=LINES)}", file=sys.stderr)
 
-    total = postprocess_folder(source, output, labels, cleanup, workers=workers, on_done=on_done)
+    total = postprocess_folder(source, output, labels, cleanup, workers=workers, progress=show)
     print(f"{total - failed} label map(s) postprocessed into {output}")
     if failed:
         print(f"{failed} label map(s) failed, see above", file=sys.stderr)

@@ -2,20 +2,19 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from fastnnunet.cli import options
-from fastnnunet.cli.guard import LINES
-from fastnnunet.cli.label_options import FillHoles, KeepLargest, MinSize, PostprocessingFile
+from fastnnunet.cli.parts import options
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
-    from fastnnunet.runtime.predict import CaseResult, Predictor
+    from fastnnunet.api.predict import Prediction
+    from fastnnunet.api.view import View
+    from fastnnunet.runtime.predict import CaseResult
 
 EXAMPLES = """Examples:
 
@@ -37,98 +36,112 @@ PROFILE_FILE = "fastnnunet_profile.json"
 def predict(
     source: Annotated[
         Path,
-        typer.Option(
-            "-i", "--input", help="Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."
-        ),
+        options.ask("-i --input", "Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or a file for a single image.")],
+    output: Annotated[Path, options.ask("-o --output", "Folder, or a file for a single image.")],
     model: Annotated[
         Path | None,
-        typer.Option("-m", "--model", help="Bundle of `fastnnunet export`, or nnU-Net model folder."),
+        options.ask("-m --model", "Bundle of `fastnnunet export`, or nnU-Net model folder."),
     ] = None,
+    name: options.RunName = None,
     dataset: Annotated[
-        str | None, typer.Option("-d", "--dataset", help="Instead of -m: data set id or name in nnUNet_results.")
+        str | None, options.ask("-d --dataset", "Instead of -m: data set id or name in nnUNet_results.")
     ] = None,
-    plans: Annotated[str, typer.Option("-p", "--plans", help="With -d: plans.")] = "nnUNetPlans",
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="With -d: trainer.")] = "nnUNetTrainer",
+    plans: Annotated[str, options.ask("-p --plans", "With -d: plans.", options.MODEL)] = "nnUNetPlans",
+    trainer: Annotated[str, options.ask("-tr --trainer", "With -d: trainer.", options.MODEL)] = "nnUNetTrainer",
     configuration: Annotated[
-        str | None, typer.Option("-c", "--configuration", help="With -d: configuration, such as 3d_fullres.")
+        str | None, options.ask("-c --configuration", "With -d: configuration, such as 3d_fullres.")
     ] = None,
     folds: Annotated[
         list[str] | None,
-        typer.Option("-f", "--fold", help="Folds; default: 0 1 2 3 4, of a bundle all that it has."),
+        options.ask("-f --fold", "Folds; default: 0 1 2 3 4, of a bundle all that it has."),
     ] = None,
     step_size: Annotated[
-        float | None, typer.Option("-step_size", "--step_size", help="Step between tiles / patch; default: 0.5.")
+        float | None, options.ask("-step_size --step_size", "Step between tiles / patch; default: 0.5.", options.MODEL)
     ] = None,
-    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring: faster, less accurate.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="A line for each case: its shapes and times.")] = False,
+    disable_tta: Annotated[bool, options.ask("--disable_tta", "No mirroring: faster, less accurate.")] = False,
+    verbose: Annotated[
+        bool, options.ask("--verbose", "A line for each case: its shapes and times.", options.OUTPUT)
+    ] = False,
     save_probabilities: Annotated[
-        bool, typer.Option("--save_probabilities", help="Also write CASE.npz and CASE.pkl.")
+        bool, options.ask("--save_probabilities", "Also write CASE.npz and CASE.pkl.", options.OUTPUT)
     ] = False,
     continue_prediction: Annotated[
-        bool, typer.Option("--continue_prediction", "--c", help="Leave out cases that are predicted already.")
+        bool, options.ask("--continue_prediction --c", "Leave out cases that are predicted already.")
     ] = False,
     checkpoint: Annotated[
-        str | None, typer.Option("-chk", help="Of a model folder; default: checkpoint_final.pth.")
+        str | None, options.ask("-chk", "Of a model folder; default: checkpoint_final.pth.", options.MODEL)
     ] = None,
     npp: Annotated[
-        int, typer.Option("-npp", envvar="nnUNet_npp", help="One thread reads; none where this and -nps are 0.")
+        int, options.ask("-npp", "One thread reads; none where this and -nps are 0.", options.RUN, envvar="nnUNet_npp")
     ] = 3,
     nps: Annotated[
-        int, typer.Option("-nps", envvar="nnUNet_nps", help="One thread writes; none where this and -npp are 0.")
+        int, options.ask("-nps", "One thread writes; none where this and -npp are 0.", options.RUN, envvar="nnUNet_nps")
     ] = 3,
     prev_stage_predictions: Annotated[
         Path | None,
-        typer.Option(
-            "-prev_stage_predictions", "--prev_stage_predictions", help="Cascades: segmentations of the previous stage."
+        options.ask(
+            "-prev_stage_predictions --prev_stage_predictions",
+            "Cascades: segmentations of the previous stage.",
+            options.MODEL,
         ),
     ] = None,
     num_parts: Annotated[
-        int, typer.Option("-num_parts", help="Number of commands that share the folder, each with its -part_id.")
+        int, options.ask("-num_parts", "Number of commands that share the folder, each with its -part_id.", options.RUN)
     ] = 1,
-    part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.")] = 0,
+    part_id: Annotated[int, options.ask("-part_id", "Which of them this is, from 0.", options.RUN)] = 0,
     device: Annotated[
         str | None,
-        typer.Option(
+        options.ask(
             "-device",
-            help="cpu, cuda (cuda:1, ... another GPU), or mps (computed on the CPU); default: where the backend "
+            "cpu, cuda (cuda:1, ... another GPU), or mps (computed on the CPU); default: where the backend "
             "computes, of auto and onnxruntime the CPU.",
+            options.RUN,
         ),
     ] = None,
-    disable_progress_bar: Annotated[bool, typer.Option("--disable_progress_bar", help="No progress bar.")] = False,
+    disable_progress_bar: Annotated[
+        bool, options.ask("--disable_progress_bar", "No progress bar.", options.OUTPUT)
+    ] = False,
     not_on_device: Annotated[
-        bool, typer.Option("--not_on_device", help="Changes nothing: tiles are always summed in main memory.")
+        bool, options.ask("--not_on_device", "Changes nothing: tiles are always summed in main memory.", options.RUN)
     ] = False,
     backend: Annotated[
-        str, typer.Option("--backend", help="auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.")
+        str,
+        options.ask(
+            "--backend", "auto (the fastest installed), onnxruntime, openvino, torch or tensorrt.", options.RUN
+        ),
     ] = "auto",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "int8"],
-        typer.Option(
+        options.ask(
             "--precision",
-            help="fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "
+            "fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "
             "quantize`; fp16: engines of tensorrt.",
+            options.RUN,
         ),
     ] = "fp32",
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of the backend; default: all cores.")
+        int | None, options.ask("--threads", "Threads of the backend; default: all cores.", options.RUN)
     ] = None,
     series: Annotated[
-        str | None, typer.Option("--series", help="SeriesInstanceUID, where a DICOM folder holds several.")
+        str | None, options.ask("--series", "SeriesInstanceUID, where a DICOM folder holds several.", options.OUTPUT)
     ] = None,
     output_format: Annotated[
         Literal["image", "dicom-seg"],
-        typer.Option("--output-format", help="image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input."),
+        options.ask(
+            "--output-format", "image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input.", options.OUTPUT
+        ),
     ] = "image",
-    keep_largest: KeepLargest = None,
-    min_size: MinSize = None,
-    fill_holes: FillHoles = None,
-    pp_pkl_file: PostprocessingFile = None,
+    keep_largest: options.KeepLargest = None,
+    min_size: options.MinSize = None,
+    fill_holes: options.FillHoles = None,
+    pp_pkl_file: options.PostprocessingFile = None,
     allow_code: options.AllowCode = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Print the time of every stage of every case.")] = False,
+    profile: Annotated[
+        bool, options.ask("--profile", "Print the time of every stage of every case.", options.OUTPUT)
+    ] = False,
     profile_json: Annotated[
-        bool, typer.Option("--profile_json", help=f"Write it beside the output, as {PROFILE_FILE}.")
+        bool, options.ask("--profile_json", f"Write it beside the output, as {PROFILE_FILE}.", options.OUTPUT)
     ] = False,
 ) -> None:
     """Predict as `nnUNetv2_predict` and `nnUNetv2_predict_from_modelfolder` do: their flags, names and files.
@@ -137,54 +150,38 @@ def predict(
     needs torch) and kept in ~/.cache/fastnnunet (FASTNNUNET_CACHE_HOME). The next case is read and the last written
     meanwhile. In a folder, a case that cannot be predicted is reported and left out, and the exit code is 1.
     """
-    from fastnnunet.api.conversions import device_name
-    from fastnnunet.api.progress import RunProgress
-    from fastnnunet.export.models import check_reader, load_model
+    from fastnnunet.api import View, find_bundle
+    from fastnnunet.api import predict as run
+    from fastnnunet.events import Event, Progress, Result
     from fastnnunet.images.output import RunArguments
-    from fastnnunet.images.tidy.rules import cleanup_from_words
 
-    begin = time.perf_counter()
-    with RunProgress(disable=disable_progress_bar) as progress:
-        folder = _model_folder(model, dataset, configuration, plans, trainer)
-        check_reader(folder)
-        predictor = load_model(
-            folder,
-            _folds(folds, model),
-            checkpoint,
-            tell=progress.tell,
-            backend=backend,
-            threads=threads,
-            precision=precision,
-            device=device_name(device),
-            step_size=step_size,
-            mirroring=not disable_tta,
-        )
-        load_s = time.perf_counter() - begin
-        if predictor.backend.precision == "bf16" and predictor.spec.measured("bf16", predictor.backend.name) is None:
-            progress.tell(
-                "note: what bf16 loses was not measured for this model; to do so: fastnnunet export quantize BUNDLE "
-                "--precision bf16"
-            )
-        cleanup = cleanup_from_words(
-            predictor.spec.labels,
-            keep_largest=keep_largest or (),
-            min_size=min_size,
-            fill_holes=fill_holes or (),
-            postprocessing_file=pp_pkl_file,
-        )
+    if name is not None:
+        if model is not None or dataset is not None:
+            raise SpecError(f"--name {name} says which model; leave out -m and -d")
+        model = find_bundle(name)
+    predicting = False
+    with View(bars=not disable_progress_bar) as view:
 
-        def on_done(result: "CaseResult") -> None:
-            progress.case_done()
-            if result.error is not None:
-                progress.tell(f"failed: {printable(result.case_id)}: {printable(result.error, keep=LINES)}")
-            elif verbose:
-                progress.tell(_describe(result))
+        def show(event: Event) -> None:
+            nonlocal predicting
+            predicting = predicting or (isinstance(event, Progress) and event.unit == "cases")
+            view(event)
+            if verbose and isinstance(event, Result) and event.value.error is None:
+                view.print(_describe(event.value))
 
-        begin = time.perf_counter()
         try:
-            results = predictor.predict_files(
+            prediction = run(
+                _model_folder(model, dataset, configuration, plans, trainer),
                 source,
                 output,
+                folds=_folds(folds, model),
+                checkpoint=checkpoint,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                device=device,
+                step_size=step_size,
+                mirroring=not disable_tta,
                 arguments=RunArguments(
                     num_processes_preprocessing=npp,
                     num_processes_segmentation_export=nps,
@@ -194,28 +191,31 @@ def predict(
                 save_probabilities=save_probabilities,
                 overwrite=not continue_prediction,
                 previous=prev_stage_predictions,
-                cleanup=cleanup,
+                keep_largest=keep_largest or (),
+                min_size=min_size,
+                fill_holes=fill_holes or (),
+                postprocessing_file=pp_pkl_file,
                 dicom_series=series,
                 dicom_seg=output_format == "dicom-seg",
-                on_start=progress.on_start,
-                on_tiles=progress.on_tiles,
-                on_done=on_done,
+                progress=show,
             )
         except KeyboardInterrupt:
-            _leave_interrupted(progress)
-        wall_s = time.perf_counter() - begin
+            if not predicting:
+                raise
+            _leave_interrupted(view)
 
-    done = [r for r in results if r.error is None]
-    print(f"{len(done)} case(s) predicted with {predictor.backend.name} into {output} (model loaded in {load_s:.2f} s)")
+    done, total = prediction.done, len(prediction.cases)
+    loaded = f"(model loaded in {prediction.load_s:.2f} s)"
+    print(f"{len(done)} case(s) predicted with {prediction.engine} into {output} {loaded}")
     if done:
         stages = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means(done).items())
-        print(f"{1e3 * wall_s / len(results):.1f} ms per case; mean of its stages: {stages}")
+        print(f"{1e3 * prediction.wall_s / total:.1f} ms per case; mean of its stages: {stages}")
     if profile:
         _print_profile(done)
     if profile_json:
-        _write_profile(predictor, results, output, load_s, wall_s)
-    if len(done) < len(results):
-        print(f"{len(results) - len(done)} case(s) failed, see above", file=sys.stderr)
+        _write_profile(prediction, output)
+    if len(done) < total:
+        print(f"{total - len(done)} case(s) failed, see above", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -234,7 +234,7 @@ def _model_folder(model: Path | None, dataset: str | None, configuration: str | 
 
 def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...] | None":
     """nnU-Net's default for model folders; None, all there are, for bundles."""
-    from fastnnunet.cli.train import parse_folds
+    from fastnnunet.cli.parts.choices import parse_folds
     from fastnnunet.specs.bundle import is_bundle
 
     if given:
@@ -242,9 +242,9 @@ def _folds(given: list[str] | None, model: Path | None) -> "tuple[int | str, ...
     return None if model is not None and is_bundle(model) else (0, 1, 2, 3, 4)
 
 
-def _leave_interrupted(progress: Any) -> None:
+def _leave_interrupted(view: "View") -> NoReturn:
     """Exit code 130 at once: threads that read or compute are not waited for, and what they hold is not torn down."""
-    progress.__exit__(None, None, None)
+    view.__exit__(None, None, None)
     print("interrupted; finished cases are kept, --continue_prediction goes on after them", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -278,22 +278,20 @@ def _print_profile(done: "list[CaseResult]") -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _write_profile(
-    predictor: "Predictor", results: "list[CaseResult]", output: Path, load_s: float, wall_s: float
-) -> None:
+def _write_profile(prediction: "Prediction", output: Path) -> None:
     import json
     from dataclasses import asdict
 
     from fastnnunet.system.files import atomic_output, make_folder
 
     record = {
-        **predictor.describe(),
-        "load_s": load_s,
-        "wall_s": wall_s,
-        "cases": [{"case": r.case_id, **asdict(r.times)} for r in results if r.error is None],
-        "failed": {r.case_id: str(r.error) for r in results if r.error is not None},
+        **prediction.described,
+        "load_s": prediction.load_s,
+        "wall_s": prediction.wall_s,
+        "cases": [{"case": r.case_id, **asdict(r.times)} for r in prediction.cases if r.error is None],
+        "failed": {r.case_id: str(r.error) for r in prediction.cases if r.error is not None},
     }
-    folder = output.parent if any(r.output == output for r in results) else output
+    folder = output.parent if any(r.output == output for r in prediction.cases) else output
     make_folder(folder)
     with atomic_output(folder / PROFILE_FILE) as partial:
         partial.write_text(json.dumps(record, indent=1))

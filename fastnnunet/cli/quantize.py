@@ -58,9 +58,7 @@ def quantize(
 
       fastnnunet predict -i imagesTs -o predictions -m hippocampus_r4 --precision int8
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from fastnnunet.api import View
     from fastnnunet.engines.base import Precision
     from fastnnunet.release.gate import describe
     from fastnnunet.release.quantize import QuantizeJob, quantize_bundle
@@ -81,22 +79,8 @@ def quantize(
         max_loss_points=max_dice_loss,
         threads=threads,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("loading", total=None)
-        shown = ""
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            if what != shown:
-                shown = what
-                progress.reset(task, description=what, total=total)
-            progress.update(task, completed=done)
-
-        result = quantize_bundle(job, show)
+    with View() as view:
+        result = quantize_bundle(job, view)
     print(f"judged on {result.judged_on}")
     for comparison in result.comparisons:
         print(describe(comparison))

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastnnunet.cli import options
+from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.choices import student_specs
+from fastnnunet.cli.parts.fields import spread
 
 app = typer.Typer(no_args_is_help=True, help="What students of a teacher would look like and cost.")
 
@@ -16,21 +18,15 @@ def _group() -> None:
 
 
 @app.command("describe")
+@spread
 def describe(
-    dataset: options.Dataset,
-    configuration: options.Configuration = "3d_fullres",
+    network: options.Network,
+    student: options.Student,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
-    family: options.Family = "auto",
-    round_to: options.RoundTo = 1,
-    blocks: options.Blocks = "auto",
-    architecture: options.Architecture = "same",
-    size: options.Size = None,
-    plans: options.Plans = "nnUNetPlans",
-    trainer: options.Trainer = "nnUNetTrainer",
-    folds: Annotated[int, typer.Option("--folds", min=1, help="Folds of the ensemble to compare with.")] = 5,
+    folds: Annotated[int, options.ask("--folds", "Folds of the ensemble to compare with.", options.TEACHER, min=1)] = 5,
     allow_code: options.AllowCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, options.ask("--json", "Print JSON.", options.RUN)] = False,
 ) -> None:
     """Stages, parameters and work per patch of students, from the plans alone.
 
@@ -41,15 +37,14 @@ def describe(
 
       fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6
     """
-    from fastnnunet.cli.train import student_specs
     from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
     from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, read_json
     from fastnnunet.nnunet.student.fit import check_fit, network_cost
     from fastnnunet.nnunet.student.plans import student_plans
     from fastnnunet.specs.distill import DistillSpec
 
-    choices = {"family": family, "round_to": round_to, "blocks": blocks, "architecture": architecture, "size": size}
-    specs = student_specs(reduction, student_file, choices)
+    dataset, configuration, plans, trainer = network.values()
+    specs = student_specs(reduction, student_file, student)
     base = nnunet_folder("nnUNet_preprocessed") / resolve_dataset(dataset)
     teacher, dataset_json = read_json(base / f"{plans}.json"), read_json(base / "dataset.json")
     _, config = configuration_of(teacher, configuration)

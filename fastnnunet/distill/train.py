@@ -1,5 +1,6 @@
 """Training one student: from names to a finished nnU-Net model folder. Never runs a teacher."""
 
+import functools
 import logging
 import random
 import re
@@ -7,32 +8,34 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastnnunet import __version__
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cascade import previous_folder
 from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.checkpoint import (
+    Weights,
     check_same_run,
     load_checkpoint,
     load_pretrained,
-    strip_prefix,
     weights_digest,
 )
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
+from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.named import check_loadable
-from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
+from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, label_manager_of
 from fastnnunet.nnunet.files.splits import split_of
 from fastnnunet.nnunet.student.fit import check_fit, check_network
 from fastnnunet.nnunet.student.plans import (
@@ -41,7 +44,6 @@ from fastnnunet.nnunet.student.plans import (
     publish_plans,
     student_folder,
     student_plans,
-    trainer_of,
 )
 from fastnnunet.nnunet.student.primus import stock_trainer_of
 from fastnnunet.nnunet.versions import TRAINING, require_versions
@@ -51,6 +53,7 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.jobs import cache_for_training
+from fastnnunet.version import __version__
 
 if TYPE_CHECKING:
     from fastnnunet.nnunet.trainer.mixing import Unlabelled
@@ -83,8 +86,8 @@ class TrainingJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingState:
-    """What a progress line shows."""
+class TrainingState(Progress):
+    """One iteration of one student is done; `done` and `total` count those of the whole training."""
 
     student: str
     epoch: int
@@ -94,9 +97,7 @@ class TrainingState:
     hard: float
     soft: float
     pseudo_dice: list[float] = field(default_factory=list)
-
-
-Progress = Callable[[TrainingState], None]
+    unit: str = "iterations"
 
 
 def train_student(job: TrainingJob, **options: Any) -> Path:
@@ -110,7 +111,7 @@ def train_students(
     resume: bool = False,
     overwrite: bool = False,
     validate: bool = True,
-    progress: Progress | None = None,
+    progress: Listener = ignore,
 ) -> list[Path]:
     """Train students on the same batches; returns fold folders (checkpoints, progress.png, validation/summary.json).
 
@@ -129,14 +130,17 @@ def train_students(
 
 
 def _train_students(
-    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Progress | None
+    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Listener
 ) -> list[Path]:
     import torch
 
     from fastnnunet.nnunet.trainer.distributed import is_first, wait_for_all
 
     first = jobs[0]
-    checked = [check_job(job, resume=resume, overwrite=overwrite) for job in jobs]
+    start = first.fold if first.fold in first.teacher.folds else first.teacher.folds[0]  # whose weights students take
+    files = model_folder_of(first.teacher, keep=(start,) if first.distill.start == "teacher" else ())
+    start_weights = functools.cache(partial(files.take_weights, start))
+    checked = [check_job(job, resume=resume, overwrite=overwrite, files=files) for job in jobs]
     folders = [fold_folder for _, _, fold_folder in checked]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise SpecError(f"several students would be trained into one folder: {', '.join(map(str, twice))}")
@@ -144,7 +148,7 @@ def _train_students(
         _check_truth(checked[0][0], first)
     soft_labels = None
     if first.distill.alpha > 0:
-        cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file)
+        cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file, files)
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
     unlabelled = None
     if first.distill.unlabelled is not None and soft_labels is not None:
@@ -156,6 +160,7 @@ def _train_students(
             soft_labels,
             first.cache_root,
             first.cache_spec_file,
+            files,
         )
     if first.threads:
         torch.set_num_threads(first.threads)
@@ -171,11 +176,14 @@ def _train_students(
                 fold_folder,
                 _beside(job, fold_folder),
             )
-        trainer = _configure(job, plans, dataset_json, soft_labels, reached is not None, device, unlabelled)
+        trainer = _configure(
+            job, plans, dataset_json, soft_labels, reached is not None, device, start_weights, unlabelled
+        )
         trainers.append(trainer)
         finished = reached is not None and _resume(trainer, reached)
         if not finished:
             unfinished.append(trainer)
+    del files, start_weights
     wait_for_all()  # before the first process changes what the others look at
     if overwrite and is_first():  # only now that nothing refuses any more
         for trainer, (_, _, fold_folder) in zip(trainers, checked, strict=True):
@@ -231,14 +239,23 @@ def _resume(trainer: "StudentTrainer", path: Path) -> bool:
     return path.name == FINAL
 
 
-def check_job(job: TrainingJob, *, resume: bool, overwrite: bool) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Refuse what can be refused without the cache; returns (student plans, dataset.json, fold folder)."""
-    folder = teacher_folder(job.teacher)
-    dataset_json = read_json(folder / "dataset.json")
-    teacher_plans = read_json(folder / "plans.json")
+def check_job(
+    job: TrainingJob, *, resume: bool, overwrite: bool, files: ModelFolder | None = None
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Refuse what can be refused without the cache; returns (student plans, dataset.json, fold folder).
+
+    `files`: the teacher's model folder where it is open already.
+    """
+    files = files or model_folder_of(job.teacher)
+    dataset_json, teacher_plans = files.dataset_json, files.plans
     check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(
-        teacher_plans, job.teacher.configuration, job.student, job.distill, dataset_json, trainer_of(job.teacher)
+        teacher_plans,
+        job.teacher.configuration,
+        job.student,
+        job.distill,
+        dataset_json,
+        files.facts(job.teacher.folds[0]).trainer,
     )
     if job.student.plans_name is not None:
         check_plans_name(resolve_dataset(job.teacher.dataset), job.student.plans_name)
@@ -371,6 +388,7 @@ def _configure(
     soft_labels: CachedSoftLabels | None,
     resume: bool,
     device: str,
+    start_weights: Callable[[], Weights],
     unlabelled: "Unlabelled | None" = None,
 ) -> "StudentTrainer":
     from fastnnunet.distill.losses import DistillationObjective
@@ -410,41 +428,42 @@ def _configure(
     if job.pretrained is not None and not resume:
         load_pretrained(trainer.plain_network, job.pretrained)
     elif spec.start == "teacher" and not resume:
-        _start_from_teacher(trainer, job)
+        _start_from_teacher(trainer, job, start_weights())
     return trainer
 
 
-def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob) -> None:
+def _start_from_teacher(trainer: "StudentTrainer", job: TrainingJob, weights: Weights) -> None:
     """First weights from the teacher's model of the student's own fold, or its first."""
     from fastnnunet.nnunet.student.inherit import inherit_weights
 
-    fold = job.fold if job.fold in job.teacher.folds else job.teacher.folds[0]
-    path = teacher_folder(job.teacher) / f"fold_{fold}" / job.teacher.checkpoint
-    share = inherit_weights(trainer.plain_network, strip_prefix(load_checkpoint(path)["network_weights"]))
+    share = inherit_weights(trainer.plain_network, weights)
     if share == 0:
         log.info("student %s starts from random weights: its network has no layers of the teacher's", job.student.tag)
     elif share < 1:
         log.info("student %s takes %.0f %% of its first weights from the teacher", job.student.tag, 100 * share)
 
 
-def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Progress | None) -> None:
+def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progress: Listener) -> None:
     from fastnnunet.nnunet.trainer.epochs import run_epochs
 
     def report(number: int, iteration: int, step: dict[str, float], pseudo_dice: list[float]) -> None:
         trainer = trainers[number]
-        if progress is not None:
-            progress(
-                TrainingState(
-                    student=jobs[number].student.tag,
-                    epoch=trainer.current_epoch,
-                    epochs=trainer.num_epochs,
-                    iteration=iteration,
-                    iterations=trainer.num_iterations_per_epoch,
-                    hard=step["hard"],
-                    soft=step["soft"],
-                    pseudo_dice=pseudo_dice,
-                )
+        iterations = trainer.num_iterations_per_epoch
+        progress(
+            TrainingState(
+                what=f"{' '.join(job.student.tag for job in jobs)} fold {jobs[0].fold}",
+                done=trainer.current_epoch * iterations + iteration,
+                total=trainer.num_epochs * iterations,
+                student=jobs[number].student.tag,
+                epoch=trainer.current_epoch,
+                epochs=trainer.num_epochs,
+                iteration=iteration,
+                iterations=iterations,
+                hard=step["hard"],
+                soft=step["soft"],
+                pseudo_dice=pseudo_dice,
             )
+        )
 
     run_epochs(trainers, report)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.trainer.loading_errors import remake
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS
@@ -28,6 +29,7 @@ def unlabelled_for_training(
     labelled: CachedSoftLabels,
     root: Place | None = None,
     spec_file: Path | None = None,
+    files: ModelFolder | None = None,
 ) -> "Unlabelled":
     """The set `name` and its complete cache, checked against its images, the data set and the teacher.
 
@@ -37,10 +39,10 @@ def unlabelled_for_training(
     from fastnnunet.nnunet.trainer import distributed
     from fastnnunet.nnunet.trainer.mixing import Unlabelled
 
-    job = open_images(teacher, spec, None, name, root, spec_file)
+    job = open_images(teacher, spec, None, name, root, spec_file, files)
     cases = require_current(job.target, job.labelled, job.command)
-    files = [str(cases.folder / f"<case>{ending}") for ending in ENDINGS]
-    cases = replace(cases, remake=f"make it again with: {remake(files, job.command)}")
+    of_case = [str(cases.folder / f"<case>{ending}") for ending in ENDINGS]
+    cases = replace(cases, remake=f"make it again with: {remake(of_case, job.command)}")
     manager, config = configuration_of(job.target.plans, teacher.configuration)
     ignores = label_manager_of(manager, job.target.dataset_json).has_ignore_label
     if (config.batch_dice or ignores) and distributed.share().world_size > 1:

@@ -17,7 +17,7 @@ class Calls:
     """
 
     def __init__(self, name: str, *, survives_fork: bool = True) -> None:
-        """`name`: of the backend. `survives_fork`: a forked process can use the engine at all."""
+        """`name`: of the engine. `survives_fork`: a forked process can use the engine at all."""
         self.is_forked = False  # the engine was loaded by a process that this one was forked from
         self._name = name
         self._survives_fork = survives_fork

@@ -50,11 +50,12 @@ def resolve_precision(requested: str, engine: str = "torch") -> Precision:
 def resolve_device(engine: str) -> Device:
     """The first GPU where the engine can use one, else the CPU. Raises BackendError when the engine needs a GPU."""
     entry = ENGINES[engine]
-    if entry.needs_gpu and cuda_device_count() == 0:
-        raise BackendError(
-            f"engine {engine} needs an NVIDIA GPU, and there is no driver here, or it offers no device\n"
-            "label the cases where there is one, or with engine: auto"
-        )
-    if "cuda" not in entry.devices or cuda_device_count() == 0:
-        return CPU
-    return Device("cuda") if entry.needs_gpu or why_no_cuda(engine) is None else CPU
+    if entry.needs_gpu:
+        if cuda_device_count() == 0:
+            raise BackendError(
+                f"engine {engine} needs an NVIDIA GPU, and there is no driver here, or it offers no device\n"
+                "label the cases where there is one, or with engine: auto"
+            )
+        return Device("cuda")
+    asked = engine == "torch" or cuda_device_count() > 0  # PyTorch knows other GPUs than NVIDIA's
+    return Device("cuda") if "cuda" in entry.devices and asked and why_no_cuda(engine) is None else CPU

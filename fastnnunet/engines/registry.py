@@ -16,16 +16,16 @@ from fastnnunet.specs.bundle import BundleSpec
 
 
 class EngineOptions(TypedDict, total=False):
-    """How a backend computes."""
+    """How an engine of a bundle computes."""
 
     threads: int | None  # None: all cores
     precision: Precision  # fp32 unless given
-    device: str | None  # see `parse_device`; None: where the backend computes, of several kinds on the CPU
+    device: str | None  # see `parse_device`; None: where the engine computes, of several kinds on the CPU
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """Where a backend lives and what it needs."""
+    """Where an engine lives and what it needs."""
 
     module: str  # imported when chosen, never before
     class_name: str
@@ -67,12 +67,12 @@ _CPU_ORDER = ("openvino", "onnxruntime")  # fastest first
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package that backend needs can be imported (without importing it)."""
+    """Whether a package that engine needs can be imported (without importing it)."""
     return any(importlib.util.find_spec(package) is not None for package in ENGINES[name].requires)
 
 
 def installed_cpu_engines() -> tuple[str, ...]:
-    """Backends that run any bundle on this machine: installed, and without a GPU."""
+    """Engines that run any bundle on this machine: installed, and without a GPU."""
     return tuple(name for name, entry in ENGINES.items() if not entry.needs_gpu and is_installed(name))
 
 
@@ -81,7 +81,7 @@ def create_engine(
 ) -> Engine:
     """Load the model of a bundle (of an ensemble: its first). `apart`: see `Settings`.
 
-    `auto` is the fastest backend that is installed and computes on the device (None: the CPU, since engines for GPUs
+    `auto` is the fastest engine that is installed and computes on the device (None: the CPU, since engines for GPUs
     have to be built first).
     Raises SpecError for an unknown name, BackendError when its package or the device is missing or it cannot load the
     model.
@@ -127,15 +127,15 @@ def check_installed(name: str) -> None:
 def create_ensemble(
     name: str, bundle_dir: Path, spec: BundleSpec, **options: Unpack[EngineOptions]
 ) -> Sequence[Engine]:
-    """A backend for each model file of a bundle, all of one kind; see `create_engine`."""
+    """An engine for each model file of a bundle, all of one kind; see `create_engine`."""
     parts = [replace(spec, model_files=(file,)) for file in spec.model_files]
     return [create_engine(name, bundle_dir, part, **options) for part in parts]
 
 
 def choose_engine(name: str, device: str | None = None) -> tuple[str, Device]:
-    """The backend that `name` (which may be `auto`) stands for, and the device it is to compute on.
+    """The engine that `name` (which may be `auto`) stands for, and the device it is to compute on.
 
-    Raises SpecError for unknown names, BackendError when there is no such device, or no backend for it.
+    Raises SpecError for unknown names, BackendError when there is no such device, or no engine for it.
     """
     if name != "auto" and name not in ENGINES:
         raise SpecError(f"backend: got {name!r}, expected auto or one of {', '.join(ENGINES)}")

@@ -7,15 +7,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastnnunet import __version__
 from fastnnunet.errors import MismatchError, NotFoundError, printable
+from fastnnunet.events import Listener, Stage, ignore
 from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
 from fastnnunet.export.parity import ParityCheck, ParityReport
 from fastnnunet.export.patches import noise_patches, real_patches
@@ -37,6 +37,7 @@ from fastnnunet.nnunet.student.primus import stock_architecture
 from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.version import __version__
 
 Fold = int | str
 PARITY_FILE = "parity.npz"
@@ -51,12 +52,12 @@ def export_bundle(
     overwrite: bool = False,
     graph: GraphSpec = GraphSpec(),
     needs_real_patches: bool = True,
-    on_stage: Callable[[int, int, str], None] = lambda number, total, what: None,
+    progress: Listener = ignore,
 ) -> ParityReport:
     """Export one fold of an nnU-Net model folder, or several as an ensemble, as a bundle at `out`.
 
     Without `needs_real_patches` noise takes the place of preprocessed cases that are not there.
-    `on_stage(number, total, what)` is called before each stage of the work, counted from 1.
+    `progress` gets a `Stage` before each stage of the work.
     Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit, a
     network that ONNX cannot express), SpecError (the plans name what a bundle cannot reproduce), CorruptError
     (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` then.
@@ -69,7 +70,7 @@ def export_bundle(
         if not path.is_file():
             there = sorted(p.parent.name.removeprefix("fold_") for p in model_folder.glob(f"fold_*/{checkpoint}"))
             raise NotFoundError(f"{path} is missing\nfolds with a {checkpoint}: {', '.join(there) or '(none)'}")
-    stages = _Stages(on_stage, 2 + 2 * len(folds))
+    stages = _Stages(progress, 2 + 2 * len(folds))
     stages.begin("building the network")
     stored = load_checkpoint(paths[0])  # as nnU-Net, which takes configuration, trainer and mirrors from the first
     configuration = stored["init_args"]["configuration"]
@@ -150,12 +151,12 @@ def export_bundle(
 class _Stages:
     """Tells which stage begins, of how many."""
 
-    def __init__(self, on_stage: Callable[[int, int, str], None], total: int) -> None:
-        self._on_stage, self._total, self._number = on_stage, total, 0
+    def __init__(self, progress: Listener, total: int) -> None:
+        self._progress, self._total, self._number = progress, total, 0
 
     def begin(self, what: str, of: str = "") -> None:
         self._number += 1
-        self._on_stage(self._number, self._total, of + what)
+        self._progress(Stage(what="export", done=self._number, total=self._total, unit="stages", note=of + what))
 
 
 def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.images.io import image_io
-from fastnnunet.nnunet.files.paths import check_model_folder
+from fastnnunet.nnunet.files.paths import check_model_folder, trained_folds
 from fastnnunet.nnunet.files.plans import read_json
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import FORMAT_VERSION, is_bundle
@@ -39,13 +40,13 @@ def load_model(
     folds: Sequence[Fold] | None = None,
     checkpoint: str | None = None,
     *,
-    tell: Callable[[str], None] = lambda message: None,
+    progress: Listener = ignore,
     **options: Any,
 ) -> Predictor:
     """Load a bundle or an nnU-Net model folder; `options` are those of `Predictor.load`.
 
     `folds` None: all of a bundle, all that are trained of a model folder (but not `all`). `checkpoint`: which one of a
-    model folder. `tell` is called with what a user who waits should know.
+    model folder. `progress` gets what a user who waits should know.
     Raises NotFoundError, SpecError, what `export_bundle` raises, and what `Predictor.load` raises.
     """
     if is_bundle(model):
@@ -59,12 +60,12 @@ def load_model(
         )
     checkpoint = checkpoint or CHECKPOINT
     chosen = trained_folds(model, checkpoint) if folds is None else tuple(folds)
-    bundle = cached_bundle(model, chosen, checkpoint, tell=tell)
+    bundle = cached_bundle(model, chosen, checkpoint, progress=progress)
     try:
         return Predictor.load(bundle, **options)
     except CorruptError as e:
-        tell(f"{str(e).splitlines()[0]}\nit is made again")
-    return Predictor.load(cached_bundle(model, chosen, checkpoint, tell=tell, again=True), **options)
+        progress(Message(text=f"{str(e).splitlines()[0]}\nit is made again"))
+    return Predictor.load(cached_bundle(model, chosen, checkpoint, progress=progress, again=True), **options)
 
 
 def check_reader(model: Path) -> None:
@@ -74,21 +75,12 @@ def check_reader(model: Path) -> None:
         image_io(str(read_json(plans).get("image_reader_writer")))
 
 
-def trained_folds(model_folder: Path, checkpoint: str = CHECKPOINT) -> tuple[int, ...]:
-    """The numbered folds that have a checkpoint, as nnU-Net detects them. Raises NotFoundError when there are none."""
-    names = (path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
-    folds = tuple(sorted(int(name) for name in names if name.isdigit()))
-    if not folds:
-        raise NotFoundError(f"no fold of {model_folder} has a {checkpoint}")
-    return folds
-
-
 def cached_bundle(
     model_folder: Path,
     folds: Sequence[Fold],
     checkpoint: str = CHECKPOINT,
     *,
-    tell: Callable[[str], None] = lambda message: None,
+    progress: Listener = ignore,
     again: bool = False,
 ) -> Path:
     """The bundle of an ensemble in the cache, exported now if it is not there or if `again`.
@@ -101,17 +93,18 @@ def cached_bundle(
     identity = {
         "format": FORMAT_VERSION,
         "folds": [str(fold) for fold in folds],  # their order too: float16 sums depend on it
-        "files": _digests(model_folder, names, home / "files", tell),
+        "files": _digests(model_folder, names, home / "files", progress),
     }
     key = sha256_of(identity)[:16]
     bundle = home / key
     if is_bundle(bundle) and not again:
         return bundle
     _check_export_possible(model_folder, folds)
-    tell(
+    first_use = (
         f"first use of this model: exporting {len(folds)} fold(s) of {model_folder.name} to {bundle}, once, and "
         "comparing with PyTorch, which takes most of the time"
     )
+    progress(Message(text=first_use))
     from fastnnunet.export.bundle import export_bundle  # takes seconds
 
     try:
@@ -123,7 +116,7 @@ def cached_bundle(
                 checkpoint=checkpoint,
                 overwrite=again,
                 needs_real_patches=False,
-                on_stage=lambda number, total, what: tell(f"export {number}/{total}: {what}"),
+                progress=progress,
             )
     except MismatchError:
         if again or not is_bundle(bundle):  # unless another process made the same one meanwhile
@@ -136,10 +129,11 @@ def cached_bundle(
             f"the bundle of {model_folder} cannot be kept in {home}: {e}\n"
             "name another folder with FASTNNUNET_CACHE_HOME"
         ) from e
-    tell(
+    equal = (
         f"equal to PyTorch on {report.patches} {'real' if report.real else 'noise'} patches: largest logit difference "
         f"{report.max_abs_difference:.2g} of {report.max_abs_logit:.3g}"
     )
+    progress(Message(text=equal))
     return bundle
 
 
@@ -158,7 +152,7 @@ def _marks(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _digests(folder: Path, names: Sequence[str], memory: Path, tell: Callable[[str], None]) -> dict[str, str]:
+def _digests(folder: Path, names: Sequence[str], memory: Path, progress: Listener) -> dict[str, str]:
     """SHA-256 of files below `folder`, remembered as long as neither size, times nor inode of a file change."""
     remembered_file = memory / f"{sha256_of(str(folder.absolute()))[:16]}.json"
     try:
@@ -170,7 +164,8 @@ def _digests(folder: Path, names: Sequence[str], memory: Path, tell: Callable[[s
     new = [name for name in names if known.get(name, {}).get("marks") != marks[name]]
     if new:
         size = sum((folder / name).stat().st_size for name in new)
-        tell(f"{folder.name}: reading {len(new)} new or changed file(s), {size / 1e6:.0f} MB, to recognise them")
+        what = f"{folder.name}: reading {len(new)} new or changed file(s), {size / 1e6:.0f} MB, to recognise them"
+        progress(Message(text=what))
     for name in new:
         known[name] = {"marks": marks[name], "sha256": sha256_of_file(folder / name)}
     if known != remembered:

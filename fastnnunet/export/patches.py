@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 
 PARITY_PATCHES = 2
@@ -88,19 +89,16 @@ class RandomPatches:
 class CalibrationBatches:
     """Patches in batches of what a model takes at once; those beyond the last full batch are left out."""
 
-    def __init__(
-        self, patches_NCX: Patches, batch_size: int, on_patches: Callable[[int, int], None] | None = None
-    ) -> None:
-        """`on_patches(done, total)` is called before each batch is read."""
-        self._patches_NCX, self._size, self._on_patches = patches_NCX, batch_size, on_patches
+    def __init__(self, patches_NCX: Patches, batch_size: int, progress: Listener = ignore) -> None:
+        """`progress` hears of each batch before it is read."""
+        self._patches_NCX, self._size, self._progress = patches_NCX, batch_size, progress
 
     def __len__(self) -> int:
         return len(self._patches_NCX) // self._size
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for stop in range(self._size, len(self._patches_NCX) + 1, self._size):
-            if self._on_patches:
-                self._on_patches(stop, len(self._patches_NCX))
+            self._progress(Progress(what="calibrating", done=stop, total=len(self._patches_NCX), unit="patches"))
             yield self._patches_NCX[stop - self._size : stop]
 
 

@@ -7,7 +7,7 @@ labels would often become equal. Skip connections and sums of residual blocks ke
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastnnunet.errors import BackendError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.export.patches import CalibrationBatches, Patches
 from fastnnunet.export.quantized import prepare_quantized
 
@@ -51,7 +52,7 @@ def quantize_onnx(
     out: Path,
     *,
     batch_size: int = 1,
-    on_patches: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
 ) -> None:
     """Calibrate `model_file` on float32 patches (N, C, *patch) and write its quantised twin to `out`.
 
@@ -66,7 +67,7 @@ def quantize_onnx(
         quantize_static(
             model,
             str(out),
-            _Reader(model.graph.input[0].name, CalibrationBatches(patches_NCX, batch_size, on_patches)),
+            _Reader(model.graph.input[0].name, CalibrationBatches(patches_NCX, batch_size, progress)),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,

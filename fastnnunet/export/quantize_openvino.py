@@ -8,11 +8,11 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from fastnnunet.errors import BackendError, MismatchError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.export.patches import CalibrationBatches, Patches
 
 
@@ -32,7 +32,7 @@ def quantize_openvino(
     out: Path,
     *,
     batch_size: int = 1,
-    on_patches: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
 ) -> None:
     """Calibrate `model_file` on float32 patches (N, C, *patch); write `out` (.xml) and its weights beside it (.bin).
 
@@ -45,7 +45,7 @@ def quantize_openvino(
     import nncf
     import openvino
 
-    batches = CalibrationBatches(patches_NCX, batch_size, on_patches)
+    batches = CalibrationBatches(patches_NCX, batch_size, progress)
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level changes handlers of others too
     model = openvino.Core().read_model(str(model_file))
     try:

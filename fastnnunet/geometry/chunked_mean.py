@@ -26,7 +26,7 @@ class ChunkedMean:
         self.dtype = np.dtype(dtype)
         tile = window.tile[1:] if window.tile[0] == 1 else window.tile  # a slice has the weights of its two axes
         self._weights = gaussian_weights(tile).reshape(window.tile)
-        self._left = window.tiles_per_chunk.copy()
+        self._left = window.tiles_per_chunk
         self._means: dict[Index, tuple[npt.NDArray[Any], Float32Array]] = {}
 
     def add(self, tile_number: int, values_CZYX: Float32Array) -> Iterator[Block]:

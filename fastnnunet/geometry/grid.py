@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
-
+from fastnnunet import native
 from fastnnunet.errors import SpecError
 
 
@@ -15,16 +14,10 @@ def tile_starts(image_shape: Sequence[int], tile_shape: Sequence[int], step_size
     that the first tile starts at 0 and the last one ends at the border.
     Raises SpecError when a tile is larger than the image (pad first) or the step is outside (0, 1].
     """
-    if not 0 < step_size <= 1:
-        raise SpecError(f"step_size: got {step_size}, expected a number in (0, 1]")
-    if len(image_shape) != len(tile_shape) or any(i < t for i, t in zip(image_shape, tile_shape, strict=True)):
-        raise SpecError(f"tile {tuple(tile_shape)} does not fit into image {tuple(image_shape)}; pad the image first")
-    starts = []
-    for image, tile in zip(image_shape, tile_shape, strict=True):
-        count = int(np.ceil((image - tile) / (tile * step_size))) + 1
-        step = (image - tile) / (count - 1) if count > 1 else 0.0
-        starts.append([int(np.round(step * i)) for i in range(count)])
-    return starts
+    try:
+        return native.tile_starts(image_shape, tile_shape, step_size)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
 
 
 def tile_slices(

@@ -9,15 +9,13 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.errors import BackendError
 
-HALF_OVERFLOW = 65520.0  # the smallest magnitude that rounds to infinity in float16
-
 
 def round_to_half(
     values: npt.NDArray[np.float32], out: npt.NDArray[np.float32] | None = None, *, threads: int | None = None
 ) -> npt.NDArray[np.float32]:
     """The float32 values nearest to `values` that float16 can hold, ties to even, subnormals included.
 
-    Values of magnitude HALF_OVERFLOW and above, where float16 has only infinity, stay finite: see `check_half_range`.
+    Values of magnitude 65520 and above, where float16 has only infinity, stay finite: see `check_half_range`.
     Contiguous arrays; `out` may be `values`.
     """
     rounded = np.empty_like(values) if out is None else out
@@ -34,7 +32,7 @@ def check_half_range(values: npt.NDArray[np.float32], what: str) -> None:
 def check_half_limits(lowest_and_highest: tuple[float, float], what: str) -> None:
     """`check_half_range` of values of which these are the limits."""
     low, high = lowest_and_highest
-    if not (low > -HALF_OVERFLOW and high < HALF_OVERFLOW):  # also true for NaN
+    if not native.fits_half(low, high):
         raise BackendError(
             f"{what} left the range of float16: got values from {low:g} to {high:g}, expected less than 65520 in "
             "magnitude\nthe model is damaged or was trained on other intensities than this image has"

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fastnnunet import native
+
 
 def centre_padding(shape: Sequence[int], min_shape: Sequence[int]) -> list[tuple[int, int]]:
     """(below, above) per axis so that `shape` reaches `min_shape`; the odd voxel goes above, as in nnU-Net.
 
     A shorter `min_shape` speaks of the last axes; an axis that is long enough is left alone.
     """
-    missing = [0] * (len(shape) - len(min_shape)) + [
-        max(0, m - s) for s, m in zip(shape[len(shape) - len(min_shape) :], min_shape, strict=True)
-    ]
-    return [(d // 2, d - d // 2) for d in missing]
+    least = (*shape[: len(shape) - len(min_shape)], *min_shape)
+    return [native.centre_padding(size, minimum) for size, minimum in zip(shape, least, strict=True)]
 
 
 def inner_slices(shape: Sequence[int], padding: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

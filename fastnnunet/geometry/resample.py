@@ -4,7 +4,7 @@
 input range; slice by slice and order `order_z` between slices where the spacing is anisotropic.
 `resample_torch_fornnunet`: torch's linear `interpolate` in float32; `nearest-exact` between slices.
 `no_resampling_hack`: nothing.
-Here is what to do per axis; the arithmetic is `fastnnunet.native`'s.
+What is done per axis is decided by the core (`native/core/resample_plan.hpp`); here the arguments in plans are read.
 Axis order is nnU-Net's internal one (after transpose_forward); spacings in mm.
 """
 
@@ -44,29 +44,7 @@ class ResampleSpec:
     anisotropy_threshold: float = _ANISOTROPY_THRESHOLD
 
 
-@dataclass(frozen=True, slots=True)
-class ResamplePlan:
-    """What one pair of shapes needs along each spatial axis."""
-
-    convention: Convention
-    orders: native.Orders  # 0 where an axis keeps its size
-    separate_axis: int | None  # planes across it are resampled each by itself, then along it
-    clip: native.Clip  # what the range of the result is clipped to; order 1 cannot leave the input's
-    shape_out: tuple[int, ...]
-
-    @property
-    def is_local(self) -> bool:
-        """Every output value depends on at most two input samples per axis, so it can be made wherever it is needed."""
-        return max(self.orders) <= 1
-
-    @property
-    def is_torch(self) -> bool:
-        return self.convention == "torch"
-
-    @property
-    def keeps_dtype(self) -> bool:
-        """The result is cast back to the input's dtype (float16 for logits); torch's variant returns float32."""
-        return self.convention == "scipy"
+ResamplePlan = native.ResamplePlan  # what one pair of shapes needs along each spatial axis
 
 
 def parse_resample_spec(entry: Mapping[str, Any], what: str) -> ResampleSpec:
@@ -123,24 +101,7 @@ def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], target_spacing_mm: Sequence[float]
 ) -> tuple[int, ...]:
     """Shape after resampling to the target spacing: rounded half to even, as nnU-Net's `compute_new_shape`."""
-    return tuple(round(old / new * size) for old, new, size in zip(spacing_mm, target_spacing_mm, shape, strict=True))
-
-
-def coarse_axis(
-    spacing_mm: Sequence[float], target_spacing_mm: Sequence[float], force: bool | None, threshold: float
-) -> int | None:
-    """The axis to be treated separately, or None.
-
-    The present spacing is looked at first, then the target; two or three equally coarse axes mean none.
-    """
-    if force is None:
-        chosen = next((s for s in (spacing_mm, target_spacing_mm) if max(s) / min(s) > threshold), None)
-    else:
-        chosen = spacing_mm if force else None
-    if chosen is None:
-        return None
-    axes = [axis for axis, spacing in enumerate(chosen) if max(chosen) / spacing == 1]
-    return axes[0] if len(axes) == 1 else None
+    return native.resampled_shape(shape, spacing_mm, target_spacing_mm)
 
 
 def plan_resampling(
@@ -151,17 +112,19 @@ def plan_resampling(
     spacing_out_mm: Sequence[float],
 ) -> ResamplePlan | None:
     """How to take `shape` (three axes) to `shape_out`; None where nnU-Net leaves the array alone (equal shapes)."""
-    if spec.convention == "none" or tuple(shape) == tuple(shape_out):
+    if spec.convention == "none":
         return None
-    separate = coarse_axis(spacing_mm, spacing_out_mm, spec.force_separate_z, spec.anisotropy_threshold)
-    orders = [
-        0 if size == size_out else spec.order_z if axis == separate else spec.order
-        for axis, (size, size_out) in enumerate(zip(shape, shape_out, strict=True))
-    ]
-    in_plane = max(order for axis, order in enumerate(orders) if axis != separate)
-    clip: native.Clip = "none" if in_plane <= 1 else "whole" if separate is None else "per_plane"
-    z, y, x = orders
-    return ResamplePlan(spec.convention, (z, y, x), separate, clip, tuple(int(s) for s in shape_out))
+    return native.plan_resampling(
+        spec.convention == "torch",
+        spec.order,
+        spec.order_z,
+        spec.force_separate_z,
+        spec.anisotropy_threshold,
+        shape,
+        shape_out,
+        spacing_mm,
+        spacing_out_mm,
+    )
 
 
 def resample(
@@ -170,22 +133,7 @@ def resample(
     """Resample every channel to float32; the array itself where there is nothing to do."""
     if plan is None:
         return array_CZYX  # type: ignore[return-value]
-    if plan.clip != "per_plane" or not plan.separate_axis:
-        return native.resample(
-            array_CZYX, plan.shape_out, plan.orders, torch=plan.is_torch, clip=plan.clip, threads=threads
-        )
-    # the core takes planes across its first axis
-    axes = [plan.separate_axis, *(axis for axis in range(3) if axis != plan.separate_axis)]
-    z, y, x = (plan.orders[axis] for axis in axes)
-    out = native.resample(
-        array_CZYX.transpose(0, *(axis + 1 for axis in axes)),
-        [plan.shape_out[axis] for axis in axes],
-        (z, y, x),
-        torch=plan.is_torch,
-        clip=plan.clip,
-        threads=threads,
-    )
-    return np.ascontiguousarray(out.transpose(0, *(axes.index(axis) + 1 for axis in range(3))))
+    return native.resample_planned(array_CZYX, plan, threads=threads)
 
 
 def resample_labels(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet import __version__
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.system.files import atomic_output, make_folder
+from fastnnunet.version import __version__
 
 RUN_FILES = ("predict_from_raw_data_args.json", "dataset.json", "plans.json")
 _TIFF = (".tif", ".tiff")  # their spacing lies beside them

@@ -174,8 +174,9 @@ def no_memory(what: object, needed_bytes: int) -> ImageError:
 def memory_bytes() -> int:
     """Physical memory of this machine, or of this container; no limit where the system does not tell."""
     limits = [1 << 62]
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):
+        if hasattr(os, "sysconf"):
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(ValueError, OSError):  # "max" where there is none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits)

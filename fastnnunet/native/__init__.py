@@ -24,7 +24,7 @@ except ImportError as error:
         "install the package (again): pip install . (or -e .) in its folder, which needs a C++ compiler"
     ) from error
 
-_INTERFACE = 3
+_INTERFACE = 4
 if _core.INTERFACE != _INTERFACE:
     raise BackendError(
         f"the compiled core of fastnnunet has interface {_core.INTERFACE}, these Python files need {_INTERFACE}\n"
@@ -39,6 +39,15 @@ Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Shape = tuple[int, ...]
 Orders = tuple[int, int, int]  # of the spline along z, y, x
 Clip = Literal["none", "whole", "per_plane"]
+
+# Decisions of the core, without arrays: types and functions of `core/window.hpp` and `core/resample_plan.hpp`.
+ChunkedWindow = _core.ChunkedWindow
+ResamplePlan = _core.ResamplePlan
+centre_padding = _core.centre_padding
+tile_starts = _core.tile_starts
+resampled_shape = _core.resampled_shape
+plan_resampling = _core.plan_resampling
+fits_half = _core.fits_half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +79,20 @@ def resample(
     out: npt.NDArray[Any] = np.empty((len(values_CZYX), *shape_out), dtype)
     _core.resample(_readable(values_CZYX), out, orders, torch, clip, threads or 0)
     return out
+
+
+def resample_planned(values_CZYX: Logits, plan: ResamplePlan, *, threads: int | None = None) -> Array:
+    """Every channel resampled as nnU-Net does between the two shapes of the plan."""
+    out = np.empty((len(values_CZYX), *plan.shape_out), np.float32)
+    _core.resample_planned(_readable(values_CZYX), out, plan, threads or 0)
+    return out
+
+
+def gaussian_weights(tile_shape: Sequence[int]) -> Array:
+    """nnU-Net's weights of a tile's voxels: its float16 values in float32, 10 in the centre."""
+    weights = np.empty(tuple(tile_shape), np.float32)
+    _core.gaussian_weights(weights)
+    return weights
 
 
 def label_logits(

@@ -1,4 +1,5 @@
-// The core for Python: checks of arrays, no arithmetic. Works without the interpreter's lock; arrays are never copied.
+// The core for Python: checks of arrays, no arithmetic. What works on arrays works without the interpreter's lock; arrays
+// are never copied.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -20,10 +21,13 @@
 #include "core/nonzero.hpp"
 #include "core/normalize.hpp"
 #include "core/resample.hpp"
+#include "core/resample_plan.hpp"
 #include "core/sample.hpp"
 
 namespace nb = nanobind;
 using namespace fastnnunet;
+
+void bind_decisions(nb::module_& module);  // bindings_decisions.cpp
 
 template <>
 struct nanobind::detail::dtype_traits<Half> {
@@ -40,8 +44,6 @@ using Array4 = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
 template <class T>
 using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-using Shape3 = std::array<std::int64_t, 3>;
 
 template <class A>
 void require_contiguous_rows(const A& array) {
@@ -77,7 +79,7 @@ std::optional<Mask> mask_of(const std::optional<Array3<const bool>>& array) {
     return bytes<const std::uint8_t>(*array);
 }
 
-AxisOperators operators(const Shape3& size_in, const Shape3& size_out, const std::array<int, 3>& orders, bool torch) {
+AxisOperators operators(const Index& size_in, const Index& size_out, const std::array<int, 3>& orders, bool torch) {
     const Convention convention = torch ? Convention::torch : Convention::scipy;
     const auto along = [&](int axis) { return AxisOperator(size_in[axis], size_out[axis], orders[axis], convention); };
     return {along(0), along(1), along(2)};
@@ -140,7 +142,7 @@ void bind_sample(nb::module_& module) {
         nb::arg("values_out").noconvert(), nb::arg("labels_out").noconvert(), nb::arg("threads"));
     module.def(
         "sample_inside",
-        [](const Array4<const float>& values, const Shape3& space, const Shape3& lower, const Rows<const float>& grid,
+        [](const Array4<const float>& values, const Index& space, const Index& lower, const Rows<const float>& grid,
            float nothing, const Rows<float>& out, int threads) {
             const Volumes<const float> from = volumes(values);
             const Grid at = grid_for(grid, space[0]);
@@ -172,11 +174,25 @@ void bind_resample(nb::module_& module) {
         nb::arg("threads"));
 }
 
+template <class In>
+void bind_resample_planned(nb::module_& module) {
+    module.def(
+        "resample_planned",
+        [](const Array4<const In>& in, const Array4<float>& out, const ResamplePlan& plan, int threads) {
+            const Volumes<const In> from = volumes(in);
+            const Volumes<float> to = volumes(out);
+            if (from.count != to.count) throw std::invalid_argument("resampling: different numbers of channels");
+            const nb::gil_scoped_release unlocked;
+            for (std::int64_t i = 0; i < from.count; ++i) resample(from[i], to[i], plan, threads);
+        },
+        nb::arg("values").noconvert(), nb::arg("out").noconvert(), nb::arg("plan"), nb::arg("threads"));
+}
+
 template <class Logit, class Label>
 void bind_label_logits(nb::module_& module) {
     module.def(
         "label_logits",
-        [](const Array4<const Logit>& logits, const Array3<Label>& labels, const Shape3& size_in, const Shape3& size_out,
+        [](const Array4<const Logit>& logits, const Array3<Label>& labels, const Index& size_in, const Index& size_out,
            const std::array<std::int64_t, 2>& first_in, const std::array<std::int64_t, 2>& first_out,
            const std::array<int, 3>& orders, bool torch, bool to_half,
            const std::optional<std::vector<std::uint32_t>>& regions, int threads) {
@@ -200,7 +216,7 @@ void bind_resample_planes(nb::module_& module) {
             const Volumes<const Logit> from = volumes(logits);
             const Volumes<float> to = volumes(out);
             const nb::gil_scoped_release unlocked;
-            const Shape3 whole{depth_out, to.shape[1], to.shape[2]};
+            const Index whole{depth_out, to.shape[1], to.shape[2]};
             const LogitPlan plan{operators(from.shape, whole, orders, torch), to_half};
             resample_planes(from, to, plan, first_plane, threads);
         },
@@ -359,6 +375,7 @@ void bind_normalize(nb::module_& module) {
             return std::pair(range.low, range.high);
         },
         nb::arg("values").noconvert(), nb::arg("threads"));
+    module.def("fits_half", fits_half, nb::arg("lowest"), nb::arg("highest"));
 }
 
 void bind_masks(nb::module_& module) {
@@ -406,12 +423,15 @@ void bind_masks(nb::module_& module) {
 
 NB_MODULE(_fastnnunet_core, module) {
     // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
-    module.attr("INTERFACE") = 3;
+    module.attr("INTERFACE") = 4;
     bind_kl_classes(module);
     bind_sample(module);
     bind_resample<float, float>(module);
     bind_resample<float, double>(module);
     bind_resample<Half, float>(module);
+    bind_decisions(module);
+    bind_resample_planned<float>(module);
+    bind_resample_planned<Half>(module);
     bind_label_logits<float, std::uint8_t>(module);
     bind_label_logits<float, std::uint16_t>(module);
     bind_label_logits<Half, std::uint8_t>(module);

@@ -14,6 +14,7 @@ from fastnnunet.engines.registry import available_cores
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.evaluate.cases import evaluate_cases
 from fastnnunet.evaluate.segmentations import make_label_set
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.images.cases import Case, find_cases
 from fastnnunet.nnunet.files.cases import open_cases
@@ -29,7 +30,6 @@ from fastnnunet.specs.student import StudentSpec
 from fastnnunet.system.files import check_output_folder
 
 Train = Callable[[list[TrainingJob], bool], list[Path]]
-Show = Callable[[int, int], None]
 
 
 def train_quietly(jobs: list[TrainingJob], resume: bool) -> list[Path]:
@@ -47,7 +47,7 @@ def auto_size(
     prefer: str = "smallest",
     control: bool = False,
     train: Train = train_quietly,
-    show: Show = lambda done, total: None,
+    progress: Listener = ignore,
 ) -> dict[str, Any]:
     """Train `job` for all `students` (finished runs are kept), score the validation fold and choose; the record.
 
@@ -55,7 +55,7 @@ def auto_size(
     `ensemble` is all its folds, most of which did, so its Dice is optimistic. Both mirror, as nnU-Net does.
     With `control` every student has a twin that is trained without soft labels, NAME_control; of equal networks the one
     with the better Dice is preferred.
-    `train(jobs, resume)` trains students on the same batches; `show(done, total)` counts predictions.
+    `train(jobs, resume)` trains students on the same batches; `progress` hears of every prediction.
     Raises SpecError, NotFoundError, MismatchError before anything is trained; what `train_student` raises after.
     """
     if not students or not within >= 0:
@@ -106,7 +106,8 @@ def auto_size(
     def predicted() -> None:
         nonlocal predictions_done
         predictions_done += 1
-        show(predictions_done, predictions_total)
+        what = "predicting validation cases"
+        progress(Progress(what=what, done=predictions_done, total=predictions_total, unit="cases"))
 
     for name, fold_folder in fold_folders.items():
         bundle, predictions = output / "bundles" / name, output / "predictions" / name

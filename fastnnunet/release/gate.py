@@ -3,7 +3,7 @@
 Both predict the same cases on the same backend, in one pass, without mirroring, which would average errors out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isnan
 
@@ -14,6 +14,7 @@ from fastnnunet.engines.base import Precision
 from fastnnunet.errors import MismatchError, ParityError
 from fastnnunet.evaluate.metrics import dice_of_masks, nanmean, region_mask
 from fastnnunet.evaluate.segmentations import LabelSet, make_label_set
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.release.gate_cases import GateCases
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.preprocess import Preprocessed
@@ -67,11 +68,11 @@ def compare(
     source: GateCases,
     fp32: Mapping[str, LoadedBundle],
     others: Sequence[LoadedBundle],
-    on_case: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
 ) -> list[Comparison]:
     """Predict the cases to judge on with `others` and with the network in fp32 on the same backend (by its name).
 
-    `on_case(done, total)`. Raises MismatchError where there is no foreground to judge, or a label of another shape.
+    Raises MismatchError where there is no foreground to judge, or a label of another shape.
     """
     used = {name: fp32[name] for name in dict.fromkeys(other.backend.name for other in others)}
     labels = make_label_set(next(iter(used.values())).spec.labels, "")
@@ -91,8 +92,7 @@ def compare(
             dice[index].add(reference if truth is None else truth, prediction)
             same[index] += int((prediction == reference).sum())
         voxels += next(iter(exact.values())).size
-        if on_case:
-            on_case(number, len(cases))
+        progress(Progress(what="comparing with fp32", done=number, total=len(cases), unit="cases"))
     found = [
         Comparison(
             precision=model.backend.precision,

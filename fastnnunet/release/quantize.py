@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from fastnnunet.engines.base import Precision
 from fastnnunet.engines.model_files import INT8_ENDINGS
 from fastnnunet.engines.registry import create_ensemble, is_installed
 from fastnnunet.errors import BackendError, SpecError
+from fastnnunet.events import Event, Listener, Progress, ignore
 from fastnnunet.export.patches import RandomPatches
 from fastnnunet.export.quantize_onnx import check_onnx_quantizer, quantize_onnx
 from fastnnunet.export.quantize_openvino import check_openvino_quantizer, quantize_openvino
@@ -32,7 +32,6 @@ from fastnnunet.system.files import atomic_output, check_output_folder
 
 MAX_LOSS_POINTS = 0.2
 PRECISIONS_OF = {"onnxruntime": ("int8",), "openvino": ("int8", "bf16")}  # backend -> what it can be measured in
-Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +77,9 @@ class Quantized:
     record: dict[str, Any]
 
 
-def quantize_bundle(job: QuantizeJob, show: Show = lambda what, done, total: None) -> Quantized:
+def quantize_bundle(job: QuantizeJob, progress: Listener = ignore) -> Quantized:
     """Make and measure what the job asks for; the bundle changes only when everything loses little enough.
 
-    `show(what, done, total)` reports progress.
     Raises NotFoundError, CorruptError (bundle, cases), BackendError (a package or bf16 is missing), SpecError,
     MismatchError (a model that cannot be quantised, nothing to judge), ParityError (too much Dice lost).
     """
@@ -99,14 +97,14 @@ def quantize_bundle(job: QuantizeJob, show: Show = lambda what, done, total: Non
         staging = Path(name)
         made: list[str] = []
         if int8 := [backend for precision, backend in wanted if precision == "int8"]:
-            made = _make_int8(job, spec, source, int8, staging, show)
+            made = _make_int8(job, spec, source, int8, staging, progress)
         digests = {file: sha256_of_file(staging / file) for file in made}
         candidate = replace(spec, files={**spec.files, **digests})
         others = [
             _load(backend, staging if precision == "int8" else job.bundle, candidate, precision, job)
             for precision, backend in wanted
         ]
-        comparisons = compare(source, fp32, others, partial(show, "comparing with fp32"))
+        comparisons = compare(source, fp32, others, progress)
         judged_on = _judged_on(source)
         require(comparisons, job.max_loss_points, judged_on)
         calibration = {"cases": source.kind, "patches": job.patches, "seed": job.seed}
@@ -179,7 +177,7 @@ def _judged_on(source: GateCases) -> str:
 
 
 def _make_int8(
-    job: QuantizeJob, spec: BundleSpec, source: GateCases, backends: list[str], staging: Path, show: Show
+    job: QuantizeJob, spec: BundleSpec, source: GateCases, backends: list[str], staging: Path, progress: Listener
 ) -> list[str]:
     """Write the quantised twins of the bundle's models into `staging`; their names."""
     patches = RandomPatches(
@@ -199,10 +197,14 @@ def _make_int8(
                 patches,
                 staging / names[0],
                 batch_size=spec.batch_size or 1,
-                on_patches=partial(show, f"calibrating for {backend}"),
+                progress=partial(_named, progress, f"calibrating for {backend}"),
             )
             made += names
     return made
+
+
+def _named(progress: Listener, what: str, event: Event) -> None:
+    progress(replace(event, what=what) if isinstance(event, Progress) else event)
 
 
 def _int8_endings(backend: str) -> tuple[str, ...]:

@@ -1,17 +1,18 @@
 """Logits of an ensemble: nnU-Net's sliding window once per fold, its float16 mean over the folds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from fastnnunet import native
 from fastnnunet.engines.base import Engine
+from fastnnunet.events import Event, Listener, Progress, ignore
 from fastnnunet.geometry.chunked_window import streamed_window
 from fastnnunet.geometry.half import check_half_limits
 from fastnnunet.runtime.sliding_window import (
     Array,
     HalfArray,
-    OnTiles,
     SlidingWindow,
     TileSums,
     finished_chunks,
@@ -24,7 +25,7 @@ def ensemble_logits(
     backends: Sequence[Engine],
     window: SlidingWindow,
     *,
-    on_tiles: OnTiles | None = None,
+    progress: Listener = ignore,
     threads: int | None = None,
 ) -> HalfArray:
     """Logits (H, Z, Y, X) averaged over the folds.
@@ -36,12 +37,12 @@ def ensemble_logits(
     """
     first, *others = backends
     total = sliding_window_logits(
-        data_CZYX, first.run, window, on_tiles=_share(on_tiles, 0, len(backends)), threads=threads
+        data_CZYX, first.run, window, progress=_share(progress, 0, len(backends)), threads=threads
     )
     chunks = streamed_window(data_CZYX.shape[1:], window.patch_size, window.step_size)
     for number, backend in enumerate(others, 1):
         sums = TileSums(chunks, window, threads=threads)
-        share = _share(on_tiles, number, len(backends))
+        share = _share(progress, number, len(backends))
         for chunk, logits in finished_chunks(data_CZYX, backend.run, window, sums, share):
             native.add_halves(logits, total[:, *chunks.chunk_slices(chunk)], threads=threads)
     if others:
@@ -51,8 +52,12 @@ def ensemble_logits(
     return total
 
 
-def _share(on_tiles: OnTiles | None, number: int, folds: int) -> OnTiles | None:
+def _share(progress: Listener, number: int, folds: int) -> Listener:
     """Progress of one fold as part of that of all."""
-    if on_tiles is None:
-        return None
-    return lambda done, total: on_tiles(number * total + done, folds * total)
+
+    def share(event: Event) -> None:
+        if isinstance(event, Progress) and event.total is not None:
+            event = replace(event, done=number * event.total + event.done, total=folds * event.total)
+        progress(event)
+
+    return share

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet import native
+from fastnnunet.events import Listener, ignore
 from fastnnunet.geometry.chunked_window import Bounds, ChunkedWindow, Index, streamed_window
 from fastnnunet.geometry.resample import ResamplePlan
 from fastnnunet.runtime.logits import LabelRule, label_locally
 from fastnnunet.runtime.preprocess import Preprocessed
-from fastnnunet.runtime.sliding_window import Network, OnTiles, SlidingWindow, TileSums, finished_chunks
+from fastnnunet.runtime.sliding_window import Network, SlidingWindow, TileSums, finished_chunks
 from fastnnunet.runtime.times import StageTimes
 
 MARGIN = 1  # planes and rows before a chunk that go with it
@@ -29,7 +30,7 @@ def stream_labels(
     rule: LabelRule,
     times: StageTimes,
     *,
-    on_tiles: OnTiles | None = None,
+    progress: Listener = ignore,
     threads: int | None = None,
 ) -> npt.NDArray[Any]:
     """The segmentation, of the image's shape before it was cropped; `postprocess` would give the same of the logits.
@@ -40,7 +41,7 @@ def stream_labels(
     chunks = streamed_window(case.data_CZYX.shape[1:], window.patch_size, window.step_size)
     sums = TileSums(chunks, window, margin=MARGIN, threads=threads)
     stream = LabelStream(chunks, plan, rule, segmentation[case.crop], threads)
-    finished = finished_chunks(case.data_CZYX, network, window, sums, on_tiles)
+    finished = finished_chunks(case.data_CZYX, network, window, sums, progress)
     while True:
         with times.stage("infer"):
             chunk = next(finished, None)

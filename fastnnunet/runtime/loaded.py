@@ -14,13 +14,14 @@ from fastnnunet import native
 from fastnnunet.engines.base import Engine, Precision
 from fastnnunet.engines.registry import create_ensemble
 from fastnnunet.errors import ImageError, NotFoundError, SpecError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.geometry.resample import ResampleSpec, parse_label_resample_spec, parse_resample_spec
 from fastnnunet.runtime.ensemble import ensemble_logits
 from fastnnunet.runtime.label_stream import stream_labels
 from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.normalize import check_normalization
 from fastnnunet.runtime.preprocess import Preprocessed, preprocess
-from fastnnunet.runtime.sliding_window import OnTiles, SlidingWindow
+from fastnnunet.runtime.sliding_window import SlidingWindow
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.checks.reproducible import preprocessing_problems, stated
@@ -139,7 +140,7 @@ class LoadedBundle:
         *,
         previous_ZYX: npt.NDArray[Any] | None = None,
         return_probabilities: bool = False,
-        on_tiles: OnTiles | None = None,
+        progress: Listener = ignore,
     ) -> Prediction:
         """Predict an image (C, z, y, x) as nnU-Net's reader returns it; 2d images have z = 1.
 
@@ -149,7 +150,7 @@ class LoadedBundle:
         times = StageTimes()
         with times.stage("preprocess"):
             case = self.preprocess_array(image_CZYX, properties, previous_ZYX)
-        inferred = self.infer(case, times, on_tiles, keep_logits=return_probabilities)
+        inferred = self.infer(case, times, progress, keep_logits=return_probabilities)
         with times.stage("postprocess"):
             segmentation, probabilities = self.postprocess(inferred, case, return_probabilities)
         return Prediction(segmentation, probabilities, case.properties, times)
@@ -191,7 +192,7 @@ class LoadedBundle:
         )
 
     def infer(
-        self, case: Preprocessed, times: StageTimes, on_tiles: OnTiles | None = None, *, keep_logits: bool = False
+        self, case: Preprocessed, times: StageTimes, progress: Listener = ignore, *, keep_logits: bool = False
     ) -> Inferred:
         """What `postprocess` needs of a preprocessed image: its logits; or its labels where there is one network, the
         logits are large, and they are not to be kept for probabilities. Raises BackendError.
@@ -201,7 +202,7 @@ class LoadedBundle:
         is_local = plan is None or plan.is_local
         if keep_logits or len(self.backends) > 1 or not is_local or logits_bytes <= STREAM_BYTES:
             with times.stage("infer"):
-                return self.logits(case.data_CZYX, on_tiles)
+                return self.logits(case.data_CZYX, progress)
         return Labelled(
             stream_labels(
                 case,
@@ -210,16 +211,16 @@ class LoadedBundle:
                 plan,
                 self._label_rule,
                 times,
-                on_tiles=on_tiles,
+                progress=progress,
                 threads=self.threads,
             )
         )
 
     def logits(
-        self, data_CZYX: npt.NDArray[np.float32], on_tiles: OnTiles | None = None, folds: slice = slice(None)
+        self, data_CZYX: npt.NDArray[np.float32], progress: Listener = ignore, folds: slice = slice(None)
     ) -> native.HalfArray:
         """Logits (heads, Z, Y, X) of a preprocessed image. Raises BackendError."""
-        return ensemble_logits(data_CZYX, self.backends[folds], self.window, on_tiles=on_tiles, threads=self.threads)
+        return ensemble_logits(data_CZYX, self.backends[folds], self.window, progress=progress, threads=self.threads)
 
     def postprocess(
         self, inferred: native.Logits | Labelled, case: Preprocessed, return_probabilities: bool = False

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError, SpecError
-from fastnnunet.specs.checks.reproducible import normalization_problems
+from fastnnunet.specs.checks.reproducible import unknown_scheme_problems
 
 Channel = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -60,5 +60,5 @@ SCHEMES: dict[str, Callable[..., None]] = {
 
 def check_normalization(schemes: tuple[str, ...], intensity_properties: Mapping[str, Any]) -> None:
     """Raise SpecError for a scheme this runtime does not have, or CT without its intensity statistics."""
-    if problems := normalization_problems(schemes, intensity_properties):
+    if problems := unknown_scheme_problems(schemes, intensity_properties):
         raise SpecError("\n".join(problems))

@@ -6,7 +6,7 @@
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError
+from fastnnunet.events import Event, Listener, Progress, Result, ignore
 from fastnnunet.images.cases import (
     DICOM_SEG_ENDING,
     Case,
@@ -42,7 +43,6 @@ from fastnnunet.images.tidy.cleanup import Cleanup, clean
 from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
-from fastnnunet.runtime.sliding_window import OnTiles
 from fastnnunet.runtime.times import StageTimes
 from fastnnunet.system.files import check_output_folder, make_folder
 
@@ -88,6 +88,10 @@ def _check_series(output: Path, case: Case | None) -> DicomSeries | None:
     return case.series[0]
 
 
+def _at_case(case_id: str, done: int, total: int) -> Progress:
+    return Progress(what="cases", done=done, total=total, unit="cases", note=case_id)
+
+
 class Predictor(LoadedBundle):
     """A loaded bundle that reads and writes image files."""
 
@@ -97,7 +101,7 @@ class Predictor(LoadedBundle):
         output: Path,
         *,
         save_probabilities: bool = False,
-        on_tiles: OnTiles | None = None,
+        progress: Listener = ignore,
         previous: Path | None = None,
         cleanup: Cleanup | None = None,
     ) -> CaseResult:
@@ -109,7 +113,7 @@ class Predictor(LoadedBundle):
             case=case, output=output, previous=previous, save_probabilities=save_probabilities, cleanup=cleanup
         )
         loaded = self._load(plan)
-        return self._finish(plan, loaded, self._infer(plan, loaded, on_tiles), WriteGate())
+        return self._finish(plan, loaded, self._infer(plan, loaded, progress), WriteGate())
 
     def _load(self, plan: Planned) -> _Loaded:
         if plan.case.problem:
@@ -142,8 +146,11 @@ class Predictor(LoadedBundle):
                 "give the folder of the whole series with -i FOLDER"
             )
 
-    def _infer(self, plan: Planned, loaded: _Loaded, on_tiles: OnTiles | None) -> Inferred:
-        return self.infer(loaded.preprocessed, loaded.times, on_tiles, keep_logits=plan.save_probabilities)
+    def _infer(self, plan: Planned, loaded: _Loaded, progress: Listener) -> Inferred:
+        def tiles(event: Event) -> None:
+            progress(replace(event, what=plan.case.case_id) if isinstance(event, Progress) else event)
+
+        return self.infer(loaded.preprocessed, loaded.times, tiles, keep_logits=plan.save_probabilities)
 
     def _finish(
         self,
@@ -204,23 +211,22 @@ class Predictor(LoadedBundle):
         *,
         threaded: bool = True,
         before_first: Callable[[], None] | None = None,
-        on_start: Callable[[Case, int, int], None] | None = None,
-        on_tiles: OnTiles | None = None,
+        progress: Listener = ignore,
     ) -> Generator[CaseResult]:
         """Predict cases in order, failing ones included; the next is read and the last written meanwhile.
 
         `before_first()` is called before the first segmentation is written. Raises SpecError, before anything else,
         where an output would replace an input of the run or another output.
-        `on_start(case, index, total)` is called when a case comes to the network, `on_tiles(done, total)` for tiles.
+        `progress` hears of every case that comes to the network, with the number before it, of its tiles, and of its
+        result.
         """
         self.refuse_overlap(planned, planned)
         gate = WriteGate(before_first)
         numbers = {id(plan): number for number, plan in enumerate(planned)}
 
         def infer(plan: Planned, loaded: _Loaded) -> tuple[_Loaded, Inferred]:
-            if on_start:
-                on_start(plan.case, numbers[id(plan)], len(planned))
-            return loaded, self._infer(plan, loaded, on_tiles)
+            progress(_at_case(plan.case.case_id, numbers[id(plan)], len(planned)))
+            return loaded, self._infer(plan, loaded, progress)
 
         def finish(plan: Planned, inferred: tuple[_Loaded, Inferred]) -> CaseResult:
             return self._finish(plan, *inferred, gate)
@@ -228,6 +234,9 @@ class Predictor(LoadedBundle):
         for plan, outcome in run_pipeline(planned, self._load, infer, finish, gate, threaded=threaded):
             if isinstance(outcome, FastnnUNetError):
                 outcome = CaseResult(case_id=plan.case.case_id, output=plan.output, error=plan.case.told(outcome))
+            if plan is planned[-1]:
+                progress(_at_case(outcome.case_id, len(planned), len(planned)))
+            progress(Result(what=outcome.case_id, value=outcome))
             yield outcome
 
     def refuse_overlap(
@@ -273,9 +282,7 @@ class Predictor(LoadedBundle):
         cleanup: Cleanup | None = None,
         dicom_series: str | None = None,
         dicom_seg: bool = False,
-        on_start: Callable[[Case, int, int], None] | None = None,
-        on_tiles: OnTiles | None = None,
-        on_done: Callable[[CaseResult], None] | None = None,
+        progress: Listener = ignore,
     ) -> list[CaseResult]:
         """Predict one image file or every case of a folder, with nnU-Net's names and side files.
 
@@ -285,7 +292,7 @@ class Predictor(LoadedBundle):
         writes DICOM SEG, which takes DICOM input.
         In a folder a case that fails is recorded in its result and the others go on; a single image raises, and so does
         a full disk.
-        `on_start(case, index, total)`, `on_tiles(done, total)` and `on_done(result)` report progress.
+        `progress`: see `predict_planned`.
         """
         arguments = arguments or RunArguments()
         self.check_previous(previous)
@@ -331,16 +338,13 @@ class Predictor(LoadedBundle):
                 planned,
                 threaded=is_folder and arguments.threaded,
                 before_first=None if is_file else write_side_files,
-                on_start=on_start,
-                on_tiles=on_tiles,
+                progress=progress,
             )
         ) as outcomes:
             for result in outcomes:
                 if result.error is not None and (not is_folder or isinstance(result.error, DiskSpaceError)):
                     raise result.error
                 results.append(result)
-                if on_done:
-                    on_done(result)
         return results
 
     def is_done(self, file: Path, save_probabilities: bool) -> bool:

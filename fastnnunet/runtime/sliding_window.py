@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fastnnunet import native
 from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.errors import BackendError
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.geometry.chunked_window import ChunkedWindow, Index, chunked_window
 from fastnnunet.geometry.gaussian import gaussian_weights
 from fastnnunet.geometry.grid import tile_slices
@@ -27,7 +28,6 @@ Array = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 Tile = tuple[int | slice, ...]
 Network = Callable[[Array], Array]
-OnTiles = Callable[[int, int], None]
 # Small (2d) patches go through the network several at a time; a 3d patch fills the machine by itself.
 _BATCH_VOXELS = 2**17
 _MAX_BATCH = 16
@@ -49,13 +49,13 @@ def sliding_window_logits(
     network: Network,
     window: SlidingWindow,
     *,
-    on_tiles: OnTiles | None = None,
+    progress: Listener = ignore,
     threads: int | None = None,
 ) -> HalfArray:
     """Logits (H, Z, Y, X) of the data's shape, in one piece; see `finished_chunks`."""
     shape = data_CZYX.shape[1:]
     whole = chunked_window(shape, window.patch_size, window.step_size, shape)
-    ((_, logits),) = finished_chunks(data_CZYX, network, window, TileSums(whole, window, threads=threads), on_tiles)
+    ((_, logits),) = finished_chunks(data_CZYX, network, window, TileSums(whole, window, threads=threads), progress)
     return logits
 
 
@@ -64,19 +64,18 @@ def finished_chunks(
     network: Network,
     window: SlidingWindow,
     sums: "TileSums",
-    on_tiles: OnTiles | None = None,
+    progress: Listener = ignore,
 ) -> Iterator[tuple[Index, HalfArray]]:
     """Number and logits (H, its voxels and `sums.margin` before them) of each chunk of `sums` when it is finished.
 
     `network` maps (N, C, *patch) to (N, H, *patch), float32; what it returns is used before it is called again.
-    `on_tiles(done, total)` reports progress. Raises BackendError when the logits leave the range of float16.
+    `progress` hears of every tile. Raises BackendError when the logits leave the range of float16.
     """
     padded = pad_spatial(data_CZYX, centre_padding(data_CZYX.shape[1:], window.patch_size))
     tiles = tile_slices(padded.shape[1:], window.patch_size, window.step_size)
     for number, logits in enumerate(_each(_predict_tiles(padded, tiles, network, window))):
         yield from sums.add(number, logits)
-        if on_tiles:
-            on_tiles(number + 1, len(tiles))
+        progress(Progress(what="tiles", done=number + 1, total=len(tiles), unit="tiles"))
 
 
 class TileSums:
@@ -97,7 +96,7 @@ class TileSums:
         padded_shape = tuple(n + below + above for n, (below, above) in zip(chunks.shape, padding, strict=True))
         total = _summed_weights(padded_shape, window.patch_size, window.step_size, window.use_gaussian)
         self._total_ZYX = total[inner_slices(chunks.shape, padding)]
-        self._left = chunks.tiles_per_chunk.copy()
+        self._left = chunks.tiles_per_chunk
         self._sums: dict[Index, HalfArray] = {}
 
     def add(self, tile_number: int, logits_HX: Array) -> Iterator[tuple[Index, HalfArray]]:

@@ -1,11 +1,13 @@
 """What a soft-label cache holds: everything here changes a stored value, except the layout fields marked so."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastnnunet.errors import SpecError
+from fastnnunet.specs.option import Option
 
 LARGEST_TOLERANCE = 0.1
+TeacherEngine = Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +25,13 @@ class CacheSpec:
     step_size: float = 0.5
     # logits: averaged over mirrors, tiles and folds, as nnU-Net does; probabilities: every fold's soft labels averaged
     pooling: Literal["logits", "probabilities"] = "logits"
-    # runs the teacher; auto: OpenVINO on a CPU if installed, else PyTorch
-    engine: Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"] = "auto"
+    engine: Annotated[
+        TeacherEngine,
+        Option(
+            "--engine",
+            "What runs the teacher (default: the recipe's); auto: OpenVINO on a CPU if installed, else PyTorch.",
+        ),
+    ] = "auto"
     # arithmetic of the teacher; auto: bf16 where the CPU and the engine have it, fp16 in TensorRT
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # layout: does not change a decoded value, so it is not part of the key

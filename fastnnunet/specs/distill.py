@@ -3,9 +3,10 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastnnunet.errors import SpecError
+from fastnnunet.specs.option import Option
 
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
@@ -15,25 +16,53 @@ SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled i
 class DistillSpec:
     """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only."""
 
-    alpha: float = 0.3
-    anneal: bool = False  # alpha falls linearly to 0 during the training: first the teacher, in the end the labels
-    temperature: float = 3.0
-    epochs: int = 1000
-    iterations_per_epoch: int = 250
-    val_iterations_per_epoch: int = 50
-    batch_size: int | None = None  # None: the plans'; a small one makes more of a short run's samples
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd as nnU-Net trains; adamw converges in far fewer iterations
-    initial_lr: float | None = None  # None: 1e-2 for sgd (nnU-Net's), 3e-3 for adamw
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    mirroring: bool = False  # test-time mirroring stored in the student's checkpoint
-    start: Literal["teacher", "random"] = "teacher"  # first weights: the teacher's, or nnU-Net's
-    loss: Literal["kl", "kl_dice"] = "kl"  # soft loss: KL, or KL plus the Dice semimetric loss
-    augmentation: Literal["default", "da5"] = "default"  # nnU-Net's own, or that of its nnUNetTrainerDA5
-    mirror_augmentation: bool = True  # mirrored patches in training; without them nothing may mirror at test time
-    soft_on_ignored: bool = True  # the soft loss counts where the label says ignore: the teacher has an opinion there
-    unlabelled: str | None = None  # name of a set of unlabelled images, which have a soft loss only
-    unlabelled_share: float = 0.5  # of the samples that come from them
+    alpha: Annotated[float, Option("-a --alpha", "Weight of the soft loss; 0 trains the control.", first=True)] = 0.3
+    # first the teacher, in the end the labels
+    anneal: Annotated[
+        bool, Option("--anneal", "Let the weight of the soft loss fall linearly to 0 during the training.")
+    ] = False
+    temperature: Annotated[float, Option("-temp --temperature", "T of cache and loss.", first=True)] = 3.0
+    epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = 1000
+    iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = 250
+    val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = 50
+    # a small one makes more of a short run's samples
+    batch_size: Annotated[int | None, Option("--batch-size", "Samples a step (default: the plans').")] = None
+    # adamw converges in far fewer iterations
+    optimizer: Annotated[
+        Literal["sgd", "adamw"],
+        Option("--optimizer", "sgd (nnU-Net's), or adamw for short runs; Primus always takes AdamW."),
+    ] = "sgd"
+    initial_lr: Annotated[float | None, Option("--lr", "Initial learning rate (sgd 0.01, adamw 0.003).")] = None
+    seed: Annotated[int, Option("--seed", "Of batches and first weights.")] = 0
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Option("--precision", "auto, fp32 or bf16 (CPU).")] = "auto"
+    # stored in the student's checkpoint
+    mirroring: Annotated[bool, Option("--mirroring", "Let the student mirror at prediction (8x slower).")] = False
+    start: Annotated[
+        Literal["teacher", "random"],
+        Option("--start", "First weights: teacher (its most important channels) or random."),
+    ] = "teacher"
+    loss: Annotated[
+        Literal["kl", "kl_dice"], Option("--loss", "Soft loss: kl, or kl_dice (KL and Dice semimetric).")
+    ] = "kl"
+    augmentation: Annotated[Literal["default", "da5"], Option("--augmentation", "nnU-Net's default, or its da5.")] = (
+        "default"
+    )
+    # without them nothing may mirror at prediction
+    mirror_augmentation: Annotated[
+        bool, Option("--mirror-augmentation/--no-mirror-augmentation", "Train on mirrored patches too.")
+    ] = True
+    # the teacher has an opinion there
+    soft_on_ignored: Annotated[
+        bool, Option("--soft-on-ignored/--no-soft-on-ignored", "Soft loss where the label says ignore too.")
+    ] = True
+    # the name of their set, once it is known; they have a soft loss only
+    unlabelled: Annotated[
+        str | None,
+        Option("--unlabelled", "Learn from images without labels too: their folder, or name of the set."),
+    ] = None
+    unlabelled_share: Annotated[
+        float, Option("--unlabelled-share", "Share of the samples that are unlabelled, above 0, below 1.")
+    ] = 0.5
 
     def __post_init__(self) -> None:
         problems = []

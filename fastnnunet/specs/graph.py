@@ -1,18 +1,26 @@
 """What shape the ONNX graph of a bundle has."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastnnunet.errors import SpecError
+from fastnnunet.specs.option import Option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
     """The default: the trained patch size, any number of patches at once, as the exporter writes it."""
 
-    patch_size: tuple[int, ...] | None = None  # of the sliding window, instead of the trained one; order of the plans
-    dynamic_space: bool = False  # the graph takes every patch size the network's strides divide
-    simplify: bool = False  # what depends on no input and no weight is computed at export
-    batch_size: int | None = None  # the graph takes exactly so many patches at once
+    patch_size: Annotated[
+        tuple[int, ...] | None,
+        Option("--patch-size", "Window of another size than the trained one, z y x as in the plans; U-Nets only."),
+    ] = None
+    # of those that the network's strides divide
+    dynamic_space: Annotated[bool, Option("--dynamic", "The graph takes any patch size; U-Nets only.")] = False
+    simplify: Annotated[
+        bool, Option("--simplify", "Fold constants, which need neither input nor weights (matters for Primus).")
+    ] = False
+    batch_size: Annotated[int | None, Option("--batch", "Fixed batch size (default: any).")] = None
 
     def __post_init__(self) -> None:
         problems = []

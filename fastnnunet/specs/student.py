@@ -4,9 +4,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastnnunet.errors import SpecError
+from fastnnunet.specs.option import Option
 
 if TYPE_CHECKING:
     from fastnnunet.specs.distill import DistillSpec
@@ -27,17 +28,23 @@ class StudentSpec:
     `size` takes the Primus that stock nnU-Net has under this name and leaves `r` unused.
     """
 
-    r: int = 1
-    min_features: int = 8
-    round_to: int = 1  # widths become multiples of this
-    blocks: Blocks = "auto"  # auto: adaptive for residual encoders, keep for Primus; plain encoders have none
-    architecture: Architecture = "same"
-    family: Family = "auto"
-    size: Size | None = None
+    r: Annotated[int, Option("-r --reduction", "Student size: width divided by r; may repeat.", first=True)] = 1
+    min_features: Annotated[int, Option("", "Smallest width of a stage.")] = 8
+    round_to: Annotated[int, Option("--round-to", "Widths in multiples of this.")] = 1
+    blocks: Annotated[  # auto: adaptive for residual encoders, keep for Primus; plain encoders have none
+        Blocks, Option("-bs --blocks", "reduce, keep, increase or adaptive depth.")
+    ] = "auto"
+    architecture: Annotated[Architecture, Option("--architecture", "same, plain or residual.")] = "same"
+    family: Annotated[
+        Family, Option("--family", "lite (thin full-resolution stage), width, or auto: lite where r > 1.")
+    ] = "auto"
+    size: Annotated[Size | None, Option("-ts --size", "A stock Primus: S, B, M or L.")] = None
     network_class_name: str | None = None
     arch_kwargs: dict[str, Any] | None = None
     name: str | None = None  # of a student that is written out; becomes part of its plans' name
-    plans_name: str | None = None  # the whole name of the student's plans, instead of one made from the settings
+    plans_name: Annotated[
+        str | None, Option("-spl", "Name of the student's plans (default: made from the settings).")
+    ] = None
 
     def __post_init__(self) -> None:
         problems = [

@@ -77,7 +77,8 @@ def interrupts_held() -> Iterator[None]:
     An interrupt in the middle of starting a process would be lost in one of the handlers that run there, or leave the
     new process with a traceback.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if sys.platform != "win32":  # whose processes inherit no mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     arrived: list[int] = []
     handler = signal.getsignal(signal.SIGINT) if in_main_thread() else None
     if handler is not None:  # threads without this mask get it, and hand it to the main one
@@ -87,7 +88,8 @@ def interrupts_held() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if arrived:
             signal.raise_signal(signal.SIGINT)
 

@@ -170,8 +170,8 @@ def longest_name(folder: Path) -> int:
     """How many bytes a file name in a folder may have; the folder need not exist yet."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(place))
     try:
-        return os.pathconf(existing, "PC_NAME_MAX")
-    except (OSError, ValueError, AttributeError):  # not told there, or no POSIX system
+        return os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else _USUAL_LONGEST_NAME
+    except (OSError, ValueError):  # not told there
         return _USUAL_LONGEST_NAME
 
 

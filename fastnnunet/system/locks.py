@@ -1,17 +1,21 @@
 """Advisory locks that the system releases when their process dies, and file systems that have none.
 
 NFS without its lock service, Lustre mounted without `-o flock`, and some FUSE and SMB mounts refuse `flock`. What is
-safe without a lock goes on there; whoever asks for one is told that there is none.
+safe without a lock goes on there; whoever asks for one is told that there is none. On Windows, where no folder can be
+opened, nothing is locked either.
 """
 
 import errno
-import fcntl
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 
@@ -26,20 +30,26 @@ def locked(path: Path, *, wait: bool = False, quiet: bool = False) -> Iterator[b
     With `wait` until whoever holds it is done. Raises BlockingIOError when another process holds it, FileNotFoundError
     when the path is gone.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks files that are written only
-    try:
+    if sys.platform == "win32":
+        path.stat()
+        if not quiet:
+            _warn(path, OSError(errno.ENOSYS, "Windows locks no folders"))
+        yield False
+    else:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks files that are written only
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise
-            if not quiet:
-                _warn(path, e)
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as e:
+                if e.errno not in NO_LOCKS:
+                    raise
+                if not quiet:
+                    _warn(path, e)
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(descriptor)
 
 
 def has_locks(folder: Path, *, quiet: bool = False) -> bool:

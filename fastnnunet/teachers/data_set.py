@@ -5,12 +5,12 @@ from pathlib import Path
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.files.cascade import open_cascade, previous_folder
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
+from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.named import check_loadable
-from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
-from fastnnunet.nnunet.files.plans import read_json
+from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.specs.teacher import Fold, TeacherSpec
 from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
 
 
@@ -19,27 +19,28 @@ def cache_root(dataset_name: str, plans: str, configuration: str) -> Path:
     return nnunet_folder("nnUNet_preprocessed") / dataset_name / f"fastnnunet_{plans}_{configuration}"
 
 
-def open_teacher(spec: TeacherSpec, cache_spec: CacheSpec) -> tuple[PreprocessedCases, NnUNetTeacher, Path]:
-    """Cases, teacher and cache root of `spec`. Loads no weights. Raises NotFoundError, SpecError, MismatchError."""
+def open_teacher(
+    spec: TeacherSpec, cache_spec: CacheSpec, files: ModelFolder | None = None
+) -> tuple[PreprocessedCases, NnUNetTeacher, Path]:
+    """Cases, teacher and cache root of `spec`. `files`: its model folder where it is open already.
+
+    Loads no weights. Raises NotFoundError, SpecError, MismatchError.
+    """
     dataset_name = resolve_dataset(spec.dataset)
-    folder = teacher_folder(spec)
-    plans = read_json(folder / "plans.json")
-    check_loadable(plans, spec.configuration)
-    previous = previous_folder(spec, plans)
-    cases = open_cases(plans, spec.configuration)
+    files = files or model_folder_of(spec)
+    check_loadable(files.plans, spec.configuration)
+    previous = previous_folder(spec, files.plans)
+    cases = open_cases(files.plans, spec.configuration)
     if previous is not None:
-        cases = open_cascade(cases, previous, spec, plans, read_json(folder / "dataset.json"))
+        cases = open_cascade(cases, previous, spec, files.plans, files.dataset_json)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name
     splits = load_splits(base, cases.case_ids)
-    teacher = make_teacher(
-        spec,
-        folder,
-        cache_spec.mirroring,
-        cache_spec.step_size,
-        cache_spec.precision,
-        cache_spec.engine,
-        splits,
-    )
+    unseen: dict[str, tuple[Fold, ...]] = {}
+    for case in sorted({c for s in splits for part in s.values() for c in part}):
+        unseen[case] = tuple(
+            f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
+        )
+    teacher = make_teacher(files, spec.folds, cache_spec, unseen)
     if cache_spec.policy == "out_of_fold":
         orphans = [c for c in cases.case_ids if not teacher.unseen_folds(c)]
         if orphans:

@@ -5,7 +5,7 @@ is an ordinary one; its key differs from that of the data set's own because the 
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFoundError, SpecError
-from fastnnunet.nnunet.files.paths import teacher_folder
-from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json
+from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
 from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.nnunet.unlabelled.sets import (
@@ -38,8 +39,6 @@ from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import build_command
 from fastnnunet.teachers.nnunet import NnUNetTeacher
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnlabelledJob:
@@ -53,11 +52,11 @@ class UnlabelledJob:
     root: Place
     command: str  # what a person types to bring everything up to date
 
-    def preprocess(self, processes: int, progress: Progress | None = None) -> UnlabelledCases:
+    def preprocess(self, processes: int, progress: Listener = ignore) -> UnlabelledCases:
         """See `preprocess_images`."""
         return preprocess_images(self.target, self.images, self.labelled, processes, progress)
 
-    def expected(self, processes: int, progress: Progress | None = None) -> "tuple[ExpectedCases, list[str]]":
+    def expected(self, processes: int, progress: Listener = ignore) -> "tuple[ExpectedCases, list[str]]":
         """The cases as they are or will be, and those not preprocessed yet; writes nothing."""
         shapes, missing = expected_shapes(self.target, self.images, self.labelled, processes, progress)
         return ExpectedCases(shapes), missing
@@ -74,7 +73,7 @@ class UnlabelledJob:
             )
         return size_bytes
 
-    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Progress | None = None) -> CacheJob:
+    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Listener = ignore) -> CacheJob:
         """The cache of these cases."""
         return prepare_job(cases, self.factory, self.spec, self.root, command=self.command, progress=progress)
 
@@ -107,20 +106,24 @@ def open_images(
     name: str | None = None,
     root: Place | None = None,
     spec_file: Path | None = None,
+    files: ModelFolder | None = None,
 ) -> UnlabelledJob:
     """Join a folder of images with teacher and recipe; nothing is written. Without `images` those of the set `name`.
 
+    `files`: as of `cache_job`.
+
     Raises SpecError for a cascade stage or an impossible name, and what `open_teacher` raises.
     """
-    _refuse_cascade(teacher)
+    files = files or model_folder_of(teacher)
+    _refuse_cascade(files)
     recipe = replace(spec, policy="ensemble")
-    cases, factory, default_root = open_teacher(teacher, recipe)
+    cases, factory, default_root = open_teacher(teacher, recipe, files)
     set_name = name_for(images or Path(), name)
     target = ImageSet(
         name=set_name,
-        plans=factory.plans,
+        plans=files.plans,
         configuration=teacher.configuration,
-        dataset_json=factory.dataset_json,
+        dataset_json=files.dataset_json,
     )
     try:
         folder = images if images is not None else target.record().images
@@ -159,10 +162,10 @@ def named_set(
 
     Raises NotFoundError with the command that makes it, SpecError for a cascade stage.
     """
-    _refuse_cascade(teacher)
-    plans = read_json(teacher_folder(teacher) / "plans.json")
+    files = model_folder_of(teacher)
+    _refuse_cascade(files)
     try:
-        return resolve_set(plans, teacher.configuration, reference)
+        return resolve_set(files.plans, teacher.configuration, reference)
     except NotFoundError as e:
         build = build_command(teacher, spec, spec_file, root)
         images = Path(reference)
@@ -173,7 +176,7 @@ def named_set(
         raise NotFoundError(f"{e}\nmake it with: {build}") from e
 
 
-def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Progress | None = None) -> None:
+def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Listener = ignore) -> None:
     """Write the foreground voxels of every stored case, as the teacher sees it; what is there is kept.
 
     Raises CorruptError when the cache is damaged, BuildError.
@@ -190,8 +193,7 @@ def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, prog
             raise outcome
         if isinstance(outcome, Exception):
             raise BuildError(f"foreground of {case} cannot be listed: {type(outcome).__name__}: {outcome}") from outcome
-        if progress is not None:
-            progress(done, len(tasks))
+        progress(Progress(what="listing foreground", done=done, total=len(tasks), unit="cases"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,10 +229,9 @@ def teacher_label(cache: Place, case_id: str, label_manager: Any) -> np.ndarray:
     return label_ZYX
 
 
-def _refuse_cascade(teacher: TeacherSpec) -> None:
-    plans = read_json(teacher_folder(teacher) / "plans.json")
-    if (stage := configuration_of(plans, teacher.configuration)[1].previous_stage_name) is not None:
+def _refuse_cascade(files: ModelFolder) -> None:
+    if (stage := configuration_of(files.plans, files.configuration)[1].previous_stage_name) is not None:
         raise SpecError(
-            f"unlabelled images: {teacher.configuration} is a cascade stage and needs predictions of {stage}, which "
+            f"unlabelled images: {files.configuration} is a cascade stage and needs predictions of {stage}, which "
             "they do not have\nuse a configuration without a previous stage"
         )

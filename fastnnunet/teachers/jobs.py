@@ -1,23 +1,19 @@
 """Caches as commands ask for them: a teacher and a recipe by name become a cache to build or to find."""
 
-import dataclasses
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 from fastnnunet.cache.codecs import LogitGapU8, codec_for_spec
 from fastnnunet.cache.find import find_cache
 from fastnnunet.cache.identity import build_identity, cache_name
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.store.storage import Place
-from fastnnunet.engines.labelling import labelling_precisions
-from fastnnunet.engines.registry import ENGINES
+from fastnnunet.events import Listener, ignore
+from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
-from fastnnunet.teachers.nnunet import NnUNetTeacher
 
 
 def build_command(
@@ -49,19 +45,25 @@ def cache_job(
     *,
     root: Place | None = None,
     spec_file: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Listener = ignore,
+    files: ModelFolder | None = None,
 ) -> CacheJob:
     """Join nnU-Net's cases and teacher with a cache recipe; nothing is written. `root` None = beside the cases.
 
-    `progress` gets (cases digested, cases). Raises NotFoundError, SpecError, MismatchError, CorruptError.
+    `files`: the model folder where it is open already, or where it is to keep the weights for the build.
+    Raises NotFoundError, SpecError, MismatchError, CorruptError.
     """
-    source, factory, default_root = open_teacher(teacher, spec)
+    source, factory, default_root = open_teacher(teacher, spec, files)
     command = build_command(teacher, spec, spec_file, root)
     return prepare_job(source, factory, spec, root or default_root, command=command, progress=progress)
 
 
 def cache_for_training(
-    teacher: TeacherSpec, spec: CacheSpec, root: Place | None = None, spec_file: Path | None = None
+    teacher: TeacherSpec,
+    spec: CacheSpec,
+    root: Place | None = None,
+    spec_file: Path | None = None,
+    files: ModelFolder | None = None,
 ) -> Place:
     """The complete cache that fits data, plans, folds, checkpoints and recipe.
 
@@ -70,7 +72,7 @@ def cache_for_training(
     Raises NotFoundError, MismatchError (the fields that differ and the command that builds the right one), SpecError
     when the recipe does not serve its own temperature.
     """
-    return find_for_training(cache_job(teacher, spec, root=root, spec_file=spec_file))
+    return find_for_training(cache_job(teacher, spec, root=root, spec_file=spec_file, files=files))
 
 
 def find_for_training(job: CacheJob) -> Place:
@@ -81,12 +83,7 @@ def find_for_training(job: CacheJob) -> Place:
         codec.at(spec.temperature)  # before anybody builds a cache that this training could not use
     identity = job.identity
     if not job.path.is_dir():
-        factory = cast(NnUNetTeacher, job.factory)
-        engines = ENGINES if spec.engine == "auto" else (factory.engine,)
-        for engine, precision in ((e, p) for e in engines for p in labelling_precisions(e)):
-            if spec.precision not in ("auto", precision):
-                continue
-            other = dataclasses.replace(factory, precision=precision, engine=engine)
+        for other in job.factory.alternatives(spec):
             alternative = build_identity(job.cases, other, spec)
             if (job.root / cache_name(alternative)).is_dir():
                 identity = alternative

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,19 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
-from fastnnunet.engines.labelling import resolve_device, resolve_engine, resolve_precision
+from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.mirrors import mirrored
-from fastnnunet.engines.registry import engine_of_network
-from fastnnunet.errors import MismatchError
+from fastnnunet.engines.registry import ENGINES, engine_of_network
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
-from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.files.plans import (
-    build_network,
-    check_fits,
-    configuration_of,
-    label_manager_of,
-    network_class_name,
-    num_input_channels,
-    read_json,
-)
+from fastnnunet.nnunet.files.checkpoint import load_weights
+from fastnnunet.nnunet.files.model import ModelFolder
+from fastnnunet.nnunet.files.plans import build_network, check_fits, network_class_name
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.nnunet.reference import fold_reference
-from fastnnunet.specs.teacher import Fold, TeacherSpec
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import Fold
 from fastnnunet.teachers.deviation import measure_deviation, middle
 
 MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
@@ -42,83 +35,70 @@ PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through 
 class NnUNetTeacher:
     """A recipe for loading the ensemble. Cheap and picklable; dask workers call `load` once each."""
 
-    folder: Path
-    configuration: str
+    files: ModelFolder
     folds: tuple[Fold, ...]
-    checkpoint: str
     mirroring: bool
     step_size: float
     precision: Precision
     engine: str  # as in ENGINES
     unseen: dict[str, tuple[Fold, ...]]  # case -> folds whose training set did not contain it
-    trainer: str = "nnUNetTrainer"  # named in the checkpoints; it builds the network
 
     @property
-    def plans(self) -> dict[str, Any]:
-        """The teacher's plans.json."""
-        return read_json(self.folder / "plans.json")
-
-    @property
-    def dataset_json(self) -> dict[str, Any]:
-        """The teacher's dataset.json."""
-        return read_json(self.folder / "dataset.json")
+    def folder(self) -> Path:
+        """The model folder."""
+        return self.files.folder
 
     @property
     def num_heads(self) -> int:
         """Number of output channels of the networks."""
-        return int(
-            label_manager_of(
-                configuration_of(self.plans, self.configuration)[0], self.dataset_json
-            ).num_segmentation_heads
-        )
+        return self.files.model.num_heads
 
     @property
     def has_regions(self) -> bool:
         """Whether the model is region-based (sigmoid heads)."""
-        return bool(
-            label_manager_of(configuration_of(self.plans, self.configuration)[0], self.dataset_json).has_regions
-        )
+        return self.files.model.has_regions
 
     @property
     def patch_size(self) -> tuple[int, ...]:
         """Patch size in voxels, zyx (two entries for 2d)."""
-        return tuple(int(p) for p in configuration_of(self.plans, self.configuration)[1].patch_size)
+        return self.files.model.patch_size
+
+    @property
+    def num_channels(self) -> int:
+        """Number of input channels of the networks."""
+        return self.files.model.num_channels
 
     def unseen_folds(self, case_id: str) -> tuple[Fold, ...]:
         """Folds of this ensemble that did not train on the case (all of them for a case in no split)."""
         return self.unseen.get(case_id, self.folds)
 
+    def alternatives(self, spec: CacheSpec) -> "Iterator[NnUNetTeacher]":
+        """This teacher in every engine and precision that the recipe leaves open."""
+        for engine in ENGINES if spec.engine == "auto" else (self.engine,):
+            for precision in labelling_precisions(engine):
+                if spec.precision in ("auto", precision):
+                    yield replace(self, engine=engine, precision=precision)
+
     def identity(self) -> dict[str, Any]:
         """What of the teacher changes a logit: architecture, patch, labels, weights, mirrors, step, precision."""
-        plans, config = configuration_of(self.plans, self.configuration)
+        model = self.files.model
         return {
-            "dataset": plans.dataset_name,
-            "plans": plans.plans_name,
-            "configuration": self.configuration,
+            "dataset": model.manager.dataset_name,
+            "plans": model.manager.plans_name,
+            "configuration": model.configuration,
             "patch_size": list(self.patch_size),
             "architecture": {
-                "class": config.network_arch_class_name,
-                "kwargs": config.configuration["architecture"]["arch_kwargs"],
+                "class": model.config.network_arch_class_name,
+                "kwargs": model.config.configuration["architecture"]["arch_kwargs"],
             },
-            "labels": self.dataset_json["labels"],
+            "labels": model.dataset_json["labels"],
             "folds": [str(f) for f in self.folds],
-            "checkpoints": {str(f): weights_digest(self._read_fold(f)[0]) for f in self.folds},
+            "checkpoints": {str(f): self.files.digest(f) for f in self.folds},
             "mirror_axes": list(self.mirror_axes()),
             "step_size": self.step_size,
             "precision": self.precision,
             "engine": self.engine,
         }
-
-    def _read_fold(self, fold: Fold) -> tuple[Weights, tuple[int, ...]]:
-        """Weights of a fold and the axes it may be mirrored along."""
-        path = self.folder / f"fold_{fold}" / self.checkpoint
-        checkpoint = load_checkpoint(path)
-        trained_for = checkpoint["init_args"].get("configuration")
-        if trained_for != self.configuration:
-            raise MismatchError(f"{path} was trained for {trained_for!r}, expected {self.configuration!r}")
-        return strip_prefix(checkpoint["network_weights"]), tuple(
-            checkpoint.get("inference_allowed_mirroring_axes") or ()
-        )
 
     def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:
         """Peak memory of labelling an image of this shape, beyond weights and activations."""
@@ -131,33 +111,29 @@ class NnUNetTeacher:
 
     def mirror_axes(self) -> tuple[int, ...]:
         """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
-        return self._read_fold(self.folds[0])[1] if self.mirroring else ()
-
-    @property
-    def num_channels(self) -> int:
-        """Number of input channels of the networks."""
-        return num_input_channels(*configuration_of(self.plans, self.configuration), self.dataset_json)
+        return self.files.facts(self.folds[0]).mirror_axes if self.mirroring else ()
 
     def load(self, threads: int) -> "LoadedTeacher":
-        """Read all folds into engines. Raises BackendError, CorruptError, MismatchError."""
+        """Take all folds into engines. Raises BackendError, CorruptError, MismatchError."""
         settings = Settings(threads=threads, precision=self.precision, device=resolve_device(self.engine), apart=True)
-        channels, heads, patch_size = self.num_channels, self.num_heads, self.patch_size
+        model = self.files.model
         engines: dict[Fold, Engine] = {}
-        described = (self.plans, self.configuration, self.dataset_json)
+        described = (model.plans, model.configuration, model.dataset_json)
         for fold in self.folds:
-            weights, path = self._read_fold(fold)[0], self.folder / f"fold_{fold}" / self.checkpoint
-            check_fits(*described, self.trainer, weights, path)
-            network = build_network(*described, trainer=self.trainer)
+            weights, path = self.files.take_weights(fold), self.files.path(fold)
+            trainer = self.files.facts(self.folds[0]).trainer
+            check_fits(*described, trainer, weights, path)
+            network = build_network(*described, trainer=trainer)
             load_weights(network, weights, path)
             live = LiveNetwork(
                 module=network,
-                channels=channels,
-                num_heads=heads,
-                patch_size=patch_size,
-                to_onnx=partial(_onnx_bytes, network, channels, patch_size),
+                channels=model.num_channels,
+                num_heads=model.num_heads,
+                patch_size=model.patch_size,
+                to_onnx=partial(_onnx_bytes, network, model.num_channels, model.patch_size),
             )
             engines[fold] = engine_of_network(self.engine, live, settings)
-        return LoadedTeacher(self, engines, heads, self.mirror_axes())
+        return LoadedTeacher(self, engines, model.num_heads, self.mirror_axes())
 
 
 @dataclass
@@ -228,7 +204,7 @@ class LoadedTeacher:
         """
         recipe = self.recipe
         reference = fold_reference(
-            recipe.folder, recipe.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
+            recipe.folder, recipe.files.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
         )
         size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
         patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
@@ -250,32 +226,18 @@ def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
 
 
 def make_teacher(
-    spec: TeacherSpec,
-    folder: Path,
-    mirroring: bool,
-    step_size: float,
-    precision: str,
-    engine: str,
-    splits: list[dict[str, list[str]]],
+    files: ModelFolder, folds: tuple[Fold, ...], recipe: CacheSpec, unseen: dict[str, tuple[Fold, ...]]
 ) -> NnUNetTeacher:
-    """A teacher for `spec` whose model folder was found. `splits` decide which folds saw which case."""
-    unseen: dict[str, tuple[Fold, ...]] = {}
-    for case in sorted({c for s in splits for part in s.values() for c in part}):
-        unseen[case] = tuple(
-            f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
-        )
-    plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
-    trainer = load_checkpoint(folder / f"fold_{spec.folds[0]}" / spec.checkpoint)["trainer_name"]
-    engine = resolve_engine(engine, network_class_name(plans, spec.configuration, dataset_json, trainer))
+    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`."""
+    trainer = files.facts(folds[0]).trainer
+    network = network_class_name(files.plans, files.configuration, files.dataset_json, trainer)
+    engine = resolve_engine(recipe.engine, network)
     return NnUNetTeacher(
-        folder,
-        spec.configuration,
-        spec.folds,
-        spec.checkpoint,
-        mirroring,
-        step_size,
-        resolve_precision(precision, engine),
-        engine,
-        unseen,
-        trainer,
+        files=files,
+        folds=folds,
+        mirroring=recipe.mirroring,
+        step_size=recipe.step_size,
+        precision=resolve_precision(recipe.precision, engine),
+        engine=engine,
+        unseen=unseen,
     )

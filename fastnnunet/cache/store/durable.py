@@ -3,13 +3,16 @@
 import errno
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from fastnnunet.errors import NO_ROOM, BuildError, DiskSpaceError, FastnnUNetError
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk; some network file systems flush no folders."""
+    """Flush a file, or the entries of a folder, to disk; some network file systems, and Windows, flush no folders."""
+    if sys.platform == "win32" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet import __version__
 from fastnnunet.errors import ImageError, printable
 from fastnnunet.images.dicom.headers import SourceHeaders, no_complaints, source_headers
 from fastnnunet.images.dicom.series import DicomSeries
 from fastnnunet.images.dicom.values import one_line
 from fastnnunet.system.files import atomic_output
+from fastnnunet.version import __version__
 
 _log = logging.getLogger(__name__)
 _UTF8 = "ISO_IR 192"

@@ -2,13 +2,13 @@
 
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError, printable
+from fastnnunet.events import Listener, Result, ignore
 from fastnnunet.images.io import ImageIO, image_io
 from fastnnunet.images.output import files_of_case, sibling
 from fastnnunet.images.overlap import refuse_overlap
@@ -57,11 +57,12 @@ def postprocess_folder(
     cleanup: Cleanup,
     *,
     workers: int = 1,
-    on_done: Callable[[Path, FastnnUNetError | None], None] | None = None,
+    progress: Listener = ignore,
 ) -> int:
     """Clean every label map of `folder` into `output` under the same name; returns how many there were.
 
-    A label map that fails is left out and reported with its error to `on_done(file, error)`; what else lies in the
+    A label map that fails is left out and reported: `progress` gets a `Result` of every file, its error
+    or None; what else lies in the
     folder is logged as a warning.
     Raises NotFoundError when there is none, SpecError when a result would replace a label map, DiskSpaceError when
     there is no room for the results.
@@ -89,8 +90,7 @@ def postprocess_folder(
             if isinstance(error, DiskSpaceError) or not isinstance(error, FastnnUNetError | None):
                 pool.shutdown(cancel_futures=True)
                 raise error
-            if on_done:
-                on_done(pending[done], error)
+            progress(Result(what=pending[done].name, value=error))
     return len(files)
 
 

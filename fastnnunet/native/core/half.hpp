@@ -21,6 +21,11 @@ FASTNNUNET_INLINE float float_of(std::uint32_t bits) {
     return value;
 }
 
+constexpr float kHalfOverflow = 65520;  // the smallest magnitude that rounds to infinity in float16
+
+// Whether float16 holds all of the values of which these are the limits; NaN is none.
+inline bool fits_half(float lowest, float highest) { return lowest > -kHalfOverflow && highest < kHalfOverflow; }
+
 // The float nearest to `value` that float16 can hold, ties to even, subnormals included. Magnitudes of 65520 and above,
 // where float16 has only infinity, stay finite.
 FASTNNUNET_INLINE float round_to_half(float value) {

@@ -1,16 +1,11 @@
 // Where an image of several channels is not zero.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "core/view.hpp"
 
 namespace fastnnunet {
-
-struct Box {
-    std::array<std::int64_t, 3> start, stop;  // half open
-};
 
 // Around the voxels that are not zero in any channel; the whole image if there are none. NaN is not zero.
 Box nonzero_box(const Volumes<const float>& channels, int threads);

@@ -175,7 +175,7 @@ struct Intermediate {
 template <class In, class Out>
 void resample(const Volume<const In>& in, const Volume<Out>& out, const AxisOperators& operators, Clip clip,
               int threads) {
-    const auto& [op_z, op_y, op_x] = operators;
+    const AxisOperator &op_z = operators[0], &op_y = operators[1], &op_x = operators[2];
     for (int axis = 0; axis < 3; ++axis) {
         if (in.shape[axis] != operators[axis].size_in() || out.shape[axis] != operators[axis].size_out()) {
             throw std::invalid_argument("resampling: arrays do not have the shapes of the operators");

@@ -6,6 +6,12 @@
 
 namespace fastnnunet {
 
+using Index = std::array<std::int64_t, 3>;  // z, y, x: a voxel, a shape, or the number of a chunk
+
+struct Box {
+    Index start, stop;  // half open
+};
+
 // The bits of an IEEE 754 half precision number.
 struct Half {
     std::uint16_t bits;

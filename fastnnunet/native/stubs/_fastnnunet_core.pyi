@@ -4,7 +4,7 @@ from typing import Annotated, overload
 import numpy
 from numpy.typing import NDArray
 
-INTERFACE: int = 3
+INTERFACE: int = 4
 
 def kl_classes(
     logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
@@ -59,6 +59,81 @@ def resample(
     clip: str,
     threads: int,
 ) -> None: ...
+
+class ResamplePlan:
+    @property
+    def orders(self) -> tuple[int, int, int]: ...
+    @property
+    def shape_out(self) -> tuple[int, int, int]: ...
+    @property
+    def separate_axis(self) -> int | None: ...
+    @property
+    def is_local(self) -> bool: ...
+    @property
+    def is_torch(self) -> bool: ...
+    @property
+    def keeps_dtype(self) -> bool: ...
+
+def resampled_shape(
+    shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]
+) -> tuple[int, int, int]: ...
+def plan_resampling(
+    torch: bool,
+    order: int,
+    order_z: int,
+    force_separate_z: bool | None,
+    anisotropy_threshold: float,
+    shape: Sequence[int],
+    shape_out: Sequence[int],
+    spacing: Sequence[float],
+    spacing_out: Sequence[float],
+) -> ResamplePlan | None: ...
+@overload
+def resample_planned(
+    values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    plan: ResamplePlan,
+    threads: int,
+) -> None: ...
+@overload
+def resample_planned(
+    values: Annotated[NDArray[numpy.float16], dict(shape=(None, None, None, None), device="cpu", writable=False)],
+    out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu")],
+    plan: ResamplePlan,
+    threads: int,
+) -> None: ...
+def centre_padding(size: int, least: int) -> tuple[int, int]: ...
+def tile_starts(image: Sequence[int], tile: Sequence[int], step_size: float) -> list[list[int]]: ...
+def gaussian_weights(out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")]) -> None: ...
+
+class ChunkedWindow:
+    @staticmethod
+    def of_chunks(
+        shape: Sequence[int], patch: Sequence[int], step_size: float, chunk: Sequence[int]
+    ) -> ChunkedWindow: ...
+    @staticmethod
+    def streamed(shape: Sequence[int], patch: Sequence[int], step_size: float) -> ChunkedWindow: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def tile(self) -> tuple[int, int, int]: ...
+    @property
+    def starts(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
+    @property
+    def bounds(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def tiles(self) -> tuple[tuple[int, int, int], ...]: ...
+    def chunk_slices(self, number: Sequence[int]) -> tuple[slice, slice, slice]: ...
+    def overlap(
+        self, tile_number: int, number: Sequence[int]
+    ) -> tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]: ...
+    def chunks_of(self, tile_number: int) -> list[tuple[int, int, int]]: ...
+    @property
+    def tiles_per_chunk(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None, None))]: ...
+    def peak_voxels(self, margin: int = 0) -> int: ...
+
 @overload
 def label_logits(
     logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
@@ -222,6 +297,7 @@ def limits(
     values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device="cpu", writable=False)],
     threads: int,
 ) -> tuple[float, float]: ...
+def fits_half(lowest: float, highest: float) -> bool: ...
 def nonzero_box(
     channels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), device="cpu", writable=False)],
     threads: int,

@@ -14,7 +14,7 @@ from typing import Any
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.geometry.resample import parse_label_resample_spec, parse_resample_spec
 from fastnnunet.nnunet.files.plans import configuration_of, intensity_properties
-from fastnnunet.specs.checks.reproducible import LABEL_MANAGER, normalization_problems, preprocessing_problems
+from fastnnunet.specs.checks.reproducible import LABEL_MANAGER, preprocessing_problems, unknown_scheme_problems
 
 log = logging.getLogger(__name__)
 # field of the plans -> package of nnunetv2 in which nnU-Net looks for what it names
@@ -107,7 +107,7 @@ def _irreproducible(plans: dict[str, Any], configuration: str) -> list[str]:
     manager, config = configuration_of(plans, configuration)
     problems = preprocessing_problems(config.configuration.get("preprocessor_name"), manager.plans.get("label_manager"))
     schemes = config.configuration.get("normalization_schemes") or ()
-    problems += normalization_problems(schemes, intensity_properties(manager))
+    problems += unknown_scheme_problems(schemes, intensity_properties(manager))
     # without a previous stage nnU-Net resamples a segmentation only to throw it away
     parsers = {"data": parse_resample_spec, "probabilities": parse_resample_spec, "seg": parse_label_resample_spec}
     for kind, parse in parsers.items():

@@ -97,6 +97,15 @@ def teacher_folder(spec: TeacherSpec) -> Path:
     return folder
 
 
+def trained_folds(model_folder: Path, checkpoint: str) -> tuple[int, ...]:
+    """The numbered folds that have a checkpoint, as nnU-Net detects them. Raises NotFoundError when there are none."""
+    names = (path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
+    folds = tuple(sorted(int(name) for name in names if name.isdigit()))
+    if not folds:
+        raise NotFoundError(f"no fold of {model_folder} has a {checkpoint}")
+    return folds
+
+
 def check_model_folder(folder: Path, folds: Sequence[int | str], checkpoint: str) -> None:
     """Raise NotFoundError unless these folds of a model folder are trained and its descriptions are there."""
     for name in ("plans.json", "dataset.json"):

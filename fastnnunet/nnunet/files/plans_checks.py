@@ -17,9 +17,9 @@ from fastnnunet.specs.checks.problems import (
     is_list,
     is_name,
     label_problems,
-    normalization_problems,
     patch_size_problems,
     resampling_problems,
+    scheme_list_problems,
     shown,
     spacing_problems,
     transpose_problems,
@@ -115,7 +115,7 @@ def _configuration_problems(plans: Mapping[str, Any], config: Mapping[str, Any])
     dims = len(config["patch_size"])
     problems += spacing_problems(config.get("spacing"), dims, "spacing")
     schemes = config.get("normalization_schemes")
-    problems += normalization_problems(schemes, config.get("use_mask_for_norm"), None)
+    problems += scheme_list_problems(schemes, config.get("use_mask_for_norm"), None)
     if is_list(schemes):
         for name in (n for n in _STATISTICS if n in plans):
             problems += intensity_problems(plans[name], schemes or (), name)

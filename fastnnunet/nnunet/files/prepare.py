@@ -1,6 +1,7 @@
 """nnU-Net's own planning and preprocessing as one call."""
 
 import contextlib
+import os
 from pathlib import Path
 
 from fastnnunet.errors import BuildError, MismatchError, SpecError
@@ -27,7 +28,7 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     with contextlib.ExitStack() as stack:
-        sink = stack.enter_context(open(log_file or "/dev/null", "a"))
+        sink = stack.enter_context(open(log_file or os.devnull, "a"))
         stack.enter_context(contextlib.redirect_stdout(sink))
         stack.enter_context(contextlib.redirect_stderr(sink))
         stack.enter_context(others_children())

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder, teacher_folder
+from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder
 from fastnnunet.nnunet.files.plans import (
     architecture_of,
     build_network,
@@ -20,7 +19,6 @@ from fastnnunet.specs.checks.json_text import read_json
 from fastnnunet.specs.checks.networks import find_network
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
-from fastnnunet.specs.teacher import TeacherSpec
 
 STOCK_TRAINER = "nnUNetTrainer"
 UNETS = "dynamic_network_architectures.architectures.unet."
@@ -42,13 +40,6 @@ def reduce_features(features_per_stage: list[int], student: StudentSpec) -> list
             f"expected r of at most {min(features_per_stage)}"
         )
     return [student.narrower(f) for f in features_per_stage]
-
-
-def trainer_of(teacher: TeacherSpec) -> str:
-    """The trainer named in the teacher's first checkpoint, which builds its network."""
-    return str(
-        load_checkpoint(teacher_folder(teacher) / f"fold_{teacher.folds[0]}" / teacher.checkpoint)["trainer_name"]
-    )
 
 
 def student_plans(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from ctypes import Array
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
@@ -25,6 +25,11 @@ from fastnnunet.errors import FastnnUNetError
 from fastnnunet.nnunet.trainer.loading_errors import loader_ended, not_handed_over
 from fastnnunet.nnunet.trainer.numbered import NumberedBatches
 from fastnnunet.system.children import become_child, in_main_thread, interrupts_held, stop
+
+if sys.platform == "win32":  # what `Pipe` gives there
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 _AHEAD = 2  # batches a process makes before they are asked for
 _NAME_BYTES = 512

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastnnunet.errors import (
     NotFoundError,
     SpecError,
 )
+from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.cases import PREPROCESSING_FIELDS, PreprocessedCases
 from fastnnunet.nnunet.files.paths import nnunet_folder
 from fastnnunet.nnunet.files.plans import configuration_of, intensity_properties, num_input_channels
@@ -49,8 +50,6 @@ _CONFIGURATION_FIELDS = (
     "resampling_fn_seg_kwargs",
     "preprocessor_name",
 )
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,12 @@ def read_record(file: Path) -> SetRecord:
 
 
 def preprocess_images(
-    target: ImageSet, images: Path, labelled: Sequence[str], processes: int, progress: Progress | None = None
+    target: ImageSet, images: Path, labelled: Sequence[str], processes: int, progress: Listener = ignore
 ) -> UnlabelledCases:
     """Bring a set up to date with a folder of images: new and changed ones are preprocessed, absent ones removed.
 
     Each case is there whole or not at all, and an interrupted call goes on where it stopped. `labelled` are the ids of
-    the data set's own cases; `progress` gets (cases done, cases).
+    the data set's own cases.
     Raises ImageError naming all images that cannot be used (the others are kept), NotFoundError, SpecError when the set
     was made from other images, MismatchError when ids are those of labelled cases, BuildError, DiskSpaceError.
     """
@@ -216,15 +215,15 @@ def preprocess_images(
             else:
                 known[case] = outcome
                 _write_record(target.record_file, record)
-            if progress is not None:
-                progress(len(known) + len(problems), len(found))
+            done = len(known) + len(problems)
+            progress(Progress(what="preprocessing images", done=done, total=len(found), unit="cases"))
     if problems:
         raise unusable(images, problems)
     return target.cases
 
 
 def expected_shapes(
-    target: ImageSet, images: Path, labelled: Sequence[str], processes: int, progress: Progress | None = None
+    target: ImageSet, images: Path, labelled: Sequence[str], processes: int, progress: Listener = ignore
 ) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
     """Shape (Z, Y, X) every case has or will have, and the cases not preprocessed yet; writes nothing.
 
@@ -243,8 +242,8 @@ def expected_shapes(
             problems[case] = reason_of(outcome)
         else:
             shapes[case] = outcome
-        if progress is not None:
-            progress(len(shapes) + len(problems), len(found))
+        done = len(shapes) + len(problems)
+        progress(Progress(what="reading images", done=done, total=len(found), unit="cases"))
     if problems:
         raise unusable(images, problems)
     return shapes, list(tasks)

@@ -126,7 +126,7 @@ def resampling_problems(entry: Any, name: str) -> list[str]:
     ]
 
 
-def normalization_problems(schemes: Any, masks: Any, channels: int | None) -> list[str]:
+def scheme_list_problems(schemes: Any, masks: Any, channels: int | None) -> list[str]:
     """Normalisation: a scheme and a switch (inside the non-zero mask) for each channel; None: for any number."""
     if not is_list(schemes, channels) or not all(isinstance(s, str) for s in schemes):
         count = "one" if channels is None else f"{channels} names, one"

@@ -26,7 +26,7 @@ def preprocessing_problems(preprocessor: Any, label_manager: Any) -> list[str]:
     ]
 
 
-def normalization_problems(schemes: Sequence[str], intensity_properties: Mapping[str, Any]) -> list[str]:
+def unknown_scheme_problems(schemes: Sequence[str], intensity_properties: Mapping[str, Any]) -> list[str]:
     """One line for each channel with a scheme the runtime does not have, or CT without its intensity statistics."""
     problems = []
     for index, scheme in enumerate(schemes):

@@ -31,6 +31,7 @@ from fastnnunet.cache.store.shard import ABSENT
 from fastnnunet.engines.base import LiveNetwork, Settings
 from fastnnunet.engines.labelling import resolve_precision
 from fastnnunet.engines.openvino import OpenVINOEngine
+from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.teachers.nnunet import LoadedTeacher, NnUNetTeacher
@@ -138,10 +139,8 @@ class NoReference(LoadedTeacher):
 def build(heads: int, size: int, patch: int, recipe: Path, root: Path) -> dict[str, Any]:
     """Build one case in this process and read random patches of it."""
     factory = BigTeacher(
-        folder=Path(),
-        configuration="3d_fullres",
+        files=ModelFolder(Path(), "3d_fullres", ""),
         folds=(0,),
-        checkpoint="",
         mirroring=False,
         step_size=0.5,
         precision=resolve_precision("auto"),

@@ -1,20 +1,16 @@
-"""What `fastnnunet cache` shows: progress bars, tables, numbers with units."""
+"""What `fastnnunet cache` shows: tables and sums."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastnnunet.cache.build import CaseDone
+from fastnnunet.api.view import View
 from fastnnunet.cache.find import case_differences
 from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL
-from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.plan import CachePlan
 from fastnnunet.cache.store.folder import CacheFolder, open_cache
@@ -23,128 +19,15 @@ from fastnnunet.cache.store.storage import Place
 from fastnnunet.cache.verify import CaseReport
 from fastnnunet.errors import CorruptError, NewerFormatError
 from fastnnunet.specs.canonical import differences, to_plain
+from fastnnunet.system.words import size_text, time_text
 
 console = Console(highlight=False, soft_wrap=True)
 TABLE_WIDTH = 200  # where there is no terminal and hence no width to fit into
 
 
-def size_text(size_bytes: float) -> str:
-    """`12.3 MB`, in powers of ten as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
-
-
-def time_text(seconds: float) -> str:
-    """`48 s`, `12 min` or `3.4 h`."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-@contextmanager
-def digest_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar for reading and hashing the cases, gone when done."""
-    with cases_progress("reading cases") as progress:
-        yield progress
-
-
-@contextmanager
-def cases_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over cases, gone when done."""
-    with Progress(
-        TextColumn(text),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-class BuildProgress:
-    """Bar over voxels, so that cases of different size leave the remaining time right; off a terminal a line a case."""
-
-    def __init__(self, job: CacheJob, todo: Sequence[str]) -> None:
-        self._todo = todo
-        self._stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)
-        self._total = len(job.cases)
-        self._exists = job.open() is not None
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=3600,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("loading the teacher", total=sum(map(job.voxels, todo)) or None)
-
-    def __enter__(self) -> "BuildProgress":
-        console.print(f"{self._stored} of {self._total} cases stored, {len(self._todo)} to do")
-        if self._todo:
-            if not self._exists:
-                console.print("first, the teacher is compared with nnU-Net's own predictor on a few patches")
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, event: CaseDone) -> None:
-        """Show one finished case."""
-        count = f"{event.done}/{event.total}"
-        if event.manifest is None:
-            console.print(f"{count} {event.case_id} [red]failed[/red]: {escape(event.error or '')}")
-        elif not console.is_terminal:
-            manifest = event.manifest
-            console.print(
-                f"{count} {event.case_id} {manifest.seconds:.1f} s, {size_text(manifest.stored_bytes)}, "
-                f"{manifest.stored_bytes / manifest.voxels:.2f} B/voxel"
-            )
-        self._progress.update(self._task, advance=event.voxels, description=f"{count} {event.case_id}")
-
-
-class VerifyProgress:
-    """Bar over cases."""
-
-    def __init__(self, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("checking"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,  # off a terminal it would leave a blank line
-        )
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> "VerifyProgress":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, _report: CaseReport) -> None:
-        """Count one case."""
-        self._progress.advance(self._task)
+def cache_view() -> View:
+    """Events on standard output, where the results of these commands go."""
+    return View(console=console)
 
 
 def print_preprocessing(folder: Path, missing: int, cases: int, size_bytes: int) -> None:
@@ -288,15 +171,6 @@ def print_differences(left: CacheFolder, right: CacheFolder) -> bool:
     for line in (*(f"  {field}" for field in fields), *case_differences(left.cases, right.cases)):
         console.print(escape(line))
     return False
-
-
-@contextmanager
-def gc_progress() -> Iterator[Callable[[str], None]]:
-    """The case being looked at, gone when done."""
-    columns = TextColumn("looking at"), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda case_id: bar.update(task, description=case_id)
 
 
 def print_leftovers(leftovers: Sequence[Leftover], *, dry_run: bool) -> None:

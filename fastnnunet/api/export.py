@@ -1,0 +1,136 @@
+"""`export`: a student, or a trained nnU-Net ensemble, as a validated bundle."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.api.names import find_run, note_bundle
+from fastnnunet.errors import NotFoundError
+from fastnnunet.events import Listener, ignore
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.specs.student import StudentSpec
+
+if TYPE_CHECKING:
+    from fastnnunet.export.parity import ParityReport
+
+Fold = int | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A bundle and how well it computes what PyTorch computes."""
+
+    bundle: Path
+    parity: "ParityReport"
+
+    @property
+    def described(self) -> str:
+        """The parity in words."""
+        report = self.parity
+        return (
+            f"parity with PyTorch on {report.patches} {'real' if report.real else 'noise'} patches: largest logit "
+            f"difference {report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
+            f"same label on {report.label_agreement:.3%} of voxels"
+        )
+
+
+def export(
+    model: Path,
+    folds: Fold | Sequence[Fold],
+    output: Path | None = None,
+    *,
+    checkpoint: str = "checkpoint_final.pth",
+    overwrite: bool = False,
+    graph: GraphSpec = GraphSpec(),
+    needs_real_patches: bool = True,
+    progress: Listener = ignore,
+) -> Exported:
+    """Write the bundle of an nnU-Net model folder, of a student (see `student_model`) as of any other.
+
+    Several folds make an ensemble. `output` None: `bundle` beside the checkpoint of the first fold. Without
+    `needs_real_patches` noise takes the place of preprocessed cases that are not there.
+    Raises what `fastnnunet.export.bundle.export_bundle` raises; nothing is at `output` then.
+    """
+    from fastnnunet.export.bundle import export_bundle
+
+    folds = (folds,) if isinstance(folds, int | str) else tuple(folds)
+    output = output or model / f"fold_{folds[0]}" / "bundle"
+    report = export_bundle(
+        model,
+        folds,
+        output,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+        graph=graph,
+        needs_real_patches=needs_real_patches,
+        progress=progress,
+    )
+    return Exported(bundle=output, parity=report)
+
+
+def export_named(
+    name: str, folds: Sequence[Fold] | None = None, output: Path | None = None, **options: Any
+) -> Exported:
+    """Write the bundle of a run that was trained under this name, where `find_bundle` finds it; see `export`.
+
+    `folds` default to those trained. Raises as `export`, and NotFoundError with the names there are.
+    """
+    run = find_run(name)
+    exported = export(run.model, folds or run.folds, output or run.bundle, **options)
+    note_bundle(run, exported.bundle)
+    return exported
+
+
+def student_model(
+    dataset: str,
+    student: StudentSpec,
+    distill: DistillSpec = DistillSpec(),
+    *,
+    configuration: str = "3d_fullres",
+    plans: str = "nnUNetPlans",
+    student_plans: str | None = None,
+    folds: Sequence[Fold] = (0,),
+) -> Path:
+    """The model folder of a student, found by what it was trained with, or by the name of its plans.
+
+    Raises NotFoundError with the command that trains it, or with the students that exist.
+    """
+    from fastnnunet.nnunet.files.paths import model_folder, resolve_dataset
+    from fastnnunet.nnunet.student.plans import STOCK_TRAINER, find_student
+
+    name = resolve_dataset(dataset)
+    if student_plans is not None:
+        folder = model_folder(name, STOCK_TRAINER, student_plans, configuration)
+        found = sorted(folder.parent.glob(f"*__{student_plans}__{configuration}"))  # a stock Primus has its own trainer
+        folder = found[0] if found else folder
+        if not folder.is_dir():
+            there = [p.name.split("__")[1] for p in sorted(folder.parent.glob(f"*__{plans}_*__{configuration}"))]
+            raise NotFoundError(f"no student at {folder}\nstudents that exist: {', '.join(there) or '(none)'}")
+        return folder
+    try:
+        return find_student(name, plans, configuration, student, distill)
+    except NotFoundError as e:
+        command = _train_command(dataset, configuration, plans, folds, student, distill)
+        raise NotFoundError(f"{e}\ntrain it with: {command}") from e
+
+
+def _train_command(
+    dataset: str, configuration: str, plans: str, folds: Sequence[Fold], student: StudentSpec, distill: DistillSpec
+) -> str:
+    """The `fastnnunet train` command of a student; one that is written out comes from a file."""
+    words = ["fastnnunet", "train", "-d", dataset, "-c", configuration, "-p", plans, "-f", *map(str, folds)]
+    if student.is_explicit:
+        words += ["--student", "FILE"]
+    elif student.size is not None:
+        words += ["-ts", student.size]
+    else:
+        words += ["-r", str(student.r)]
+        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
+        default = StudentSpec()
+        for flag, field in options.items():
+            if (value := getattr(student, field)) != getattr(default, field):
+                words += [flag, str(value)]
+    return shlex.join([*words, "-a", f"{distill.alpha:g}", "-temp", f"{distill.temperature:g}"])

@@ -1,0 +1,96 @@
+"""`label`: the soft labels of a teacher ensemble, computed once and stored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastnnunet.errors import CorruptError
+from fastnnunet.events import Listener, Message, ignore
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import TeacherSpec
+
+if TYPE_CHECKING:
+    from fastnnunet.cache.store.folder import CacheFolder
+    from fastnnunet.cache.store.storage import Place
+    from fastnnunet.teachers.images import UnlabelledJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """A complete cache; of images without labels also the name of their set, for a training."""
+
+    cache: "CacheFolder"
+    unlabelled: str | None
+
+
+def label(
+    teacher: TeacherSpec,
+    recipe: CacheSpec = CacheSpec(),
+    *,
+    recipe_file: Path | None = None,
+    root: "Place | None" = None,
+    images: Path | None = None,
+    name: str | None = None,
+    cases: Sequence[str] | None = None,
+    workers: int = 0,
+    threads: int | None = None,
+    scheduler: str | None = None,
+    memory_limit_bytes: int | None = None,
+    verify: bool = False,
+    progress: Listener = ignore,
+) -> Labelled:
+    """Label every case of the teacher's data set that is not in the cache yet; interrupted, the same call goes on.
+
+    `images` labels that folder of images without labels instead, as the set `name` (default: the folder's). `cases`:
+    only these, and damaged ones among them again. `root`: folder of the caches, default beside the cases. `workers`
+    processes (0: this one alone) of `threads` threads (default: all cores), or those of the dask cluster `scheduler`.
+    `recipe_file` is quoted in messages. `verify` reads the whole cache again.
+
+    Raises NotFoundError, SpecError, MismatchError, CorruptError, DiskSpaceError, StorageError, and CasesFailedError (a
+    BuildError) at the end when cases failed; the others are stored.
+    """
+    from fastnnunet.cache.build import build_cache
+    from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
+    from fastnnunet.engines.registry import available_cores
+    from fastnnunet.nnunet.files.model import model_folder_of
+    from fastnnunet.teachers.images import list_foreground, open_images
+    from fastnnunet.teachers.jobs import cache_job
+
+    # one process labels, and need not read the weights again that the digests took
+    files = model_folder_of(teacher, keep=teacher.folds if workers == 0 and scheduler is None else ())
+    unlabelled: UnlabelledJob | None = None
+    if images is None:
+        job = cache_job(teacher, recipe, root=root, spec_file=recipe_file, progress=progress, files=files)
+    else:
+        unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
+        job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
+    todo = job.todo(cases)
+    stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)
+    progress(Message(text=f"cache: {job.path}"))
+    progress(Message(text=f"{stored} of {len(job.cases)} cases stored, {len(todo)} to do"))
+    if todo and job.open() is None:
+        progress(Message(text="first, the teacher is compared with nnU-Net's own predictor on a few patches"))
+    cache = build_cache(
+        job,
+        workers=workers,
+        threads=threads or available_cores(),
+        scheduler=scheduler,
+        only=cases,
+        memory_limit_bytes=memory_limit_bytes or MEMORY_LIMIT_BYTES,
+        progress=progress,
+    )
+    if unlabelled is not None:
+        list_foreground(unlabelled, cache, workers, progress)
+    if verify:
+        _verify(cache, progress)
+    return Labelled(cache=cache, unlabelled=None if unlabelled is None else unlabelled.target.name)
+
+
+def _verify(cache: "CacheFolder", progress: Listener) -> None:
+    from fastnnunet.cache.verify import verify_cache
+
+    damaged = [f"{report.case_id}: {report.problem}" for report in verify_cache(cache, progress) if report.problem]
+    if damaged:
+        raise CorruptError("\n".join(["cases that did not verify, run the same command again:", *damaged]))
+    progress(Message(text=f"verified: all {len(cache.cases)} cases intact"))
