@@ -1,8 +1,9 @@
-"""One case in memory as a data set, and one sample of it through transforms as a loader would ask for it."""
+"""Soft labels of one case in memory, and one sample of it as a batch is made of."""
 
 import numpy as np
 
-from fastnnunet.nnunet.augment.soft_samples import SoftLabelDataset
+from fastnnunet.nnunet.augment.drawn_first import within
+from fastnnunet.nnunet.augment.soft_samples import read_box
 
 NNUNETS = {"border_mode_seg": "constant", "padding_value_seg": -1}  # settings nnU-Net gives its spatial transform
 
@@ -18,27 +19,13 @@ class SoftLabel:
         return self.soft_SZYX[(slice(None), *map(slice, lower, upper))]
 
 
-class Images:
-    identifiers = ("case",)
-
-    def __init__(self, image_CZYX):
-        self.image_CZYX = image_CZYX
-
-    def load_case(self, _identifier):
-        return (self.image_CZYX,)
-
-
-def dataset_of(image_CZYX, soft_SZYX):
-    """A data set that has loaded its only case."""
-    dataset = SoftLabelDataset(Images(image_CZYX), SoftLabel(soft_SZYX))
-    dataset.load_case("case")
-    return dataset
-
-
-def transformed(transforms, image, label, soft):
-    """What `transforms` make of a sample for which nnU-Net would load the whole case (C, Z, Y, X), or (C, Y, X)."""
+def transformed(samples, image, label, soft):
+    """A sample for which nnU-Net would load the whole case (C, Z, Y, X), or (C, Y, X)."""
     planes = (1,) * (4 - image.ndim)
-    volumes = (v.reshape(len(v), *planes, *v.shape[1:]) for v in (image, soft))
-    lower, upper = transforms.begin(dataset_of(*volumes), ([0] * 3, [*planes, *image.shape[1:]]))
-    part = (..., *[slice(k, u) for k, u in zip(lower, upper, strict=True)][len(planes) :])
-    return transforms(image[part].clone(), label[part].clone())
+    volume = np.asarray(soft).reshape(len(soft), *planes, *soft.shape[1:])
+    space = volume.shape[1:]
+    drawn = samples.draw(space)
+    box = within(([0] * 3, list(space)), drawn.part)
+    part = (..., *[slice(k, u) for k, u in zip(*box, strict=True)][len(planes) :])
+    soft_box = read_box(SoftLabel(volume), "case", space, box)
+    return samples.make(image[part].clone(), label[part].clone(), soft_box, drawn)

@@ -23,7 +23,7 @@ from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.augment.device import CHANGES, device_augmentation, recognise
 from fastnnunet.nnunet.augment.soft_samples import opinions
 from fastnnunet.nnunet.augment.spatial import sample_labels, sampling_grid
-from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
+from fastnnunet.nnunet.trainer.seeds import generators_kept, seed_generators
 from tests.samples import transformed
 
 ROTATION = (-np.pi / 6, np.pi / 6)
@@ -89,11 +89,11 @@ def sample(kind, seed=0, labels=(-1, 0, 1, 2, 3)):
 def on_device(transforms, samples, seeds, device="cpu"):
     """The way of a training: drawn and cropped by the loader, the rest with the whole batch."""
     augmentation = recognise(transforms)
-    loader = DrawnSamples(augmentation, CHANNELS, soft=True)
+    loader, drawn = DrawnSamples(augmentation, CHANNELS), []
     for (image, label, soft), seed in zip(samples, seeds, strict=True):
         seed_generators(seed)
-        transformed(loader, image, label, soft[:-1])
-    batch = loader.batch(data=None, target=None, keys=["case"] * len(samples))
+        drawn.append(transformed(loader, image, label, soft[:-1]))
+    batch = loader.stack(drawn)
     return next(AugmentedBatches(iter([batch]), augmentation, torch.device(device), STACKED))
 
 

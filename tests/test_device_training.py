@@ -15,7 +15,7 @@ from fastnnunet.nnunet.augment.batches import AugmentedBatches
 from fastnnunet.nnunet.augment.soft_samples import has_opinion
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer import trainer as trainer_module
-from fastnnunet.nnunet.trainer.loading import Share
+from fastnnunet.nnunet.trainer.distributed import Share
 from pipelines.measure.train.step_speed import batches_of, make_trainer
 from tests.test_device_augmentation import without_noise
 from tests.test_distill_seeds import assert_same, build, make_job, trained

@@ -8,8 +8,8 @@ import torch
 
 from fastnnunet.distill.train import _configure, check_job
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.augment.soft_samples import NO_OPINION
-from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
+from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms
+from fastnnunet.nnunet.trainer.seeds import generators_kept, seed_generators
 from fastnnunet.specs.distill import DistillSpec
 from tests.samples import transformed
 from tests.test_distill_seeds import make_job
@@ -36,7 +36,8 @@ def transforms(job):
     rotation, dummy_2d, initial, mirrors = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     trainer.soft_labels = LabelAsSoftLabel(initial)
     patch = trainer.configuration_manager.patch_size
-    return trainer, trainer.get_training_transforms(patch, rotation, None, mirrors, dummy_2d), mirrors
+    augment = trainer._augmenter.get_training_transforms(patch, rotation, None, mirrors, dummy_2d)
+    return trainer, SampleTransforms(augment), mirrors
 
 
 @pytest.mark.parametrize("augmentation", ["default", "da5"])
@@ -46,9 +47,8 @@ def test_soft_label_stays_on_the_label(world, augmentation):
     with generators_kept():
         for seed in range(60):
             seed_generators(seed, 0, 0)
-            out = transformed(augment, *trainer.soft_labels.sample())
-            assert out["image"].shape[0] == 1
-            label_ZYX, soft_SZYX = out["segmentation"][0][0], out["segmentation"][-1]
+            image, ((label_ZYX,), soft_SZYX) = transformed(augment, *trainer.soft_labels.sample())
+            assert image.shape[0] == 1
             expected_SZYX = torch.stack([label_ZYX == c for c in (1, 2)]).float()
             inside = soft_SZYX.sum(0) > 0.999  # interpolated borders are soft, what is beyond has no soft label
             inside |= soft_SZYX.sum(0) == 0
@@ -70,14 +70,14 @@ def test_one_grid_is_nnunets_own_sampling(world, augmentation):
         for seed in range(20):
             image, label, soft = trainer.soft_labels.sample()
             seed_generators(seed, 0, 0)
-            got = transformed(augment, image, label, soft)
+            our_image, (our_label, our_soft) = transformed(augment, image, label, soft)
             seed_generators(seed, 0, 0)
             with_coverage = torch.cat([soft, torch.ones_like(image)])
             expected = alone(image=image.clone(), segmentation=label.clone(), regression_target=with_coverage)
-            torch.testing.assert_close(got["image"], expected["image"], rtol=1e-5, atol=1e-5)
-            assert torch.equal(got["segmentation"][0], expected["segmentation"])
+            torch.testing.assert_close(our_image, expected["image"], rtol=1e-5, atol=1e-5)
+            assert torch.equal(our_label, expected["segmentation"])
             *soft, coverage = expected["regression_target"]
-            for ours, nnunets in zip(got["segmentation"][-1], soft, strict=True):
+            for ours, nnunets in zip(our_soft, soft, strict=True):
                 torch.testing.assert_close(ours[coverage >= 0.5] * coverage[coverage >= 0.5], nnunets[coverage >= 0.5])
                 assert torch.equal(ours[coverage == 1], nnunets[coverage == 1])
                 assert (ours[coverage < 0.5] == NO_OPINION).all()
@@ -90,7 +90,7 @@ def test_without_mirrored_patches(world):
     with generators_kept():
         seed_generators(0, 0, 0)
         for _ in range(40):
-            first = transformed(augment, *trainer.soft_labels.sample())["segmentation"][0][0]
+            _, ((first,), _) = transformed(augment, *trainer.soft_labels.sample())
             assert first[0].sum() <= first[-1].sum()  # class 0 stays where z is small: no flip ever
 
 

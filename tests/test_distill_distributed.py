@@ -12,8 +12,7 @@ import torch
 from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.train import run_folder, train_student
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.trainer.distributed import LossOverValidVoxels, valid_share
-from fastnnunet.nnunet.trainer.loading import Share
+from fastnnunet.nnunet.trainer.distributed import LossOverValidVoxels, Share, valid_share
 from fastnnunet.nnunet.trainer.mixing import loss_of_samples
 from tests.test_distill_seeds import build, make_job
 from tests.test_kinds import prepare

@@ -14,7 +14,8 @@ from fastnnunet.cli.guard import guarded
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.trainer.loading import NumberedBatches, ordered_batches
+from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.numbered import NumberedBatches
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -75,9 +76,10 @@ def assert_events(folder, logging):
 
 
 class Draws:
-    """A loader whose batch is what the three generators give."""
+    """A maker whose batch is what the three generators give."""
 
-    def __next__(self):
+    def make(self, number, _is_loading):
+        number.begin()
         return {"draws": (random.random(), float(np.random.rand()), float(torch.rand(())))}
 
 

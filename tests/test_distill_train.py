@@ -18,7 +18,7 @@ from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed
+from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed, read_box
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.nnunet.student.plans import find_student, reduce_features
@@ -29,7 +29,7 @@ from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import cache_for_training
-from tests.samples import NNUNETS, dataset_of, transformed
+from tests.samples import NNUNETS, SoftLabel, transformed
 from tests.tiny import CONFIGURATION, DATASET
 
 CACHE = CacheSpec(precision="fp32", mirroring=False, engine="torch")  # loads at once; OpenVINO compiles each fold
@@ -65,13 +65,13 @@ class TestSoftLabelsMoveWithTheImage:
     def test_crop_and_padding(self, image):
         from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
-        dataset = dataset_of(image, image)
+        labels, shape = SoftLabel(image), image.shape[1:]
         for box in ([[-3, 15], [4, 30], [0, 24]], [[2, 4], [-5, 40], [20, 30]]):
-            lower, upper = zip(*box, strict=True)
-            space = [u - k for k, u in box]
-            soft = placed(*dataset.read_soft(lower, upper), space)
+            soft = placed(read_box(labels, "case", shape, tuple(zip(*box, strict=True))))
             np.testing.assert_array_equal(soft, crop_and_pad_nd(image, box, NO_OPINION))
-        assert (placed(*dataset.read_soft((25, 0, 0), (30, 5, 5)), (5, 5, 5)) == NO_OPINION).all()
+        beyond = placed(read_box(labels, "case", shape, ((25, 0, 0), (30, 5, 5))))
+        assert beyond.shape == (1, 5, 5, 5)
+        assert (beyond == NO_OPINION).all()
 
     def test_rotation_scaling_and_mirrors(self, image):
         from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -81,20 +81,20 @@ class TestSoftLabelsMoveWithTheImage:
         spatial = SpatialTransform(
             (16, 16, 16), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.7, 1.4), **NNUNETS
         )
-        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]), soft=True)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2))]))
         np.random.seed(3)
         for _ in range(5):
-            out = transformed(split, torch.from_numpy(image), torch.zeros(image.shape, dtype=torch.int16), image)
-            soft = out["segmentation"][-1]
-            assert out["image"].shape == soft.shape == (1, 16, 16, 16)
+            label = torch.zeros(image.shape, dtype=torch.int16)
+            out, (_, soft) = transformed(split, torch.from_numpy(image), label, image)
+            assert out.shape == soft.shape == (1, 16, 16, 16)
             inside = soft >= 0
             assert inside.float().mean() > 0.8
             assert inside.equal(has_opinion(soft[None])[0])
             # linear interpolation with zeros around: at the border the image is darkened, the soft label is not
-            assert (soft[inside] >= out["image"][inside] - 1e-6).all()
+            assert (soft[inside] >= out[inside] - 1e-6).all()
             deep = torch.zeros(1, 16, 16, 16, dtype=torch.bool)
             deep[:, 6:10, 6:10, 6:10] = True
-            torch.testing.assert_close(soft[deep], out["image"][deep])
+            torch.testing.assert_close(soft[deep], out[deep])
 
     def test_intensity_transforms_leave_it_alone(self, image):
         from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -108,10 +108,10 @@ class TestSoftLabelsMoveWithTheImage:
                 return self.transform(**data)
 
         brighter = Always(MultiplicativeBrightnessTransform((2.0, 2.0), False, 1))
-        split = SampleTransforms(ComposeTransforms([brighter]), soft=True)
-        out = transformed(split, torch.from_numpy(image), torch.zeros(image.shape), image)
-        torch.testing.assert_close(out["segmentation"][-1], torch.from_numpy(image))
-        torch.testing.assert_close(out["image"], 2 * torch.from_numpy(image))
+        split = SampleTransforms(ComposeTransforms([brighter]))
+        out, (_, soft) = transformed(split, torch.from_numpy(image), torch.zeros(image.shape), image)
+        torch.testing.assert_close(soft, torch.from_numpy(image))
+        torch.testing.assert_close(out, 2 * torch.from_numpy(image))
 
     def test_no_opinion_beyond_the_volume(self, image):
         """A box half beyond the volume, by hand: the soft label inside, nothing outside; rotated, SciPy's shares."""
@@ -126,16 +126,19 @@ class TestSoftLabelsMoveWithTheImage:
             for v in (image, np.ones_like(image))
         )
         label = torch.zeros(1, *patch.shape[1:], dtype=torch.int16)
-        plain = SampleTransforms(ComposeTransforms([]), soft=True)
-        assert plain.begin(dataset_of(image, image), box) == box
-        soft = plain(patch, label)["segmentation"][-1]
+        plain = SampleTransforms(ComposeTransforms([]))
+        soft_box = read_box(SoftLabel(image), "case", image.shape[1:], box)
+        drawn = plain.draw(patch.shape[1:])
+        assert drawn.part == tuple(slice(0, n) for n in patch.shape[1:])
+        soft = plain.make(patch, label, soft_box, drawn)[1][-1]
         assert (soft[:, :8] == NO_OPINION).all()
         np.testing.assert_array_equal(soft[:, 8:], image[:, :12])
 
         spatial = SpatialTransform((16, 16, 16), 0, False, p_rotation=1, rotation=(0.4, 0.4), p_scaling=0, **NNUNETS)
-        rotating = SampleTransforms(ComposeTransforms([spatial]), soft=True)
-        assert rotating.begin(dataset_of(image, image), box) == box
-        soft = rotating(patch, label)["segmentation"][-1][0].numpy()
+        rotating = SampleTransforms(ComposeTransforms([spatial]))
+        drawn = rotating.draw(patch.shape[1:])
+        assert drawn.part == tuple(slice(0, n) for n in patch.shape[1:])
+        soft = rotating.make(patch, label, soft_box, drawn)[1][-1][0].numpy()
         grid = spatial.get_parameters(image=patch)["grid"].numpy()
         positions = [((grid[..., -1 - a] + 1.0) * n - 1) / 2 for a, n in enumerate(patch.shape[1:])]
         values, share = (
@@ -145,14 +148,6 @@ class TestSoftLabelsMoveWithTheImage:
         assert ((share > 0.01) & (share < 0.99)).any()
         expected = np.where(share > 0.5, values / np.maximum(share, 0.5), -1)
         np.testing.assert_allclose(soft[clear], expected[clear], atol=1e-4)
-
-    def test_without_a_box_there_is_no_soft_label(self, image):
-        """The batch nnU-Net makes with its loaders, and throws away."""
-        from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-
-        label = torch.zeros(image.shape, dtype=torch.int16)
-        out = SampleTransforms(ComposeTransforms([]), soft=True)(torch.from_numpy(image), label)
-        assert torch.equal(out["segmentation"], label)
 
     def test_tempered_background_is_not_certain_beyond_the_volume(self):
         """Where nothing is known the loss is 0 with no gradient; what is known weighs as if the rest were not there."""

@@ -10,9 +10,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from fastnnunet import native
 from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet.augment.drawn_first import DrawnBoxes, SpatialDrawnFirst, points_of
+from fastnnunet.nnunet.augment.drawn_first import SpatialDrawnFirst, points_of
 from fastnnunet.nnunet.augment.soft_samples import SampleTransforms
-from fastnnunet.nnunet.trainer.loading import generators_kept, seed_generators
+from fastnnunet.nnunet.trainer.batches import SampledBatches
+from fastnnunet.nnunet.trainer.seeds import generators_kept, seed_generators
 
 LABELS = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 KINDS = {  # patch, what nnU-Net loads for it, shape of the volume, whether planes are rotated
@@ -52,6 +53,17 @@ class Volumes:
         return self.image, self.label, self.previous, self.properties
 
 
+class Once:
+    """The number of a batch for which generators are seeded once, as for nnU-Net's loader, and not for each sample."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def begin(self, *sample):
+        if not sample:
+            seed_generators(self.number)
+
+
 def batches(kind, trainer, *, drawn_first, cascade, count=12):
     patch, loaded, shape, planes = KINDS[kind]
     transforms = trainer.get_training_transforms(
@@ -64,21 +76,12 @@ def batches(kind, trainer, *, drawn_first, cascade, count=12):
         foreground_labels=[1, 2],
     )
     volumes = Volumes(shape, cascade)
-    loader = nnUNetDataLoader(
-        volumes,
-        2,
-        loaded,
-        patch,
-        LABELS,
-        0.5,
-        transforms=SampleTransforms(transforms, soft=False) if drawn_first else transforms,
-    )
-    if drawn_first:
-        DrawnBoxes(loader)
+    loader = nnUNetDataLoader(volumes, 2, loaded, patch, LABELS, 0.5, transforms=transforms)
+    maker = SampledBatches(loader=loader, cases=volumes, samples=SampleTransforms(transforms), soft=False)
     out = []
-    for number in range(count):
-        seed_generators(number)
-        out.append(next(loader))
+    for number in map(Once, range(count)):
+        number.begin()
+        out.append(maker.make(number, lambda _case: None) if drawn_first else next(loader))
     return out, volumes.image.read
 
 

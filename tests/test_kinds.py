@@ -402,12 +402,12 @@ class TestCascade:
             (20, 20, 20), 0, False, p_rotation=1, rotation=(-0.5, 0.5), p_scaling=1, scaling=(0.8, 1.2), **NNUNETS
         )
         one_hot = MoveSegAsOneHotToDataTransform(1, [1, 2], remove_channel_from_source=True)
-        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]), soft=True)
+        split = SampleTransforms(ComposeTransforms([spatial, MirrorTransform((0, 1, 2)), one_hot]))
         np.random.seed(3)
         torch.manual_seed(3)
         for _ in range(4):
             out = transformed(split, ball, torch.cat([ball, 2 * ball]).to(torch.int16), ball)
-            (image, is_1, is_2), (label, soft) = out["image"], out["segmentation"]
+            (image, is_1, is_2), (label, soft) = out
             torch.testing.assert_close(soft[0].clamp(min=0), image)  # -1 beyond the volume
             assert label.shape == (1, 20, 20, 20)
             label = label.clamp(min=0)  # -1 beyond the volume

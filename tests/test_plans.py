@@ -23,7 +23,7 @@ from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, resolved
 from fastnnunet.nnunet.student.fit import check_fit, network_cost
 from fastnnunet.nnunet.student.plans import RESIDUAL, student_plans
-from fastnnunet.nnunet.trainer.loading import WritableCases
+from fastnnunet.nnunet.trainer.cases import WritableCases
 from fastnnunet.nnunet.versions import OLDEST, TRAINING, require_versions
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob, run_folder, train_student, train_students
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
-from fastnnunet.nnunet.augment.soft_samples import SoftLabelDataset
+from fastnnunet.nnunet.augment.soft_samples import placed
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.checkpoint_digest import DIGEST
 from fastnnunet.nnunet.trainer import mixing
-from fastnnunet.nnunet.trainer.loading import NumberedBatches, Share
-from fastnnunet.nnunet.trainer.mixing import JoinedDataset, Unlabelled, loss_of_samples
+from fastnnunet.nnunet.trainer.batches import SampledBatches
+from fastnnunet.nnunet.trainer.cases import JoinedDataset, SoftLabelDataset
+from fastnnunet.nnunet.trainer.distributed import Share
+from fastnnunet.nnunet.trainer.mixing import Unlabelled, loss_of_samples
+from fastnnunet.nnunet.trainer.seeds import BatchNumber
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 from fastnnunet.nnunet.unlabelled.foreground import read_locations
 from fastnnunet.nnunet.unlabelled.sets import UnlabelledCases
@@ -218,22 +222,45 @@ class TestShare:
                 assert 420 < (drawn[:, place] == name).sum() < 580
 
     def test_processes_make_their_part_of_the_same_batch(self):
-        def keys(share, numbers):
-            from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+        class Keys:
+            """Samples that are only counted, and a loader that knows which cases there are."""
 
-            loader = object.__new__(nnUNetDataLoader)
-            loader.batch_size, loader.indices = 4, list("abcdef")
-            loader.get_indices = lambda: np.random.choice(loader.indices, loader.batch_size)
-            loader.get_do_oversample = lambda index: False
-            batches = NumberedBatches(
-                loader, seed=3, stream=0, start=0, num_processes=0, share=share, unlabelled=part(0.375, "u", "v")
+            batch_size, patch_size_was_2d = 4, False
+
+            def get_indices(self):
+                return np.random.choice(list("abcdef"), self.batch_size)
+
+            def get_do_oversample(self, _place):
+                return False
+
+            def get_bbox(self, shape, _show_foreground, _locations):
+                return [0] * 3, list(shape)
+
+            def load_case(self, key):
+                return (
+                    np.zeros((1, 2, 2, 2), np.float32),
+                    np.zeros((1, 2, 2, 2), np.int8),
+                    None,
+                    {"class_locations": {}},
+                )
+
+            def draw(self, loaded):
+                return SimpleNamespace(part=tuple(slice(0, n) for n in loaded))
+
+            def make(self, *_sample):
+                return None
+
+            def stack(self, samples):
+                return {"data": len(samples), "target": None}
+
+        def keys(share, numbers):
+            fake = Keys()
+            maker = SampledBatches(
+                loader=fake, cases=fake, samples=fake, soft=False, share=share, unlabelled=part(0.375, "u", "v")
             )
-            out = []
-            for number in numbers:
-                batches._number = number
-                np.random.seed(number)
-                out.append(loader.get_indices())
-            return out
+            batches = [maker.make(BatchNumber(3, 0, number), lambda _case: None) for number in numbers]
+            assert all(batch["data"] == len(batch["keys"]) for batch in batches)
+            return [batch["keys"] for batch in batches]
 
         whole = keys(Share(), range(6))
         halves = zip(keys(Share(0, 2), range(6)), keys(Share(1, 2), range(6)), strict=True)
@@ -322,8 +349,7 @@ class TestTraining:
         np.testing.assert_array_equal(loaded[tuple(slice(0, n) for n in loaded.shape)], image)
         folder = next(p.parent for p in (prepared / "preprocessed").rglob("tiny_11/zarr.json")).parent
         stored = SoftLabelReader(folder).read_case("tiny_11")
-        soft, start = joined.read_soft((0, 0, 0), image.shape[1:])
-        assert start == [0, 0, 0]
+        soft = placed(joined.read_soft("tiny_11", image.shape[1:], ((0, 0, 0), image.shape[1:])))
         np.testing.assert_allclose(soft, stored / np.float32(255), atol=1e-6)
         assert previous is None
         assert segmentation.shape[1:] == image.shape[1:]

@@ -1,57 +1,57 @@
 """Batches that are drawn and cropped in loader processes and augmented on the device.
 
-The loader's part draws what is to happen to a sample before nnU-Net's loader cuts it out (`drawn_first.py`), so that no
-more than that takes is read and sent to the device.
+What is to happen to a sample is drawn before it is read (`drawn_first.py`), so that no more than that takes is read and
+sent to the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastnnunet.nnunet.augment.device import DeviceAugmentation, SampleDraws
-from fastnnunet.nnunet.augment.drawn_first import Box, size_of, within
-from fastnnunet.nnunet.augment.soft_samples import placed
+from fastnnunet.nnunet.augment.soft_samples import SoftBox, placed
 
 
-def stacked(image: torch.Tensor, dataset: Any, box: Box) -> torch.Tensor:
+def stacked(image: torch.Tensor, soft: SoftBox) -> torch.Tensor:
     """Image (C, box), and under it the soft label and its coverage, zeros beyond the volume: (C + S + 1, box)."""
-    soft_SZYX, start = dataset.read_soft(*box)
-    covered = np.concatenate([soft_SZYX, np.ones_like(soft_SZYX[:1])])
-    under = placed(covered, start, size_of(box), outside=0)
-    return torch.cat([image, torch.from_numpy(under).reshape(-1, *image.shape[1:])])
+    values = soft.values_SZYX
+    covered = SoftBox(np.concatenate([values, np.ones_like(values[:1])]), soft.start_zyx, soft.space_zyx)
+    return torch.cat([image, torch.from_numpy(placed(covered, outside=0)).reshape(-1, *image.shape[1:])])
 
 
+@dataclass(frozen=True, slots=True)
+class PartDraws:
+    """The part of the last axes to load for a sample, and what is done to it on the device."""
+
+    part: tuple[slice, ...]
+    draws: SampleDraws
+
+
+@dataclass(frozen=True, slots=True)
 class DrawnSamples:
-    """Stands for the transforms of nnU-Net's loader, which makes a batch of them; `batch` puts the samples into it."""
+    """Samples as they are read, and what was drawn for them; a batch has lists of them, as their sizes differ."""
 
-    def __init__(self, augmentation: DeviceAugmentation, num_channels: int, *, soft: bool) -> None:
-        self._augmentation, self._num_channels, self._soft = augmentation, num_channels, soft
-        self._samples: list[tuple[Any, ...]] = []
-        self._place: tuple[Any, Box] | None = None
-        self._draws: SampleDraws | None = None  # of the next sample
+    augmentation: DeviceAugmentation
+    num_channels: int
 
-    def begin(self, dataset: Any, box: Box) -> Box:
-        """Draw for the next sample: the part of `box` of the case that `dataset` has loaded last that it takes."""
-        loaded = size_of(box)
-        draws = self._draws = self._augmentation.draw(self._num_channels, loaded)
-        box = within(box, self._augmentation.needed(loaded, draws.affine))
-        self._place = dataset, box
-        return box
+    def draw(self, loaded_zyx: Sequence[int]) -> PartDraws:
+        """What to load of a box of `loaded_zyx` voxels for the next sample, and what happens to it."""
+        draws = self.augmentation.draw(self.num_channels, loaded_zyx)
+        return PartDraws(self.augmentation.needed(loaded_zyx, draws.affine), draws)
 
-    def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Keep one sample. nnU-Net's loader wants samples of one shape, and gets empty ones."""
-        if self._soft and self._place is not None:
-            image = stacked(image, *self._place)
-        self._samples.append((image, segmentation, self._draws))
-        return {"image": torch.empty(0), "segmentation": torch.empty(0, dtype=segmentation.dtype)}
+    def make(
+        self, image: torch.Tensor, label: torch.Tensor, soft: SoftBox | None, drawn: PartDraws
+    ) -> tuple[torch.Tensor, torch.Tensor, SampleDraws]:
+        """One sample: what was loaded for it, the soft label under the image."""
+        return image if soft is None else stacked(image, soft), label, drawn.draws
 
-    def batch(self, **batch: Any) -> dict[str, Any]:
-        """The batch nnU-Net's loader has made, with lists of samples and their draws in the place of tensors."""
-        stacked, labels, draws = map(list, zip(*self._samples[-len(batch["keys"]) :], strict=True))
-        self._samples.clear()
-        return {**batch, "data": stacked, "target": labels, "draws": draws}
+    def stack(self, samples: Sequence[tuple[torch.Tensor, torch.Tensor, SampleDraws]]) -> dict[str, Any]:
+        """A batch for AugmentedBatches."""
+        images, labels, draws = map(list, zip(*samples, strict=True))
+        return {"data": images, "target": labels, "draws": draws}
 
 
 class AugmentedBatches:

@@ -2,17 +2,17 @@
 
 nnU-Net's loader reads a patch that is large enough for every rotation and scaling, four times the voxels of a cubic
 training patch, and its spatial transform then draws neither of the two for most samples (64 of 100) and crops the
-middle. Here the transforms draw right after nnU-Net's loader has chosen where the sample is. Reading draws nothing, so
-every number comes from the same place of the same generators as without this module, and the samples are the same.
-Shapes: ZYX (or YX) space.
+middle. Here the transforms draw right after nnU-Net's `get_bbox` has chosen where the sample is. Reading draws nothing,
+so every number comes from the same place of the same generators as in nnU-Net, and the samples are the same.
+Shapes: C channels, K label channels, ZYX (or YX) space.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
 from fastnnunet import native
@@ -47,7 +47,7 @@ def check_settings(transform: Any, settings: Mapping[str, Any]) -> None:
 
 
 def image_of(num_channels: int, space: Sequence[int]) -> torch.Tensor:
-    """An image for transforms to look at the shape of; it takes no memory."""
+    """An image for transforms, which draw for its shape, to look at; it takes no memory."""
     return torch.empty(1).expand(num_channels, *space)
 
 
@@ -75,65 +75,50 @@ def points_of(grid: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(grid.reshape(-1, grid.shape[-1]).numpy())
 
 
-class SpatialDrawnFirst(BasicTransform):  # type: ignore[misc]
-    """nnU-Net's spatial transform in two steps.
+@dataclass(frozen=True, slots=True)
+class SpatialDraw:
+    """What was drawn for a sample: the part of the last axes to load, and where in it the sample is interpolated.
 
-    `draw` says which part of what would be loaded the next sample takes; called with that part, this does what was
-    drawn. Called without, it is nnU-Net's. Image and label are sampled together by the compiled core, whose cost does
-    not grow with the number of labels, to the same bits (planes: images to 1e-5 of their range).
+    `grid` (patch, D) counts in units of what is loaded; None: the part is the sample.
+    """
+
+    part: tuple[slice, ...]
+    grid: torch.Tensor | None
+
+
+class SpatialDrawnFirst:
+    """nnU-Net's spatial transform in two steps: `draw` says what to load for a sample, `sample` does what was drawn.
+
+    Image and label are sampled together by the compiled core, whose cost does not grow with the number of labels, to
+    the same bits (planes: images to 1e-5 of their range).
     Raises MismatchError for a transform with other settings than nnU-Net's trainers give it.
     """
 
     def __init__(self, spatial: SpatialTransform) -> None:
-        super().__init__()
         check_settings(spatial, SAMPLING)
         self._spatial = spatial
-        self._drawn: dict[str, Any] | None = None
 
     @property
-    def grid(self) -> torch.Tensor | None:
-        """Where the next sample is interpolated, (patch, D) in units of what is loaded; None: it is only cropped."""
-        return None if self._drawn is None else self._drawn["grid"]
+    def _dims(self) -> int:
+        return len(self._spatial.patch_size)
 
-    def draw(self, loaded_zyx: Sequence[int]) -> tuple[slice, ...]:
-        """Draw for the next sample: the part of the last axes of `loaded_zyx` to load."""
+    def draw(self, loaded_zyx: Sequence[int]) -> SpatialDraw:
+        """Draw for a sample of a box of `loaded_zyx` voxels from the global generators of NumPy and torch."""
+        space = loaded_zyx[-self._dims :]
+        grid = self._spatial.get_parameters(image=image_of(1, space))["grid"]
         patch = [int(n) for n in self._spatial.patch_size]
-        space = loaded_zyx[-len(patch) :]
-        self._drawn = self._spatial.get_parameters(image=image_of(1, space))
-        return middle(patch, space) if self.grid is None else tuple(slice(0, n) for n in space)
+        return SpatialDraw(middle(patch, space) if grid is None else tuple(slice(0, n) for n in space), grid)
 
-    def __call__(self, **sample: Any) -> dict[str, Any]:
-        if self._drawn is None:
-            return dict(self._spatial(**sample))
-        grid, self._drawn = self.grid, None
-        if grid is None:
-            return sample
-        image, label = (
-            t.reshape(len(t), *(1,) * (4 - t.ndim), *t.shape[1:]).numpy()
-            for t in (sample["image"], sample["segmentation"])
-        )
-        outside = int(self._spatial.padding_value_seg)
-        values, labels = native.sample(image, label, points_of(grid), outside, threads=1)
-        patch = grid.shape[:-1]
-        return sample | {
-            "image": torch.from_numpy(values.reshape(-1, *patch)),
-            "segmentation": torch.from_numpy(labels.reshape(-1, *patch)),
-        }
-
-
-class DrawnBoxes:
-    """Stands for `get_bbox` of nnU-Net's `loader`: the part of its box that the transforms take, once they have drawn.
-
-    `loader.transforms.begin(data set, box)` returns that part.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-        loader.get_bbox = self
-
-    def __call__(self, *where: Any) -> Box:
-        """First and last voxel + 1 along each axis."""
-        loader = self._loader
-        lower, upper = type(loader).get_bbox(loader, *where)
-        box: Box = loader.transforms.begin(loader._data, (list(lower), list(upper)))
-        return box
+    def sample(
+        self, image_CZYX: torch.Tensor, label_KZYX: torch.Tensor, grid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and label of the part that was drawn at the points of its grid; planes of a volume all alike."""
+        leading = [t.shape[: -self._dims] for t in (image_CZYX, label_KZYX)]
+        image, label = (t.reshape(-1, *t.shape[-self._dims :]) for t in (image_CZYX, label_KZYX))
+        if grid is not None:
+            values, labels = (t.reshape(len(t), *(1,) * (3 - self._dims), *t.shape[1:]).numpy() for t in (image, label))
+            outside = int(self._spatial.padding_value_seg)
+            sampled = native.sample(values, labels, points_of(grid), outside, threads=1)
+            image, label = map(torch.from_numpy, sampled)
+        space = image.shape[1:] if grid is None else grid.shape[:-1]
+        return image.reshape(*leading[0], *space), label.reshape(*leading[1], *space)

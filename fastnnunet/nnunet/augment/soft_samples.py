@@ -1,4 +1,4 @@
-"""The soft label of a sample that nnU-Net's loader makes, and where there is one.
+"""The soft label of a sample, and where there is one.
 
 It is read once it is known which part of the case the sample takes (`drawn_first.py`), sampled on the grid of image and
 label, and then is a `regression_target`, which mirroring moves and intensity transforms leave alone.
@@ -10,6 +10,7 @@ Shapes: S stored soft-label channels, ZYX (or YX) space.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 
 from fastnnunet import native
-from fastnnunet.nnunet.augment.drawn_first import Box, SpatialDrawnFirst, points_of, size_of, within
+from fastnnunet.nnunet.augment.drawn_first import Box, SpatialDraw, SpatialDrawnFirst, points_of, size_of
 
 NO_OPINION = -1.0  # in all channels of a soft label, where there is none
 
@@ -33,52 +34,49 @@ class SoftLabels(Protocol):
         """Float32 (S, z, y, x) probabilities inside the volume."""
 
 
-class SoftLabelDataset:
-    """An nnU-Net data set, and the soft label of the case it has loaded last."""
+@dataclass(frozen=True, slots=True)
+class SoftBox:
+    """The soft label of a box of `space_zyx` voxels: values (S, z, y, x) inside the volume, from `start_zyx` on."""
 
-    def __init__(self, base: Any, soft: SoftLabels) -> None:
-        self._base, self._soft = base, soft
-        self.identifiers = base.identifiers
-        self._latest: tuple[str, tuple[int, ...]]
-
-    def load_case(self, identifier: str) -> tuple[Any, ...]:
-        """As nnU-Net's data sets."""
-        case: tuple[Any, ...] = self._base.load_case(identifier)
-        self._latest = identifier, case[0].shape[1:]
-        return case
-
-    def read_soft(self, lower_zyx: Sequence[int], upper_zyx: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """What of a box lies inside the volume (S, z, y, x), and where in the box it starts."""
-        case_id, shape = self._latest
-        lower = tuple(min(max(0, k), n) for k, n in zip(lower_zyx, shape, strict=True))
-        upper = tuple(max(k, min(u, n)) for k, u, n in zip(lower, upper_zyx, shape, strict=True))
-        start = [k - first for k, first in zip(lower, lower_zyx, strict=True)]
-        size = [u - k for k, u in zip(lower, upper, strict=True)]
-        if 0 in size:
-            return np.empty((self._soft.num_channels, *size), np.float32), start
-        return self._soft.read(case_id, lower, upper), start
+    values_SZYX: np.ndarray
+    start_zyx: tuple[int, ...]
+    space_zyx: tuple[int, ...]
 
 
-def placed(
-    soft_SZYX: np.ndarray, start_zyx: Sequence[int], space_zyx: Sequence[int], outside: float = NO_OPINION
-) -> np.ndarray:
-    """The soft label of a box (S, space) that has one from `start` on, and `outside` elsewhere."""
-    out = np.full((len(soft_SZYX), *space_zyx), outside, np.float32)
-    where = (slice(s, s + n) for s, n in zip(start_zyx, soft_SZYX.shape[1:], strict=True))
-    out[(slice(None), *where)] = soft_SZYX
+def read_box(soft: SoftLabels, case_id: str, shape_zyx: Sequence[int], box: Box) -> SoftBox:
+    """Read what of a box lies inside the volume of a case, which has `shape_zyx` voxels."""
+    lower = tuple(min(max(0, k), n) for k, n in zip(box[0], shape_zyx, strict=True))
+    upper = tuple(max(k, min(u, n)) for k, u, n in zip(lower, box[1], shape_zyx, strict=True))
+    start = tuple(k - first for k, first in zip(lower, box[0], strict=True))
+    size = [u - k for k, u in zip(lower, upper, strict=True)]
+    if 0 in size:
+        return SoftBox(np.empty((soft.num_channels, *size), np.float32), start, tuple(size_of(box)))
+    return SoftBox(soft.read(case_id, lower, upper), start, tuple(size_of(box)))
+
+
+def placed(soft: SoftBox, outside: float = NO_OPINION) -> np.ndarray:
+    """The soft label of the whole box (S, space), `outside` where there is none."""
+    out = np.full((len(soft.values_SZYX), *soft.space_zyx), outside, np.float32)
+    where = (slice(s, s + n) for s, n in zip(soft.start_zyx, soft.values_SZYX.shape[1:], strict=True))
+    out[(slice(None), *where)] = soft.values_SZYX
     return out
 
 
-def sampled(
-    soft_SZYX: np.ndarray, start_zyx: Sequence[int], space_zyx: Sequence[int], grid: torch.Tensor
-) -> np.ndarray:
+def sampled(soft: SoftBox, grid: torch.Tensor) -> np.ndarray:
     """The same at the points of a grid (z, y, x, 3), or (y, x, 2) for every plane alike: (S, z, y, x)."""
-    points, patch = points_of(grid), grid.shape[:-1]
+    points, patch, values, start, space = (
+        points_of(grid),
+        grid.shape[:-1],
+        soft.values_SZYX,
+        soft.start_zyx,
+        soft.space_zyx,
+    )
     if len(patch) == 3:
-        return native.sample_inside(soft_SZYX, space_zyx, start_zyx, points, NO_OPINION, threads=1).reshape(-1, *patch)
-    planes = soft_SZYX.reshape(-1, 1, *soft_SZYX.shape[2:])
-    flat = native.sample_inside(planes, (1, *space_zyx[1:]), (0, *start_zyx[1:]), points, NO_OPINION, threads=1)
-    return placed(flat.reshape(*soft_SZYX.shape[:2], *patch), (start_zyx[0], 0, 0), (space_zyx[0], *patch))
+        return native.sample_inside(values, space, start, points, NO_OPINION, threads=1).reshape(-1, *patch)
+    planes = values.reshape(-1, 1, *values.shape[2:])
+    flat = native.sample_inside(planes, (1, *space[1:]), (0, *start[1:]), points, NO_OPINION, threads=1)
+    of_planes = SoftBox(flat.reshape(*values.shape[:2], *patch), (start[0], 0, 0), (space[0], *patch))
+    return placed(of_planes)
 
 
 def opinions(stacked: torch.Tensor, axis: int = 0) -> torch.Tensor:
@@ -97,46 +95,41 @@ def has_opinion(soft_NSZYX: torch.Tensor) -> torch.Tensor:
 
 
 class SampleTransforms:
-    """nnU-Net's transforms of a sample; the soft label, where the data set has one, is appended to the targets.
+    """nnU-Net's transforms, which make a sample; a soft label is appended to its targets."""
 
-    `begin` comes before each sample and says what to load for it. Without it, as in the batch that nnU-Net loads and
-    throws away when it makes its loaders, there is no soft label.
-    """
-
-    def __init__(self, transforms: ComposeTransforms, *, soft: bool) -> None:
+    def __init__(self, transforms: ComposeTransforms) -> None:
         together = _sampling_transforms(transforms.transforms)
-        sampling = list(transforms.transforms[:together])
-        self._spatial: SpatialDrawnFirst | None = None
-        for number, transform in enumerate(sampling):
-            if isinstance(transform, SpatialTransform):
-                self._spatial = sampling[number] = SpatialDrawnFirst(transform)
-        self._soft = soft
-        self._place: tuple[Any, Box] | None = None
-        self._sample = ComposeTransforms(sampling)
+        spatial = [t for t in transforms.transforms[:together] if isinstance(t, SpatialTransform)]
+        self._spatial = SpatialDrawnFirst(spatial[0]) if spatial else None
         self._rest = ComposeTransforms(transforms.transforms[together:])
 
-    def begin(self, dataset: Any, box: Box) -> Box:
-        """The part of `box` of the case that `dataset` has loaded last that the next sample takes."""
-        if self._spatial is not None:
-            box = within(box, self._spatial.draw(size_of(box)))
-        self._place = dataset, box
-        return box
+    def draw(self, loaded_zyx: Sequence[int]) -> SpatialDraw:
+        """What to load of a box of `loaded_zyx` voxels for the next sample, and how to sample it."""
+        if self._spatial is None:
+            return SpatialDraw(tuple(slice(0, n) for n in loaded_zyx), None)
+        return self._spatial.draw(loaded_zyx)
 
-    def __call__(self, image: torch.Tensor, segmentation: torch.Tensor) -> dict[str, Any]:
-        place, self._place = self._place, None
-        grid = None if self._spatial is None else self._spatial.grid
-        sample = self._sample(image=image, segmentation=segmentation)
-        sample = {name: sample[name] for name in ("image", "segmentation")}
-        if not self._soft or place is None:
-            return dict(self._rest(**sample))
-        dataset, box = place
-        soft_SZYX, start = dataset.read_soft(*box)
-        space = size_of(box)
-        soft_SZYX = placed(soft_SZYX, start, space) if grid is None else sampled(soft_SZYX, start, space, grid)
-        soft = torch.from_numpy(soft_SZYX.reshape(-1, *sample["segmentation"].shape[1:]))
-        out = self._rest(**sample, regression_target=soft)
+    def make(
+        self, image: torch.Tensor, label: torch.Tensor, soft: SoftBox | None, drawn: SpatialDraw
+    ) -> tuple[torch.Tensor, Any]:
+        """Image and target of a sample, of what was loaded for it."""
+        if self._spatial is not None:
+            image, label = self._spatial.sample(image, label, drawn.grid)
+        if soft is None:
+            out = self._rest(image=image, segmentation=label)
+            return out["image"], out["segmentation"]
+        soft_SZYX = placed(soft) if drawn.grid is None else sampled(soft, drawn.grid)
+        target = torch.from_numpy(soft_SZYX.reshape(-1, *label.shape[1:]))
+        out = self._rest(image=image, segmentation=label, regression_target=target)
         targets = out["segmentation"] if isinstance(out["segmentation"], list) else [out["segmentation"]]
-        return {"image": out["image"], "segmentation": [*targets, out["regression_target"]]}
+        return out["image"], [*targets, out["regression_target"]]
+
+    def stack(self, samples: Sequence[tuple[torch.Tensor, Any]]) -> dict[str, Any]:
+        """A batch: `data` float32 (N, C, patch) and `target`, a tensor or a list of them."""
+        images, targets = zip(*samples, strict=True)
+        listed = isinstance(targets[0], list)
+        target = [torch.stack(t) for t in zip(*targets, strict=True)] if listed else torch.stack(targets)
+        return {"data": torch.stack(images).float(), "target": target}
 
 
 def _sampling_transforms(transforms: list[Any]) -> int:

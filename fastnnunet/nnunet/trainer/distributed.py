@@ -4,14 +4,28 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed
 
 from fastnnunet.errors import BuildError, FastnnUNetError, SpecError
-from fastnnunet.nnunet.trainer.loading import Share
 from fastnnunet.system.children import end_with
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which samples of a batch process `rank` of `world_size` makes and trains on; as nnU-Net divides them."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, batch_size: int) -> range:
+        """The numbers of its samples; the first processes get one more where the batch cannot be divided evenly."""
+        each, more = divmod(batch_size, self.world_size)
+        start = self.rank * each + min(self.rank, more)
+        return range(start, start + each + (self.rank < more))
 
 
 def share() -> Share:

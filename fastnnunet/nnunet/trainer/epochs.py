@@ -3,20 +3,17 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fastnnunet.errors import BuildError, SpecError
-
-if TYPE_CHECKING:
-    from fastnnunet.nnunet.trainer.trainer import StudentTrainer
+from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 
 StepReport = Callable[[int, int, dict[str, float], list[float]], None]
 
 
-def run_epochs(trainers: "Sequence[StudentTrainer]", report: StepReport | None = None) -> None:
+def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = None) -> None:
     """Train every trainer from its `current_epoch` to its `num_epochs` and write its checkpoint_final.pth.
 
     All see the same batches, which are loaded and augmented once: those that the first would see alone, so training
@@ -64,7 +61,7 @@ def run_epochs(trainers: "Sequence[StudentTrainer]", report: StepReport | None =
             trainer.close()
 
 
-def _validate_epoch(leader: "StudentTrainer", active: "Sequence[StudentTrainer]") -> None:
+def _validate_epoch(leader: StudentTrainer, active: Sequence[StudentTrainer]) -> None:
     with torch.no_grad():
         for trainer in active:
             trainer.on_validation_epoch_start()
@@ -77,7 +74,7 @@ def _validate_epoch(leader: "StudentTrainer", active: "Sequence[StudentTrainer]"
             trainer.on_validation_epoch_end(its_outputs)
 
 
-def _require_same_batches(trainers: "Sequence[StudentTrainer]") -> None:
+def _require_same_batches(trainers: Sequence[StudentTrainer]) -> None:
     """What a batch is made of has to be the same for students that share it."""
     first, *others = trainers
     wanted = first.batch_description()
@@ -90,13 +87,13 @@ def _require_same_batches(trainers: "Sequence[StudentTrainer]") -> None:
             )
 
 
-def _require_finite(trainer: "StudentTrainer", step: dict[str, float], iteration: int, cases: Sequence[str]) -> None:
+def _require_finite(trainer: StudentTrainer, step: dict[str, float], iteration: int, cases: Sequence[str]) -> None:
     for name in ("loss", "gradient"):
         if not np.isfinite(step[name]):
             raise _diverged(trainer, f"the {name} became {step[name]}", iteration, cases)
 
 
-def _diverged(trainer: "StudentTrainer", what: str, iteration: int, cases: Sequence[str] = ()) -> BuildError:
+def _diverged(trainer: StudentTrainer, what: str, iteration: int, cases: Sequence[str] = ()) -> BuildError:
     folder = Path(trainer.output_folder)
     kept = [n for n in ("checkpoint_latest.pth", "checkpoint_best.pth") if os.path.isfile(folder / n)]
     state = f"the last good checkpoint is {folder / kept[0]}" if kept else "no checkpoint yet"

@@ -16,22 +16,20 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.nnunet.trainer.loading_errors import loader_ended, not_handed_over
+from fastnnunet.nnunet.trainer.numbered import NumberedBatches
 from fastnnunet.system.children import become_child, in_main_thread, interrupts_held, stop
 
 if sys.platform == "win32":  # what `Pipe` gives there
     from multiprocessing.connection import PipeConnection as Connection
 else:
     from multiprocessing.connection import Connection
-
-if TYPE_CHECKING:
-    from fastnnunet.nnunet.trainer.loading import NumberedBatches
 
 _AHEAD = 2  # batches a process makes before they are asked for
 _NAME_BYTES = 512
@@ -56,7 +54,7 @@ class LoaderProcesses:
     BuildError when a process ended without a word.
     """
 
-    def __init__(self, batches: "NumberedBatches", num_processes: int, *, pin_memory: bool) -> None:
+    def __init__(self, batches: NumberedBatches, num_processes: int, *, pin_memory: bool) -> None:
         self._batches, self._num_processes = batches, num_processes
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._device = torch.cuda.current_device() if self._pin_memory else 0
@@ -157,7 +155,7 @@ def _pinned(value: Any) -> Any:
 
 
 def _load(
-    pipe: Connection, batches: "NumberedBatches", number: int, case: "Array[Any]", started_by_main_thread: bool
+    pipe: Connection, batches: NumberedBatches, number: int, case: "Array[Any]", started_by_main_thread: bool
 ) -> None:
     """What a loader process does, until nobody wants its batches any more."""
     become_child(started_by_main_thread=started_by_main_thread)
@@ -192,7 +190,7 @@ def _say_unless_left(kind: type[BaseException], error: BaseException, trace: Tra
         sys.__excepthook__(kind, error, trace)
 
 
-def _packed(batches: "NumberedBatches") -> tuple[Any, bool]:
+def _packed(batches: NumberedBatches) -> tuple[Any, bool]:
     """The next batch, or the error in its place, pickled; and which of the two it is."""
     try:
         batch = next(batches)

@@ -1,13 +1,11 @@
 """What went wrong while a batch was loaded, in words a user can act on: the case, and the command that mends it."""
 
-import contextlib
 import errno
 import logging
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
@@ -64,34 +62,6 @@ def reading(dataset_class: Any, repair: Repair) -> Any:
                 raise loading_error(e, identifier, repair) from e
 
     return Reading
-
-
-@contextlib.contextmanager
-def first_cases(repair: Repair) -> Iterator[Callable[[Sequence[Any]], None]]:
-    """nnU-Net's loaders open cases when they are made: what that raises comes out as of `loading_error`.
-
-    Gives a function to be called with nnU-Net's data sets before they are used.
-    """
-    latest, noted = [""], []
-
-    def note(datasets: Sequence[Any]) -> None:
-        def load_case(load: Callable[[str], Any], case: str) -> Any:
-            latest[0] = case
-            return load(case)
-
-        for dataset in datasets:
-            noted.append(dataset)
-            dataset.load_case = partial(load_case, dataset.load_case)
-
-    try:
-        yield note
-    except FastnnUNetError:
-        raise
-    except Exception as e:
-        raise loading_error(e, latest[0], repair) from e
-    finally:
-        for dataset in noted:
-            del dataset.load_case
 
 
 def unreadable(case: str, error: BaseException, repair: str) -> FastnnUNetError:

@@ -29,7 +29,7 @@ class Unlabelled:
 
     cases: UnlabelledCases
     foreground: Path  # folder of foreground voxels according to the cache
-    soft_labels: Any  # trainer.SoftLabels of these cases
+    soft_labels: Any  # soft_samples.SoftLabels of these cases
     key: str  # of their cache
     share: float
     command: str  # what a person types to bring images and cache up to date
@@ -99,26 +99,6 @@ class Unlabelled:
         value = loss_of_samples(loss, outputs, target, labelled, len(keys))
         in_batch = batch_size - self.count(number, batch_size)
         return value * (len(labelled) * batch_size / (max(1, in_batch) * len(keys)))
-
-
-class JoinedDataset:
-    """A data set that also knows unlabelled cases; nnU-Net's loader draws from `identifiers`, the labelled ones."""
-
-    def __init__(self, labelled: Any, unlabelled: Any) -> None:
-        self._labelled, self._unlabelled = labelled, unlabelled
-        self._unlabelled_ids = frozenset(unlabelled.identifiers)
-        self.identifiers = labelled.identifiers
-
-    def load_case(self, identifier: str) -> tuple[Any, ...]:
-        """The case from the data set that has it."""
-        self._latest = self._unlabelled if identifier in self._unlabelled_ids else self._labelled
-        case: tuple[Any, ...] = self._latest.load_case(identifier)
-        return case
-
-    def read_soft(self, lower_zyx: Sequence[int], upper_zyx: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """As SoftLabelDataset."""
-        soft: tuple[np.ndarray, list[int]] = self._latest.read_soft(lower_zyx, upper_zyx)
-        return soft
 
 
 def loss_of_samples(

@@ -1,19 +1,20 @@
 """nnU-Net's own trainer with soft labels beside the labels.
 
-Sampling, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's. Three hooks add
-the soft label: data sets and transforms that carry it along (`soft_samples.py`), and the training step, which hands it
-to the objective. Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
+Choice of samples, augmentation, deep supervision, optimiser, schedule, logging and validation are nnU-Net's.
+`batches.py` makes batches, with soft labels where there are some, which the training step hands to the objective.
+Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
 """
 
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
@@ -22,10 +23,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from fastnnunet.errors import BuildError, FastnnUNetError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.augment.device import DeviceAugmentation, device_augmentation
-from fastnnunet.nnunet.augment.drawn_first import DrawnBoxes
 from fastnnunet.nnunet.augment.soft_samples import (
     SampleTransforms,
-    SoftLabelDataset,
     SoftLabels,
     has_opinion,
 )
@@ -33,6 +32,8 @@ from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cases import made_by
 from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged, write_checkpoint
+from fastnnunet.nnunet.trainer.batches import SampledBatches, Samples
+from fastnnunet.nnunet.trainer.cases import JoinedDataset, SoftLabelDataset, WritableCases
 from fastnnunet.nnunet.trainer.distributed import (
     LossOverValidVoxels,
     average_gradients,
@@ -44,17 +45,10 @@ from fastnnunet.nnunet.trainer.distributed import (
     share,
     valid_share,
 )
-from fastnnunet.nnunet.trainer.loading import (
-    STEP,
-    TRAINING,
-    VALIDATION,
-    WritableCases,
-    loading_in_this_process,
-    ordered_batches,
-    seed_generators,
-)
-from fastnnunet.nnunet.trainer.loading_errors import Repairs, first_cases, reading
-from fastnnunet.nnunet.trainer.mixing import JoinedDataset, Unlabelled
+from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.loading_errors import Repairs, reading
+from fastnnunet.nnunet.trainer.mixing import Unlabelled
+from fastnnunet.nnunet.trainer.seeds import STEP, TRAINING, VALIDATION, seed_generators
 from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
 from fastnnunet.system.children import others_children
 
@@ -103,7 +97,6 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     _loss_weight = 1.0
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
-    _note_cases: Callable[[Sequence[Any]], None] = staticmethod(lambda datasets: None)
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -120,7 +113,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 self.loss = LossOverValidVoxels(self.loss, self._labelled)
         self._loss_weight = loss_weight(self.batch_size)
         if self.augment_on_device:
-            self.device_augmentation = device_augmentation(self._nnunet_transforms())
+            self.device_augmentation = device_augmentation(self._training_transforms().transforms)
 
     def configure_optimizers(self) -> tuple[Any, Any]:
         """nnU-Net's SGD, or AdamW under the same polynomial schedule."""
@@ -160,8 +153,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        datasets = tuple(map(WritableCases, super().get_tr_and_val_datasets()))
-        self._note_cases(datasets)
+        datasets = [WritableCases(d) for d in super().get_tr_and_val_datasets()]
         if self.soft_labels is None:
             return datasets[0], datasets[1]
         training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
@@ -171,36 +163,60 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return training, validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders with seeded, numbered batches, from the first batch of `current_epoch` on."""
+        """Seeded, numbered batches in the place of nnU-Net's loaders, from the first of `current_epoch` on."""
         num_processes = get_allowed_n_proc_DA()
-        with loading_in_this_process(), first_cases(self.repair) as self._note_cases:
-            loaders = [augmenter.data_loader for augmenter in super().get_dataloaders()]
-        for loader in loaders:
-            DrawnBoxes(loader)
-        streams = (
-            (TRAINING, self.num_iterations_per_epoch, num_processes),
-            (VALIDATION, self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))),
-        )
-        training: Any
-        validation: Any
-        training, validation = (
-            ordered_batches(
-                loader,
-                seed=self.seed,
-                stream=stream,
-                start=self.current_epoch * batches_per_epoch,
-                num_processes=processes,
-                pin_memory=self.device.type == "cuda",
-                share=share(),
-                unlabelled=self.unlabelled if stream == TRAINING else None,
-                transform=loader.transforms.batch if isinstance(loader.transforms, DrawnSamples) else None,
-                repair=self.repair,
-            )
-            for loader, (stream, batches_per_epoch, processes) in zip(loaders, streams, strict=True)
+        patch = self.configuration_manager.patch_size
+        _, _, loaded_for_training, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        training_cases, validation_cases = self.get_tr_and_val_datasets()
+        training: Any = self._batches(
+            TRAINING,
+            training_cases,
+            loaded_for_training,
+            self._training_samples(),
+            self.num_iterations_per_epoch,
+            num_processes,
         )
         if self.device_augmentation is not None:
             training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
+        validation = self._batches(
+            VALIDATION,
+            validation_cases,
+            patch,
+            SampleTransforms(self._validation_transforms()),
+            self.num_val_iterations_per_epoch,
+            min(num_processes, max(1, num_processes // 2)),
+        )
         return training, validation
+
+    def _batches(
+        self, stream: int, cases: Any, loaded: Any, samples: Samples, batches_per_epoch: int, num_processes: int
+    ) -> Any:
+        loader = nnUNetDataLoader(
+            cases,
+            self.batch_size,
+            loaded,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            probabilistic_oversampling=self.probabilistic_oversampling,
+        )
+        maker = SampledBatches(
+            loader=loader,
+            cases=cases,
+            samples=samples,
+            soft=self.soft_labels is not None,
+            share=share(),
+            unlabelled=self.unlabelled if stream == TRAINING else None,
+        )
+        return ordered_batches(
+            maker,
+            seed=self.seed,
+            stream=stream,
+            start=self.current_epoch * batches_per_epoch,
+            num_processes=num_processes,
+            pin_memory=self.device.type == "cuda",
+            repair=self.repair,
+        )
 
     @property
     def repair(self) -> Repairs:
@@ -214,10 +230,19 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             )
         return Repairs(command, self.unlabelled)
 
-    def _nnunet_transforms(self) -> list[Any]:
-        """The training transforms that nnU-Net gives its loader."""
-        rotation, dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    @property
+    def _about_labels(self) -> dict[str, Any]:
+        """What nnU-Net's transforms are told of the labels."""
         labels = self.label_manager
+        return {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": labels.foreground_labels,
+            "regions": labels.foreground_regions if labels.has_regions else None,
+            "ignore_label": labels.ignore_label,
+        }
+
+    def _training_transforms(self) -> Any:
+        rotation, dummy_2d, _, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return self._augmenter.get_training_transforms(
             self.configuration_manager.patch_size,
             rotation,
@@ -225,22 +250,16 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             mirror_axes,
             dummy_2d,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
-            is_cascaded=self.is_cascaded,
-            foreground_labels=labels.foreground_labels,
-            regions=labels.foreground_regions if labels.has_regions else None,
-            ignore_label=labels.ignore_label,
-        ).transforms
+            **self._about_labels,
+        )
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Any:
+    def _validation_transforms(self) -> Any:
+        return self.get_validation_transforms(self._get_deep_supervision_scales(), **self._about_labels)
+
+    def _training_samples(self) -> Samples:
         if self.device_augmentation is not None:
-            return DrawnSamples(self.device_augmentation, self.num_input_channels, soft=self.soft_labels is not None)
-        return self._sample_transforms(self._augmenter.get_training_transforms(*args, **kwargs))
-
-    def get_validation_transforms(self, *args: Any, **kwargs: Any) -> Any:
-        return self._sample_transforms(super().get_validation_transforms(*args, **kwargs))
-
-    def _sample_transforms(self, transforms: Any) -> Any:
-        return SampleTransforms(transforms, soft=self.soft_labels is not None)
+            return DrawnSamples(self.device_augmentation, self.num_input_channels)
+        return SampleTransforms(self._training_transforms())
 
     def _autocast(self) -> Any:
         if self.device.type == "cuda":

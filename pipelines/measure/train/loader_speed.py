@@ -8,8 +8,10 @@ Example:
     python -m pipelines.measure.train.loader_speed -d 4 -c 3d_fullres --cache-root DIR -o record.json
 """
 
+import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.train import TrainingJob
-from fastnnunet.nnunet.trainer.loading import TRAINING, loading_in_this_process, ordered_batches
+from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.seeds import TRAINING, BatchNumber
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -28,11 +31,30 @@ from pipelines.measure.head import header, put, training_arguments
 from pipelines.measure.train.step_speed import make_trainer, temporary_results
 
 
+class NnUNetsBatches:
+    """nnU-Net's own loader, seeded as this package seeds."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._oversamples = loader, loader.get_do_oversample
+        self._number = BatchNumber(0, 0, 0)
+        loader.get_do_oversample = self._begin_sample  # what it asks first for each sample
+
+    def _begin_sample(self, place: int) -> bool:
+        self._number.begin(place)
+        return bool(self._oversamples(place))
+
+    def make(self, number: BatchNumber, _is_loading: Callable[[str], None]) -> dict[str, Any]:
+        """The batch of a number."""
+        self._number = number
+        number.begin()
+        return dict(next(self._loader))
+
+
 def nnunets_batches(trainer: Any, seed: int) -> Any:
-    """nnU-Net's own loader with its own transforms, seeded as this package seeds."""
+    """Batches of nnU-Net's own loader with its own transforms."""
     own = nnUNetTrainerDA5 if trainer.augmentation == "da5" else nnUNetTrainer
     trainer.get_training_transforms = own.get_training_transforms
-    loader = nnUNetTrainer.get_dataloaders(trainer)[0].data_loader
+    loader = NnUNetsBatches(nnUNetTrainer.get_dataloaders(trainer)[0].data_loader)
     return ordered_batches(loader, seed=seed, stream=TRAINING, start=0, num_processes=0, pin_memory=False)
 
 
@@ -40,7 +62,8 @@ def measure(job: TrainingJob, rounds: int, batches: int) -> dict[str, Any]:
     """The record."""
     soft = CachedSoftLabels(cache_for_training(job.teacher, job.cache, job.cache_root), job.distill.temperature)
     torch.set_num_threads(1)
-    with loading_in_this_process(), temporary_results(job.teacher):
+    os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112 - nnU-Net's name, read where loaders are made
+    with temporary_results(job.teacher):
         trainers = {
             name: make_trainer(job, labels) for name, labels in (("nnunet", None), ("hard", None), ("soft", soft))
         }
