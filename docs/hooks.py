@@ -23,6 +23,7 @@ def sources() -> dict[str, str]:
     found |= {name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}
     pages = (*DOCS.glob("*.md"), *DOCS.glob("guides/*.md"), *DOCS.glob("design/*.md"))
     found |= {path.relative_to(ROOT).as_posix(): path.relative_to(DOCS).as_posix() for path in pages}
+    found |= {p.relative_to(ROOT).as_posix(): p.relative_to(DOCS).as_posix() for p in DOCS.glob("notebooks/*.ipynb")}
     records = (ROOT / "pipelines" / "results").iterdir()
     return found | {path.relative_to(ROOT).as_posix(): f"records/{path.name}" for path in records}
 
