@@ -180,7 +180,7 @@ def test_what_cannot_be_handed_over():
 
 
 class NotPicklable:
-    def __next__(self):
+    def make(self, _number, _is_loading):
         return {"data": lambda: 0}
 
 
