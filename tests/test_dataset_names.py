@@ -186,7 +186,7 @@ def two_channels(world, tmp_path):
     import SimpleITK as sitk
     import torch
 
-    from fastnnunet.nnunet.files.plans import build_network
+    from fastnnunet.nnunet.files.model import build_network, model_of
 
     base = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
     plans, dataset = (json.loads((base / n).read_text()) for n in ("plans.json", "dataset.json"))
@@ -203,7 +203,7 @@ def two_channels(world, tmp_path):
     torch.manual_seed(0)
     torch.save(
         {
-            "network_weights": build_network(plans, CONFIGURATION, dataset).state_dict(),
+            "network_weights": build_network(model_of(plans, CONFIGURATION, dataset)).state_dict(),
             "trainer_name": "nnUNetTrainer",
             "inference_allowed_mirroring_axes": (0, 1, 2),
             "init_args": {"configuration": CONFIGURATION},

@@ -16,7 +16,7 @@ from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, Parity
 from fastnnunet.export import bundle as bundle_module
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
@@ -52,7 +52,7 @@ def test_bundle_describes_the_model(bundle, model_folder):
 
 def test_model_computes_what_pytorch_computes_for_any_batch(bundle, model_folder):
     plans, dataset_json = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
-    network = build_network(plans, CONFIGURATION, dataset_json).eval()
+    network = build_network(model_of(plans, CONFIGURATION, dataset_json)).eval()
     network.load_state_dict(load_checkpoint(model_folder / "fold_0/checkpoint_final.pth")["network_weights"])
     session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
     for batch in (1, 3, 8):
@@ -116,7 +116,7 @@ def test_missing_file_and_newer_format_are_refused(bundle):
 @pytest.fixture
 def network(model_folder):
     plans, dataset_json = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
-    network = build_network(plans, CONFIGURATION, dataset_json).eval()
+    network = build_network(model_of(plans, CONFIGURATION, dataset_json)).eval()
     network.load_state_dict(load_checkpoint(model_folder / "fold_0/checkpoint_final.pth")["network_weights"])
     return network
 

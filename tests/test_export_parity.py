@@ -17,7 +17,7 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.models import cached_bundle
 from fastnnunet.export.parity import judge, small_patches
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.onnx import put_weights, to_onnx
 from fastnnunet.specs.bundle import load_bundle_spec
 from tests.tiny import CONFIGURATION, DATASET, PATCH
@@ -108,7 +108,7 @@ class TestLabels:
 
     def test_weights_in_half_precision_are_another_model(self, model_folder):
         plans, dataset = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
-        network = build_network(plans, CONFIGURATION, dataset).eval()
+        network = build_network(model_of(plans, CONFIGURATION, dataset)).eval()
         image = torch.randn(4, 1, *PATCH, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = network(image).numpy()
@@ -210,7 +210,7 @@ class TestLargePatches:
         stored = np.load(tmp_path / "bundle" / "parity.npz")
         assert stored["image"].shape == (1, 1, *PATCH)
         plans, dataset = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
-        network = build_network(plans, CONFIGURATION, dataset).eval()
+        network = build_network(model_of(plans, CONFIGURATION, dataset)).eval()
         logits = []
         for fold in (0, 1):
             network.load_state_dict(

@@ -19,8 +19,8 @@ from fastnnunet.distill.train import TrainingJob, train_student
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample_labels
+from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.files.paths import teacher_folder
-from fastnnunet.nnunet.files.plans import build_network
 from fastnnunet.nnunet.files.splits import split_of
 from fastnnunet.nnunet.student.plans import student_plans
 from fastnnunet.runtime.predict import Predictor
@@ -128,7 +128,7 @@ def prepare(world, kind):
     for where in (base, folder):
         (where / "dataset.json").write_text(json.dumps(dataset_json))
     torch.manual_seed(1)
-    weights = build_network(plans, name, dataset_json).state_dict()
+    weights = build_network(model_of(plans, name, dataset_json)).state_dict()
     weights.update({k: 4 * v for k, v in weights.items() if "seg_layers" in k})
     init = {"plans": plans, "configuration": name, "fold": 0, "dataset_json": dataset_json}
     torch.save(
@@ -359,7 +359,7 @@ def test_blocks_of_a_resenc_l(world):
     }
     for strategy, blocks in expected.items():
         plans = student_plans(teacher, CONFIGURATION, StudentSpec(r=2, blocks=strategy, family="width"), SHORT)
-        network = build_network(plans, CONFIGURATION, dataset_json)
+        network = build_network(model_of(plans, CONFIGURATION, dataset_json))
         assert type(network).__name__ == "ResidualEncoderUNet"
         assert [len(stage.blocks) for stage in network.encoder.stages] == blocks
         assert plans["configurations"][CONFIGURATION]["data_identifier"] == "nnUNetPlans_3d_fullres"

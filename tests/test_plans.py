@@ -20,7 +20,8 @@ from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoun
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.export.graph import dynamic_multiples, plans_for
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
-from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, resolved
+from fastnnunet.nnunet.files.model import build_network, model_of
+from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, resolved
 from fastnnunet.nnunet.student.fit import check_fit, network_cost
 from fastnnunet.nnunet.student.plans import RESIDUAL, student_plans
 from fastnnunet.nnunet.trainer.cases import WritableCases
@@ -108,14 +109,16 @@ def test_a_student_is_that_of_the_plans_written_out(tiny, kind, monkeypatch, pri
     plans, dataset_json = tiny
     given, configuration = written(plans, kind)
     before, flat = deepcopy(given), flattened(given, configuration)
-    cost = network_cost(given, configuration, dataset_json)
-    assert cost == network_cost(flat, configuration, dataset_json)
-    assert cost["parameters"] == sum(p.numel() for p in build_network(given, configuration, dataset_json).parameters())
+    cost = network_cost(model_of(given, configuration, dataset_json))
+    assert cost == network_cost(model_of(flat, configuration, dataset_json))
+    assert cost["parameters"] == sum(
+        p.numel() for p in build_network(model_of(given, configuration, dataset_json)).parameters()
+    )
 
     student = student_plans(given, configuration, StudentSpec(r=2), DistillSpec(batch_size=3))
     assert given == before
     check_fit(given, student, dataset_json, configuration)
-    assert network_cost(student, configuration, dataset_json)["parameters"] < cost["parameters"]
+    assert network_cost(model_of(student, configuration, dataset_json))["parameters"] < cost["parameters"]
     expected = student_plans(flat, configuration, StudentSpec(r=2), DistillSpec(batch_size=3))
     theirs = PlansManager(student).get_configuration(configuration).configuration
     assert theirs == PlansManager(expected).get_configuration(configuration).configuration
@@ -146,7 +149,7 @@ def test_a_moved_network_has_the_name_it_has_now(tiny, capsys):
     assert PlansManager(given).get_configuration(configuration).network_arch_class_name != RESIDUAL
     assert architecture_of(given, configuration)["network_class_name"] == RESIDUAL
     capsys.readouterr()
-    assert type(build_network(given, configuration, tiny[1])).__name__ == "ResidualEncoderUNet"
+    assert type(build_network(model_of(given, configuration, tiny[1]))).__name__ == "ResidualEncoderUNet"
     assert capsys.readouterr().out == ""  # nnU-Net says where it found it, into whatever a command prints
 
 
@@ -192,7 +195,7 @@ def test_what_nnunet_cannot_resolve_is_one_message(tiny, change, words):
 
 def test_old_plans_are_read_without_a_word(tiny, capsys, recwarn):
     given, configuration = written(tiny[0], "old PlainConvUNet")
-    network_cost(given, configuration, tiny[1])
+    network_cost(model_of(given, configuration, tiny[1]))
     assert capsys.readouterr().out == ""
     assert not [w for w in recwarn if "old nnU-Net plans" in str(w.message)]
 
@@ -203,7 +206,7 @@ def write_model(folder, plans, configuration, dataset_json):
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset_json))
     torch.manual_seed(0)
-    weights = build_network(plans, configuration, dataset_json).state_dict()
+    weights = build_network(model_of(plans, configuration, dataset_json)).state_dict()
     weights |= {name: 4 * tensor for name, tensor in weights.items() if "seg_layers" in name}
     save_checkpoint(folder / "fold_0" / "checkpoint_final.pth", weights, configuration, (0, 1, 2))
     return folder
@@ -225,7 +228,9 @@ def test_bundles_of_other_windows(tiny, pristine_world, tmp_path, kind):
     expected = {**PlansManager(deepcopy(given)).get_configuration(configuration).configuration}
     expected["patch_size"] = [24, 16, 32]
     assert {**theirs.configuration, "inherits_from": None} == {**expected, "inherits_from": None}
-    assert type(build_from_bundle(spec)).__name__ == type(build_network(given, configuration, tiny[1])).__name__
+    assert (
+        type(build_from_bundle(spec)).__name__ == type(build_network(model_of(given, configuration, tiny[1]))).__name__
+    )
 
     (folder / "plans.json").write_text(json.dumps(spec.plans))
     image = sorted((pristine_world / "raw" / DATASET / "imagesTs").iterdir())[0]

@@ -23,7 +23,8 @@ from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.plans import build_network, configuration_of, read_json, trainer_class
+from fastnnunet.nnunet.files.model import build_network, model_of
+from fastnnunet.nnunet.files.plans import configuration_of, read_json, trainer_class
 from fastnnunet.nnunet.student.fit import check_fit, network_cost, patch_problems
 from fastnnunet.nnunet.student.plans import student_folder, student_plans
 from fastnnunet.nnunet.student.primus import narrower_primus, primus_kwargs, stock_architecture, stock_trainer_of
@@ -234,7 +235,7 @@ def test_plain_student_of_a_residual_teacher(world):
     assert architecture["arch_kwargs"]["n_conv_per_stage"] == [1, 2, 2]
     assert architecture["arch_kwargs"]["features_per_stage"] == [8, 16, 16]
     assert "n_blocks_per_stage" not in architecture["arch_kwargs"]
-    assert type(build_network(made, CONFIGURATION, dataset_json)).__name__ == "PlainConvUNet"
+    assert type(build_network(model_of(made, CONFIGURATION, dataset_json))).__name__ == "PlainConvUNet"
 
 
 def test_student_written_out(world, tmp_path):
@@ -280,7 +281,7 @@ def test_flops_are_counted(world):
     )  # fmt: skip
     encoder = 27 * 1 * 4 * voxels + 27 * 4 * 6 * voxels // 8
     decoder = 6 * 4 * voxels + 27 * 8 * 4 * voxels + 4 * 3 * voxels
-    assert network_cost(plans, CONFIGURATION, dataset_json)["flops"] == 2 * (encoder + decoder)
+    assert network_cost(model_of(plans, CONFIGURATION, dataset_json))["flops"] == 2 * (encoder + decoder)
 
 
 def test_pretrained_weights(world, tmp_path):
@@ -345,7 +346,7 @@ class TestPrimus:
         source = teacher_file(world, 0)
         for fold in (0, 1):
             torch.manual_seed(fold)
-            network = build_network(plans, CONFIGURATION, dataset_json, trainer="TinyPrimusTrainer")
+            network = build_network(model_of(plans, CONFIGURATION, dataset_json), trainer="TinyPrimusTrainer")
             target = teacher_file(world, fold, "TinyPrimusTrainer")
             target.parent.mkdir(parents=True)
             for name in ("plans.json", "dataset.json"):
@@ -448,9 +449,9 @@ class TestPrimus:
         assert (kwargs["eva_numheads"], kwargs["eva_depth"], kwargs["input_shape"]) == (heads, depth, PATCH)
         assert f"init_values={kwargs['init_values']}" in inspect.getsource(trainer_class(stock))
         if size == "S":
-            network = build_network(plans, CONFIGURATION, dataset_json, trainer=stock)
+            network = build_network(model_of(plans, CONFIGURATION, dataset_json), trainer=stock)
             assert primus_kwargs(network, PATCH) == kwargs
-        cost = network_cost(made, CONFIGURATION, dataset_json)
+        cost = network_cost(model_of(made, CONFIGURATION, dataset_json))
         weights = [{name: tuple(t.shape) for name, t in n.state_dict().items()} for n in (ours, theirs)]
         assert weights[0] == weights[1]
         assert cost["parameters"] == pytest.approx(millions * 1e6, rel=0.005)

@@ -8,7 +8,8 @@ import pytest
 
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.plans import check_fits, configuration_of, read_json
+from fastnnunet.nnunet.files.model import check_fits, model_of
+from fastnnunet.nnunet.files.plans import configuration_of, read_json
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.load import load_yaml_spec
@@ -204,7 +205,7 @@ class TestRanges:
         path = model.folder / "fold_0" / "checkpoint_final.pth"
         weights = load_checkpoint(path)["network_weights"]
         with pytest.raises(MismatchError, match="do not fit the checkpoint"):
-            check_fits(plans, CONFIGURATION, dataset_json, "nnUNetTrainer", weights, path)
+            check_fits(model_of(plans, CONFIGURATION, dataset_json), "nnUNetTrainer", weights, path)
 
 
 class TestDocuments:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from fastnnunet.engines.torch import load_network
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.files.plans import build_network, check_fits, configuration_of, label_manager_of, read_json
+from fastnnunet.nnunet.files.model import build_network, check_fits, model_of
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of
@@ -43,7 +44,7 @@ class TestFuzz:
         predict(toy)
         spec = load_bundle_spec(toy.bundle)
         load_network(spec, toy.bundle / spec.model_file)
-        build_network(plans_json(toy), CONFIGURATION, read_json(toy.folder / "dataset.json"))
+        build_network(model_of(plans_json(toy), CONFIGURATION, read_json(toy.folder / "dataset.json")))
         before = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (cls.memory_bytes() + 2**30, before[1]))
         yield
@@ -90,8 +91,8 @@ class TestFuzz:
             try:
                 made, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
                 manager, _ = configuration_of(made, CONFIGURATION)
-                check_fits(made, CONFIGURATION, dataset_json, "nnUNetTrainer", weights, path)
-                build_network(made, CONFIGURATION, dataset_json)
+                check_fits(model_of(made, CONFIGURATION, dataset_json), "nnUNetTrainer", weights, path)
+                build_network(model_of(made, CONFIGURATION, dataset_json))
                 label_manager_of(manager, dataset_json)
             except FastnnUNetError as e:
                 str(e).encode()

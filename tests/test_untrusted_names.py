@@ -11,7 +11,8 @@ import pytest
 
 from fastnnunet.engines.torch import load_network
 from fastnnunet.errors import FastnnUNetError, MismatchError, NotFoundError
-from fastnnunet.nnunet.files.plans import build_network, configuration_of, label_manager_of, read_json, trainer_class
+from fastnnunet.nnunet.files.model import build_network, model_of
+from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, read_json, trainer_class
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.checks.networks import ALLOW_CODE_VARIABLE, allow_code, find_layer, find_network
 from fastnnunet.specs.student import StudentSpec
@@ -64,7 +65,7 @@ class TestNames:
         for changed in tried:
             try:
                 manager, _ = configuration_of(changed, CONFIGURATION)
-                build_network(changed, CONFIGURATION, dataset_json)
+                build_network(model_of(changed, CONFIGURATION, dataset_json))
                 label_manager_of(manager, dataset_json)
             except MismatchError:
                 refusals += 1

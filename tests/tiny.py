@@ -85,7 +85,7 @@ def write_teacher(preprocessed: Path, results: Path, folds: range = range(5)) ->
     """Five folds of random weights, scaled so that their softmax is far from uniform, stored as nnU-Net does."""
     import torch
 
-    from fastnnunet.nnunet.files.plans import build_network
+    from fastnnunet.nnunet.files.model import build_network, model_of
 
     base = preprocessed / DATASET
     plans, dataset_json = (json.loads((base / n).read_text()) for n in ("nnUNetPlans.json", "dataset.json"))
@@ -95,7 +95,7 @@ def write_teacher(preprocessed: Path, results: Path, folds: range = range(5)) ->
     (folder / "dataset.json").write_text(json.dumps(dataset_json))
     for fold in folds:
         torch.manual_seed(fold)
-        weights = build_network(plans, CONFIGURATION, dataset_json).state_dict()
+        weights = build_network(model_of(plans, CONFIGURATION, dataset_json)).state_dict()
         for name in weights:
             if "seg_layers" in name:
                 weights[name] = weights[name] * 4

@@ -67,11 +67,12 @@ class ReferenceArm:
         `mirrors`: forward passes of a fold for one tile.
         """
         from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-        from fastnnunet.nnunet.files.plans import build_network, read_json
+        from fastnnunet.nnunet.files.model import build_network, model_of
+        from fastnnunet.nnunet.files.plans import read_json
 
         plans, dataset_json = (read_json(self.model_folder / f"{n}.json") for n in ("plans", "dataset"))
         first = load_checkpoint(self.model_folder / f"fold_{self.folds[0]}" / self.checkpoint)
-        network = build_network(plans, first["init_args"]["configuration"], dataset_json)
+        network = build_network(model_of(plans, first["init_args"]["configuration"], dataset_json))
         parameters = int(sum(p.numel() for p in network.parameters()))
         return {
             "kind": "nnunetv2",

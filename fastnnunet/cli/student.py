@@ -37,6 +37,7 @@ def describe(
 
       fastnnunet student describe -d 4 -c 3d_fullres -r 2 4 6
     """
+    from fastnnunet.nnunet.files.model import model_of
     from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
     from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, read_json
     from fastnnunet.nnunet.student.fit import check_fit, network_cost
@@ -48,13 +49,13 @@ def describe(
     base = nnunet_folder("nnUNet_preprocessed") / resolve_dataset(dataset)
     teacher, dataset_json = read_json(base / f"{plans}.json"), read_json(base / "dataset.json")
     _, config = configuration_of(teacher, configuration)
-    cost = network_cost(teacher, configuration, dataset_json, trainer)
+    cost = network_cost(model_of(teacher, configuration, dataset_json), trainer)
     copies = folds * 2 ** len(config.patch_size)
     rows: list[dict[str, Any]] = [{"name": "teacher", **cost}]
     for spec in specs:
         made = student_plans(teacher, configuration, spec, DistillSpec(), dataset_json, trainer)
         check_fit(teacher, made, dataset_json, configuration)
-        own = network_cost(made, configuration, dataset_json)
+        own = network_cost(model_of(made, configuration, dataset_json))
         ratios = sorted(cost[n] / own[n] for n in ("activations", "flops"))
         rows.append(
             {

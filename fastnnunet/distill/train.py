@@ -32,10 +32,10 @@ from fastnnunet.nnunet.files.checkpoint import (
     weights_digest,
 )
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
-from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
+from fastnnunet.nnunet.files.model import ModelFolder, build_network, model_folder_of, model_of
 from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
-from fastnnunet.nnunet.files.plans import architecture_of, build_network, configuration_of, label_manager_of
+from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, label_manager_of
 from fastnnunet.nnunet.files.splits import split_of
 from fastnnunet.nnunet.student.fit import check_fit, check_network
 from fastnnunet.nnunet.student.plans import (
@@ -261,13 +261,14 @@ def check_job(
         check_plans_name(resolve_dataset(job.teacher.dataset), job.student.plans_name)
     check_fit(teacher_plans, plans, dataset_json, job.teacher.configuration)
     if job.student.is_explicit:
-        check_network(plans, dataset_json, job.teacher.configuration)
+        check_network(model_of(plans, job.teacher.configuration, dataset_json))
     _check_split(job, plans)
     fold_folder = run_folder(job)
     _check_run_folder(job, fold_folder, resume, overwrite)
     if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
         trainer = stock_trainer_of(architecture_of(plans, job.teacher.configuration)) or STOCK_TRAINER
-        load_pretrained(build_network(plans, job.teacher.configuration, dataset_json, trainer=trainer), job.pretrained)
+        model = model_of(plans, job.teacher.configuration, dataset_json)
+        load_pretrained(build_network(model, trainer=trainer), job.pretrained)
     return plans, dataset_json, fold_folder
 
 

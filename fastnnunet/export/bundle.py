@@ -20,15 +20,11 @@ from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants
 from fastnnunet.export.parity import ParityCheck, ParityReport
 from fastnnunet.export.patches import noise_patches, real_patches
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
+from fastnnunet.nnunet.files.model import Model, build_network, check_fits, model_of
 from fastnnunet.nnunet.files.named import check_reproducible, resampling_of
 from fastnnunet.nnunet.files.plans import (
     architecture_of,
-    build_network,
-    check_fits,
-    configuration_of,
     intensity_properties,
-    label_manager_of,
-    num_input_channels,
     read_json,
 )
 from fastnnunet.nnunet.onnx import put_weights, to_onnx
@@ -76,11 +72,12 @@ def export_bundle(
     configuration = stored["init_args"]["configuration"]
     check_reproducible(plans, configuration)
     plans = plans_for(plans, configuration, graph)
-    multiples = dynamic_multiples(configuration_of(plans, configuration)[1].configuration, graph)
+    described = model_of(plans, configuration, dataset_json)
+    multiples = dynamic_multiples(described.config.configuration, graph)
     first = strip_prefix(stored["network_weights"])
-    check_fits(plans, configuration, dataset_json, stored["trainer_name"], first, paths[0])
-    network = build_network(plans, configuration, dataset_json, trainer=stored["trainer_name"]).eval()
-    image_NCZYX, is_real = _patches(plans, configuration, dataset_json, needs_real_patches)
+    check_fits(described, stored["trainer_name"], first, paths[0])
+    network = build_network(described, trainer=stored["trainer_name"]).eval()
+    image_NCZYX, is_real = _patches(described, needs_real_patches)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -93,9 +90,8 @@ def export_bundle(
         model = to_onnx(network, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
         if graph.simplify:
             fold_constants(model, network)
-        has_regions = bool(label_manager_of(configuration_of(plans, configuration)[0], dataset_json).has_regions)
-        parity = ParityCheck(network, image_NCZYX, is_real=is_real, has_regions=has_regions)
-        parity.choose_patches(model, stride_products(configuration_of(plans, configuration)[1].configuration))
+        parity = ParityCheck(network, image_NCZYX, is_real=is_real, has_regions=described.has_regions)
+        parity.choose_patches(model, stride_products(described.config.configuration))
         for number, (fold, path, name) in enumerate(zip(folds, paths, model_files, strict=True)):
             weights = strip_prefix(load_checkpoint(path)["network_weights"]) if number else first
             load_weights(network, weights, path)
@@ -132,7 +128,7 @@ def export_bundle(
             "parameters": int(sum(p.numel() for p in network.parameters())),
         }
         files = {name: sha256_of_file(temporary / name) for name in (*model_files, PARITY_FILE)}
-        spec = _bundle_spec(plans, configuration, dataset_json, stored, provenance, tuple(model_files), files, graph)
+        spec = _bundle_spec(described, stored, provenance, tuple(model_files), files, graph)
         write_bundle_json(spec, temporary / "bundle.json")
         temporary.chmod(0o755)
         if overwrite and out.exists():
@@ -159,28 +155,22 @@ class _Stages:
         self._progress(Stage(what="export", done=self._number, total=self._total, unit="stages", note=of + what))
 
 
-def _previous_labels(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> tuple[int, ...]:
+def _previous_labels(model: Model) -> tuple[int, ...]:
     """Foreground labels a cascade stage sees one-hot beside the image; none for other configurations."""
-    manager, config = configuration_of(plans, configuration)
-    if config.previous_stage_name is None:
+    if model.config.previous_stage_name is None:
         return ()
-    return tuple(int(label) for label in label_manager_of(manager, dataset_json).foreground_labels)
+    return tuple(int(label) for label in model.labels.foreground_labels)
 
 
-def _patches(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], needs_real: bool
-) -> tuple[np.ndarray, bool]:
+def _patches(model: Model, needs_real: bool) -> tuple[np.ndarray, bool]:
     """Patches to compare on, float32 (N, C, *patch), and whether they are real."""
-    manager, config = configuration_of(plans, configuration)
-    patch_size = tuple(int(p) for p in config.patch_size)
-    previous_labels = _previous_labels(plans, configuration, dataset_json)
+    previous_labels = _previous_labels(model)
     try:
-        return real_patches(plans, configuration, patch_size, previous_labels), True
+        return real_patches(model.plans, model.configuration, model.patch_size, previous_labels), True
     except (NotFoundError, MismatchError):
         if needs_real:
             raise
-    channels = num_input_channels(manager, config, dataset_json)
-    return noise_patches(channels, patch_size, len(previous_labels)), False
+    return noise_patches(model.num_channels, model.patch_size, len(previous_labels)), False
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -208,43 +198,42 @@ def _without_nan(value: Any) -> Any:
 
 
 def _bundle_spec(
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
+    model: Model,
     checkpoint: dict[str, Any],
     provenance: dict[str, Any],
     model_files: tuple[str, ...],
     files: dict[str, str],
     graph: GraphSpec,
 ) -> BundleSpec:
-    plans_manager, config = configuration_of(plans, configuration)
-    labels = label_manager_of(plans_manager, dataset_json)
-    order = dataset_json.get("regions_class_order") if labels.has_regions else None
+    plans_manager, config, dataset_json = model.manager, model.config, model.dataset_json
+    order = dataset_json.get("regions_class_order") if model.has_regions else None
     mirror_axes = checkpoint.get("inference_allowed_mirroring_axes")
     folds = tuple(provenance["weights_sha256"])
     return BundleSpec(
-        name=f"{plans_manager.dataset_name} {plans_manager.plans_name} {configuration} "
+        name=f"{plans_manager.dataset_name} {plans_manager.plans_name} {model.configuration} "
         f"fold{'s' if len(folds) > 1 else ''} {provenance['fold']}",
-        configuration=configuration,
+        configuration=model.configuration,
         channel_names=_channel_names(dataset_json),
         labels=dataset_json["labels"],
         regions_class_order=tuple(map(int, order)) if order else None,
-        previous_labels=_previous_labels(plans, configuration, dataset_json),
-        num_heads=int(labels.num_segmentation_heads),
+        previous_labels=_previous_labels(model),
+        num_heads=model.num_heads,
         file_ending=dataset_json["file_ending"],
         reader_writer=plans_manager.plans["image_reader_writer"],
         transpose_forward=tuple(plans_manager.transpose_forward),
         transpose_backward=tuple(plans_manager.transpose_backward),
         spacing_mm=tuple(float(s) for s in config.spacing),
-        patch_size=tuple(int(p) for p in config.patch_size),
+        patch_size=model.patch_size,
         normalization_schemes=tuple(config.normalization_schemes),
         use_mask_for_norm=tuple(bool(u) for u in config.use_mask_for_norm),
         intensity_properties=_without_nan(intensity_properties(plans_manager)),
-        resampling={kind: resampling_of(plans, configuration, kind) for kind in ("data", "seg", "probabilities")},
+        resampling={
+            kind: resampling_of(model.plans, model.configuration, kind) for kind in ("data", "seg", "probabilities")
+        },
         mirror_axes=tuple(map(int, mirror_axes)) if mirror_axes else None,
         batch_size=graph.batch_size,
-        architecture=stock_architecture(architecture_of(plans, configuration)),
-        plans=_without_nan(plans),
+        architecture=stock_architecture(architecture_of(model.plans, model.configuration)),
+        plans=_without_nan(model.plans),
         dataset_json=_without_nan(dataset_json),
         model_files=model_files,
         folds=folds,

@@ -19,8 +19,7 @@ from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from fastnnunet.nnunet.files.checkpoint import load_weights
-from fastnnunet.nnunet.files.model import ModelFolder
-from fastnnunet.nnunet.files.plans import build_network, check_fits, network_class_name
+from fastnnunet.nnunet.files.model import ModelFolder, build_network, check_fits, network_class_name
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.nnunet.reference import fold_reference
 from fastnnunet.specs.cache import CacheSpec
@@ -89,7 +88,7 @@ class NnUNetTeacher:
             "patch_size": list(self.patch_size),
             "architecture": {
                 "class": model.config.network_arch_class_name,
-                "kwargs": model.config.configuration["architecture"]["arch_kwargs"],
+                "kwargs": model.config.network_arch_init_kwargs,
             },
             "labels": model.dataset_json["labels"],
             "folds": [str(f) for f in self.folds],
@@ -118,12 +117,11 @@ class NnUNetTeacher:
         settings = Settings(threads=threads, precision=self.precision, device=resolve_device(self.engine), apart=True)
         model = self.files.model
         engines: dict[Fold, Engine] = {}
-        described = (model.plans, model.configuration, model.dataset_json)
         for fold in self.folds:
             weights, path = self.files.take_weights(fold), self.files.path(fold)
             trainer = self.files.facts(self.folds[0]).trainer
-            check_fits(*described, trainer, weights, path)
-            network = build_network(*described, trainer=trainer)
+            check_fits(model, trainer, weights, path)
+            network = build_network(model, trainer=trainer)
             load_weights(network, weights, path)
             live = LiveNetwork(
                 module=network,
@@ -230,7 +228,7 @@ def make_teacher(
 ) -> NnUNetTeacher:
     """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`."""
     trainer = files.facts(folds[0]).trainer
-    network = network_class_name(files.plans, files.configuration, files.dataset_json, trainer)
+    network = network_class_name(files.model, trainer)
     engine = resolve_engine(recipe.engine, network)
     return NnUNetTeacher(
         files=files,

@@ -1,18 +1,30 @@
 """One configuration of a model, and the folder it lies in: every file is read and checked once, and then known."""
 
+import inspect
+import warnings
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import MismatchError
-from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, strip_prefix, weights_digest
+from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.files.paths import teacher_folder
-from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, num_input_channels, read_json
+from fastnnunet.nnunet.files.plans import (
+    architecture_of,
+    configuration_of,
+    label_manager_of,
+    num_input_channels,
+    read_json,
+    trainer_class,
+)
+from fastnnunet.specs.checks.architecture import unet_problems
 from fastnnunet.specs.teacher import Fold, TeacherSpec
 
 if TYPE_CHECKING:
+    import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -49,6 +61,54 @@ def model_of(plans: dict[str, Any], configuration: str, dataset_json: dict[str, 
         patch_size=tuple(int(p) for p in config.patch_size),
         has_regions=bool(labels.has_regions),
     )
+
+
+def build_network(model: Model, deep_supervision: bool = False, trainer: str = "nnUNetTrainer") -> "torch.nn.Module":
+    """The network `trainer` builds from the plans, with nnU-Net's own initialisation.
+
+    Most trainers build what the plans describe; some, such as nnU-Net's Primus trainers, build one of their own.
+    Raises NotFoundError for a trainer that is not installed, MismatchError when it cannot build a network.
+    """
+    config = deepcopy(model.config)
+    config.configuration["architecture"] = architecture_of(model.plans, model.configuration)
+    described = (
+        config.network_arch_class_name,
+        config.network_arch_init_kwargs,
+        config.network_arch_init_kwargs_req_import,
+    )
+    sizes = (model.num_channels, model.num_heads)
+    build = trainer_class(trainer).build_network_architecture
+    takes_plans = "plans_manager" in inspect.signature(build).parameters
+    arguments = (model.manager, config, *sizes) if takes_plans else (*described, *sizes)
+    try:
+        return build(*arguments, enable_deep_supervision=deep_supervision)
+    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
+        raise MismatchError(
+            f"trainer {trainer} cannot build a network for {model.configuration} with patch size "
+            f"{list(config.patch_size)}: {type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
+        ) from e
+
+
+def check_fits(model: Model, trainer: str, weights: Weights, where: Path) -> None:
+    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
+
+    Raises MismatchError, and what `build_network` raises.
+    """
+    import torch
+
+    if problems := unet_problems(model.config.configuration["architecture"], model.config.patch_size):
+        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
+        load_weights(build_network(model, trainer=trainer), weights, where)
+
+
+def network_class_name(model: Model, trainer: str) -> str:
+    """Class of the network: the plans' own, or of what a trainer builds that pays no heed to the plans."""
+    if trainer == "nnUNetTrainer":
+        return str(model.config.network_arch_class_name)
+    kind = type(build_network(model, trainer=trainer))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Plans, configurations and the networks they describe.
+"""Plans and their configurations.
 
 Plans are read through nnU-Net's own managers, here and nowhere else: they resolve `inherits_from`, make an
 `architecture` of what was written before nnU-Net 2.5, and know older names of the intensity statistics.
@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 from fastnnunet.errors import MismatchError, NotFoundError
 from fastnnunet.nnunet.files.plans_checks import is_class_name
 from fastnnunet.nnunet.files.trust import check_labels, check_trusted
-from fastnnunet.specs.checks.architecture import unet_problems
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.checks.problems import shown
 from fastnnunet.specs.checks.reproducible import resolve_inheritance
 
 if TYPE_CHECKING:
-    import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -140,67 +138,6 @@ def num_input_channels(
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
-def build_network(
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    deep_supervision: bool = False,
-    trainer: str = "nnUNetTrainer",
-) -> "torch.nn.Module":
-    """The network `trainer` builds from the plans, with nnU-Net's own initialisation.
-
-    Most trainers build what the plans describe; some, such as nnU-Net's Primus trainers, build one of their own.
-    Raises NotFoundError for a trainer that is not installed, MismatchError when it cannot build a network.
-    """
-    import inspect
-
-    plans_manager, config = configuration_of(plans, configuration)
-    config.configuration["architecture"] = architecture_of(plans, configuration)
-    described = (
-        config.network_arch_class_name,
-        config.network_arch_init_kwargs,
-        config.network_arch_init_kwargs_req_import,
-    )
-    sizes = (
-        num_input_channels(plans_manager, config, dataset_json),
-        label_manager_of(plans_manager, dataset_json).num_segmentation_heads,
-    )
-    build = trainer_class(trainer).build_network_architecture
-    takes_plans = "plans_manager" in inspect.signature(build).parameters
-    arguments = (plans_manager, config, *sizes) if takes_plans else (*described, *sizes)
-    try:
-        return build(*arguments, enable_deep_supervision=deep_supervision)
-    except Exception as e:  # what an architecture raises for arguments it cannot take shares no base class
-        raise MismatchError(
-            f"trainer {trainer} cannot build a network for {configuration} with patch size {list(config.patch_size)}: "
-            f"{type(e).__name__} {e}\nPrimus needs a three-dimensional patch divisible by 8"
-        ) from e
-
-
-def check_fits(
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    trainer: str,
-    weights: "dict[str, torch.Tensor]",
-    where: Path,
-) -> None:
-    """Refuse a network that the weights of the checkpoint `where` do not fit before any memory is taken for it.
-
-    Raises MismatchError, and what `build_network` raises.
-    """
-    import torch
-
-    from fastnnunet.nnunet.files.checkpoint import load_weights
-
-    config = configuration_of(plans, configuration)[1]
-    if problems := unet_problems(config.configuration["architecture"], config.patch_size):
-        raise MismatchError(f"the plans beside {where} cannot be used: " + "; ".join(problems))
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
-        load_weights(build_network(plans, configuration, dataset_json, trainer=trainer), weights, where)
-
-
 def trainer_class(name: str) -> Any:
     """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
 
@@ -217,11 +154,3 @@ def trainer_class(name: str) -> Any:
         raise NotFoundError(
             f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
-
-
-def network_class_name(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: str) -> str:
-    """Class of the network: the plans' own, or of what a trainer builds that pays no heed to the plans."""
-    if trainer == "nnUNetTrainer":
-        return str(configuration_of(plans, configuration)[1].network_arch_class_name)
-    kind = type(build_network(plans, configuration, dataset_json, trainer=trainer))
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.nnunet.files.model import Model, build_network
 from fastnnunet.nnunet.files.paths import nnunet_folder
-from fastnnunet.nnunet.files.plans import build_network, configuration_of, num_input_channels, read_json, resolved
+from fastnnunet.nnunet.files.plans import configuration_of, read_json, resolved
 from fastnnunet.nnunet.student.primus import PATCH_EMBED, is_primus, stock_trainer_of
 
 SHARED = ("spacing", "normalization_schemes", "data_identifier")  # what a teacher's and its data's plans must agree in
@@ -24,12 +25,12 @@ def check_fit(
         )
 
 
-def check_network(student: dict[str, Any], dataset_json: dict[str, Any], configuration: str) -> None:
+def check_network(student: Model) -> None:
     """Refuse a network that cannot be made from what is written of it. Raises MismatchError with the reason."""
     import torch
 
     with torch.device("meta"):
-        build_network(student, configuration, dataset_json)
+        build_network(student)
 
 
 def patch_problems(config: dict[str, Any]) -> list[str]:
@@ -87,9 +88,7 @@ def _data_problems(teacher: dict[str, Any], dataset_json: dict[str, Any], config
     return problems
 
 
-def network_cost(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: str = "nnUNetTrainer"
-) -> dict[str, int]:
+def network_cost(model: Model, trainer: str = "nnUNetTrainer") -> dict[str, int]:
     """parameters, flops and activations (numbers written by all layers) of one patch through the network.
 
     Counted by torch's flop counter (2 per multiply-add; convolutions and matrix products) on tensors without data.
@@ -97,11 +96,9 @@ def network_cost(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    manager, config = configuration_of(plans, configuration)
-    name = stock_trainer_of(config.configuration["architecture"]) or trainer
+    name = stock_trainer_of(model.config.configuration["architecture"]) or trainer
     with torch.device("meta"):
-        network = build_network(plans, configuration, dataset_json, trainer=name).eval()
-    channels = num_input_channels(manager, config, dataset_json)
+        network = build_network(model, trainer=name).eval()
     activations = 0
 
     def count(_module: Any, _inputs: Any, output: Any) -> None:
@@ -111,7 +108,7 @@ def network_cost(
     for module in {id(m): m for m in network.modules() if not any(m.children())}.values():
         module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, channels, *config.patch_size, device="meta"))
+        network(torch.empty(1, model.num_channels, *model.patch_size, device="meta"))
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "flops": int(counter.get_total_flops()),

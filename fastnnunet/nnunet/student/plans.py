@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder
 from fastnnunet.nnunet.files.plans import (
     architecture_of,
-    build_network,
     configuration_of,
     trainer_class,
     with_configuration,
@@ -152,14 +152,15 @@ def _primus(
 
     if dataset_json is None:
         raise MismatchError(f"the network of trainer {trainer} needs dataset.json; got none")
-    patch_size = [int(p) for p in configuration_of(plans, configuration)[1].patch_size]
+    model = model_of(plans, configuration, dataset_json)
+    patch_size = list(model.patch_size)
     if student.size is not None:
         stock = stock_trainer(student.size)
         with torch.device("meta"):  # an L is 1.3 GB
-            network = build_network(plans, configuration, dataset_json, trainer=stock)
+            network = build_network(model, trainer=stock)
         kwargs = primus_kwargs(network, patch_size)
         return _written(PRIMUS, kwargs) | {"stock_trainer": stock}
-    kwargs = primus_kwargs(build_network(plans, configuration, dataset_json, trainer=trainer), patch_size)
+    kwargs = primus_kwargs(build_network(model, trainer=trainer), patch_size)
     return _written(OURS, narrower_primus(kwargs, student))
 
 
