@@ -13,8 +13,7 @@ from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of, nu
 from fastnnunet.specs.teacher import Fold, TeacherSpec
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from fastnnunet.nnunet.v2 import ConfigurationManager, LabelManager, PlansManager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
