@@ -20,7 +20,8 @@ from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from fastnnunet.nnunet.v2 import nnUNetPredictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class ReferencePredictor:
         `export_prediction_from_logits` one by one, so that reading and writing have times of their own.
         """
         import torch
-        from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+        from fastnnunet.nnunet.v2 import convert_predicted_logits_to_segmentation_with_correct_shape
 
         p = self.predictor
         torch.set_num_threads(self.threads)
@@ -169,7 +171,8 @@ class FoldReference:
 def fold_reference(folder: Path, checkpoint: str, *, mirroring: bool, step_size: float) -> FoldReference:
     """nnU-Net's predictor for the folds of a model folder, on a CUDA device where there is one."""
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from fastnnunet.nnunet.v2 import nnUNetPredictor
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a note about the device
@@ -198,8 +201,8 @@ def predict_command(
 
 def _predictor(*, mirroring: bool, threads: int, step_size: float, device: str) -> "nnUNetPredictor":
     import torch
-    from nnunetv2.configuration import default_num_processes
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from fastnnunet.nnunet.v2 import default_num_processes, nnUNetPredictor
 
     if default_num_processes < threads:
         raise SpecError(

@@ -14,20 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
-from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
-from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
-from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
-from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
-from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.augment.drawn_first import SAMPLING, check_settings, image_of, middle
@@ -42,6 +28,23 @@ from fastnnunet.nnunet.augment.intensity import (
 from fastnnunet.nnunet.augment.label import downsampled, regions_of
 from fastnnunet.nnunet.augment.soft_samples import opinions
 from fastnnunet.nnunet.augment.spatial import reach, sample_labels, sample_linear, sampling_grid
+from fastnnunet.nnunet.v2 import (
+    ContrastTransform,
+    Convert2DTo3DTransform,
+    Convert3DTo2DTransform,
+    ConvertSegmentationToRegionsTransform,
+    DownsampleSegForDSTransform,
+    GammaTransform,
+    GaussianBlurTransform,
+    GaussianNoiseTransform,
+    MaskImageTransform,
+    MirrorTransform,
+    MultiplicativeBrightnessTransform,
+    RandomTransform,
+    RemoveLabelTransform,
+    SimulateLowResolutionTransform,
+    SpatialTransform,
+)
 
 log = logging.getLogger(__name__)
 

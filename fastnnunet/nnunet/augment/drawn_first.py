@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
 from fastnnunet import native
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.v2 import SpatialTransform
 from fastnnunet.nnunet.versions import OLDEST
 
 Box = tuple[list[int], list[int]]  # first voxel, and last + 1, along each axis; may reach beyond the volume

@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 
 from fastnnunet import native
 from fastnnunet.nnunet.augment.drawn_first import Box, SpatialDraw, SpatialDrawnFirst, points_of, size_of
+from fastnnunet.nnunet.v2 import ComposeTransforms, Convert2DTo3DTransform, Convert3DTo2DTransform, SpatialTransform
 
 NO_OPINION = -1.0  # in all channels of a soft label, where there is none
 

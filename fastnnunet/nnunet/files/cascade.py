@@ -34,7 +34,7 @@ class CascadeCases(PreprocessedCases):
 
     def image_CZYX(self, case_id: str) -> np.ndarray:
         """Image and one-hot previous segmentation: float32 (C + labels, Z, Y, X). Raises MismatchError."""
-        from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+        from fastnnunet.nnunet.v2 import convert_labelmap_to_one_hot
 
         image_CZYX = PreprocessedCases.image_CZYX(self, case_id)
         with self._reading(case_id):

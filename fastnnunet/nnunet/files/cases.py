@@ -93,7 +93,7 @@ class PreprocessedCases:
 
 def dataset_class(folder: Path) -> Any:
     """nnU-Net's class for the files of a folder of preprocessed cases. Raises CorruptError where it cannot tell."""
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+    from fastnnunet.nnunet.v2 import infer_dataset_class
 
     try:
         return infer_dataset_class(str(folder))

@@ -25,8 +25,8 @@ from fastnnunet.specs.teacher import Fold, TeacherSpec
 
 if TYPE_CHECKING:
     import torch
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+    from fastnnunet.nnunet.v2 import ConfigurationManager, LabelManager, PlansManager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

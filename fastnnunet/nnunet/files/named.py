@@ -7,13 +7,13 @@ what nnU-Net has preprocessed and need no more than that; a bundle is predicted 
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.geometry.resample import parse_label_resample_spec, parse_resample_spec
 from fastnnunet.nnunet.files.plans import configuration_of, intensity_properties
+from fastnnunet.nnunet.v2 import find_below
 from fastnnunet.specs.checks.reproducible import LABEL_MANAGER, preprocessing_problems, unknown_scheme_problems
 
 log = logging.getLogger(__name__)
@@ -94,11 +94,7 @@ def _named(plans: dict[str, Any], configuration: str) -> Iterator[tuple[str, str
 @functools.cache
 def _is_found(package: str, name: str, is_class: bool) -> bool:
     """As nnU-Net finds it; it takes any attribute of a module, here it has to be of the right kind."""
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = os.path.join(nnunetv2.__path__[0], *package.split("."))
-    found = recursive_find_python_class(folder, name, current_module=f"nnunetv2.{package}")
+    found = find_below(f"nnunetv2.{package}", name)
     return inspect.isclass(found) if is_class else inspect.isfunction(found)
 
 

@@ -19,8 +19,7 @@ from fastnnunet.specs.checks.problems import shown
 from fastnnunet.specs.checks.reproducible import resolve_inheritance
 
 if TYPE_CHECKING:
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
-    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+    from fastnnunet.nnunet.v2 import ConfigurationManager, LabelManager, PlansManager
 
 _NETWORKS = "dynamic_network_architectures."
 _UNETS = {
@@ -37,7 +36,7 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansM
     """nnU-Net's managers for one configuration. Raises MismatchError with the configurations that exist, or with what
     nnU-Net says of one that it cannot resolve.
     """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from fastnnunet.nnunet.v2 import PlansManager
 
     check_trusted(plans, configuration)
     known = plans.get("configurations", {})
@@ -132,7 +131,7 @@ def num_input_channels(
     plans_manager: "PlansManager", configuration: "ConfigurationManager", dataset_json: dict[str, Any]
 ) -> int:
     """Image channels plus, in a cascade, one channel per foreground label. Raises MismatchError."""
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from fastnnunet.nnunet.v2 import determine_num_input_channels
 
     label_manager_of(plans_manager, dataset_json)  # nnU-Net takes it for granted
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
@@ -143,7 +142,7 @@ def trainer_class(name: str) -> Any:
 
     Raises NotFoundError.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from fastnnunet.nnunet.v2 import recursive_find_trainer_class_by_name
 
     try:
         if not is_class_name(name):

@@ -25,7 +25,7 @@ def plan_and_preprocess(dataset: str, configuration: str, num_processes: int, lo
             f"{dataset_name}: nnU-Net plans by an id, and none stands for this name alone, expected Dataset042_Name or "
             "the like\nrename its folder in nnUNet_raw"
         )
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from fastnnunet.nnunet.v2 import extract_fingerprints, plan_experiments, preprocess
 
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(open(log_file or os.devnull, "a"))

@@ -20,7 +20,7 @@ def load_splits(preprocessed_base: Path, case_ids: tuple[str, ...]) -> list[dict
             f"five folds need at least 5 cases, got {len(case_ids)}\n"
             f"write your own splits_final.json in {preprocessed_base}"
         )
-    from nnunetv2.utilities.crossval_split import generate_crossval_split
+    from fastnnunet.nnunet.v2 import generate_crossval_split
 
     return list(generate_crossval_split(sorted(case_ids), seed=12345, n_splits=5))
 

@@ -1,7 +1,6 @@
 """What plans may name of nnU-Net's own: its classes and functions, not whatever its modules have imported."""
 
 import contextlib
-import importlib
 import io
 from collections.abc import Mapping
 from types import FunctionType
@@ -9,6 +8,7 @@ from typing import Any
 
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.files.plans_checks import check_dataset_json, check_plans, is_class_name
+from fastnnunet.nnunet.v2 import find_below
 from fastnnunet.specs.checks.networks import ALLOW_CODE_OPTION, code_is_allowed
 from fastnnunet.specs.checks.problems import shown
 from fastnnunet.specs.checks.reproducible import resolve_inheritance
@@ -77,12 +77,10 @@ def check_labels(plans_manager: Any, dataset_json: Mapping[str, Any]) -> None:
 
 def _check_defined(name: Any, field: str, place: str) -> None:
     """What is not there at all is left to whoever needs it."""
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from fastnnunet.nnunet.v2 import LabelManager
 
     kind = FunctionType if field.startswith("resampling") else type
-    folder = importlib.import_module(place).__path__[0]
-    found = recursive_find_python_class(folder, name, place) if is_class_name(name) else object
+    found = find_below(place, name) if is_class_name(name) else object
     if found is None:
         if field != "label_manager":
             return

@@ -8,10 +8,9 @@ nnU-Net finds through the plans where fastnnunet is installed, and only there.
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.primus import Primus
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.nnunet.v2 import PolyLRScheduler, Primus
 from fastnnunet.specs.student import StudentSpec
 
 PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"

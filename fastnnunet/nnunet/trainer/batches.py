@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from threadpoolctl import threadpool_limits
 
 from fastnnunet.nnunet.augment.drawn_first import Box, size_of, within
@@ -19,6 +18,7 @@ from fastnnunet.nnunet.augment.soft_samples import SoftBox
 from fastnnunet.nnunet.trainer.distributed import Share
 from fastnnunet.nnunet.trainer.mixing import Unlabelled
 from fastnnunet.nnunet.trainer.seeds import BatchNumber
+from fastnnunet.nnunet.v2 import crop_and_pad_nd
 
 ALONE = Share()
 OUTSIDE = -1  # nnU-Net's label beyond the volume

@@ -14,11 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from fastnnunet.errors import BuildError, FastnnUNetError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
@@ -50,6 +45,13 @@ from fastnnunet.nnunet.trainer.loading_errors import Repairs, reading
 from fastnnunet.nnunet.trainer.mixing import Unlabelled
 from fastnnunet.nnunet.trainer.seeds import STEP, TRAINING, VALIDATION, seed_generators
 from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
+from fastnnunet.nnunet.v2 import (
+    PolyLRScheduler,
+    get_allowed_n_proc_DA,
+    nnUNetDataLoader,
+    nnUNetTrainer,
+    nnUNetTrainerDA5,
+)
 from fastnnunet.system.children import others_children
 
 FINGERPRINT = "dataset_fingerprint.json"

@@ -19,7 +19,7 @@ Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> vo
 
 def sample_foreground(label_ZYX: np.ndarray, outside_ZYX: np.ndarray, label_manager: Any) -> Locations:
     """nnU-Net's `class_locations` of a label map; background of the map where `outside` counts as outside the image."""
-    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from fastnnunet.nnunet.v2 import DefaultPreprocessor
 
     kinds = [*(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)]
     if label_manager.has_ignore_label:  # as nnU-Net does, which then draws every patch from labelled voxels

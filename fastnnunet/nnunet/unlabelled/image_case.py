@@ -51,8 +51,7 @@ def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
 
 def shape_after(task: ImageTask) -> tuple[int, int, int]:
     """Shape (Z, Y, X) of a case after cropping and resampling, as nnU-Net's preprocessor works it out."""
-    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+    from fastnnunet.nnunet.v2 import compute_new_shape, crop_to_nonzero
 
     manager, config = configuration_of(task.plans, task.configuration)
     image_CZYX, properties = _read(task)
