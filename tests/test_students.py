@@ -36,6 +36,7 @@ from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
+from tests.teachers import nnunet_predictor
 from tests.test_kinds import prepare, read
 from tests.tiny import CONFIGURATION, DATASET, PATCH
 
@@ -158,33 +159,66 @@ def make_job(student, distill=CONTROL, trainer="nnUNetTrainer", **changes):
     )
 
 
-def stock_logits(model, image_CZYX, tmp_path, hide=True):
-    """Logits of nnUNetPredictor in a process in which fastnnunet cannot be imported."""
-    np.save(tmp_path / "image.npy", image_CZYX)
-    code = f"""
-import sys
-if {hide}: sys.modules["fastnnunet"] = None
+STOCK = """
+import json, sys
+answers, sys.stdout = sys.stdout, sys.stderr  # nnU-Net prints
+sys.modules["fastnnunet"] = None
 import numpy as np, torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-p = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"))
-p.initialize_from_trained_model_folder({str(model)!r}, (0,), "checkpoint_final.pth")
-image = torch.from_numpy(np.load({str(tmp_path / "image.npy")!r}))
-p.network.load_state_dict(p.list_of_parameters[0])
-p.network.eval()
-with torch.inference_mode():
-    np.save({str(tmp_path / "logits.npy")!r}, p.network(image[None])[0].numpy())
+
+for line in sys.stdin:
+    model, image, logits = json.loads(line)
+    p = nnUNetPredictor(use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"))
+    p.initialize_from_trained_model_folder(model, (0,), "checkpoint_final.pth")
+    p.network.load_state_dict(p.list_of_parameters[0])
+    p.network.eval()
+    with torch.inference_mode():
+        np.save(logits, p.network(torch.from_numpy(np.load(image))[None])[0].numpy())
+    print("done", file=answers, flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return np.load(tmp_path / "logits.npy")
 
 
-def agrees_with_stock(folder, tmp_path, hide=True):
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Logits of nnUNetPredictor in a process in which fastnnunet cannot be imported; one process, as it starts slowly.
+
+    A function of a model folder and an image (channels, z, y, x).
+    """
+    folder = tmp_path_factory.mktemp("stock")
+    image, logits, errors = (folder / name for name in ("image.npy", "logits.npy", "errors.txt"))
+    with (
+        errors.open("w") as said,
+        subprocess.Popen(
+            [sys.executable, "-c", STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as process,
+    ):
+
+        def run(model, image_CZYX):
+            logits.unlink(missing_ok=True)
+            np.save(image, image_CZYX)
+            print(json.dumps([str(model), str(image), str(logits)]), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "done\n", errors.read_text()
+            return np.load(logits)
+
+        yield run
+        process.stdin.close()
+
+
+def logits_of_nnunet(model, image_CZYX):
+    """As `stock`, in this process: for networks of ours."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnunet_predictor(model, (0,), mirroring=False)
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    with torch.inference_mode():
+        return predictor.network.eval()(torch.from_numpy(image_CZYX)[None])[0].numpy()
+
+
+def agrees_with_stock(folder, tmp_path, logits_of):
     """Stock nnU-Net, the exported ONNX and our torch backend compute the same from a trained student."""
     export_bundle(folder.parent, 0, tmp_path / "bundle")
     with np.load(tmp_path / "bundle" / "parity.npz") as parity:
         image, ours = parity["image"], parity["logits"]
-    theirs = stock_logits(folder.parent, image[0], tmp_path, hide)
+    theirs = logits_of(folder.parent, image[0])
     np.testing.assert_allclose(ours[0], theirs, atol=1e-4 * np.abs(theirs).max())
     return image, ours
 
@@ -199,9 +233,9 @@ def agrees_with_stock(folder, tmp_path, hide=True):
     ],
     ids=lambda s: s.tag,
 )
-def test_trained_students_load_in_stock_nnunet(world, tmp_path, student):
+def test_trained_students_load_in_stock_nnunet(world, tmp_path, stock, student):
     folder = train_student(make_job(student), validate=False)
-    agrees_with_stock(folder, tmp_path)
+    agrees_with_stock(folder, tmp_path, stock)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +272,7 @@ def test_plain_student_of_a_residual_teacher(world):
     assert type(build_network(model_of(made, CONFIGURATION, dataset_json))).__name__ == "PlainConvUNet"
 
 
-def test_student_written_out(world, tmp_path):
+def test_student_written_out(world, tmp_path, stock):
     plans, _ = plans_of(world)
     shape = {
         "n_stages": 3,
@@ -250,7 +284,7 @@ def test_student_written_out(world, tmp_path):
     }
     name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
     spec = StudentSpec(network_class_name=name, arch_kwargs=shape, name="two")
-    agrees_with_stock(train_student(make_job(spec), validate=False), tmp_path)
+    agrees_with_stock(train_student(make_job(spec), validate=False), tmp_path, stock)
     wrong = {**shape, "depth": 3, "input_channels": 1}
     del wrong["strides"]
     with pytest.raises(SpecError, match=r"(?s)3 problem.*'depth'.*'strides' is missing.*'input_channels' is set"):
@@ -356,8 +390,6 @@ class TestPrimus:
         return world
 
     def test_caches_what_nnunet_predicts_then_trains_exports_and_predicts(self, primus, tmp_path):
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
         job = make_job(StudentSpec(r=2), dataclasses.replace(CONTROL, alpha=0.3), "TinyPrimusTrainer")
         source, factory, root = open_teacher(job.teacher, job.cache)
         assert factory.engine == "torch"
@@ -368,10 +400,7 @@ class TestPrimus:
             mean[:] = values
         assert len(blocks) == 1
         with contextlib.redirect_stdout(io.StringIO()):
-            predictor = nnUNetPredictor(
-                use_mirroring=False, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
-            )
-            predictor.initialize_from_trained_model_folder(str(factory.folder), (0, 1), "checkpoint_final.pth")
+            predictor = nnunet_predictor(factory.folder, (0, 1), mirroring=False)
             theirs = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy()
         # nnU-Net sums weighted tiles in half precision, which leaves no digits where the weight is small
         assert np.median(np.abs(mean - theirs)) < 1e-3
@@ -385,7 +414,7 @@ class TestPrimus:
         folder = train_student(job, validate=True)
         weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
         assert weights["eva.pos_embed"].shape == (1, 8, 24)
-        _, ours = agrees_with_stock(folder, tmp_path, hide=False)
+        _, ours = agrees_with_stock(folder, tmp_path, logits_of_nnunet)
         spec = load_bundle_spec(tmp_path / "bundle")
         assert spec.architecture["network_class_name"].endswith(".Primus")
         assert ours.shape[1] == 3
@@ -393,8 +422,7 @@ class TestPrimus:
         Predictor.load(tmp_path / "bundle", "onnxruntime").predict_files(images, tmp_path / "ours")
         (tmp_path / "theirs").mkdir()
         with contextlib.redirect_stdout(io.StringIO()):
-            student = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-            student.initialize_from_trained_model_folder(str(folder.parent), (0,))
+            student = nnunet_predictor(folder.parent, (0,), mirroring=False)
             cases = ["tiny_10", "tiny_11"]
             student.predict_from_files_sequential(
                 [[str(images / f"{case}_0000.nii.gz")] for case in cases], [str(tmp_path / "theirs" / c) for c in cases]
@@ -459,8 +487,8 @@ class TestPrimus:
         assert folder.name.startswith(f"{stock}__nnUNetPlans_primus{size}_a0")
         assert patch_problems({**made["configurations"][CONFIGURATION], "patch_size": [16, 20, 16]})
 
-    def test_stock_size_loads_in_stock_nnunet(self, world, tmp_path):
+    def test_stock_size_loads_in_stock_nnunet(self, world, tmp_path, stock):
         """nnU-Net's own Primus S on a patch of 16^3, with nothing of ours importable."""
         folder = train_student(make_job(StudentSpec(size="S")), validate=False)
         assert folder.parent.name.startswith("nnUNet_Primus_S_Trainer__nnUNetPlans_primusS_a0")
-        agrees_with_stock(folder, tmp_path)
+        agrees_with_stock(folder, tmp_path, stock)
