@@ -92,6 +92,25 @@ class TestRefusals:
             open_factory(PublishedSpec(path=file), RECIPE)
         assert not list((folder.parents[2] / "home/models").iterdir()), "a part was left"
 
+    @pytest.mark.parametrize(
+        ("at", "value"),
+        [(0, 0), (6, 255)],  # of the first entry of the list of members: its mark, the version it needs
+    )
+    def test_a_zip_whose_list_is_damaged(self, folder, tmp_path, at, value):
+        file = zipped(folder, tmp_path / "model.zip")
+        data = bytearray(file.read_bytes())
+        data[data.index(b"PK\1\2") + at] = value
+        file.write_bytes(data)
+        with pytest.raises(CorruptError, match=r"model\.zip cannot be unpacked: .*\nget the file again"):
+            open_factory(PublishedSpec(path=file), RECIPE)
+        assert not list((folder.parents[2] / "home/models").iterdir()), "a part was left"
+
+    @pytest.mark.parametrize("name", ["Dataset998/plans.json/fold_0/a.pth", "y" * 300 + "/plans.json"])
+    def test_a_zip_with_names_no_file_can_have(self, folder, tmp_path, name):
+        file = zipped(folder, tmp_path / "model.zip", more=[("Dataset998/plans.json", "{}"), (name, "x")])
+        with pytest.raises(CorruptError, match="cannot be unpacked"):
+            open_factory(PublishedSpec(path=file), RECIPE)
+
     def test_a_zip_that_would_write_elsewhere(self, folder, tmp_path):
         file = zipped(folder, tmp_path / "model.zip", more=[("../../fold_0/evil.pth", "x")])
         with pytest.raises(CorruptError, match="outside its folder"):

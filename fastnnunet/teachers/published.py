@@ -4,6 +4,8 @@ No fold is known to have seen any case, so that all of them label whatever they 
 `$FASTNNUNET_CACHE_HOME/models/<digest>` (default `~/.cache/fastnnunet`): descriptions and checkpoints, nothing else.
 """
 
+import errno
+import lzma
 import os
 import re
 import shutil
@@ -12,7 +14,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from fastnnunet.errors import CorruptError, DiskSpaceError, NotFoundError, SpecError
+from fastnnunet.errors import NO_ROOM, CorruptError, DiskSpaceError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import check_model_folder, trained_folds
@@ -74,25 +76,12 @@ def _unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(file) as archive, TemporaryDirectory(prefix=".partial-", dir=home) as partial:
-        members = [m for m in archive.infolist() if _WANTED.fullmatch(m.filename)]
-        size, free = sum(m.file_size for m in members), shutil.disk_usage(home).free
-        if size > free:
-            raise DiskSpaceError(
-                f"not enough disk space to unpack {file} into {home}\n  got      {free / 1e9:.3f} GB free\n"
-                f"  expected {size / 1e9:.3f} GB\nfree some space, or choose another folder with {HOME_VARIABLE}"
-            )
-        for member in members:
-            name = PurePosixPath(member.filename)
-            if name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in member.filename:
-                raise CorruptError(f"{file} holds {member.filename!r}, which would be written outside its folder")
-            target = Path(partial, "model", name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with archive.open(member) as source, target.open("wb") as f:
-                    shutil.copyfileobj(source, f)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
-                raise CorruptError(f"{member.filename} in {file} cannot be unpacked: {e}\nget the file again") from e
+    with TemporaryDirectory(prefix=".partial-", dir=home) as partial:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                _unpack(archive, file, Path(partial, "model"), home)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as e:
+            raise CorruptError(f"{file} cannot be unpacked: {e}\nget the file again") from e
         Path(partial, "model").mkdir(exist_ok=True)
         try:
             os.rename(Path(partial, "model"), folder)
@@ -100,3 +89,28 @@ def _unpacked(file: Path) -> Path:
             if not folder.is_dir():  # another process has unpacked the same meanwhile
                 raise
     return folder
+
+
+def _unpack(archive: zipfile.ZipFile, file: Path, folder: Path, home: Path) -> None:
+    members = [m for m in archive.infolist() if _WANTED.fullmatch(m.filename)]
+    size, free = sum(m.file_size for m in members), shutil.disk_usage(home).free
+    if size > free:
+        raise DiskSpaceError(
+            f"not enough disk space to unpack {file} into {home}\n  got      {free / 1e9:.3f} GB free\n"
+            f"  expected {size / 1e9:.3f} GB\nfree some space, or choose another folder with {HOME_VARIABLE}"
+        )
+    for member in members:
+        name = PurePosixPath(member.filename)
+        if name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in member.filename:
+            raise CorruptError(f"{file} holds {member.filename!r}, which would be written outside its folder")
+        target = folder / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, target.open("wb") as f:
+                shutil.copyfileobj(source, f)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as e:
+            raise CorruptError(f"{member.filename} in {file} cannot be unpacked: {e}\nget the file again") from e
+        except OSError as e:  # of a damaged bzip2 stream too, or a name no file can have
+            if e.errno in NO_ROOM | {errno.EACCES, errno.EROFS}:
+                raise
+            raise CorruptError(f"{member.filename!r} in {file} cannot be unpacked: {e}\nget the file again") from e
