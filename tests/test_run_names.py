@@ -63,11 +63,17 @@ def test_train_export_predict(world: Path, tmp_path: Path, capsys: pytest.Captur
     ("words", "told"),
     [
         ("train -d 4 -f 0 -r 2 4 --name a", "got 2 students, expected one"),
-        ("export onnx --name a -d 4", "leave out -d, -m"),
+        ("export onnx --name b -d 4 -a 0 -c 2d --batch 1", "leave out -c -a -d\n"),
         ("export onnx --name a", "names there are: b, c"),
         ("export onnx -d 4 -r 4 -f 0", "or the --name of a run"),
-        ("predict -i x -o y --name a -m z", "leave out -m and -d"),
+        ("predict -i x -o y --name a -m z", "leave out -m\n"),
         ("predict -i x -o y --name a", "names there are: b, c"),
+        ("predict -i x -o y --name b -p nnUNetPlans", "leave out -p"),
+        ("export onnx --name b", "is gone\ntrain it with"),
+        (
+            f"export onnx --name {'x' * 300}",
+            "xxx...', expected letters",
+        ),
         ("predict -i x -o y --name ../b", "expected letters, digits"),
     ],
 )
@@ -117,3 +123,20 @@ class TestNames:
         monkeypatch.delenv("nnUNet_results", raising=False)
         with pytest.raises(NotFoundError, match="nnUNet_results is not set"):
             find_run("n")
+
+
+def test_a_name_is_taken_when_the_training_begins(results: Path) -> None:
+    """Of two that train under one name the later is refused at once, not at its end."""
+    from fastnnunet.api.distil import _naming
+    from fastnnunet.api.names import find_trained
+    from fastnnunet.events import Event, Message
+
+    heard: list[Event] = []
+    first, second = (_naming("n", results / model, heard.append) for model in ("first", "second"))
+    first(Message(text="begun"))
+    with pytest.raises(MismatchError, match="another run"):
+        second(Message(text="begun"))
+    assert heard == [Message(text="begun")]
+    assert find_run("n").folds == ()
+    with pytest.raises(NotFoundError, match="no fold that was trained to its end"):
+        find_trained("n")

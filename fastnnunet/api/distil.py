@@ -48,10 +48,26 @@ def distil(
     if resume is None:
         resume = any(run_folder(job).is_dir() for job in jobs)
     told = _in_words(jobs, progress) if is_first_process() else ignore
+    if name is not None and is_first_process():
+        told = _naming(name, run_folder(jobs[0]).parent, told)
     folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=told)
     if name is not None and is_first_process():
         name_run(name, folders[0].parent, [jobs[0].fold])
     return [_student(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+
+
+def _naming(name: str, model: Path, progress: Listener) -> Listener:
+    """A listener that takes the name when the training has begun: another that wants it is refused from then on."""
+    taken = False
+
+    def told(event: Event) -> None:
+        nonlocal taken
+        if not taken:
+            name_run(name, model, [])
+            taken = True
+        progress(event)
+
+    return told
 
 
 def is_first_process() -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.api.names import find_run, note_bundle
+from fastnnunet.api.names import find_trained, note_bundle
 from fastnnunet.errors import NotFoundError
 from fastnnunet.events import Listener, ignore
 from fastnnunet.specs.distill import DistillSpec
@@ -78,7 +78,7 @@ def export_named(
 
     `folds` default to those trained. Raises as `export`, and NotFoundError with the names there are.
     """
-    run = find_run(name)
+    run = find_trained(name)
     exported = export(run.model, folds or run.folds, output or run.bundle, **options)
     note_bundle(run, exported.bundle)
     return exported

@@ -37,7 +37,7 @@ def check_name(name: str, model: Path) -> None:
 
 
 def name_run(name: str, model: Path, folds: Sequence[Fold]) -> None:
-    """Let a name stand for a model; folds it has already stay. Raises as `check_name`."""
+    """Let a name stand for a model; folds it has already stay, none yet reserves it. Raises as `check_name`."""
     check_name(name, model)
     known = find_run(name) if (_folder(name) / RUN_FILE).is_file() else None
     before, bundle = (known.folds, known.bundle) if known else ((), _folder(name) / "bundle")
@@ -64,12 +64,24 @@ def find_run(name: str) -> NamedRun:
     try:
         stored = read_json_object(file)
         model, folds, bundle = stored["model"], stored["folds"], stored["bundle"]
-        if not all(isinstance(fold, int | str) for fold in folds):
+        if not isinstance(folds, list) or not all(isinstance(fold, int | str) for fold in folds):
             raise ValueError(f"folds {folds}")
         results = file.parent.parent.parent
         return NamedRun(name=name, model=results / model, folds=tuple(folds), bundle=results / bundle)
     except (KeyError, TypeError, ValueError) as e:
         raise CorruptError(f"{file} is damaged: {e}\nremove it, and name the run again with: train --continue") from e
+
+
+def find_trained(name: str) -> NamedRun:
+    """As `find_run`, of a run that has a trained fold and whose model is there. Raises NotFoundError where not."""
+    run = find_run(name)
+    if not run.folds or not run.model.is_dir():
+        what = "is gone" if run.folds else "has no fold that was trained to its end"
+        raise NotFoundError(
+            f"the run called {name!r}, {run.model}, {what}\n"
+            f"train it with: fastnnunet train ... --name {name}, or free the name: remove {_folder(name) / RUN_FILE}"
+        )
+    return run
 
 
 def find_bundle(name: str) -> Path:
@@ -84,7 +96,10 @@ def find_bundle(name: str) -> Path:
 
 def _require_file_name(name: str) -> None:
     if not NAME.fullmatch(name):
-        raise SpecError(f"--name: got {name!r}, expected letters, digits, '.', '_' and '-', a letter or digit first")
+        got = repr(name if len(name) <= 40 else f"{name[:40]}...")
+        raise SpecError(
+            f"--name: got {got}, expected letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"
+        )
 
 
 def _folder(name: str) -> Path:

@@ -26,6 +26,7 @@ app.command("quantize")(quantize)
 @app.command("onnx")
 @spread
 def onnx(
+    context: typer.Context,
     origin: options.ByName,
     student: options.Student,
     trained: options.Trained,
@@ -65,8 +66,7 @@ def onnx(
     configuration, plans, trainer = origin.values()
     graph = GraphSpec(**shape)
     if name is not None:
-        if any((dataset, model, teacher, reduction, student_file, student["size"], student_plans)):
-            raise SpecError(f"--name {name} says which model; leave out -d, -m, --teacher, -r, --student, -ts and -spl")
+        options.refuse_besides_name(context, {"output", "folds", "checkpoint", "overwrite", "allow_code", *shape})
         export_model(name, folds or (), output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
         return
     if output is None or not folds:

@@ -34,6 +34,7 @@ PROFILE_FILE = "fastnnunet_profile.json"
 
 
 def predict(
+    context: typer.Context,
     source: Annotated[
         Path,
         options.ask("-i --input", "Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."),
@@ -156,8 +157,8 @@ def predict(
     from fastnnunet.images.output import RunArguments
 
     if name is not None:
-        if model is not None or dataset is not None:
-            raise SpecError(f"--name {name} says which model; leave out -m and -d")
+        model_options = {"model", "dataset", "configuration", "plans", "trainer"}
+        options.refuse_besides_name(context, {p.name for p in context.command.params} - model_options)
         model = find_bundle(name)
     predicting = False
     with View(bars=not disable_progress_bar) as view:

@@ -1,11 +1,13 @@
 """Options that several commands take, the same wherever they are offered; those of a spec's field are made from it."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastnnunet.cli.parts.fields import Asked, Group, ask, option
+from fastnnunet.errors import SpecError
 from fastnnunet.specs.checks.networks import allow_code
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.graph import GraphSpec
@@ -93,3 +95,16 @@ PostprocessingFile = Annotated[
     Path | None,
     ask("-pp_pkl_file --pp_pkl_file", "nnU-Net's postprocessing.pkl or .json; no code in it is run.", LABELS),
 ]
+
+
+def refuse_besides_name(context: typer.Context, allowed: Collection[str | None]) -> None:
+    """Refuse what stands on the command line beside `--name`, which says it already. Raises SpecError."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in {"name", *allowed}
+        and (source := context.get_parameter_source(parameter.name or "")) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise SpecError(f"--name {context.params['name']} says which model; leave out {' '.join(given)}")
