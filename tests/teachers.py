@@ -98,3 +98,11 @@ def random_labels(shape: tuple[int, ...], labels: int, seed: int) -> np.ndarray:
 
     rng = np.random.default_rng(seed)
     return np.stack([gaussian_filter(rng.standard_normal(shape), 3) for _ in range(labels)]).argmax(0).astype(np.uint8)
+
+
+def start_weights_of(job):
+    """What a training of `job` starts from, read when it is asked for."""
+    from fastnnunet.distill.train import start_fold
+    from fastnnunet.nnunet.files.model import model_folder_of
+
+    return lambda: model_folder_of(job.teacher).take_weights(start_fold(job))

@@ -12,6 +12,7 @@ from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms
 from fastnnunet.nnunet.trainer.seeds import generators_kept, seed_generators
 from fastnnunet.specs.distill import DistillSpec
 from tests.samples import transformed
+from tests.teachers import start_weights_of
 from tests.test_distill_seeds import make_job
 
 
@@ -32,7 +33,7 @@ class LabelAsSoftLabel:
 
 def transforms(job):
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
-    trainer = _configure(job, plans, dataset_json, None, False, "cpu")
+    trainer = _configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job))
     rotation, dummy_2d, initial, mirrors = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     trainer.soft_labels = LabelAsSoftLabel(initial)
     patch = trainer.configuration_manager.patch_size

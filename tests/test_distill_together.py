@@ -37,11 +37,11 @@ class TestTogether:
             assert_same(final(folder), reference)
 
     def test_batches_are_made_once(self, world, monkeypatch):
-        from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+        from fastnnunet.nnunet.trainer.batches import SampledBatches
 
         made = []
-        original = nnUNetDataLoader.generate_train_batch
-        monkeypatch.setattr(nnUNetDataLoader, "generate_train_batch", lambda self: made.append(self) or original(self))
+        original = SampledBatches.make
+        monkeypatch.setattr(SampledBatches, "make", lambda self, *of: made.append(self) or original(self, *of))
         train_students(jobs_of(1, epochs=2), overwrite=True, validate=False)
         for_one = len(made)
         train_students(jobs_of(1, 2, 3, epochs=2), overwrite=True, validate=False)

@@ -12,6 +12,7 @@ from fastnnunet.distill.train import _configure, check_job, train_student
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.student.inherit import inherit, inherit_weights, read_layers
 from fastnnunet.specs.distill import DistillSpec
+from tests.teachers import start_weights_of
 from tests.test_distill_seeds import make_job, trained
 from tests.tiny import CONFIGURATION, DATASET
 
@@ -131,7 +132,7 @@ def test_layers_that_do_not_correspond_keep_their_own_start():
 def fresh(job):
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
     torch.manual_seed(job.distill.seed)
-    return _configure(job, plans, dataset_json, None, False, "cpu").network.state_dict()
+    return _configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job)).network.state_dict()
 
 
 class TestTraining:

@@ -439,9 +439,8 @@ class TestRefusals:
         build_for(TEACHER, RECIPE)
         message = self.refused(make_job(), NotFoundError)
         assert "no unlabelled images were preprocessed" in message
-        assert "make them with: fastnnunet cache build -d 998 -c 3d_fullres -f 0 --images FOLDER --name more-scans" in (
-            message
-        )
+        made = "make them with: fastnnunet cache build -d 998 -c 3d_fullres -f 0 --engine torch"
+        assert f"{made} --images FOLDER --name more-scans" in message
 
     def test_command_line(self, world, capsys):
         """The message quotes the command that makes what is missing, and that command makes it."""

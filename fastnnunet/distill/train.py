@@ -137,7 +137,7 @@ def _train_students(
     from fastnnunet.nnunet.trainer.distributed import is_first, wait_for_all
 
     first = jobs[0]
-    start = first.fold if first.fold in first.teacher.folds else first.teacher.folds[0]  # whose weights students take
+    start = start_fold(first)
     files = model_folder_of(first.teacher, keep=(start,) if first.distill.start == "teacher" else ())
     start_weights = functools.cache(partial(files.take_weights, start))
     checked = [check_job(job, resume=resume, overwrite=overwrite, files=files) for job in jobs]
@@ -380,6 +380,11 @@ def _provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:
         "distill": to_plain(job.distill),
         "cache_key": cache_key,
     }
+
+
+def start_fold(job: TrainingJob) -> int | str:
+    """The teacher's fold whose weights a student starts from: its own where there is one."""
+    return job.fold if job.fold in job.teacher.folds else job.teacher.folds[0]
 
 
 def _configure(

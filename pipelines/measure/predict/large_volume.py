@@ -29,7 +29,7 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.grid import tile_starts
 from fastnnunet.geometry.resample import resampled_shape
 from fastnnunet.images.cases import Case
-from fastnnunet.nnunet.files.plans import build_network
+from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.student.plans import student_architecture
 from fastnnunet.specs.student import Family, StudentSpec
 from pipelines.measure.head import arguments, header, put
@@ -67,7 +67,7 @@ def write_model(plans: dict[str, Any], folder: Path) -> int:
 
     torch.manual_seed(0)
     dataset_json = _dataset_json(toy_of(CLASSES))
-    network = build_network(plans, CONFIGURATION, dataset_json).eval()
+    network = build_network(model_of(plans, CONFIGURATION, dataset_json)).eval()
     half = tuple(n // 2 for n in plans["configurations"][CONFIGURATION]["patch_size"])
     make_labels_frequent(network, 1, half)
     (folder / "fold_0").mkdir(parents=True)

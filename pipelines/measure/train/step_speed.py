@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from scipy.special import softmax
 
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.distill.train import TrainingJob, _configure, check_job, resolve_device
+from fastnnunet.distill.train import TrainingJob, _configure, check_job, resolve_device, start_fold
+from fastnnunet.nnunet.files.model import model_folder_of
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -67,8 +69,10 @@ def temporary_results(teacher: TeacherSpec) -> Iterator[None]:
 
 def make_trainer(job: TrainingJob, soft: CachedSoftLabels | None) -> Any:
     """A trainer of `job` that was not started."""
-    plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
-    return _configure(job, plans, dataset_json, soft, False, resolve_device(job.device))
+    files = model_folder_of(job.teacher)
+    plans, dataset_json, _ = check_job(job, resume=False, overwrite=True, files=files)
+    start_weights = partial(files.take_weights, start_fold(job))
+    return _configure(job, plans, dataset_json, soft, False, resolve_device(job.device), start_weights)
 
 
 def synchronize() -> None:
