@@ -66,7 +66,8 @@ def label(
         unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
     todo = job.todo(cases)
-    stored = len(job.cases) - len(job.todo()) if todo else len(job.cases)
+    missing = job.todo() if cases and todo else todo  # a second look at all manifests only where it can tell more
+    stored = len(job.cases) - len(missing)
     progress(Message(text=f"cache: {job.path}"))
     progress(Message(text=f"{stored} of {len(job.cases)} cases stored, {len(todo)} to do"))
     if todo and job.open() is None:
