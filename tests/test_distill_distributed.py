@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastnnunet.distill.job import run_folder
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.train import run_folder, train_student
+from fastnnunet.distill.train import train_student
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer.distributed import LossOverValidVoxels, Share, valid_share
 from fastnnunet.nnunet.trainer.mixing import loss_of_samples
