@@ -108,9 +108,7 @@ def test_loss_over_valid_voxels_of_two_processes(monkeypatch, regions):
     (logits, mask), soft = (outputs[0], valid[0]), outputs[0].flip(1).softmax(1)[:, 0 if regions else 1 :]
     whole = objective(torch.tensor(0.0), logits, soft, mask)[1]
     of_all_processes(monkeypatch, [mask])
-    parts = [
-        objective(torch.tensor(0.0), logits[s], soft[s], mask[s], valid_share([mask[s]])[0])[1] * n for s, n in shares
-    ]
+    parts = [objective(torch.tensor(0.0), logits[s], soft[s], mask[s], shares=valid_share)[1] * n for s, n in shares]
     torch.testing.assert_close(sum(parts) / 3, whole)
 
 

@@ -3,6 +3,7 @@
 Shapes: N batch, C channels, S stored soft-label channels, ZYX (or YX) space.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,16 +17,20 @@ class Objective(Protocol):
     def __call__(
         self,
         hard: torch.Tensor,
-        logits_NCZYX: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
         soft_NSZYX: torch.Tensor,
-        valid_mask: torch.Tensor | None = None,
-        valid_share: torch.Tensor | float = 1.0,
-        progress: float = 0.0,
+        valid_mask: torch.Tensor | None,
+        progress: float,
         /,
+        *,
+        output_weights: Sequence[float],
+        shares: Callable[[Sequence[torch.Tensor]], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`.
+        """Returns (total loss, soft loss), both scalars.
 
-        `progress` is the share of the training's steps that came before this one.
+        `outputs`: logits float32, finest first; `output_weights`: nnU-Net's weight of each. `progress` is the share of
+        the training's steps that came before this one. Means over voxels are multiplied by what `shares` makes of
+        their weights, which is asked once a step in every process (`distributed.valid_share`).
         """
 
 

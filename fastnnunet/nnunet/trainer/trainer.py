@@ -47,6 +47,7 @@ from fastnnunet.nnunet.trainer.seeds import STEP, TRAINING, VALIDATION, seed_gen
 from fastnnunet.nnunet.trainer.step_losses import Objective, labelled, valid_mask
 from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
 from fastnnunet.nnunet.v2 import (
+    DeepSupervisionWrapper,
     PolyLRScheduler,
     get_allowed_n_proc_DA,
     nnUNetDataLoader,
@@ -79,6 +80,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     loss: Any
     dataset_class: Any
     _loss_weight = 1.0
+    _output_weights: tuple[float, ...] = (1.0,)  # of the network's outputs in nnU-Net's loss, finest first
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
@@ -91,6 +93,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             # measured on AVX512-BF16: up to 1.5 times faster for narrow students, equal for wide ones
             self.network.to(memory_format=torch.channels_last_3d if self._is_3d else torch.channels_last)
             self.network.register_forward_hook(_outputs_to_float32)
+        if isinstance(self.loss, DeepSupervisionWrapper):
+            self._output_weights = tuple(map(float, self.loss.weight_factors))
         if self.is_ddp:
             prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
             if self.label_manager.has_ignore_label:
@@ -284,11 +288,18 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 hard = self.unlabelled.hard_loss(self.loss, outputs, target, keys, number, self.batch_size)
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
-                finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
                 mask = valid_mask(target, soft_NSZYX, self.label_manager, on_ignored=self.soft_on_ignored)
                 progress = number / (self.num_epochs * self.num_iterations_per_epoch)
-                logits_NCZYX = finest_NCZYX.float()
-                loss, soft = self.objective(hard, logits_NCZYX, soft_NSZYX, mask, valid_share([mask])[0], progress)
+                listed = outputs if self.enable_deep_supervision else [outputs]
+                loss, soft = self.objective(
+                    hard,
+                    [o.float() for o in listed],
+                    soft_NSZYX,
+                    mask,
+                    progress,
+                    output_weights=self._output_weights,
+                    shares=valid_share,
+                )
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
