@@ -4,6 +4,7 @@ Tiles are visited in C order. A chunk is complete once the last tile that reache
 only the chunks that are begun and not complete: about half a tile's depth of the image, whatever the image's size.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from fastnnunet import native
@@ -26,6 +27,22 @@ def chunked_window(
         return ChunkedWindow.of_chunks(shape_zyx, patch_size, step_size, chunk_zyx)
     except ValueError as error:
         raise SpecError(str(error)) from error
+
+
+def own_part(window: ChunkedWindow, number: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The voxels of the image that lie nearer to the middle of this tile than of any other, where they have their
+    greatest weight: as slices of the image and of the tile. Each voxel belongs to one tile, halfway to the earlier one.
+    """
+    in_image, in_tile = [], []
+    for start, starts, size, extent in zip(window.tiles[number], window.starts, window.tile, window.shape, strict=True):
+        place = starts.index(start)
+        # the weights' peak is at size // 2
+        halfway = [(one + other) // 2 + size // 2 + 1 for one, other in itertools.pairwise(starts)]
+        lower = 0 if place == 0 else halfway[place - 1]
+        upper = extent if place == len(starts) - 1 else halfway[place]
+        in_image.append(slice(lower, upper))
+        in_tile.append(slice(lower - start, upper - start))
+    return tuple(in_image), tuple(in_tile)
 
 
 def streamed_window(shape_zyx: Sequence[int], patch_size: Sequence[int], step_size: float) -> ChunkedWindow:
