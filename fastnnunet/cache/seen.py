@@ -111,7 +111,7 @@ def largest_head(values_HZYX: Float32Array) -> npt.NDArray[np.uint8] | npt.NDArr
     """The head with the largest value, the lowest of equal ones."""
     best = np.full(values_HZYX.shape[1:], -np.inf, np.float32)
     heads = np.zeros(best.shape, np.uint8 if len(values_HZYX) <= 256 else np.uint16)
-    for head, values in enumerate(values_HZYX):
+    for head, values in enumerate(values_HZYX if best.size else ()):
         native.label_head(values, head, best, heads, to_half=False, threads=1)
     return heads
 

@@ -7,6 +7,8 @@ only the chunks that are begun and not complete: about half a tile's depth of th
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
 from fastnnunet import native
 from fastnnunet.errors import SpecError
 
@@ -31,17 +33,17 @@ def chunked_window(
 
 def own_part(window: ChunkedWindow, number: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """The voxels of the image that lie nearer to the middle of this tile than of any other, where they have their
-    greatest weight: as slices of the image and of the tile. Each voxel belongs to one tile, halfway to the earlier one.
+    greatest weight: as slices of the image and of the tile. Each voxel belongs to one tile, halfway to the earlier one;
+    a tile that visits what another has visited may be left without any.
     """
     in_image, in_tile = [], []
-    for start, starts, size, extent in zip(window.tiles[number], window.starts, window.tile, window.shape, strict=True):
-        place = starts.index(start)
+    places = np.unravel_index(number, [len(starts) for starts in window.starts])
+    for place, starts, size, extent in zip(places, window.starts, window.tile, window.shape, strict=True):
         # the weights' peak is at size // 2
         halfway = [(one + other) // 2 + size // 2 + 1 for one, other in itertools.pairwise(starts)]
-        lower = 0 if place == 0 else halfway[place - 1]
-        upper = extent if place == len(starts) - 1 else halfway[place]
+        lower, upper = [0, *halfway][place], [*halfway, extent][place]
         in_image.append(slice(lower, upper))
-        in_tile.append(slice(lower - start, upper - start))
+        in_tile.append(slice(lower - starts[place], upper - starts[place]))
     return tuple(in_image), tuple(in_tile)
 
 

@@ -5,7 +5,7 @@ A scan is left out when
   half of what they label they are of one mind. Or it is below `SURE_DICE` and below the lower quartile of all scans by
   `FENCE` times the distance of the quartiles: worse than these scans are as a rule. How far folds agree is a matter of
   the task, 0.9 for organs and 0.6 for small lesions, so that no one bound would do. On hippocampus MR with five folds
-  ordinary scans have 0.93 to 0.95; inverted, turned, cut in half or replaced by noise 0.3 to 0.7.
+  ordinary scans have 0.90 to 0.95; inverted, turned, cut in half or replaced by noise 0.3 to 0.7.
 - *nothing seen*: no label has `MIN_VOXELS` voxels. A training draws a third of its patches around labelled voxels, of
   which there are none.
 - *intensities*: far outside the fingerprint, by the rules of `intensities.py`.
