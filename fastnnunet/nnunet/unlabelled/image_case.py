@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.nnunet.files.plans import configuration_of
+from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
 
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")  # files of a case; nnU-Net takes a case for being there by the last
@@ -80,6 +80,8 @@ def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
     image, properties = _read_any(task)
     if not np.isfinite(image).all():
         raise ValueError("it holds NaN or infinite values")
+    if len(image) != (expected := num_image_channels(task.dataset_json)):  # nnU-Net would normalise those it expects
+        raise ValueError(f"it has {len(image)} channel(s), expected {expected}")
     return image, properties
 
 
