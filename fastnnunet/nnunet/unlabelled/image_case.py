@@ -34,7 +34,7 @@ def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
     """Preprocess a case and move it into place; returns the stamps of its image files."""
     stamps = stamps_of(task.files)
     manager, config = configuration_of(task.plans, task.configuration)
-    _read(task)  # nnU-Net would go on with NaN, and spread it or lose it
+    read_image(task)  # nnU-Net would go on with NaN, and spread it or lose it
     with TemporaryDirectory(prefix=PARTIAL, dir=task.folder.parent) as made, _spoken():
         files = [str(f) for f in task.files]
         preprocessor = config.preprocessor_class(verbose=False)
@@ -54,7 +54,7 @@ def shape_after(task: ImageTask) -> tuple[int, int, int]:
     from fastnnunet.nnunet.v2 import compute_new_shape, crop_to_nonzero
 
     manager, config = configuration_of(task.plans, task.configuration)
-    image_CZYX, properties = _read(task)
+    image_CZYX, properties = read_image(task)
     order = manager.transpose_forward
     spacing = [properties["spacing"][i] for i in order]
     cropped, _, _ = crop_to_nonzero(image_CZYX.transpose([0, *[i + 1 for i in order]]))
@@ -75,8 +75,11 @@ def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
     return image, properties
 
 
-def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+def read_image(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, and the axes as stored) and properties.
+
+    Raises ValueError for values that are no numbers, and for other channels than the model takes.
+    """
     image, properties = _read_any(task)
     if not np.isfinite(image).all():
         raise ValueError("it holds NaN or infinite values")
