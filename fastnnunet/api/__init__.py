@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastnnunet.api.fast_predictor import FastPredictor as FastPredictor
     from fastnnunet.api.view import View as View
     from fastnnunet.bench.job import BenchmarkJob as BenchmarkJob
-    from fastnnunet.distill.train import TrainingJob as TrainingJob
+    from fastnnunet.distill.job import TrainingJob as TrainingJob
 
 __all__ = [
     "Benchmarked",
@@ -48,7 +48,7 @@ __all__ = [
 _LATER = {
     "BenchmarkJob": "fastnnunet.bench.job",
     "FastPredictor": "fastnnunet.api.fast_predictor",
-    "TrainingJob": "fastnnunet.distill.train",
+    "TrainingJob": "fastnnunet.distill.job",
     "View": "fastnnunet.api.view",
 }
 

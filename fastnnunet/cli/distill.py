@@ -64,7 +64,7 @@ def auto(
     from fastnnunet.api import View
     from fastnnunet.bench.report.plot import plot_sizes
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
     from fastnnunet.release.auto import auto_size
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec

@@ -10,7 +10,7 @@ from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
 
 
 @spread
@@ -66,7 +66,8 @@ def train(
 
     wait_passively()
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.distill.train import TrainingJob, check_job
+    from fastnnunet.distill.check import check_job
+    from fastnnunet.distill.job import TrainingJob
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
 

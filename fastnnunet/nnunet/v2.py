@@ -128,6 +128,7 @@ NAMES: dict[str, Theirs] = {
     "PolyLRScheduler": Theirs(
         module=f"{_NNUNET}.training.lr_scheduler.polylr", takes=("optimizer", "initial_lr", "max_steps")
     ),
+    "DeepSupervisionWrapper": Theirs(module=f"{_NNUNET}.training.loss.deep_supervision", sets=("weight_factors",)),
     "get_allowed_n_proc_DA": Theirs(module=f"{_NNUNET}.utilities.default_n_proc_DA"),
     # networks
     "Primus": Theirs(module="dynamic_network_architectures.architectures.primus"),
