@@ -13,8 +13,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from PIL import Image
+from scipy import ndimage
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.files.cases import PreprocessedCases
+from fastnnunet.nnunet.unlabelled.image_case import ImageTask, preprocess_case
+from fastnnunet.nnunet.unlabelled.image_folder import find_images
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import PublishedSpec
 from fastnnunet.teachers.published import open_published
@@ -350,3 +355,65 @@ class TestUnknownTrainers:
             MismatchError, match=r"(?s)OfSomebody of .* is not installed, and its network.*nnUNet_extTr"
         ):
             opened(folder, folds=(0,))
+
+
+class TestPictures:
+    def test_2d_with_rgb_pictures(self, tmp_path):
+        """From the files to labels: nnU-Net's own files-to-files prediction is the oracle."""
+        folder = publish(
+            tmp_path / "results",
+            toy=Toy(
+                dims=2, channels=3, file_ending=".png", reader_writer="NaturalImage2DIO", spacing=(1.0, 1.0),
+                mirror_axes=(0, 1),
+            ),
+        )  # fmt: skip
+        scans = tmp_path / "scans"
+        scans.mkdir()
+        rng = np.random.default_rng(1)
+        for name in ("a", "b"):
+            noise = ndimage.gaussian_filter(rng.normal(size=(41, 50, 3)), (2, 2, 0))
+            pixels = (255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)
+            Image.fromarray(pixels).save(scans / f"{name}_0000.png")
+        factory, _ = opened(folder, folds=(0,))
+        files = factory.files
+        found = find_images(scans, ".png", 3)
+        assert found == {name: (scans / f"{name}_0000.png",) for name in ("a", "b")}
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder), (0,))
+        (tmp_path / "theirs").mkdir()
+        predictor.predict_from_files_sequential(
+            [[str(f) for f in channels] for channels in found.values()],
+            [str(tmp_path / "theirs" / case) for case in found],
+        )
+        for case, channels in found.items():
+            preprocess_case(
+                ImageTask(
+                    case_id=case,
+                    files=channels,
+                    folder=tmp_path / "cases",
+                    plans=files.plans,
+                    configuration=files.configuration,
+                    dataset_json=files.dataset_json,
+                )
+            )
+            image_CZYX = PreprocessedCases(tmp_path / "cases").image_CZYX(case)
+            ours = teacher_logits(factory, image_CZYX, factory.folds).argmax(0)
+            theirs = np.asarray(Image.open(tmp_path / "theirs" / f"{case}.png"))
+            assert len(np.unique(theirs)) == 3
+            assert (ours[0] == theirs).mean() > 0.999
+
+    def test_pictures_with_too_few_channels(self, tmp_path):
+        Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "a_0000.png")
+        with pytest.raises(ImageError, match="a: got channels _0000, expected _0000 to _0002"):
+            find_images(tmp_path, ".png", 3)
+        Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(tmp_path / "a_0000.png")
+        Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "b_0000.png")
+        found = find_images(tmp_path, ".png", 3)  # nnU-Net's reader counts when it reads them
+        toy = Toy(dims=2, channels=3, file_ending=".png", reader_writer="NaturalImage2DIO", spacing=(1.0, 1.0))
+        task = ImageTask(
+            case_id="b", files=found["b"], folder=tmp_path / "cases", plans=_plans(toy), configuration="2d_toy",
+            dataset_json=_dataset_json(toy),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"it has 1 channel\(s\), expected 3"):
+            preprocess_case(task)
+        assert not (tmp_path / "cases").exists()
