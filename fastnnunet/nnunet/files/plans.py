@@ -21,6 +21,7 @@ from fastnnunet.specs.checks.reproducible import resolve_inheritance
 if TYPE_CHECKING:
     from fastnnunet.nnunet.v2 import ConfigurationManager, LabelManager, PlansManager
 
+STOCK_TRAINER = "nnUNetTrainer"
 _NETWORKS = "dynamic_network_architectures."
 _UNETS = {
     name: f"{_NETWORKS}architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -153,3 +154,18 @@ def trainer_class(name: str) -> Any:
         raise NotFoundError(
             f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
+
+
+def builder_of(trainer: str) -> str:
+    """The trainer that builds the network of one that `trainer` has trained: itself, or nnU-Net's own where it is not
+    installed; what that builds is what the plans describe.
+
+    Raises NotFoundError for what cannot be the name of a trainer.
+    """
+    try:
+        trainer_class(trainer)
+    except NotFoundError:
+        if not is_class_name(trainer):
+            raise
+        return STOCK_TRAINER
+    return trainer

@@ -63,11 +63,21 @@ def shape_after(task: ImageTask) -> tuple[int, int, int]:
     return int(z), int(y), int(x)
 
 
-def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+def read_channels(task: ImageTask) -> np.ndarray:
+    """Image (C, and the axes as stored), whatever its values."""
+    return _read_any(task)[0]
+
+
+def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
     manager, _ = configuration_of(task.plans, task.configuration)
     with _spoken():
         image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
+    return image, properties
+
+
+def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+    image, properties = _read_any(task)
     if not np.isfinite(image).all():
         raise ValueError("it holds NaN or infinite values")
     return image, properties
