@@ -25,7 +25,7 @@ from fastnnunet.specs.teacher import PublishedSpec
 
 if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.scans.folder import Work
 
@@ -301,7 +301,7 @@ def _job(
     threads: int | None,
 ) -> "TrainingJob":
     """A training in the work folder's world. Raises what is wrong with the student."""
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
     from fastnnunet.nnunet.student.fit import check_fit
     from fastnnunet.nnunet.student.plans import student_plans
 
@@ -322,7 +322,7 @@ def _job(
 
 def _train(opened: "Work", labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listener) -> list[Student]:
     """Train what is not trained yet; a student that learnt from other scans is trained anew."""
-    from fastnnunet.distill.train import run_folder
+    from fastnnunet.distill.job import run_folder
     from fastnnunet.specs.canonical import sha256_of
     from fastnnunet.specs.checks.json_text import read_json_object
     from fastnnunet.specs.provenance import write_json

@@ -178,7 +178,7 @@ def open_work(
             plans=str(files.plans["plans_name"]),
             trainer=files.facts(published.folds[0]).trainer,
             folds=published.folds,
-            checkpoint=model.checkpoint,
+            checkpoint=files.checkpoint,
         ),
         scans=found,
         recipe=recipe,
