@@ -13,6 +13,7 @@ import numpy as np
 
 from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
+from fastnnunet.system.whole import is_whole
 
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")  # files of a case; nnU-Net takes a case for being there by the last
 PARTIAL = ".partial-"
@@ -69,6 +70,9 @@ def read_channels(task: ImageTask) -> np.ndarray:
 
 
 def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    for file in task.files:
+        if is_whole(file) is False:  # ITK reads the beginning, and zeros
+            raise ValueError(f"{file.name} is cut off or empty")
     manager, _ = configuration_of(task.plans, task.configuration)
     with _spoken():
         image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])

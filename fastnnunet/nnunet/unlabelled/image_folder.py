@@ -18,16 +18,18 @@ _BESIDE = (".json", ".raw", ".zraw", ".img", ".hdr")  # files that belong to ima
 FileStamp = tuple[int, int, str]  # size in bytes, time of last change in ns, SHA-256
 
 
-def find_images(folder: Path, file_ending: str, num_channels: int, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
+def find_images(
+    folder: Path, file_ending: str, num_channels: int, *, tell: bool = True, option: str = "--images"
+) -> dict[str, tuple[Path, ...]]:
     """Case id -> its files in the order of their channels; hidden files are passed over, what else there is
-    is logged as a warning (`tell`).
+    is logged as a warning (`tell`). `option` is what the folder was given with.
 
     Raises NotFoundError when there is no such folder or no image in it, ImageError naming every file without channel
     number, every case whose channels are not 0 to `num_channels` - 1, and every name nnU-Net's own files would take.
     A picture may hold several channels (RGB): where the first that has to does, whoever reads the others has to count.
     """
     if not folder.is_dir():
-        raise NotFoundError(f"--images: {folder} is not a folder\nexpected a folder of CASE_0000{file_ending} ...")
+        raise NotFoundError(f"{option}: {folder} is not a folder\nexpected a folder of CASE_0000{file_ending} ...")
     names = regular_files(folder, file_ending)
     stems = [name.removesuffix(file_ending) for name in names]
     beside = {stem + ending for stem in (*stems, *(stem[:-5] for stem in stems)) for ending in _BESIDE}
@@ -35,12 +37,12 @@ def find_images(folder: Path, file_ending: str, num_channels: int, *, tell: bool
     if not names:
         found = examples(sorted(p.name for p in folder.iterdir()))
         raise NotFoundError(
-            f"--images: no image in {folder}\n  got      {found or 'an empty folder'}\n"
+            f"{option}: no image in {folder}\n  got      {found or 'an empty folder'}\n"
             f"  expected files named CASE_0000{file_ending}, as the teacher's data set has them"
             + "".join(f"\n  - {kind}" for kind in others)
         )
     for kind in others if tell else ():
-        _log.warning("--images: %s: not used: %s", printable(folder), kind)
+        _log.warning("%s: %s: not used: %s", option, printable(folder), kind)
     problems: dict[str, str] = {}
     channels: dict[str, dict[int, Path]] = {}
     for name in names:
