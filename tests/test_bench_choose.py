@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.release.choose import Candidate, Interval, choose, paired_points
+from fastnnunet.evaluate.bootstrap import Interval, paired_points
+from fastnnunet.release.choose import Candidate, choose
 
 
 def test_agrees_with_scipy():

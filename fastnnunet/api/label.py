@@ -11,6 +11,7 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
+    from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
     from fastnnunet.nnunet.files.model import ModelFolder
@@ -54,9 +55,6 @@ def label(
     Raises NotFoundError, SpecError, MismatchError, CorruptError, DiskSpaceError, StorageError, and CasesFailedError (a
     BuildError) at the end when cases failed; the others are stored.
     """
-    from fastnnunet.cache.build import build_cache
-    from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
-    from fastnnunet.engines.registry import available_cores
     from fastnnunet.nnunet.files.model import model_folder_of
     from fastnnunet.teachers.images import list_foreground, open_images
     from fastnnunet.teachers.jobs import cache_job
@@ -70,20 +68,13 @@ def label(
         unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
         _refuse_others(unlabelled, files, workers)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
-    todo = job.todo(cases)
-    missing = job.todo() if cases and todo else todo  # a second look at all manifests only where it can tell more
-    stored = len(job.cases) - len(missing)
-    progress(Message(text=f"cache: {job.path}"))
-    progress(Message(text=f"{stored} of {len(job.cases)} cases stored, {len(todo)} to do"))
-    if todo and job.open() is None:
-        progress(Message(text="first, the teacher is compared with nnU-Net's own predictor on a few patches"))
-    cache = build_cache(
+    cache = build(
         job,
+        cases=cases,
         workers=workers,
-        threads=threads or available_cores(),
+        threads=threads,
         scheduler=scheduler,
-        only=cases,
-        memory_limit_bytes=memory_limit_bytes or MEMORY_LIMIT_BYTES,
+        memory_limit_bytes=memory_limit_bytes,
         progress=progress,
     )
     if unlabelled is not None:
@@ -93,6 +84,39 @@ def label(
     if verify:
         _verify(cache, progress)
     return LabelledCache(cache=cache, unlabelled=None if unlabelled is None else unlabelled.target.name)
+
+
+def build(
+    job: "CacheJob",
+    *,
+    cases: Sequence[str] | None = None,
+    workers: int = 0,
+    threads: int | None = None,
+    scheduler: str | None = None,
+    memory_limit_bytes: int | None = None,
+    progress: Listener = ignore,
+) -> "CacheFolder":
+    """Label what is not stored yet, and tell how much that is. Arguments and errors as of `label`."""
+    from fastnnunet.cache.build import build_cache
+    from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
+    from fastnnunet.engines.registry import available_cores
+
+    todo = job.todo(cases)
+    missing = job.todo() if cases and todo else todo  # a second look at all manifests only where it can tell more
+    stored = len(job.cases) - len(missing)
+    progress(Message(text=f"cache: {job.path}"))
+    progress(Message(text=f"{stored} of {len(job.cases)} cases stored, {len(todo)} to do"))
+    if todo and job.open() is None:
+        progress(Message(text="first, the teacher is compared with nnU-Net's own predictor on a few patches"))
+    return build_cache(
+        job,
+        workers=workers,
+        threads=threads or available_cores(),
+        scheduler=scheduler,
+        only=cases,
+        memory_limit_bytes=memory_limit_bytes or MEMORY_LIMIT_BYTES,
+        progress=progress,
+    )
 
 
 def _refuse_others(unlabelled: "UnlabelledJob", files: "ModelFolder", workers: int) -> None:

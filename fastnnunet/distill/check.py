@@ -15,10 +15,10 @@ from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
 from fastnnunet.nnunet.files.model import ModelFolder, build_network, model_folder_of, model_of
 from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
-from fastnnunet.nnunet.files.plans import architecture_of, configuration_of
+from fastnnunet.nnunet.files.plans import STOCK_TRAINER, architecture_of, configuration_of
 from fastnnunet.nnunet.files.splits import split_of
 from fastnnunet.nnunet.student.fit import check_fit, check_network
-from fastnnunet.nnunet.student.plans import STOCK_TRAINER, check_plans_name, student_plans
+from fastnnunet.nnunet.student.plans import check_plans_name, student_plans
 from fastnnunet.nnunet.student.primus import stock_trainer_of
 from fastnnunet.specs.canonical import differences
 

@@ -50,8 +50,9 @@ def pooled(
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """The target and its mask, bool (N, 1, ...), at each of these shapes of space, none finer than the one before.
 
-    A coarse voxel's target is the mean over its valid fine voxels, and is valid where there is one. A fine voxel
-    belongs to the coarse one that it lies in; to both where a border runs through it (adaptive average pooling).
+    A coarse voxel's target is the mean over its valid fine voxels, and is valid where at least half of them are, as in
+    a soft label beyond a volume's border. A fine voxel belongs to the coarse one that it lies in; to both where a
+    border runs through it (adaptive average pooling).
     """
     counted = soft_NS if mask is None else torch.cat([torch.where(mask, soft_NS, 0), mask.to(soft_NS.dtype)], 1)
     pool = adaptive_avg_pool2d if counted.ndim == 4 else adaptive_avg_pool3d
@@ -68,8 +69,7 @@ def pooled(
             out.append((last, None))
             continue
         soft, share = last.split([soft_NS.shape[1], 1], 1)
-        valid = share > 0
-        out.append((soft / torch.where(valid, share, 1), valid))
+        out.append((soft / torch.where(share > 0, share, 1), share >= 0.5))
     return out
 
 

@@ -22,9 +22,7 @@ from fastnnunet.errors import SpecError
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.model import model_folder_of
 from fastnnunet.nnunet.files.paths import resolve_dataset
-from fastnnunet.nnunet.student.plans import (
-    publish_plans,
-)
+from fastnnunet.nnunet.student.plans import publish_plans
 from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.teachers.jobs import cache_for_training
 

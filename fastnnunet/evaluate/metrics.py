@@ -10,7 +10,7 @@ it out, as nnU-Net does. A label that only one of them contains is an outright f
 is NaN, because there is no second surface to measure to.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,42 @@ def dice_of_masks(reference: NDArray[np.bool_], prediction: NDArray[np.bool_]) -
     """2 TP / (2 TP + FP + FN) of two masks of one shape; NaN when both are empty."""
     voxels = int(reference.sum()) + int(prediction.sum())
     return 2.0 * int((reference & prediction).sum()) / voxels if voxels else float("nan")
+
+
+def dice_of_labels(
+    reference_ZYX: NDArray[np.integer],
+    prediction_ZYX: NDArray[np.integer],
+    names: Mapping[str, Sequence[int]],
+    ignore_label: int | None = None,
+) -> dict[str, float]:
+    """Dice of every label or region (name -> its values) of two label maps of one shape; NaN where both lack it.
+
+    Voxels that the reference marks with `ignore_label` count nowhere. One pass over the voxels for any number of
+    labels. Raises MismatchError when the shapes differ.
+    """
+    if reference_ZYX.shape != prediction_ZYX.shape:
+        raise MismatchError(
+            f"segmentations differ in shape: reference {reference_ZYX.shape}, prediction {prediction_ZYX.shape}"
+        )
+    values_named = {int(v) for values in names.values() for v in values}
+    known = sorted(values_named if ignore_label is None else values_named | {ignore_label})
+    place_of = {value: place for place, value in enumerate(known, start=1)}  # 0: a value that no label has
+    table = np.zeros(max(known, default=0) + 3, np.intp)  # of the values -1, 0, 1, ..., and one above all
+    for value, place in place_of.items():
+        table[value + 1] = place
+    counts = np.zeros((len(known) + 1,) * 2, np.int64)
+    for slices in zip(reference_ZYX, prediction_ZYX, strict=True):
+        reference, prediction = (table[s.astype(np.intp).clip(-1, len(table) - 2) + 1] for s in slices)
+        pairs = np.bincount((reference * len(counts) + prediction).ravel(), minlength=counts.size)
+        counts += pairs.reshape(counts.shape)
+    if ignore_label is not None:
+        counts[place_of[ignore_label]] = 0
+    found = {}
+    for name, values in names.items():
+        of = [place_of[int(v)] for v in dict.fromkeys(values)]
+        voxels = int(counts[of].sum()) + int(counts[:, of].sum())
+        found[name] = 2.0 * int(counts[np.ix_(of, of)].sum()) / voxels if voxels else float("nan")
+    return found
 
 
 def label_metrics(

@@ -13,6 +13,7 @@ from fastnnunet.distill.job import TrainingJob, reached_checkpoint, run_folder
 from fastnnunet.distill.train import train_students
 from fastnnunet.engines.registry import available_cores
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.evaluate.bootstrap import paired_points
 from fastnnunet.evaluate.cases import evaluate_cases
 from fastnnunet.evaluate.segmentations import make_label_set
 from fastnnunet.events import Listener, Progress, ignore
@@ -22,7 +23,7 @@ from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset, teacher_folder
 from fastnnunet.nnunet.files.plans import configuration_of, read_json
 from fastnnunet.nnunet.files.splits import split_of
-from fastnnunet.release.choose import PREFERENCES, Candidate, choose, paired_points
+from fastnnunet.release.choose import PREFERENCES, Candidate, choose
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.canonical import to_plain

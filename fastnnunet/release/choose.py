@@ -1,24 +1,13 @@
-"""Which student is small enough and good enough: paired bootstrap over cases, and the choice made from it."""
+"""Which student is small enough and good enough, by the paired bootstrap of its Dice over cases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from fastnnunet.errors import SpecError
+from fastnnunet.evaluate.bootstrap import Interval
 
-from fastnnunet.errors import MismatchError, SpecError
-
-RESAMPLES, CONFIDENCE = 10_000, 0.95
 PREFERENCES = ("smallest", "fastest")
 ROUNDING = 1e-9  # points; a mean that misses the budget by less than this is within it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """Mean of paired differences and its percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,30 +35,6 @@ class Choice:
     candidate: Candidate
     found: bool
     certain: bool  # the whole interval lies within the budget, not the mean alone
-
-
-def paired_points(
-    student: Mapping[str, float], reference: Mapping[str, float], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
-    """Dice per case of student and reference -> difference of means in points (Dice x 100) with a 95 % interval.
-
-    Whole cases are drawn with replacement, so student and reference are always compared on the same cases; those
-    where either Dice is NaN (no label in truth or prediction) are left out. Raises MismatchError when the cases
-    differ or none can be compared, SpecError for a wrong number of resamples.
-    """
-    if resamples < 1:
-        raise SpecError(f"resamples: got {resamples}, expected at least 1")
-    if student.keys() != reference.keys():
-        alone = sorted(student.keys() ^ reference.keys())
-        raise MismatchError(f"student and reference were scored on other cases than each other: {', '.join(alone)}")
-    points = np.array([100 * (student[case] - reference[case]) for case in sorted(student)])
-    points = points[np.isfinite(points)]
-    if not len(points):
-        raise MismatchError("no case with a Dice of both student and reference; expected at least one")
-    drawn = np.random.default_rng(seed).integers(len(points), size=(resamples, len(points)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(points[drawn].mean(1), (tail, 1 - tail))
-    return Interval(mean=float(points.mean()), low=float(low), high=float(high))
 
 
 def choose(candidates: Sequence[Candidate], within: float, prefer: str = "smallest") -> Choice:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastnnunet.engines.base import Precision
 from fastnnunet.errors import MismatchError, ParityError
-from fastnnunet.evaluate.metrics import dice_of_masks, nanmean, region_mask
+from fastnnunet.evaluate.metrics import dice_of_labels, nanmean
 from fastnnunet.evaluate.segmentations import LabelSet, make_label_set
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.release.gate_cases import GateCases
@@ -53,12 +53,8 @@ class _Dice:
             raise MismatchError(
                 f"label and image differ in shape: label {truth_ZYX.shape}, prediction {prediction_ZYX.shape}"
             )
-        counted = None if self._labels.ignore is None else truth_ZYX != self._labels.ignore
-        for name, values in self._labels.names.items():
-            truth, prediction = region_mask(truth_ZYX, values), region_mask(prediction_ZYX, values)
-            if counted is not None:
-                truth, prediction = truth & counted, prediction & counted
-            self._values[name].append(dice_of_masks(truth, prediction))
+        for name, dice in dice_of_labels(truth_ZYX, prediction_ZYX, self._labels.names, self._labels.ignore).items():
+            self._values[name].append(dice)
 
     def mean(self) -> float:
         return nanmean(nanmean(of_label) for of_label in self._values.values())

@@ -16,6 +16,7 @@ from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
 from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.engines.registry import ENGINES, engine_of_network
+from fastnnunet.errors import MismatchError, printable
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window, own_part
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
@@ -223,9 +224,7 @@ class LoadedTeacher:
         folds is no further off than they are, and nnU-Net needs minutes for all of them.
         """
         recipe = self.recipe
-        reference = fold_reference(
-            recipe.folder, recipe.files.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
-        )
+        reference = fold_reference(recipe.files, mirroring=recipe.mirroring, step_size=recipe.step_size)
         size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
         patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
         measured = measure_deviation(
@@ -265,9 +264,11 @@ def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
 def make_teacher(
     files: ModelFolder, folds: tuple[Fold, ...], recipe: CacheSpec, unseen: dict[str, tuple[Fold, ...]]
 ) -> NnUNetTeacher:
-    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`."""
-    trainer = files.facts(folds[0]).trainer
-    network = network_class_name(files.model, trainer)
+    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`.
+
+    Where the trainer of the first fold is not installed the plans say what the network is: `unknown_trainer` tells.
+    """
+    network = network_class_name(files.model, files.facts(folds[0]).trainer)
     engine = resolve_engine(recipe.engine, network)
     return NnUNetTeacher(
         files=files,
@@ -277,4 +278,26 @@ def make_teacher(
         precision=resolve_precision(recipe.precision, engine),
         engine=engine,
         unseen=unseen,
+    )
+
+
+def unknown_trainer(files: ModelFolder, fold: Fold) -> str | None:
+    """What to tell of a model whose trainer is not installed; None where it is.
+
+    Raises MismatchError where its weights do not fit what nnU-Net's own trainer builds.
+    """
+    facts = files.facts(fold)
+    if facts.trainer == facts.trained_by:
+        return None
+    try:
+        check_fits(files.model, facts.trainer, files.take_weights(fold), files.path(fold))
+    except MismatchError as e:
+        raise MismatchError(
+            f"trainer {printable(facts.trained_by)} of {files.path(fold)} is not installed, and its network is not the "
+            f"one in the plans: {e}\nput the trainer into nnunetv2, or name its folder in nnUNet_extTrainer"
+        ) from e
+    return (
+        f"trainer {printable(facts.trained_by)} of {files.folder} is not installed: the network is built from the "
+        "plans, which its weights fit. Whatever else the trainer changes is not known here\n"
+        "to have it used, put it into nnunetv2, or name its folder in nnUNet_extTrainer"
     )

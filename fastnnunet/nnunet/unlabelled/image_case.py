@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.nnunet.files.plans import configuration_of
+from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
 from fastnnunet.system.whole import is_whole
 
@@ -84,6 +84,8 @@ def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
     image, properties = _read_any(task)
     if not np.isfinite(image).all():
         raise ValueError("it holds NaN or infinite values")
+    if len(image) != (expected := num_image_channels(task.dataset_json)):  # nnU-Net would normalise those it expects
+        raise ValueError(f"it has {len(image)} channel(s), expected {expected}")
     return image, properties
 
 
