@@ -11,7 +11,6 @@ import SimpleITK as sitk
 from scipy.spatial.distance import dice
 
 from fastnnunet.api import label
-from fastnnunet.bench.report.screened import bad_scans, write_bad_scans
 from fastnnunet.cache.build import build_cache
 from fastnnunet.errors import ImageError
 from fastnnunet.events import Message
@@ -216,25 +215,6 @@ def test_labels_in_too_few_scans(cache):
     assert rare_labels(found.verdicts, found.kept, least=1) == {}
     text = rare_text({"a": 2, "b": 0}, 9)
     assert "too few of the 9 scans to train on show these labels: a in 2; b in none" in text
-
-
-def test_a_picture_of_each(cache, tmp_path):
-    found = screen(cache, model())
-    images, labels = {}, {}
-    for case in found.left_out:
-        image = Scans().image_CZYX(case)[0]
-        images[case], labels[case] = tmp_path / f"{case}_0000.nii.gz", tmp_path / f"{case}.nii.gz"
-        sitk.WriteImage(sitk.GetImageFromArray(image), str(images[case]))
-        sitk.WriteImage(sitk.GetImageFromArray(np.where(image <= 2, image, 0).astype(np.uint8)), str(labels[case]))
-    drawn = bad_scans(found, images, labels)
-    assert [scan.verdict.case_id for scan in drawn] == list(found.left_out)
-    written = write_bad_scans(drawn, tmp_path / "pictures")
-    assert [file.name for file in written] == [f"{case}.png" for case in found.left_out]
-    for file in written:
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))[..., :3].astype(int)
-        coloured = (pixels.max(-1) - pixels.min(-1) > 20).any()
-        assert coloured == (file.stem != BLANK)
-    assert {scan.pictures.where for scan in drawn if scan.verdict.case_id == BLANK} == {"slice 7 of 12"}
 
 
 class TestIntensities:
