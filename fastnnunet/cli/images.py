@@ -1,5 +1,7 @@
 """`fastnnunet distill images`: a fast student of any nnU-Net from scans without labels."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,16 +32,21 @@ def images(
         str | None,
         options.ask("-c --configuration", "Where there are several (with -d: 3d_fullres).", options.TEACHER),
     ] = None,
-    plans: Annotated[str, options.ask("-p --plans", "With -d: plans.", options.TEACHER)] = "nnUNetPlans",
-    trainer: Annotated[str, options.ask("-tr --trainer", "With -d: trainer.", options.TEACHER)] = "nnUNetTrainer",
+    plans: Annotated[
+        str | None, options.ask("-p --plans", "Where there are several (with -d: nnUNetPlans).", options.TEACHER)
+    ] = None,
+    trainer: Annotated[
+        str | None, options.ask("-tr --trainer", "Where there are several (with -d: nnUNetTrainer).", options.TEACHER)
+    ] = None,
     fold: Annotated[
         list[str] | None, options.ask("-f --fold", "The teacher's folds (default: all there are).", options.TEACHER)
     ] = None,
     checkpoint: Annotated[
-        str, options.ask("-chk --checkpoint", "The teacher's checkpoint, of every fold.", options.TEACHER)
-    ] = "checkpoint_final.pth",
+        str | None, options.ask("-chk --checkpoint", "Of every fold (default: checkpoint_final.pth).", options.TEACHER)
+    ] = None,
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
+    keep_all: published.KeepAll = False,
     student_file: options.StudentFile = None,
     temperature: options.Temperature = None,
     spec: options.SpecFile = None,
@@ -82,9 +89,11 @@ def images(
             recipe=recipe,
             training=published.given_on_command_line(context, training),
             held_out=hold_out,
+            keep_all=keep_all,
             workers=workers,
             threads=threads,
             device=device,
+            command=shlex.join(["fastnnunet", *sys.argv[1:]]),
             progress=view,
         )
     published.print_students(distilled, scans)
