@@ -12,12 +12,14 @@ import json
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from threading import Barrier
 
 import numpy as np
 
 from fastnnunet.cache.codecs.base import Codec
 from fastnnunet.cache.interfaces import Float32Array, TeacherFactory
+from fastnnunet.cache.seen import FoldTally, TallyingTeacher
 from fastnnunet.engines.base import Engine
 
 _SUM = 2e-6  # of float32 channels
@@ -89,7 +91,7 @@ def check_engine(
 def check_teacher(factory: TeacherFactory, image_CZYX: Float32Array, chunk_zyx: Sequence[int]) -> None:
     """Identity, pickling, and the blocks of one image: every chunk once, and the same values in any chunks.
 
-    Loads the teacher twice with one thread; `chunk_zyx` should cut the image along every axis.
+    Loads the teacher a few times with one thread; `chunk_zyx` should cut the image along every axis.
     """
     identity = factory.identity()
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
@@ -99,14 +101,36 @@ def check_teacher(factory: TeacherFactory, image_CZYX: Float32Array, chunk_zyx: 
     whole = _labelled(factory, image_CZYX, image_CZYX.shape[1:])
     parts = _labelled(again, image_CZYX, chunk_zyx)
     assert np.allclose(whole, parts, rtol=1e-4, atol=1e-4 * np.abs(whole).max()), "values depend on the chunks"
+    if isinstance(factory.load(1), TallyingTeacher):
+        tally = FoldTally(factory.folds, factory.num_heads, has_regions=factory.has_regions)
+        counted = _labelled(factory, image_CZYX, image_CZYX.shape[1:], tally)
+        assert np.array_equal(counted, whole), "values depend on whether the folds are counted"
+        _check_counts(tally, image_CZYX[0].size)
 
 
-def _labelled(factory: TeacherFactory, image_CZYX: Float32Array, chunk_zyx: Sequence[int]) -> Float32Array:
+def _check_counts(tally: FoldTally, voxels: int) -> None:
+    """Every voxel counts once for each fold, and two folds share no more than either has."""
+    seen = tally.seen(np.zeros(tally.num_heads, np.int64))
+    of_folds, shared = np.array(seen.of_folds), seen.shared
+    sums = of_folds.sum(axis=1)
+    assert tally.has_regions or (sums == voxels).all(), f"voxels of the folds add up to {sums}, expected {voxels}"
+    for both, (one, other) in zip(shared, combinations(of_folds, 2), strict=True):
+        assert (both <= np.minimum(one, other)).all(), "two folds share more voxels than they have"
+
+
+def _labelled(
+    factory: TeacherFactory, image_CZYX: Float32Array, chunk_zyx: Sequence[int], tally: FoldTally | None = None
+) -> Float32Array:
     """Mean logits (heads, z, y, x), put together from their blocks."""
     shape_zyx = image_CZYX.shape[1:]
     out = np.full((factory.num_heads, *shape_zyx), np.nan, np.float32)
     seen = set()
-    for number, values in factory.load(1).blocks(image_CZYX, factory.folds, chunk_zyx):
+    teacher = factory.load(1)
+    if isinstance(teacher, TallyingTeacher) and tally is not None:
+        blocks = teacher.tallied_blocks(image_CZYX, factory.folds, chunk_zyx, None, tally)
+    else:
+        blocks = teacher.blocks(image_CZYX, factory.folds, chunk_zyx)
+    for number, values in blocks:
         assert number not in seen, f"chunk {number} came twice"
         seen.add(number)
         inside = tuple(slice(n * c, min((n + 1) * c, e)) for n, c, e in zip(number, chunk_zyx, shape_zyx, strict=True))

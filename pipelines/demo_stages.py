@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet import api
-from fastnnunet.distill.train import reached_checkpoint, run_folder
+from fastnnunet.distill.job import reached_checkpoint, run_folder
 from fastnnunet.engines.registry import available_cores, is_installed
 from fastnnunet.errors import FastnnUNetError
 from fastnnunet.events import Event, Listener, Progress

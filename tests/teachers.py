@@ -102,7 +102,7 @@ def random_labels(shape: tuple[int, ...], labels: int, seed: int) -> np.ndarray:
 
 def start_weights_of(job):
     """What a training of `job` starts from, read when it is asked for."""
-    from fastnnunet.distill.train import start_fold
+    from fastnnunet.distill.job import start_fold
     from fastnnunet.nnunet.files.model import model_folder_of
 
     return lambda: model_folder_of(job.teacher).take_weights(start_fold(job))

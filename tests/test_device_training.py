@@ -9,7 +9,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from fastnnunet.cli.main import main
-from fastnnunet.distill.train import run_folder, train_student
+from fastnnunet.distill.job import run_folder
+from fastnnunet.distill.train import train_student
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches
 from fastnnunet.nnunet.augment.soft_samples import has_opinion

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastnnunet.distill.train import _configure, check_job
+from fastnnunet.distill.check import check_job
+from fastnnunet.distill.configure import configure
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms
 from fastnnunet.nnunet.trainer.seeds import generators_kept, seed_generators
@@ -33,7 +34,7 @@ class LabelAsSoftLabel:
 
 def transforms(job):
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
-    trainer = _configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job))
+    trainer = configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job))
     rotation, dummy_2d, initial, mirrors = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     trainer.soft_labels = LabelAsSoftLabel(initial)
     patch = trainer.configuration_manager.patch_size

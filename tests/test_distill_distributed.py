@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastnnunet.distill.job import run_folder
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.train import run_folder, train_student
+from fastnnunet.distill.train import train_student
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer.distributed import LossOverValidVoxels, Share, valid_share
 from fastnnunet.nnunet.trainer.mixing import loss_of_samples
@@ -107,9 +108,7 @@ def test_loss_over_valid_voxels_of_two_processes(monkeypatch, regions):
     (logits, mask), soft = (outputs[0], valid[0]), outputs[0].flip(1).softmax(1)[:, 0 if regions else 1 :]
     whole = objective(torch.tensor(0.0), logits, soft, mask)[1]
     of_all_processes(monkeypatch, [mask])
-    parts = [
-        objective(torch.tensor(0.0), logits[s], soft[s], mask[s], valid_share([mask[s]])[0])[1] * n for s, n in shares
-    ]
+    parts = [objective(torch.tensor(0.0), logits[s], soft[s], mask[s], shares=valid_share)[1] * n for s, n in shares]
     torch.testing.assert_close(sum(parts) / 3, whole)
 
 

@@ -11,12 +11,12 @@ from fastnnunet import native
 from fastnnunet.distill.losses import (
     DistillationObjective,
     dice_semimetric,
-    full_simplex,
     kl_and_difference,
     kl_and_difference_by_core,
     kl_classes,
     kl_regions,
 )
+from fastnnunet.distill.soft_targets import full_simplex
 
 
 def random_problem(seed, classes, shape=(2, 3, 4, 5)):
@@ -107,10 +107,10 @@ def test_annealed_objective_gives_way_to_the_labels():
     kl = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
     annealed, constant = (DistillationObjective(alpha=0.4, temperature=1.0, anneal=anneal) for anneal in (True, False))
     for progress, alpha in ((0.0, 0.4), (0.25, 0.3), (0.5, 0.2), (1.0, 0.0)):
-        total, soft_loss = annealed(hard, logits, soft, None, 1.0, progress)
+        total, soft_loss = annealed(hard, logits, soft, None, progress)
         assert total.item() == pytest.approx((1 - alpha) * 2 + alpha * kl, rel=1e-6)
         assert soft_loss.item() == pytest.approx(kl, rel=1e-6)  # what is logged does not fall with the weight
-        assert constant(hard, logits, soft, None, 1.0, progress)[0].item() == pytest.approx(1.2 + 0.4 * kl, rel=1e-6)
+        assert constant(hard, logits, soft, None, progress)[0].item() == pytest.approx(1.2 + 0.4 * kl, rel=1e-6)
 
 
 def test_dice_semimetric_by_hand():

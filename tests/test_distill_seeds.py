@@ -11,7 +11,8 @@ import torch
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli.guard import guarded
-from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.distill.job import TrainingJob, run_folder
+from fastnnunet.distill.train import train_student
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer.loading import ordered_batches

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from fastnnunet.distill.train import run_folder, train_students
+from fastnnunet.distill.job import run_folder
+from fastnnunet.distill.train import train_students
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.specs.student import StudentSpec

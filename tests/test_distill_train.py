@@ -14,8 +14,10 @@ import torch
 
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
+from fastnnunet.distill.check import check_job
+from fastnnunet.distill.job import TrainingJob, run_folder
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.train import TrainingJob, check_job, run_folder, train_student
+from fastnnunet.distill.train import train_student
 from fastnnunet.errors import BuildError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.augment.soft_samples import NO_OPINION, SampleTransforms, has_opinion, opinions, placed, read_box

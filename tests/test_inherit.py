@@ -8,7 +8,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from fastnnunet.distill.train import _configure, check_job, train_student
+from fastnnunet.distill.check import check_job
+from fastnnunet.distill.configure import configure
+from fastnnunet.distill.train import train_student
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.student.inherit import inherit, inherit_weights, read_layers
 from fastnnunet.specs.distill import DistillSpec
@@ -132,7 +134,7 @@ def test_layers_that_do_not_correspond_keep_their_own_start():
 def fresh(job):
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True)
     torch.manual_seed(job.distill.seed)
-    return _configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job)).network.state_dict()
+    return configure(job, plans, dataset_json, None, False, "cpu", start_weights_of(job)).network.state_dict()
 
 
 class TestTraining:

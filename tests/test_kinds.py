@@ -15,7 +15,8 @@ from batchgenerators.augmentations.utils import resize_segmentation
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
-from fastnnunet.distill.train import TrainingJob, train_student
+from fastnnunet.distill.job import TrainingJob
+from fastnnunet.distill.train import train_student
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample_labels
@@ -461,20 +462,18 @@ def test_soft_loss_of_valid_voxels_only(regions):
 class TestIgnoreLabelInTraining:
     def mask(self, soft_on_ignored):
         """What the trainer makes of a batch of which one half is ignored."""
-        from functools import partial
         from types import SimpleNamespace
 
         from fastnnunet.nnunet.augment.soft_samples import NO_OPINION
-        from fastnnunet.nnunet.trainer.trainer import StudentTrainer
+        from fastnnunet.nnunet.trainer.step_losses import valid_mask
 
         labels = SimpleNamespace(has_ignore_label=True, has_regions=False, ignore_label=3)
-        me = SimpleNamespace(soft_on_ignored=soft_on_ignored, label_manager=labels)
-        me._labelled = partial(StudentTrainer._labelled, me)
         target = torch.full((1, 1, 2, 2, 2), 3)
         target[:, :, 0] = 1
         soft = torch.full((1, 2, 2, 2, 2), 0.3)
         soft[..., 0] = NO_OPINION
-        return StudentTrainer._valid_mask(me, [target, target[..., :1]], soft), target, soft[:, :1] == 0.3
+        mask = valid_mask([target, target[..., :1]], soft, labels, on_ignored=soft_on_ignored)
+        return mask, target, soft[:, :1] == 0.3
 
     def test_mask(self):
         mask, target, opinion = self.mask(False)

@@ -323,10 +323,10 @@ def install(monkeypatch):
         own.__module__ = module.__name__
         monkeypatch.setattr(module, name, own, raising=False)
 
-    for cached in (named._is_found, named._warn_once):
+    for cached in (named._is_found, named.warn_once):
         cached.cache_clear()
     yield installed
-    for cached in (named._is_found, named._warn_once):
+    for cached in (named._is_found, named.warn_once):
         cached.cache_clear()
 
 

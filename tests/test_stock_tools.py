@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fastnnunet.distill.train import TrainingJob, train_student
+from fastnnunet.distill.job import TrainingJob
+from fastnnunet.distill.train import train_student
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec

@@ -18,7 +18,8 @@ from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cli import aliases
 from fastnnunet.cli.parts.choices import student_specs
-from fastnnunet.distill.train import TrainingJob, run_folder, train_student
+from fastnnunet.distill.job import TrainingJob, run_folder
+from fastnnunet.distill.train import train_student
 from fastnnunet.engines.registry import create_engine
 from fastnnunet.errors import CorruptError, MismatchError, SpecError
 from fastnnunet.export.bundle import export_bundle

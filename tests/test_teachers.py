@@ -73,7 +73,7 @@ class TestRefusals:
 
     def test_two_models(self, folder):
         shutil.copytree(folder, folder.with_name(NAME.replace("3d_fullres", "2d")))
-        with pytest.raises(SpecError, match=r"(?s)expected that of one of these models: .*__2d, .*__3d_fullres"):
+        with pytest.raises(SpecError, match=r"(?s)one of these models:\n.*__2d\n.*__3d_fullres\nchoose one with -c$"):
             open_factory(PublishedSpec(path=folder.parent), RECIPE)
         assert open_factory(PublishedSpec(path=folder.parent, configuration="3d_fullres"), RECIPE).folder == folder
 

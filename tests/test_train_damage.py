@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.store.folder import command_at
 from fastnnunet.cli.main import main
-from fastnnunet.distill.train import run_folder, train_student, train_students
+from fastnnunet.distill.job import run_folder
+from fastnnunet.distill.train import train_student, train_students
 from fastnnunet.errors import BuildError, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.checkpoint_digest import DIGEST, digest_of, write_checkpoint

@@ -12,7 +12,8 @@ from fastnnunet.cli import aliases
 from fastnnunet.cli.guard import guarded
 from fastnnunet.cli.main import main
 from fastnnunet.cli.parts.choices import parse_folds, student_specs
-from fastnnunet.distill.train import resolve_device, train_student, train_students
+from fastnnunet.distill.check import resolve_device
+from fastnnunet.distill.train import train_student, train_students
 from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint
 from fastnnunet.nnunet.student.inherit import inherit

@@ -16,9 +16,10 @@ from scipy.special import expit, log_softmax, rel_entr, softmax
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cli.main import main
+from fastnnunet.distill.job import TrainingJob, run_folder
 from fastnnunet.distill.losses import DistillationObjective
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.distill.train import TrainingJob, run_folder, train_student, train_students
+from fastnnunet.distill.train import train_student, train_students
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.augment.soft_samples import placed

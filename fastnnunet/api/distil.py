@@ -11,7 +11,7 @@ from fastnnunet.errors import SpecError
 from fastnnunet.events import Event, Listener, Remaining, ignore
 
 if TYPE_CHECKING:
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,8 @@ def distil(
     several processes only the first tells what it does. `name`: of one student, for `export_named` and `find_bundle`.
     Raises what `fastnnunet.distill.train.train_students` raises, before anything is trained.
     """
-    from fastnnunet.distill.train import run_folder, train_students
+    from fastnnunet.distill.job import run_folder
+    from fastnnunet.distill.train import train_students
 
     if name is not None:
         if len(jobs) != 1:

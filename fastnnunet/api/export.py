@@ -99,7 +99,8 @@ def student_model(
     Raises NotFoundError with the command that trains it, or with the students that exist.
     """
     from fastnnunet.nnunet.files.paths import model_folder, resolve_dataset
-    from fastnnunet.nnunet.student.plans import STOCK_TRAINER, find_student
+    from fastnnunet.nnunet.files.plans import STOCK_TRAINER
+    from fastnnunet.nnunet.student.plans import find_student
 
     name = resolve_dataset(dataset)
     if student_plans is not None:

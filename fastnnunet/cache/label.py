@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastnnunet.cache.interfaces import CaseSource, Teacher, TeacherFactory
+import numpy as np
+
+from fastnnunet.cache.interfaces import CaseSource, Float32Array, Teacher, TeacherFactory
+from fastnnunet.cache.seen import Counts, FoldTally, TallyingTeacher, count_heads, seen_by
 from fastnnunet.cache.store.folder import CacheFolder
 from fastnnunet.cache.store.manifest import Manifest
 from fastnnunet.cache.store.shard import chunk_for
-from fastnnunet.cache.store.writer import case_writer
+from fastnnunet.cache.store.writer import CaseWriter, case_writer
 from fastnnunet.errors import BuildError, FastnnUNetError, MismatchError
+from fastnnunet.specs.canonical import to_plain
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +59,39 @@ def label_case(task: CaseTask, teacher: Teacher, encoder: Executor) -> Callable[
         writer = stack.enter_context(case_writer(task.cache, case, shape_zyx))
         pooled = task.cache.spec.pooling == "probabilities"
         per_fold = partial(task.cache.codec.target, temperature=task.cache.temperature) if pooled else None
-        pending: deque[Future[None]] = deque()
+        pending: deque[Future[Counts]] = deque()
         stack.callback(wait, pending)  # before the folder goes, whatever went wrong
-        for number, values_CZYX in teacher.blocks(image_CZYX, task.folds, chunk_zyx, per_fold):
-            pending.append(encoder.submit(writer.add, number, values_CZYX, probabilities=pooled))
+        count = partial(count_heads, has_regions=task.factory.has_regions, probabilities=pooled)
+        voxels = np.zeros(task.factory.num_heads, np.int64)
+        if isinstance(teacher, TallyingTeacher):
+            tally = FoldTally(task.folds, task.factory.num_heads, has_regions=task.factory.has_regions)
+            blocks = teacher.tallied_blocks(image_CZYX, task.folds, chunk_zyx, per_fold, tally)
+        else:
+            tally, blocks = None, teacher.blocks(image_CZYX, task.folds, chunk_zyx, per_fold)
+        for number, values_CZYX in blocks:
+            pending.append(encoder.submit(_encode, writer, count, number, values_CZYX, pooled))
             if len(pending) > MAX_PENDING_BLOCKS:
-                pending.popleft().result()
+                voxels += pending.popleft().result()
         seconds = time.perf_counter() - start
         unfinished = stack.pop_all()  # the folder stays until it is committed
 
     def commit() -> Manifest:
         with _named(case), unfinished:
-            for future in pending:
-                future.result()
-            return writer.commit(seconds)
+            total = sum((future.result() for future in pending), start=voxels)
+            return writer.commit(seconds, to_plain(seen_by(total, tally)))
 
     return commit
+
+
+def _encode(
+    writer: CaseWriter,
+    count: Callable[[Float32Array], Counts],
+    number: tuple[int, int, int],
+    values_CZYX: Float32Array,
+    pooled: bool,
+) -> Counts:
+    writer.add(number, values_CZYX, probabilities=pooled)
+    return count(values_CZYX)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 
 if TYPE_CHECKING:
-    from fastnnunet.distill.train import TrainingJob
+    from fastnnunet.distill.job import TrainingJob
 
 
 VARIANTS = {  # command -> (the teacher's plans, the teacher's trainer)
@@ -150,7 +150,8 @@ def _train(args: argparse.Namespace) -> None:
     from fastnnunet.cli.train import run_jobs, wait_passively
 
     wait_passively()
-    from fastnnunet.distill.train import TrainingJob, check_job, resolve_device
+    from fastnnunet.distill.check import check_job, resolve_device
+    from fastnnunet.distill.job import TrainingJob
     from fastnnunet.specs.cache import CacheSpec
     from fastnnunet.specs.load import build_spec
     from fastnnunet.teachers.jobs import cache_for_training

@@ -4,7 +4,10 @@ Tiles are visited in C order. A chunk is complete once the last tile that reache
 only the chunks that are begun and not complete: about half a tile's depth of the image, whatever the image's size.
 """
 
+import itertools
 from collections.abc import Sequence
+
+import numpy as np
 
 from fastnnunet import native
 from fastnnunet.errors import SpecError
@@ -26,6 +29,22 @@ def chunked_window(
         return ChunkedWindow.of_chunks(shape_zyx, patch_size, step_size, chunk_zyx)
     except ValueError as error:
         raise SpecError(str(error)) from error
+
+
+def own_part(window: ChunkedWindow, number: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The voxels of the image that lie nearer to the middle of this tile than of any other, where they have their
+    greatest weight: as slices of the image and of the tile. Each voxel belongs to one tile, halfway to the earlier one;
+    a tile that visits what another has visited may be left without any.
+    """
+    in_image, in_tile = [], []
+    places = np.unravel_index(number, [len(starts) for starts in window.starts])
+    for place, starts, size, extent in zip(places, window.starts, window.tile, window.shape, strict=True):
+        # the weights' peak is at size // 2
+        halfway = [(one + other) // 2 + size // 2 + 1 for one, other in itertools.pairwise(starts)]
+        lower, upper = [0, *halfway][place], [*halfway, extent][place]
+        in_image.append(slice(lower, upper))
+        in_tile.append(slice(lower - starts[place], upper - starts[place]))
+    return tuple(in_image), tuple(in_tile)
 
 
 def streamed_window(shape_zyx: Sequence[int], patch_size: Sequence[int], step_size: float) -> ChunkedWindow:

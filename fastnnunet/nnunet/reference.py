@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights
+from fastnnunet.nnunet.files.model import FoldFacts, ModelFolder, build_network
 from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.nnunet.files.plans import configuration_of, read_json, trainer_class
 from fastnnunet.specs.teacher import TeacherSpec
@@ -149,8 +150,7 @@ class FoldReference:
     """nnU-Net's predictor over preprocessed patches, one fold at a time, read from disk as nnU-Net reads it."""
 
     predictor: "nnUNetPredictor"
-    folder: Path
-    checkpoint: str
+    files: ModelFolder
 
     @property
     def name(self) -> str:
@@ -161,14 +161,32 @@ class FoldReference:
         """float32 (heads, z, y, x) of a patch float32 (C, z, y, x)."""
         import torch
 
-        self.predictor.initialize_from_trained_model_folder(str(self.folder), (fold,), self.checkpoint)
+        facts = self.files.facts(fold)
+        if facts.trainer == facts.trained_by:
+            self.predictor.initialize_from_trained_model_folder(str(self.files.folder), (fold,), self.files.checkpoint)
+        else:  # a trainer that nnU-Net does not find either
+            self._initialize(fold, facts)
         logits: np.ndarray = (
             self.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(patch_CZYX)).float().numpy()
         )
         return logits
 
+    def _initialize(self, fold: int | str, facts: FoldFacts) -> None:
+        model, weights = self.files.model, self.files.take_weights(fold)
+        network = build_network(model, trainer=facts.trainer)
+        load_weights(network, weights, self.files.path(fold))
+        self.predictor.manual_initialization(
+            network.to(self.predictor.device).eval(),
+            model.manager,
+            model.config,
+            [weights],
+            model.dataset_json,
+            facts.trainer,
+            facts.mirror_axes or None,
+        )
 
-def fold_reference(folder: Path, checkpoint: str, *, mirroring: bool, step_size: float) -> FoldReference:
+
+def fold_reference(files: ModelFolder, *, mirroring: bool, step_size: float) -> FoldReference:
     """nnU-Net's predictor for the folds of a model folder, on a CUDA device where there is one."""
     import torch
 
@@ -179,7 +197,7 @@ def fold_reference(folder: Path, checkpoint: str, *, mirroring: bool, step_size:
         predictor = nnUNetPredictor(
             tile_step_size=step_size, use_mirroring=mirroring, device=device, verbose=False, allow_tqdm=False
         )
-    return FoldReference(predictor, folder, checkpoint)
+    return FoldReference(predictor, files)
 
 
 def predict_command(

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastnnunet.bench.arms import ReferenceArm
 from fastnnunet.bench.patch_speed import ms_per_patch
-from fastnnunet.distill.train import TrainingJob, reached_checkpoint, run_folder, train_students
+from fastnnunet.distill.job import TrainingJob, reached_checkpoint, run_folder
+from fastnnunet.distill.train import train_students
 from fastnnunet.engines.registry import available_cores
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.evaluate.bootstrap import paired_points

@@ -44,6 +44,20 @@ class DistillSpec:
     loss: Annotated[
         Literal["kl", "kl_dice"], Option("--loss", "Soft loss: kl, or kl_dice (KL and Dice semimetric).")
     ] = "kl"
+    # as the hard loss has it, with nnU-Net's weights
+    soft_deep_supervision: Annotated[
+        bool, Option("--soft-deep-supervision", "Soft loss at every resolution of deep supervision.")
+    ] = False
+    soft_voxels: Annotated[
+        Literal["all", "uncertain", "entropy", "boundary"],
+        Option("--soft-voxels", "Voxels of the KL: all, uncertain, boundary; or weighted by entropy."),
+    ] = "all"
+    sharpen_above: Annotated[
+        float, Option("--sharpen-above", "Sharpen soft labels where their largest probability exceeds this.")
+    ] = 1.0
+    sharpen_power: Annotated[
+        float, Option("--sharpen-power", "Power of the probabilities there; inf: the hard label.")
+    ] = 2.0
     augmentation: Annotated[Literal["default", "da5"], Option("--augmentation", "nnU-Net's default, or its da5.")] = (
         "default"
     )
@@ -83,6 +97,12 @@ class DistillSpec:
             problems.append(f"seed: got {self.seed}, expected at least 0")
         if self.initial_lr is not None and not 0 < self.initial_lr < math.inf:
             problems.append(f"initial_lr: got {self.initial_lr}, expected a positive number")
+        if not 0 < self.sharpen_above <= 1:
+            problems.append(f"sharpen_above: got {self.sharpen_above}, expected a number above 0, at most 1 (nowhere)")
+        if not self.sharpen_power > 1:
+            problems.append(f"sharpen_power: got {self.sharpen_power}, expected a number above 1, or inf")
+        elif self.sharpen_power != 2.0 and self.sharpen_above == 1:
+            problems.append("sharpen_power: without sharpen_above nothing is sharpened, expected sharpen_above below 1")
         problems += self._unlabelled_problems()
         if problems:
             raise SpecError("; ".join(problems))
@@ -110,6 +130,17 @@ class DistillSpec:
         """How much the soft labels count: `a0.3_T3`, or `a0` for the control."""
         return f"a{self.alpha:g}_T{self.temperature:g}" if self.alpha > 0 else "a0"
 
+    def _soft_loss_words(self, default: "DistillSpec") -> list[str]:
+        words = []
+        if self.soft_deep_supervision != default.soft_deep_supervision:
+            words.append("softds" if self.soft_deep_supervision else "nosoftds")
+        if self.soft_voxels != default.soft_voxels:
+            words.append(self.soft_voxels)
+        if (self.sharpen_above, self.sharpen_power) != (default.sharpen_above, default.sharpen_power):
+            power = "hard" if math.isinf(self.sharpen_power) else f"p{self.sharpen_power:g}"
+            words.append(f"sharp{self.sharpen_above:g}{power}")
+        return words
+
     @property
     def tag(self) -> str:
         """The part of a run's name that says how it was trained: `a0.3_T3`, then whatever is not the default."""
@@ -128,6 +159,7 @@ class DistillSpec:
             words.append("annealed")
         if self.loss != default.loss:
             words.append(self.loss.replace("_", ""))
+        words += self._soft_loss_words(default)
         if self.augmentation != default.augmentation:
             words.append(self.augmentation)
         if not self.mirror_augmentation:

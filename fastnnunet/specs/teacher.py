@@ -38,9 +38,14 @@ class TeacherSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedSpec:
-    """An nnU-Net model that came without its data set: a model folder, or a zip of one or several."""
+    """An nnU-Net model that came without its data set: a model folder, or a zip or folder of one or several.
+
+    Of several the one is meant whose folder TRAINER__PLANS__CONFIGURATION has the names that are given.
+    """
 
     path: Path
-    configuration: str | None = None  # None: as the folder's name ends, where there is one model
-    folds: tuple[Fold, ...] | None = None  # None: all numbered folds that are there
-    checkpoint: str = "checkpoint_final.pth"
+    configuration: str | None = None  # None: the only one there is
+    folds: tuple[Fold, ...] | None = None  # None: all numbered folds that are there, else `all`
+    checkpoint: str | None = None  # None: checkpoint_final.pth, or the only one there is
+    trainer: str | None = None  # None: the only one there is
+    plans: str | None = None  # None: the only ones there are

@@ -6,12 +6,12 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.files.cascade import open_cascade, previous_folder
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
-from fastnnunet.nnunet.files.named import check_loadable
+from fastnnunet.nnunet.files.named import check_loadable, warn_once
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.files.splits import load_splits
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import Fold, TeacherSpec
-from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
+from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher, unknown_trainer
 
 
 def cache_root(dataset_name: str, plans: str, configuration: str) -> Path:
@@ -40,6 +40,8 @@ def open_teacher(
         unseen[case] = tuple(
             f for f in spec.folds if isinstance(f, int) and f < len(splits) and case not in splits[f]["train"]
         )
+    if (said := unknown_trainer(files, spec.folds[0])) is not None:
+        warn_once(said)
     teacher = make_teacher(files, spec.folds, cache_spec, unseen)
     if cache_spec.policy == "out_of_fold":
         orphans = [c for c in cases.case_ids if not teacher.unseen_folds(c)]

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from fastnnunet.cache.seen import FoldTally
 from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
 from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.engines.registry import ENGINES, engine_of_network
+from fastnnunet.errors import MismatchError, printable
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
-from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window
+from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window, own_part
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from fastnnunet.nnunet.files.checkpoint import load_weights
 from fastnnunet.nnunet.files.model import ModelFolder, build_network, check_fits, network_class_name
@@ -106,7 +108,8 @@ class NnUNetTeacher:
         mirrors = 2 ** len(self.mirror_axes()) if tile_bytes <= PARALLEL_BYTES else 1
         means = window.peak_voxels() * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
         image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
-        return means + (mirrors + 3) * tile_bytes + 2 * image
+        votes = (len(self.folds) + 5) * math.prod(self.patch_size)  # a label for each fold, one largest logit
+        return means + (mirrors + 3) * tile_bytes + 2 * image + votes
 
     def mirror_axes(self) -> tuple[int, ...]:
         """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
@@ -154,6 +157,17 @@ class LoadedTeacher:
 
         `per_fold`, when given, turns the logits (heads, z, y, x) of each fold's tile into what is averaged instead.
         """
+        return self.tallied_blocks(image_CZYX, folds, chunk_zyx, per_fold, None)
+
+    def tallied_blocks(
+        self,
+        image_CZYX: np.ndarray,
+        folds: Sequence[Fold],
+        chunk_zyx: Sequence[int],
+        per_fold: Callable[[np.ndarray], np.ndarray] | None,
+        tally: FoldTally | None,
+    ) -> Iterator[Block]:
+        """`blocks`; `tally`, when given, counts the labels that each fold gives alone."""
         recipe = self.recipe
         window = chunked_window(image_CZYX.shape[1:], recipe.patch_size, recipe.step_size, chunk_zyx)
         padded = pad_spatial(image_CZYX, centre_padding(image_CZYX.shape[1:], window.tile))
@@ -161,10 +175,15 @@ class LoadedTeacher:
         means = ChunkedMean(window, _mean_dtype(window, self.num_heads))
         for number, start in enumerate(window.tiles):
             inside = tuple(slice(s + b, s + b + t) for s, b, t in zip(start, below, window.tile, strict=True))
-            yield from means.add(number, self._tile(padded[(slice(None), *inside)], folds, per_fold))
+            votes = None if tally is None else Votes(tally, own_part(window, number)[1])
+            yield from means.add(number, self._tile(padded[(slice(None), *inside)], folds, per_fold, votes))
 
     def _tile(
-        self, tile_CZYX: np.ndarray, folds: Sequence[Fold], per_fold: Callable[[np.ndarray], np.ndarray] | None
+        self,
+        tile_CZYX: np.ndarray,
+        folds: Sequence[Fold],
+        per_fold: Callable[[np.ndarray], np.ndarray] | None,
+        votes: "Votes | None" = None,
     ) -> np.ndarray:
         tile_1CX = np.ascontiguousarray(tile_CZYX.reshape(1, len(tile_CZYX), *self.recipe.patch_size))
         small = 4 * self.num_heads * math.prod(self.recipe.patch_size) <= PARALLEL_BYTES
@@ -174,6 +193,8 @@ class LoadedTeacher:
             (mean,) = mirrored(self.engines[fold].run, tile_1CX, self.mirror_axes, at_once=at_once)
             if not self.mirror_axes:
                 mean = mean.copy()  # out of the engine's own memory
+            if votes is not None:
+                votes.add(mean.reshape(self.num_heads, *tile_CZYX.shape[1:]))
             values = mean if per_fold is None else per_fold(mean)
             if total is None:
                 total = values
@@ -181,6 +202,8 @@ class LoadedTeacher:
                 total += values
         if total is None:
             raise ValueError("no folds")
+        if votes is not None:
+            votes.count()
         total /= len(folds)
         return total.reshape(self.num_heads, *tile_CZYX.shape[1:])
 
@@ -201,9 +224,7 @@ class LoadedTeacher:
         folds is no further off than they are, and nnU-Net needs minutes for all of them.
         """
         recipe = self.recipe
-        reference = fold_reference(
-            recipe.folder, recipe.files.checkpoint, mirroring=recipe.mirroring, step_size=recipe.step_size
-        )
+        reference = fold_reference(recipe.files, mirroring=recipe.mirroring, step_size=recipe.step_size)
         size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
         patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
         measured = measure_deviation(
@@ -213,6 +234,23 @@ class LoadedTeacher:
 
     def _patch_logits(self, patch_CZYX: np.ndarray, fold: Fold) -> np.ndarray:
         return next(logits for _, logits in self.blocks(patch_CZYX, (fold,), patch_CZYX.shape[1:]))
+
+
+class Votes:
+    """What single folds say of one tile, until all have spoken."""
+
+    def __init__(self, tally: FoldTally, own: tuple[slice, ...]) -> None:
+        """`own`: the part of the tile that is counted."""
+        self._tally, self._own = tally, own
+        self._labels: list[np.ndarray] = []
+
+    def add(self, logits_HZYX: np.ndarray) -> None:
+        """The logits of the next fold, the whole tile; nothing of them is kept."""
+        self._labels.append(self._tally.labels(logits_HZYX[(slice(None), *self._own)]))
+
+    def count(self) -> None:
+        """All folds have spoken."""
+        self._tally.add(self._labels)
 
 
 def _onnx_bytes(network: Any, channels: int, patch_size: tuple[int, ...]) -> bytes:
@@ -226,9 +264,11 @@ def _mean_dtype(window: ChunkedWindow, heads: int) -> np.dtype[Any]:
 def make_teacher(
     files: ModelFolder, folds: tuple[Fold, ...], recipe: CacheSpec, unseen: dict[str, tuple[Fold, ...]]
 ) -> NnUNetTeacher:
-    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`."""
-    trainer = files.facts(folds[0]).trainer
-    network = network_class_name(files.model, trainer)
+    """A teacher of these folds as the recipe wants it computed on this machine. `unseen` as of `NnUNetTeacher`.
+
+    Where the trainer of the first fold is not installed the plans say what the network is: `unknown_trainer` tells.
+    """
+    network = network_class_name(files.model, files.facts(folds[0]).trainer)
     engine = resolve_engine(recipe.engine, network)
     return NnUNetTeacher(
         files=files,
@@ -238,4 +278,26 @@ def make_teacher(
         precision=resolve_precision(recipe.precision, engine),
         engine=engine,
         unseen=unseen,
+    )
+
+
+def unknown_trainer(files: ModelFolder, fold: Fold) -> str | None:
+    """What to tell of a model whose trainer is not installed; None where it is.
+
+    Raises MismatchError where its weights do not fit what nnU-Net's own trainer builds.
+    """
+    facts = files.facts(fold)
+    if facts.trainer == facts.trained_by:
+        return None
+    try:
+        check_fits(files.model, facts.trainer, files.take_weights(fold), files.path(fold))
+    except MismatchError as e:
+        raise MismatchError(
+            f"trainer {printable(facts.trained_by)} of {files.path(fold)} is not installed, and its network is not the "
+            f"one in the plans: {e}\nput the trainer into nnunetv2, or name its folder in nnUNet_extTrainer"
+        ) from e
+    return (
+        f"trainer {printable(facts.trained_by)} of {files.folder} is not installed: the network is built from the "
+        "plans, which its weights fit. Whatever else the trainer changes is not known here\n"
+        "to have it used, put it into nnunetv2, or name its folder in nnUNet_extTrainer"
     )

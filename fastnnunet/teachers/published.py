@@ -1,116 +1,191 @@
 """A published nnU-Net model as a teacher: its folder or the zip it came in, without the data set it learnt from.
 
 No fold is known to have seen any case, so that all of them label whatever they are given. A zip is unpacked once, to
-`$FASTNNUNET_CACHE_HOME/models/<digest>` (default `~/.cache/fastnnunet`): descriptions and checkpoints, nothing else.
+`$FASTNNUNET_CACHE_HOME/models/<digest>` (default `~/.cache/fastnnunet`). What makes the teacher is read from its files,
+as nnU-Net reads them; names of folders only tell several models apart.
 """
 
-import errno
-import lzma
-import os
-import re
-import shutil
-import zipfile
-import zlib
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from fastnnunet.errors import NO_ROOM, CorruptError, DiskSpaceError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, NotFoundError, SpecError, printable
+from fastnnunet.events import Listener, Message, ignore
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.named import check_loadable
-from fastnnunet.nnunet.files.paths import check_model_folder, trained_folds
+from fastnnunet.nnunet.files.paths import check_model_folder
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.canonical import sha256_of_file
-from fastnnunet.specs.home import HOME_VARIABLE, local_home
-from fastnnunet.specs.teacher import PublishedSpec
-from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
+from fastnnunet.specs.teacher import Fold, PublishedSpec
+from fastnnunet.teachers.archive import no_model, unpacked
+from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher, unknown_trainer
 
-_WANTED = re.compile(r"(.*/)?(plans\.json|dataset\.json|fold_[^/]+/[^/]+\.pth)")
+FINAL = "checkpoint_final.pth"
+_USUAL_FOLDS = 5  # of nnU-Net's cross-validation
+_OPTIONS = (("trainer", "-tr"), ("plans", "-p"), ("configuration", "-c"))
 
 
-def open_published(spec: PublishedSpec, recipe: CacheSpec) -> NnUNetTeacher:
-    """The teacher in a folder or zip; loads no weights.
+def open_published(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore) -> NnUNetTeacher:
+    """The teacher in a folder or zip; reads every fold's checkpoint and keeps none.
 
+    `progress` is told, as messages, what is not as one would expect: folds that are missing, another checkpoint than
+    the final one, a trainer that is not installed.
     Raises NotFoundError, SpecError (several models and none named; a cascade stage), CorruptError, MismatchError,
     DiskSpaceError.
     """
-    place = _unpacked(spec.path) if spec.path.is_file() else spec.path
-    folder, configuration = _model_in(place, spec)
-    folds = trained_folds(folder, spec.checkpoint) if spec.folds is None else spec.folds
-    check_model_folder(folder, folds, spec.checkpoint)
-    files = ModelFolder(folder, configuration, spec.checkpoint)
-    check_loadable(files.plans, configuration)
-    if (stage := files.model.config.previous_stage_name) is not None:
+    teacher = open_model(spec, recipe, progress)
+    if (stage := teacher.files.model.config.previous_stage_name) is not None:
         raise SpecError(
-            f"{spec.path}: {configuration} is a cascade stage and needs predictions of {stage}, which new images do "
-            "not have\nuse a configuration without a previous stage"
+            f"{spec.path}: {teacher.files.configuration} is a cascade stage and needs predictions of {stage}, which "
+            "new images do not have\nuse a configuration without a previous stage"
         )
+    return teacher
+
+
+def open_model(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore) -> NnUNetTeacher:
+    """As `open_published`, also for the second stage of a cascade, whose images have the channels of its first."""
+    files, folds = find_model(spec, progress)
+    check_loadable(files.plans, files.configuration)
+    _check_folds(files, folds)
+    if (said := unknown_trainer(files, folds[0])) is not None:
+        progress(Message(text=said, level="warning"))
     return make_teacher(files, folds, recipe, unseen={})
 
 
-def _model_in(place: Path, spec: PublishedSpec) -> tuple[Path, str]:
-    """The model folder and its configuration, which the folder's name tells: TRAINER__PLANS__CONFIGURATION."""
-    found = [place] if (place / "plans.json").is_file() else [p.parent for p in sorted(place.rglob("plans.json"))]
+def find_model(spec: PublishedSpec, progress: Listener = ignore) -> tuple[ModelFolder, tuple[Fold, ...]]:
+    """The model folder that is meant, with its configuration and checkpoint, and the folds to use.
+
+    Raises NotFoundError, SpecError, CorruptError, DiskSpaceError.
+    """
+    place = unpacked(spec.path) if spec.path.is_file() else spec.path
+    folder = _model_in(place, spec).folder
+    by_fold = _checkpoints_in(folder)
+    checkpoint = _checkpoint_of(by_fold, spec, progress)
+    folds = spec.folds if spec.folds is not None else _folds_with(by_fold, checkpoint, spec.path, progress)
+    check_model_folder(folder, folds, checkpoint)
+    configuration = spec.configuration or _trained_for(folder / f"fold_{folds[0]}" / checkpoint)
+    return ModelFolder(folder, configuration, checkpoint), folds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A model folder and its names as far as the folder's own tells them."""
+
+    folder: Path
+    trainer: str | None
+    plans: str | None
+    configuration: str | None
+
+    def fits(self, spec: PublishedSpec) -> bool:
+        """Whether no name is known to be another than the one asked for."""
+        return all(getattr(spec, name) in (None, getattr(self, name)) for name, _ in _OPTIONS)
+
+
+def _model_in(place: Path, spec: PublishedSpec) -> Candidate:
+    described = [place] if (place / "plans.json").is_file() else [p.parent for p in sorted(place.rglob("plans.json"))]
+    if not described:
+        raise no_model(spec.path, (p.name for p in place.rglob("*")) if place.is_dir() else ())
+    found = candidates(described)
     if not found:
         raise NotFoundError(
-            f"no nnU-Net model at {spec.path}: there is no plans.json\nname the folder that holds fold_0"
+            f"no trained fold at {spec.path}: there is a plans.json, but no fold_0 with a {FINAL} beside it\n"
+            "name a model folder, or a zip of one, with its checkpoints"
         )
-    if len(found) == 1 and spec.configuration is not None:
-        return found[0], spec.configuration
-    named = {folder: folder.resolve().name.split("__")[-1] for folder in found if "__" in folder.resolve().name}
-    fitting = [folder for folder, name in named.items() if spec.configuration in (None, name)]
-    if len(fitting) != 1:
-        there = ", ".join(folder.name for folder in found)
-        raise SpecError(
-            f"{spec.path}: got configuration {spec.configuration}, expected that of one of these models: {there}\n"
-            "name its folder and its configuration"
-        )
-    return fitting[0], named[fitting[0]]
+    if len(found) == 1 and found[0].configuration is None:
+        return found[0]  # whose names are told by nothing but its files
+    fitting = [candidate for candidate in found if candidate.fits(spec)]
+    if len(fitting) == 1:
+        return fitting[0]
+    asked = [f"{flag} {getattr(spec, name)}" for name, flag in _OPTIONS if getattr(spec, name) is not None]
+    left = fitting or found
+    options = [flag for name, flag in _OPTIONS if len({getattr(candidate, name) for candidate in left}) > 1]
+    advice = "choose one with " + " and ".join(options) if options else "name its folder"
+    there = "\n".join(f"  - {printable(str(c.folder.relative_to(place)))}" for c in left)
+    raise SpecError(
+        f"{spec.path}: {len(fitting)} models fit, expected one\n"
+        f"  got      {' '.join(asked) or 'no option to choose by'}\n"
+        f"  expected one of these models:\n{there}\n{advice}"
+    )
 
 
-def _unpacked(file: Path) -> Path:
-    """The folder a zip was unpacked to, now if never before."""
-    if not zipfile.is_zipfile(file):
-        raise CorruptError(f"{file} is no zip file, or it is cut off\nexpected a model folder, or what nnU-Net exports")
-    home = local_home() / "models"
-    folder = home / sha256_of_file(file)[:16]
-    if folder.is_dir():
-        return folder
-    home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".partial-", dir=home) as partial:
+def candidates(described: Iterable[Path]) -> list[Candidate]:
+    """The models among folders with a plans.json: nnU-Net puts one beside predictions too, of a cross-validation and
+    of an ensemble.
+    """
+    found = []
+    for folder in described:
+        if any(folder.glob("fold_*/*.pth")):
+            names = folder.resolve().name.split("__")
+            trainer, plans, configuration = names if len(names) == 3 else (None, None, None)
+            found.append(Candidate(folder=folder, trainer=trainer, plans=plans, configuration=configuration))
+    return found
+
+
+def _checkpoints_in(folder: Path) -> dict[Fold, set[str]]:
+    """Fold -> names of its checkpoints; numbered folds in order, then `all`, and those without any."""
+    names = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*") if path.is_dir()}
+    folds: list[Fold] = [*sorted(int(name) for name in names if name.isdecimal()), *(["all"] if "all" in names else [])]
+    return {
+        fold: {p.name for p in (folder / f"fold_{fold}").glob("*.pth") if not p.name.startswith(".")} for fold in folds
+    }
+
+
+def _checkpoint_of(by_fold: dict[Fold, set[str]], spec: PublishedSpec, progress: Listener) -> str:
+    if spec.checkpoint is not None:
+        return spec.checkpoint
+    chosen = [names for fold, names in by_fold.items() if spec.folds is None or fold in spec.folds]
+    there = sorted(set().union(*chosen))
+    if FINAL in there or not there:
+        return FINAL
+    if len(there) > 1:
+        raise NotFoundError(
+            f"no fold of {spec.path} has a {FINAL}: its training is not finished, or was published in part\n"
+            f"  got      {', '.join(map(printable, there))}\nname the one to use with -chk"
+        )
+    progress(
+        Message(text=f"{spec.path}: there is no {FINAL}; {printable(there[0])} is used, the only one", level="warning")
+    )
+    return there[0]
+
+
+def _folds_with(by_fold: dict[Fold, set[str]], checkpoint: str, path: Path, progress: Listener) -> tuple[Fold, ...]:
+    """All numbered folds that have the checkpoint, as nnU-Net chooses, else `all`. Raises NotFoundError."""
+    having = [fold for fold, names in by_fold.items() if checkpoint in names]
+    numbered = [fold for fold in having if isinstance(fold, int)]
+    if not having:
+        there = sorted(set().union(*by_fold.values()))
+        raise NotFoundError(
+            f"no fold of {path} has a {printable(checkpoint)}\n"
+            f"  got      {', '.join(map(printable, there)) or 'no checkpoints'}\nname one of them with -chk"
+        )
+    if not numbered:
+        progress(Message(text=f"{path}: there are no numbered folds; fold all is the teacher"))
+        return tuple(having)
+    absent = [fold for fold in range(max(_USUAL_FOLDS, max(numbered) + 1)) if fold not in numbered]
+    if absent:
+        reasons = [
+            f"fold {fold} " + (f"has no {printable(checkpoint)}" if fold in by_fold else "is not there")
+            for fold in absent
+        ]
+        progress(Message(text=f"{path}: {', '.join(reasons)}; the teacher is fold {_words(numbered)}", level="warning"))
+    return tuple(numbered)
+
+
+def _trained_for(checkpoint: Path) -> str:
+    """The configuration that nnU-Net predicts with. Raises CorruptError."""
+    return str(load_checkpoint(checkpoint)["init_args"]["configuration"])
+
+
+def _check_folds(files: ModelFolder, folds: Sequence[Fold]) -> None:
+    """Raise what is wrong with a checkpoint now, and say how to do without it."""
+    for fold in folds:
         try:
-            with zipfile.ZipFile(file) as archive:
-                _unpack(archive, file, Path(partial, "model"), home)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as e:
-            raise CorruptError(f"{file} cannot be unpacked: {e}\nget the file again") from e
-        Path(partial, "model").mkdir(exist_ok=True)
-        try:
-            os.rename(Path(partial, "model"), folder)
-        except OSError:
-            if not folder.is_dir():  # another process has unpacked the same meanwhile
+            files.digest(fold)
+        except CorruptError as e:
+            if not (others := [other for other in folds if other != fold]):
                 raise
-    return folder
+            raise CorruptError(f"{e}\nor leave fold {fold} out: -f {_words(others)}") from e
 
 
-def _unpack(archive: zipfile.ZipFile, file: Path, folder: Path, home: Path) -> None:
-    members = [m for m in archive.infolist() if _WANTED.fullmatch(m.filename)]
-    size, free = sum(m.file_size for m in members), shutil.disk_usage(home).free
-    if size > free:
-        raise DiskSpaceError(
-            f"not enough disk space to unpack {file} into {home}\n  got      {free / 1e9:.3f} GB free\n"
-            f"  expected {size / 1e9:.3f} GB\nfree some space, or choose another folder with {HOME_VARIABLE}"
-        )
-    for member in members:
-        name = PurePosixPath(member.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in member.filename:
-            raise CorruptError(f"{file} holds {member.filename!r}, which would be written outside its folder")
-        target = folder / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, target.open("wb") as f:
-                shutil.copyfileobj(source, f)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as e:
-            raise CorruptError(f"{member.filename} in {file} cannot be unpacked: {e}\nget the file again") from e
-        except OSError as e:  # of a damaged bzip2 stream too, or a name no file can have
-            if e.errno in NO_ROOM | {errno.EACCES, errno.EROFS}:
-                raise
-            raise CorruptError(f"{member.filename!r} in {file} cannot be unpacked: {e}\nget the file again") from e
+def _words(folds: Sequence[Fold]) -> str:
+    return " ".join(map(str, folds))

@@ -15,9 +15,10 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,10 @@ class CaseWriter:
         self._shard.add(number_zyx, stored)
         self._crcs[number_zyx] = zlib.crc32(np.ascontiguousarray(stored).data)
 
-    def commit(self, seconds: float) -> Manifest:
+    def commit(self, seconds: float, seen: Mapping[str, Any]) -> Manifest:
         """Finish, read back, flush and rename into the cache, or upload; returns the manifest.
+
+        `seen`: what `seen.py` knows of the case, as plain JSON values.
 
         Raises BuildError when chunks are missing or what was read back differs from what was written, StorageError when
         it cannot be uploaded.
@@ -94,8 +97,9 @@ class CaseWriter:
         os.fsync(self._file.fileno())
         self.close()
         array_file = folder / ARRAY_NAME
-        attributes = {"fastnnunet": {"key": cache.key, "case_id": case_id, "image_sha256": cache.cases[case_id]}}
-        write_synced(array_file, canonical_json(array_document(layout, attributes)).encode())
+        attributes = {"key": cache.key, "case_id": case_id, "image_sha256": cache.cases[case_id], "seen": seen}
+        document = array_document(layout, {"fastnnunet": attributes})
+        write_synced(array_file, canonical_json(document).encode())
         self._read_back()
         stored_bytes = self._shard_file.stat().st_size
         manifest = Manifest(

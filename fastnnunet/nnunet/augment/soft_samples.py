@@ -6,6 +6,10 @@ label, and then is a `regression_target`, which mirroring moves and intensity tr
 Beyond the volume no teacher said anything, and zeros there would read as certain background, far more certain than a
 tempered teacher is inside. So a voxel that lies at least half inside the volume has the mean opinion of that part, and
 any other has none.
+
+Against the hard label: both are drawn, sampled and mirrored together, the soft label interpolated linearly, the label
+by nnU-Net's argmax of linearly interpolated one-hot maps; neither sees a change of intensities. Beyond the volume the
+label is background.
 Shapes: S stored soft-label channels, ZYX (or YX) space.
 """
 

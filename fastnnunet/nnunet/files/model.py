@@ -13,7 +13,9 @@ from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.nnunet.files.plans import (
+    STOCK_TRAINER,
     architecture_of,
+    builder_of,
     configuration_of,
     label_manager_of,
     num_input_channels,
@@ -63,7 +65,7 @@ def model_of(plans: dict[str, Any], configuration: str, dataset_json: dict[str, 
     )
 
 
-def build_network(model: Model, deep_supervision: bool = False, trainer: str = "nnUNetTrainer") -> "torch.nn.Module":
+def build_network(model: Model, deep_supervision: bool = False, trainer: str = STOCK_TRAINER) -> "torch.nn.Module":
     """The network `trainer` builds from the plans, with nnU-Net's own initialisation.
 
     Most trainers build what the plans describe; some, such as nnU-Net's Primus trainers, build one of their own.
@@ -105,7 +107,7 @@ def check_fits(model: Model, trainer: str, weights: Weights, where: Path) -> Non
 
 def network_class_name(model: Model, trainer: str) -> str:
     """Class of the network: the plans' own, or of what a trainer builds that pays no heed to the plans."""
-    if trainer == "nnUNetTrainer":
+    if trainer == STOCK_TRAINER:
         return str(model.config.network_arch_class_name)
     kind = type(build_network(model, trainer=trainer))
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -115,7 +117,8 @@ def network_class_name(model: Model, trainer: str) -> str:
 class FoldFacts:
     """What a checkpoint says besides its weights."""
 
-    trainer: str  # builds the network
+    trained_by: str  # the trainer
+    trainer: str  # builds the network: the same, or nnU-Net's own where that is not installed
     mirror_axes: tuple[int, ...]  # along which it may be mirrored
 
 
@@ -181,7 +184,10 @@ class ModelFolder:
         if trained_for != self.configuration:
             raise MismatchError(f"{path} was trained for {trained_for!r}, expected {self.configuration!r}")
         axes = checkpoint.get("inference_allowed_mirroring_axes") or ()
-        self._facts[fold] = FoldFacts(trainer=str(checkpoint["trainer_name"]), mirror_axes=tuple(axes))
+        trained_by = checkpoint["trainer_name"]
+        self._facts[fold] = FoldFacts(
+            trained_by=trained_by, trainer=builder_of(trained_by), mirror_axes=tuple(map(int, axes))
+        )
         return strip_prefix(checkpoint["network_weights"])
 
 

@@ -44,7 +44,7 @@ def check_loadable(plans: dict[str, Any], configuration: str) -> None:
             + "\ninstall it in nnunetv2 as for nnU-Net itself, or plan the data set again without it"
         )
     if others := _irreproducible(plans, configuration):
-        _warn_once(
+        warn_once(
             f"plans {plans.get('plans_name')}, {configuration}: labelled and trained on what nnU-Net has preprocessed, "
             "but the student can be predicted by nnU-Net only (nnUNetv2_predict), not exported:\n"
             + "\n".join(f"  - {p}" for p in others)
@@ -123,5 +123,6 @@ def resampling_of(plans: dict[str, Any], configuration: str, kind: str) -> dict[
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has already."""
     log.warning(message)

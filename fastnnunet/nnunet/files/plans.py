@@ -21,6 +21,7 @@ from fastnnunet.specs.checks.reproducible import resolve_inheritance
 if TYPE_CHECKING:
     from fastnnunet.nnunet.v2 import ConfigurationManager, LabelManager, PlansManager
 
+STOCK_TRAINER = "nnUNetTrainer"
 _NETWORKS = "dynamic_network_architectures."
 _UNETS = {
     name: f"{_NETWORKS}architectures.unet.{name}" for name in ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -137,6 +138,11 @@ def num_input_channels(
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
+def num_image_channels(dataset_json: dict[str, Any]) -> int:
+    """Channels of an image, under the name for them that nnU-Net looks for first."""
+    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
+
+
 def trainer_class(name: str) -> Any:
     """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
 
@@ -153,3 +159,18 @@ def trainer_class(name: str) -> Any:
         raise NotFoundError(
             f"trainer {shown(name)} is not installed\nput it into nnunetv2, or name its folder in nnUNet_extTrainer"
         ) from e
+
+
+def builder_of(trainer: str) -> str:
+    """The trainer that builds the network of one that `trainer` has trained: itself, or nnU-Net's own where it is not
+    installed; what that builds is what the plans describe.
+
+    Raises NotFoundError for what cannot be the name of a trainer.
+    """
+    try:
+        trainer_class(trainer)
+    except NotFoundError:
+        if not is_class_name(trainer):
+            raise
+        return STOCK_TRAINER
+    return trainer

@@ -10,6 +10,7 @@ from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder
 from fastnnunet.nnunet.files.plans import (
+    STOCK_TRAINER,
     architecture_of,
     configuration_of,
     trainer_class,
@@ -20,7 +21,6 @@ from fastnnunet.specs.checks.networks import find_network
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
 
-STOCK_TRAINER = "nnUNetTrainer"
 UNETS = "dynamic_network_architectures.architectures.unet."
 PLAIN, RESIDUAL = UNETS + "PlainConvUNet", UNETS + "ResidualEncoderUNet"
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6)  # of nnU-Net's ResEnc planners, 1 in each decoder stage

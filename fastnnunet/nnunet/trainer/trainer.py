@@ -9,8 +9,9 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from fastnnunet.nnunet.augment.device import DeviceAugmentation, device_augmenta
 from fastnnunet.nnunet.augment.soft_samples import (
     SampleTransforms,
     SoftLabels,
-    has_opinion,
 )
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cases import made_by
@@ -44,8 +44,10 @@ from fastnnunet.nnunet.trainer.loading import ordered_batches
 from fastnnunet.nnunet.trainer.loading_errors import Repairs, reading
 from fastnnunet.nnunet.trainer.mixing import Unlabelled
 from fastnnunet.nnunet.trainer.seeds import STEP, TRAINING, VALIDATION, seed_generators
+from fastnnunet.nnunet.trainer.step_losses import Objective, labelled, valid_mask
 from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
 from fastnnunet.nnunet.v2 import (
+    DeepSupervisionWrapper,
     PolyLRScheduler,
     get_allowed_n_proc_DA,
     nnUNetDataLoader,
@@ -56,25 +58,6 @@ from fastnnunet.system.children import others_children
 
 FINGERPRINT = "dataset_fingerprint.json"
 log = logging.getLogger(__name__)
-
-
-class Objective(Protocol):
-    """Combines nnU-Net's loss with the soft loss."""
-
-    def __call__(
-        self,
-        hard: torch.Tensor,
-        logits_NCZYX: torch.Tensor,
-        soft_NSZYX: torch.Tensor,
-        valid_mask: torch.Tensor | None = None,
-        valid_share: torch.Tensor | float = 1.0,
-        progress: float = 0.0,
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (total loss, soft loss), both scalars; means over valid voxels are multiplied by `valid_share`.
-
-        `progress` is the share of the training's steps that came before this one.
-        """
 
 
 class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
@@ -97,6 +80,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     loss: Any
     dataset_class: Any
     _loss_weight = 1.0
+    _output_weights: tuple[float, ...] = (1.0,)  # of the network's outputs in nnU-Net's loss, finest first
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
@@ -109,10 +93,12 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             # measured on AVX512-BF16: up to 1.5 times faster for narrow students, equal for wide ones
             self.network.to(memory_format=torch.channels_last_3d if self._is_3d else torch.channels_last)
             self.network.register_forward_hook(_outputs_to_float32)
+        if isinstance(self.loss, DeepSupervisionWrapper):
+            self._output_weights = tuple(map(float, self.loss.weight_factors))
         if self.is_ddp:
             prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
             if self.label_manager.has_ignore_label:
-                self.loss = LossOverValidVoxels(self.loss, self._labelled)
+                self.loss = LossOverValidVoxels(self.loss, partial(labelled, labels=self.label_manager))
         self._loss_weight = loss_weight(self.batch_size)
         if self.augment_on_device:
             self.device_augmentation = device_augmentation(self._training_transforms().transforms)
@@ -280,19 +266,6 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         *hard, soft_NSZYX = self._to_device(target)
         return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
 
-    def _valid_mask(self, target: Any, soft_NSZYX: torch.Tensor) -> torch.Tensor:
-        """Where the soft loss counts, bool (N, 1, space)."""
-        valid = has_opinion(soft_NSZYX)
-        if self.soft_on_ignored or not self.label_manager.has_ignore_label:
-            return valid
-        return valid & self._labelled(target[0] if isinstance(target, list) else target)
-
-    def _labelled(self, target: torch.Tensor) -> torch.Tensor:
-        """Where a target of nnU-Net's loss does not say ignore, bool (N, 1, space)."""
-        if self.label_manager.has_regions:  # nnU-Net's transform puts the ignore label into the last channel
-            return target[:, -1:] == 0
-        return target != self.label_manager.ignore_label
-
     def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
         """One optimiser step, the `iteration`-th of its epoch.
 
@@ -315,11 +288,18 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
                 hard = self.unlabelled.hard_loss(self.loss, outputs, target, keys, number, self.batch_size)
             loss, soft = hard, hard.new_zeros(())
             if soft_NSZYX is not None and self.objective is not None:
-                finest_NCZYX = outputs[0] if self.enable_deep_supervision else outputs
-                mask = self._valid_mask(target, soft_NSZYX)
+                mask = valid_mask(target, soft_NSZYX, self.label_manager, on_ignored=self.soft_on_ignored)
                 progress = number / (self.num_epochs * self.num_iterations_per_epoch)
-                logits_NCZYX = finest_NCZYX.float()
-                loss, soft = self.objective(hard, logits_NCZYX, soft_NSZYX, mask, valid_share([mask])[0], progress)
+                listed = outputs if self.enable_deep_supervision else [outputs]
+                loss, soft = self.objective(
+                    hard,
+                    [o.float() for o in listed],
+                    soft_NSZYX,
+                    mask,
+                    progress,
+                    output_weights=self._output_weights,
+                    shares=valid_share,
+                )
             loss = loss * self._loss_weight
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()

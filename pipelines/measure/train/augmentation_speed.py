@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `fastnnunet train` set
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from fastnnunet.distill.job import TrainingJob
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.distill.train import TrainingJob
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches
 from fastnnunet.specs.cache import CacheSpec

@@ -18,8 +18,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 
+from fastnnunet.distill.job import TrainingJob
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.distill.train import TrainingJob
 from fastnnunet.nnunet.trainer.loading import ordered_batches
 from fastnnunet.nnunet.trainer.seeds import TRAINING, BatchNumber
 from fastnnunet.specs.cache import CacheSpec

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from fastnnunet.distill.job import TrainingJob, run_folder
 from fastnnunet.distill.losses import DistillationObjective
-from fastnnunet.distill.train import TrainingJob, _seed_everything, run_folder
+from fastnnunet.distill.train import _seed_everything
 from fastnnunet.nnunet.trainer.epochs import run_epochs
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec

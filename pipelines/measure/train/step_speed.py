@@ -36,9 +36,11 @@ import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from scipy.special import softmax
 
+from fastnnunet.distill.check import check_job, resolve_device
+from fastnnunet.distill.configure import configure
+from fastnnunet.distill.job import TrainingJob, start_fold
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.distill.train import TrainingJob, _configure, check_job, resolve_device, start_fold
 from fastnnunet.nnunet.files.model import model_folder_of
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.specs.cache import CacheSpec
@@ -72,7 +74,7 @@ def make_trainer(job: TrainingJob, soft: CachedSoftLabels | None) -> Any:
     files = model_folder_of(job.teacher)
     plans, dataset_json, _ = check_job(job, resume=False, overwrite=True, files=files)
     start_weights = partial(files.take_weights, start_fold(job))
-    return _configure(job, plans, dataset_json, soft, False, resolve_device(job.device), start_weights)
+    return configure(job, plans, dataset_json, soft, False, resolve_device(job.device), start_weights)
 
 
 def synchronize() -> None:
