@@ -8,22 +8,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot, determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from PIL import Image
+from scipy import ndimage
 
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.cache.build import build_cache
+from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.files.cases import PreprocessedCases
+from fastnnunet.nnunet.unlabelled.image_case import ImageTask, preprocess_case
+from fastnnunet.nnunet.unlabelled.image_folder import find_images
+from fastnnunet.nnunet.unlabelled.sets import ImageSet
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import PublishedSpec
+from fastnnunet.teachers.images import UnlabelledJob
 from fastnnunet.teachers.published import open_published
-from tests.bundles import Toy, _dataset_json, _plans, make_labels_frequent
+from fastnnunet.teachers.stages import open_stages
+from tests.bundles import Toy, _dataset_json, _plans, make_labels_frequent, smooth_noise, write_image
+from tests.teachers import nnunet_files, nnunet_predictor
 from tests.test_checkpoint_types import as_numpy_1
 from tests.test_nnunet_teacher import teacher_logits, well_weighted
 
 RECIPE = CacheSpec(precision="fp32", engine="torch", mirroring=True)
-TOY = "3d_toy"
+TOY, LOWRES, CASCADE = "3d_toy", "3d_lowres", "3d_cascade_fullres"
 IMAGE = np.random.default_rng(0).normal(size=(1, 20, 28, 30)).astype(np.float32)
 STOCK = "nnUNetTrainer"
 
@@ -111,8 +123,23 @@ def _short_names(plans, name):
     return name
 
 
+def _stage(configuration):
+    def change(plans, name):
+        config = plans["configurations"].pop(name)
+        plans["configurations"] |= {
+            LOWRES: {**config, "spacing": [1.7, 1.7, 1.7], "data_identifier": "low", "next_stage": CASCADE},
+            "3d_fullres": config,
+            CASCADE: {"inherits_from": "3d_fullres", "previous_stage": LOWRES},
+        }
+        return configuration
+
+    return change
+
+
 PLANS = {
     "stock": lambda _plans, name: name,
+    LOWRES: _stage(LOWRES),
+    CASCADE: _stage(CASCADE),
     "old plain": _old("PlainConvUNet"),
     "old residual": _old("ResidualEncoderUNet"),
     "inherits": _inherits,
@@ -170,7 +197,7 @@ def without_mirror_axes(content, file):
 
 
 class TestEveryAge:
-    @pytest.mark.parametrize("kind", [k for k in PLANS if k != "stock"])
+    @pytest.mark.parametrize("kind", [k for k in PLANS if k not in ("stock", LOWRES, CASCADE)])
     def test_plans(self, tmp_path, kind):
         folder = publish(tmp_path / "results", kind, folds=(0, 1))
         factory, said = opened(folder, folds=(0, 1))
@@ -350,3 +377,172 @@ class TestUnknownTrainers:
             MismatchError, match=r"(?s)OfSomebody of .* is not installed, and its network.*nnUNet_extTr"
         ):
             opened(folder, folds=(0,))
+
+
+class TestPictures:
+    def test_2d_with_rgb_pictures(self, tmp_path):
+        """From the files to labels: nnU-Net's own files-to-files prediction is the oracle."""
+        folder = publish(
+            tmp_path / "results",
+            toy=Toy(
+                dims=2, channels=3, file_ending=".png", reader_writer="NaturalImage2DIO", spacing=(1.0, 1.0),
+                mirror_axes=(0, 1),
+            ),
+        )  # fmt: skip
+        scans = tmp_path / "scans"
+        scans.mkdir()
+        rng = np.random.default_rng(1)
+        for name in ("a", "b"):
+            noise = ndimage.gaussian_filter(rng.normal(size=(41, 50, 3)), (2, 2, 0))
+            pixels = (255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)
+            Image.fromarray(pixels).save(scans / f"{name}_0000.png")
+        factory, _ = opened(folder, folds=(0,))
+        files = factory.files
+        found = find_images(scans, ".png", 3)
+        assert found == {name: (scans / f"{name}_0000.png",) for name in ("a", "b")}
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder), (0,))
+        (tmp_path / "theirs").mkdir()
+        predictor.predict_from_files_sequential(
+            [[str(f) for f in channels] for channels in found.values()],
+            [str(tmp_path / "theirs" / case) for case in found],
+        )
+        for case, channels in found.items():
+            preprocess_case(
+                ImageTask(
+                    case_id=case,
+                    files=channels,
+                    folder=tmp_path / "cases",
+                    plans=files.plans,
+                    configuration=files.configuration,
+                    dataset_json=files.dataset_json,
+                )
+            )
+            image_CZYX = PreprocessedCases(tmp_path / "cases").image_CZYX(case)
+            ours = teacher_logits(factory, image_CZYX, factory.folds).argmax(0)
+            theirs = np.asarray(Image.open(tmp_path / "theirs" / f"{case}.png"))
+            assert len(np.unique(theirs)) == 3
+            assert (ours[0] == theirs).mean() > 0.999
+
+    def test_pictures_with_too_few_channels(self, tmp_path):
+        Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "a_0000.png")
+        with pytest.raises(ImageError, match="a: got channels _0000, expected _0000 to _0002"):
+            find_images(tmp_path, ".png", 3)
+        Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(tmp_path / "a_0000.png")
+        Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "b_0000.png")
+        found = find_images(tmp_path, ".png", 3)  # nnU-Net's reader counts when it reads them
+        toy = Toy(dims=2, channels=3, file_ending=".png", reader_writer="NaturalImage2DIO", spacing=(1.0, 1.0))
+        task = ImageTask(
+            case_id="b", files=found["b"], folder=tmp_path / "cases", plans=_plans(toy), configuration="2d_toy",
+            dataset_json=_dataset_json(toy),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"it has 1 channel\(s\), expected 3"):
+            preprocess_case(task)
+        assert not (tmp_path / "cases").exists()
+
+
+class TestCascades:
+    @pytest.fixture
+    def scans(self, tmp_path, monkeypatch):
+        """Two images, and a place for what is made of them."""
+        monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+        (tmp_path / "preprocessed").mkdir()
+        for seed, name in enumerate(("a", "b")):
+            image = smooth_noise((22, 29, 31), seed, border=2)
+            write_image(image, tmp_path / "scans" / f"{name}_0000.nii.gz", (1.1, 0.9, 1.3))
+        return tmp_path / "scans"
+
+    def job(self, stages, scans):
+        files = stages.teacher.files
+        return UnlabelledJob(
+            target=ImageSet(
+                name="scans", plans=files.plans, configuration=files.configuration, dataset_json=files.dataset_json
+            ),
+            images=scans,
+            labelled=(),
+            factory=stages.teacher,
+            spec=RECIPE,
+            root=scans.parent / "caches",
+            command="again",
+            first=stages.first,
+        )
+
+    def test_both_stages_of_a_zip(self, tmp_path, scans):
+        """Oracle: nnU-Net's predictor with the first stage, then with the second on the files that the first wrote."""
+        results = tmp_path / "results"
+        low, full = publish(results, LOWRES, folds=(0, 1)), publish(results, CASCADE)
+        file, said = zipped(results, tmp_path / "a.zip", results), []
+        stages = open_stages(PublishedSpec(path=file, configuration=CASCADE, folds=(0,)), RECIPE, said.append)
+        assert stages.first.folds == (0, 1), "all that are there"
+        assert said[0].text == f"{CASCADE} is a cascade's second stage: {low.name} labels first"
+        job = self.job(stages, scans)
+        cases = job.preprocess(0)
+        assert cases.case_ids == ("a", "b")
+
+        files = {case: [scans / f"{case}_0000.nii.gz"] for case in cases.case_ids}
+        nnunet_files(nnunet_predictor(low, (0, 1)), files, tmp_path / "low")
+        second = nnunet_predictor(full, (0,))
+        nnunet_files(second, files, tmp_path / "full", previous=tmp_path / "low")
+        plans, config = second.plans_manager, second.configuration_manager
+        for case, channels in files.items():
+            image, seg, properties = config.preprocessor_class(verbose=False).run_case(
+                [str(f) for f in channels], str(tmp_path / f"low/{case}.nii.gz"), plans, config, second.dataset_json
+            )
+            expected = np.vstack([image, convert_labelmap_to_one_hot(seg[0], [1, 2], image.dtype)])
+            image_CZYX = cases.image_CZYX(case)
+            assert image_CZYX.shape == expected.shape
+            np.testing.assert_array_equal(image_CZYX[0], expected[0])
+            assert (image_CZYX[1:] == expected[1:]).mean() > 0.999
+            assert 0.1 < image_CZYX[1].mean() < 0.9
+            logits = teacher_logits(stages.teacher, image_CZYX, (0,))
+            ours = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits, plans, config, second.label_manager, properties
+            )
+            theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"full/{case}.nii.gz")))
+            assert len(np.unique(theirs)) == 3
+            assert (ours == theirs).mean() > 0.998
+        cache = build_cache(job.cache_job(job.finished()))
+        assert sorted(cache.cases) == ["a", "b"]
+
+    def test_only_what_is_new_is_labelled_by_the_first_stage(self, tmp_path, scans):
+        results = tmp_path / "results"
+        publish(results, LOWRES), publish(results, CASCADE)
+        stages = open_stages(PublishedSpec(path=results, configuration=CASCADE), RECIPE)
+        job, said = self.job(stages, scans), []
+        with pytest.raises(NotFoundError, match="no unlabelled images were preprocessed"):
+            job.finished()
+        before = job.preprocess(0)
+        digests = {case: before.digest(case) for case in before.case_ids}
+        times = {p.name: p.stat().st_mtime_ns for p in before.previous.iterdir()}
+        again = job.preprocess(0, said.append)
+        assert not [event for event in said if event.what.startswith("labelling")]
+        assert {case: again.digest(case) for case in again.case_ids} == digests
+        write_image(smooth_noise((22, 29, 31), 7), scans / "b_0000.nii.gz", (1.1, 0.9, 1.3))
+        after = job.preprocess(0)
+        changed = [p.name for p in after.previous.iterdir() if p.stat().st_mtime_ns != times[p.name]]
+        assert changed == ["b.b2nd"]
+        assert [case for case in digests if after.digest(case) != digests[case]] == ["b"]
+        other = publish(tmp_path / "other", LOWRES, folds=(1, 2))  # another first stage has a folder of its own
+        shutil.rmtree(results / "Dataset999_Toy" / other.name)
+        shutil.copytree(other, results / "Dataset999_Toy" / other.name)
+        stages = open_stages(PublishedSpec(path=results, configuration=CASCADE), RECIPE)
+        with pytest.raises(NotFoundError, match="2 of 2 images were not labelled by 3d_lowres yet, first a"):
+            self.job(stages, scans).finished()
+
+    def test_refusals(self, tmp_path):
+        results = tmp_path / "results"
+        full = publish(results, CASCADE)
+        alone = PublishedSpec(path=full)
+        with pytest.raises(SpecError, match="is a cascade stage and needs predictions of 3d_lowres"):
+            open_published(alone, RECIPE)
+        for path in (full, zipped(full, tmp_path / "a.zip", full)):
+            with pytest.raises(NotFoundError, match="needs the predictions of 3d_lowres, which is not beside it"):
+                open_stages(PublishedSpec(path=path), RECIPE)
+        low = publish(results, LOWRES, trainer="nnUNetTrainer_5epochs")
+        assert open_stages(alone, RECIPE).first.folder == low, "of another trainer, where there is no other"
+        described = json.loads((low / "dataset.json").read_text())
+        described["labels"] = {"background": 0, "b": 1, "a": 2}
+        (low / "dataset.json").write_text(json.dumps(described))
+        with pytest.raises(MismatchError, match=r"(?s)does not belong to 3d_cascade_fullres:\n  - labels: got"):
+            open_stages(alone, RECIPE)
+        assert open_stages(PublishedSpec(path=low), RECIPE).first is None

@@ -1,7 +1,8 @@
 """The front desk: a function for each stage and one stream of events.
 
 `label` makes the cache of a teacher, `distil` trains students from it, `export` makes a bundle of one, `predict` runs
-it, `benchmark` measures bundles beside nnU-Net. Each tells a `progress` listener (`fastnnunet.events`) what it does,
+it, `benchmark` measures bundles beside nnU-Net; `distil_images` is all of it for a published model and scans without
+labels. Each tells a `progress` listener (`fastnnunet.events`) what it does,
 prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a listener that
 shows events on a terminal. Importing this needs neither torch nor nnunetv2 nor zarr.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastnnunet.api.benchmark import Benchmarked, benchmark, raw_folder
 from fastnnunet.api.distil import Student, distil
 from fastnnunet.api.export import Exported, export, export_named, student_model
+from fastnnunet.api.images import DistilledImages, distil_images, label_images, train_on_images
 from fastnnunet.api.label import LabelledCache, label
 from fastnnunet.api.names import find_bundle, find_run
 from fastnnunet.api.predict import Predicted, predict
@@ -23,20 +25,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Benchmarked",
+    "DistilledImages",
     "Exported",
     "LabelledCache",
     "Predicted",
     "Student",
     "benchmark",
     "distil",
+    "distil_images",
     "export",
     "export_named",
     "find_bundle",
     "find_run",
     "label",
+    "label_images",
     "predict",
     "raw_folder",
     "student_model",
+    "train_on_images",
 ]
 
 _LATER = {

@@ -71,12 +71,18 @@ def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
         cases = _by_case(source, names, spec.file_ending, numbered=True)
         _tell(source, passed_over(source, {*names, *_companions(source, names, cases, spec)}, spec.file_ending))
         return cases
-    folders = sorted(p.name for p in source.iterdir() if not p.name.startswith(".") and is_dicom_folder(p))
-    if not folders:
+    cases = dicom_cases(source, len(spec.channel_names))
+    if not cases:
         _refuse_empty(source, spec)
+    folders = [series.name for case in cases for series in case.series]
     _tell(source, [*passed_over(source, folders), *_deeper(source, folders)])
-    cases = _by_case(source, folders, "", numbered=len(spec.channel_names) > 1)
-    return [_of_series(case) for case in cases]
+    return cases
+
+
+def dicom_cases(source: Path, num_channels: int) -> list[Case]:
+    """Cases of the folders of DICOM files in `source`, as of `find_cases`; empty where there are none."""
+    folders = sorted(p.name for p in source.iterdir() if not p.name.startswith(".") and is_dicom_folder(p))
+    return [_of_series(case) for case in _by_case(source, folders, "", numbered=num_channels > 1)]
 
 
 def single_case(image: Path, spec: BundleSpec, series_uid: str | None = None) -> Case:

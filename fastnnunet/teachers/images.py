@@ -24,6 +24,7 @@ from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
 from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.previous import UnlabelledCascadeCases
 from fastnnunet.nnunet.unlabelled.sets import (
     ImageSet,
     UnlabelledCases,
@@ -38,6 +39,7 @@ from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import build_command
 from fastnnunet.teachers.nnunet import NnUNetTeacher
+from fastnnunet.teachers.stages import first_stage_cases, label_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +53,18 @@ class UnlabelledJob:
     spec: CacheSpec
     root: Place
     command: str  # what a person types to bring everything up to date
+    first: NnUNetTeacher | None = None  # of a cascade: the teacher of its first stage
 
-    def preprocess(self, processes: int, progress: Listener = ignore) -> UnlabelledCases:
-        """See `preprocess_images`."""
-        return preprocess_images(self.target, self.images, self.labelled, processes, progress)
+    def preprocess(
+        self, processes: int, progress: Listener = ignore, threads: int | None = None
+    ) -> "UnlabelledCases | UnlabelledCascadeCases":
+        """See `preprocess_images`, and `label_first`, which has `threads`, for a cascade."""
+        cases = preprocess_images(self.target, self.images, self.labelled, processes, progress)
+        return cases if self.first is None else label_first(self.target, self.images, self.first, threads, progress)
+
+    def finished(self) -> "UnlabelledCases | UnlabelledCascadeCases":
+        """The cases as `preprocess` left them. Raises NotFoundError, CorruptError."""
+        return self.target.cases if self.first is None else first_stage_cases(self.target, self.first)
 
     def expected(self, processes: int, progress: Listener = ignore) -> "tuple[ExpectedCases, list[str]]":
         """The cases as they are or will be, and those not preprocessed yet; writes nothing."""
@@ -73,7 +83,9 @@ class UnlabelledJob:
             )
         return size_bytes
 
-    def cache_job(self, cases: "UnlabelledCases | ExpectedCases", progress: Listener = ignore) -> CacheJob:
+    def cache_job(
+        self, cases: "UnlabelledCases | UnlabelledCascadeCases | ExpectedCases", progress: Listener = ignore
+    ) -> CacheJob:
         """The cache of these cases."""
         return prepare_job(cases, self.factory, self.spec, self.root, command=self.command, progress=progress)
 

@@ -5,7 +5,7 @@ No fold is known to have seen any case, so that all of them label whatever they 
 as nnU-Net reads them; names of folders only tell several models apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +33,19 @@ def open_published(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = 
     Raises NotFoundError, SpecError (several models and none named; a cascade stage), CorruptError, MismatchError,
     DiskSpaceError.
     """
+    teacher = open_model(spec, recipe, progress)
+    if (stage := teacher.files.model.config.previous_stage_name) is not None:
+        raise SpecError(
+            f"{spec.path}: {teacher.files.configuration} is a cascade stage and needs predictions of {stage}, which "
+            "new images do not have\nuse a configuration without a previous stage"
+        )
+    return teacher
+
+
+def open_model(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore) -> NnUNetTeacher:
+    """As `open_published`, also for the second stage of a cascade, whose images have the channels of its first."""
     files, folds = find_model(spec, progress)
     check_loadable(files.plans, files.configuration)
-    if (stage := files.model.config.previous_stage_name) is not None:
-        raise SpecError(
-            f"{spec.path}: {files.configuration} is a cascade stage and needs predictions of {stage}, which new images "
-            "do not have\nuse a configuration without a previous stage"
-        )
     _check_folds(files, folds)
     if (said := unknown_trainer(files, folds[0])) is not None:
         progress(Message(text=said, level="warning"))
@@ -62,7 +68,7 @@ def find_model(spec: PublishedSpec, progress: Listener = ignore) -> tuple[ModelF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidate:
+class Candidate:
     """A model folder and its names as far as the folder's own tells them."""
 
     folder: Path
@@ -75,12 +81,11 @@ class _Candidate:
         return all(getattr(spec, name) in (None, getattr(self, name)) for name, _ in _OPTIONS)
 
 
-def _model_in(place: Path, spec: PublishedSpec) -> _Candidate:
+def _model_in(place: Path, spec: PublishedSpec) -> Candidate:
     described = [place] if (place / "plans.json").is_file() else [p.parent for p in sorted(place.rglob("plans.json"))]
     if not described:
         raise no_model(spec.path, (p.name for p in place.rglob("*")) if place.is_dir() else ())
-    # nnU-Net writes plans.json beside predictions too, of a cross-validation and of an ensemble
-    found = [_candidate(folder) for folder in described if any(folder.glob("fold_*/*.pth"))]
+    found = candidates(described)
     if not found:
         raise NotFoundError(
             f"no trained fold at {spec.path}: there is a plans.json, but no fold_0 with a {FINAL} beside it\n"
@@ -103,10 +108,17 @@ def _model_in(place: Path, spec: PublishedSpec) -> _Candidate:
     )
 
 
-def _candidate(folder: Path) -> _Candidate:
-    names = folder.resolve().name.split("__")
-    trainer, plans, configuration = names if len(names) == 3 else (None, None, None)
-    return _Candidate(folder=folder, trainer=trainer, plans=plans, configuration=configuration)
+def candidates(described: Iterable[Path]) -> list[Candidate]:
+    """The models among folders with a plans.json: nnU-Net puts one beside predictions too, of a cross-validation and
+    of an ensemble.
+    """
+    found = []
+    for folder in described:
+        if any(folder.glob("fold_*/*.pth")):
+            names = folder.resolve().name.split("__")
+            trainer, plans, configuration = names if len(names) == 3 else (None, None, None)
+            found.append(Candidate(folder=folder, trainer=trainer, plans=plans, configuration=configuration))
+    return found
 
 
 def _checkpoints_in(folder: Path) -> dict[Fold, set[str]]:

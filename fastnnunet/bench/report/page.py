@@ -1,6 +1,5 @@
 """A benchmark record as one HTML file that needs nothing else: style, plots and pictures are inside."""
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,12 +8,21 @@ from typing import Any
 from fastnnunet.bench.benchmark import prediction_folder
 from fastnnunet.bench.job import ENSEMBLE, SINGLE
 from fastnnunet.bench.report.headline import Record, fastest, headline, students
+from fastnnunet.bench.report.html import (
+    box,
+    document,
+    entries,
+    figure,
+    legend_list,
+    note,
+    plot_box,
+    section,
+    write_document,
+)
 from fastnnunet.bench.report.numbers import NONE, dice, percent, seconds, size, times
 from fastnnunet.bench.report.page_plots import dice_plot, stage_plot, total_plot
-from fastnnunet.bench.report.page_style import STYLE
 from fastnnunet.bench.report.slices import CasePictures, case_pictures, legend
 from fastnnunet.runtime.times import STAGES
-from fastnnunet.system.files import atomic_output, make_folder
 
 MOST_LABELS = 12  # columns of the table of labels, entries of a legend
 
@@ -36,9 +44,7 @@ def pictures_of(record: Record, images: Path, labels: Path | None, output: Path,
 
 def write_page(record: Record, pictures: Sequence[CasePictures], path: Path) -> None:
     """Write the page, whole or not at all. Raises FastnnUNetError when it cannot be written."""
-    make_folder(path.parent)
-    with atomic_output(path) as partial:
-        partial.write_text(page(record, pictures), encoding="utf-8")
+    write_document(page(record, pictures), path)
 
 
 def page(record: Record, pictures: Sequence[CasePictures]) -> str:
@@ -49,40 +55,21 @@ def page(record: Record, pictures: Sequence[CasePictures]) -> str:
         f'<p class="when">{escape(record["created"])}, {escape(record["hardware"]["cpu"])}, '
         f"{record['threads']} threads</p>",
         f'<p class="lead">{escape(headline(record))}</p>',
-        _section("Seconds per case", _box(_speed_table(record)), _notes(record), _plot(total_plot(record))),
-        _section("Accuracy and memory", _box(_quality_table(record))),
-        _section("Stages", _box(_stage_table(record)), _plot(stage_plot(record))),
+        section("Seconds per case", box(_speed_table(record)), _notes(record), plot_box(total_plot(record))),
+        section("Accuracy and memory", box(_quality_table(record))),
+        section("Stages", box(_stage_table(record)), plot_box(stage_plot(record))),
     ]
     if any("metrics" in arm for arm in record["arms"].values()):
-        note = f'<p class="note">Over the {record["baseline_cases"]} case(s) that every arm predicted.</p>'
-        parts.append(_section("Dice against time", _plot(dice_plot(record)), note))
-        parts.append(_section("Dice per label", _box(_label_table(record)), _label_note(record)))
+        over = note(f"Over the {record['baseline_cases']} case(s) that every arm predicted.")
+        parts.append(section("Dice against time", plot_box(dice_plot(record)), over))
+        parts.append(section("Dice per label", box(_label_table(record)), _label_note(record)))
     if pictures:
-        parts.append(_section("Slices", *(_slices(record, case) for case in pictures)))
-    parts.append(_section("How it was measured", _method(record)))
-    parts.append(_section("Machine and versions", _machine(record)))
+        parts.append(section("Slices", *(_slices(record, case) for case in pictures)))
+    parts.append(section("How it was measured", _method(record)))
+    parts.append(section("Machine and versions", _machine(record)))
     if record.get("command"):
-        parts.append(_section("Command", f"<pre>{escape(record['command'])}</pre>"))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'  # or browsers ask for one
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(heading: str, *content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n" + "\n".join(content) + "\n</section>"
-
-
-def _box(content: str) -> str:
-    return f'<div class="box" tabindex="0">{content}</div>'
-
-
-def _plot(svg: str) -> str:
-    return f'<div class="box plot" tabindex="0">{svg}</div>'
+        parts.append(section("Command", f"<pre>{escape(record['command'])}</pre>"))
+    return document(title, *parts)
 
 
 def _table(record: Record, headings: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -149,7 +136,7 @@ def _label_table(record: Record) -> str:
 def _label_note(record: Record) -> str:
     more = len(record["labels"]) - MOST_LABELS
     rest = f" {more} more labels are in the record." if more > 0 else ""
-    return f'<p class="note">Each arm over all cases it predicted.{rest}</p>'
+    return note(f"Each arm over all cases it predicted.{rest}")
 
 
 def _notes(record: Record) -> str:
@@ -160,28 +147,19 @@ def _notes(record: Record) -> str:
     if all(arm["peak_gpu_memory_bytes"] is None for arm in record["arms"].values()):
         notes.append("No arm was measured on a GPU, so there is no GPU memory to tell.")
     notes += [f"Left out: {what}." for what in record["left_out"]]
-    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    return "".join(note(text) for text in notes)
 
 
 def _slices(record: Record, case: CasePictures) -> str:
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(p.png).decode()}" alt="{escape(p.alt)}">'
-        f"<figcaption>{escape(p.caption)}</figcaption></figure>"
-        for p in case.pictures
-    )
-    entries = "".join(
-        f'<li><span class="swatch" style="background: {colour}"></span>{escape(name)}</li>'
-        for colour, name in legend(case.values, record["label_values"])[:MOST_LABELS]
-    )
-    return (
-        f"<p>{escape(case.case)}, {escape(case.where)}</p>\n"
-        f'<div class="slices">{figures}</div>\n<ul class="legend">{entries}</ul>'
+    figures = "".join(figure(p.png, p.caption, p.alt) for p in case.pictures)
+    return f'<p>{escape(case.case)}, {escape(case.where)}</p>\n<div class="slices">{figures}</div>\n' + legend_list(
+        legend(case.values, record["label_values"])[:MOST_LABELS]
     )
 
 
 def _method(record: Record) -> str:
     cold = f"{record['cold']}; {record['cold_rounds']} round(s), median" if record["cold_rounds"] else "not measured"
-    entries = {
+    pairs = {
         "warm": f"{record['timed']}; students {record['repeat']} time(s) on {len(record['cases'])} case(s), nnunetv2 "
         f"{record['baseline_repeat']} time(s) on {record['baseline_cases']}; median per case, then over cases",
         "cold": cold,
@@ -190,21 +168,17 @@ def _method(record: Record) -> str:
         "GPU memory": record["gpu_memory"],
         "same network": "voxels with the label nnunetv2 gives them when it runs the network of the same bundle",
     }
-    return _entries(entries)
+    return entries(pairs)
 
 
 def _machine(record: Record) -> str:
     machine = record["hardware"]
     load = f"{machine['load_average_1min_before']} before, {machine['load_average_1min']} after (1 minute average)"
-    entries = {
+    pairs = {
         "processor": f"{machine['cpu']}, {machine['cores']} cores",
         "memory": size(machine["memory_bytes"]),
         "system": machine["system"],
         "load": load,
         **record["versions"],
     }
-    return _entries(entries)
-
-
-def _entries(entries: Mapping[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries.items()) + "</dl>"
+    return entries(pairs)

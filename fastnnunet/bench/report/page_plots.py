@@ -1,31 +1,15 @@
-"""Plots of a benchmark record as SVG that stands inside a page and takes its colours."""
+"""Plots of a benchmark record for its page."""
 
-import io
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from fastnnunet.bench.report.headline import Record, students
 from fastnnunet.bench.report.numbers import dice, seconds
+from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, SETTINGS, svg
 from fastnnunet.runtime.times import STAGES
 
-# written by matplotlib, replaced by variables of the page's style sheet
-_VARIABLES = {"#010203": "var(--ink)", "#040506": "var(--muted)", "#070809": "var(--accent)", "#0a0b0c": "var(--other)"}
-INK, MUTED, ACCENT, OTHER = _VARIABLES
-_SETTINGS = {
-    "svg.fonttype": "none",  # text stays text
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 _HEIGHTS_PT = (12, -20, 28, -36)
-_LEAST_SCALE = 0.85  # below that a plot scrolls rather than shrinks
 
 
 def stage_plot(record: Record) -> str:
@@ -34,7 +18,7 @@ def stage_plot(record: Record) -> str:
     from matplotlib.figure import Figure
 
     arms = record["arms"]
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(12, 1.1 + 0.34 * len(arms)), layout="constrained")
         panels = figure.subplots(1, len(STAGES), sharex=True, sharey=True)
         for axes, stage in zip(panels, STAGES, strict=True):
@@ -46,7 +30,7 @@ def stage_plot(record: Record) -> str:
             axes.set_xlabel("seconds (log)")
         _log_axis(panels[0], [s["p50_s"] for arm in arms.values() for s in arm["stages"].values()], room=30)
         panels[0].invert_yaxis()
-        return _svg(
+        return svg(
             figure, "stages", "Bars: median seconds per case in each stage, for every arm; the table has the values"
         )
 
@@ -61,7 +45,7 @@ def total_plot(record: Record) -> str:
     warm = [arm["median_s"] for arm in arms.values()]
     cold = [arm.get("cold", {}).get("median_s", np.nan) for arm in arms.values()]
     has_cold = bool(np.isfinite(cold).any())
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(9, 1.2 + (0.62 if has_cold else 0.36) * len(arms)), layout="constrained")
         axes = figure.subplots()
         height = 0.34 if has_cold else 0.62
@@ -81,7 +65,7 @@ def total_plot(record: Record) -> str:
         _log_axis(axes, [v for v in (*warm, *p90, *cold) if np.isfinite(v)], room=4)
         filled = "filled: warm median, line to the 90th percentile"
         axes.set_xlabel(f"seconds per case (log); {filled}" + ("; hatched: new process" if has_cold else ""))
-        return _svg(
+        return svg(
             figure, "total", "Bars: seconds per case of every arm, warm and in a new process; the table has the values"
         )
 
@@ -92,7 +76,7 @@ def dice_plot(record: Record) -> str:
     from matplotlib.figure import Figure
 
     arms = {name: arm for name, arm in record["arms"].items() if arm.get("dice_on_common_cases") is not None}
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.subplots()
         ordered = sorted(arms.items(), key=lambda entry: entry[1]["median_s"])
@@ -113,7 +97,7 @@ def dice_plot(record: Record) -> str:
         axes.set_xlabel("milliseconds per case, median, warm (log)")
         axes.set_ylabel("mean Dice (0 to 1)")
         axes.grid(color=MUTED, linewidth=0.3)
-        return _svg(
+        return svg(
             figure, "dice", "Points: mean Dice against milliseconds per case for every arm; the table has the values"
         )
 
@@ -139,19 +123,3 @@ def _log_axis(axes: Any, values: list[float], *, room: float) -> None:
     positive = [v for v in values if v > 0]
     axes.set_xscale("log")
     axes.set_xlim(min(positive) / 2, max(positive) * room)
-
-
-def _svg(figure: Any, name: str, alt: str) -> str:
-    """An `<svg>` element; ids are the same in every run and differ between plots."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({**_SETTINGS, "svg.hashsalt": name}):
-        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=none)
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    least_px = round(_LEAST_SCALE * 96 * figure.get_figwidth())
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" style="min-width: {least_px}px" ', 1)

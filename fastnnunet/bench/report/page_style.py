@@ -1,4 +1,4 @@
-"""The style sheet of the benchmark page: light and dark, tables and plots that scroll in a box of their own."""
+"""The style sheet of all pages: light and dark, tables and plots that scroll in a box of their own."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2226; --muted: #858c92; --line: #d9dcdf;
@@ -12,6 +12,8 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 sy
 main { max-width: 72rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 0; overflow-wrap: anywhere; }
+h3 + p { margin: 0 0 .5rem; }
 p, li, figcaption, dd { overflow-wrap: anywhere; }
 .when, figcaption, .note { color: var(--muted); font-size: .875rem; }
 @media (prefers-color-scheme: light) { .when, figcaption, .note { color: #5c6369; } }
@@ -23,6 +25,10 @@ thead th { border-top: 0; background: var(--soft); vertical-align: bottom; white
 th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 tr.student th { color: var(--accent); }
+.long tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 16rem; }
+.words th, .words td { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 8rem; }
+summary { cursor: pointer; margin: .75rem 0; }
+.legend + .legend { margin-top: -1rem; }
 .plot { padding: .75rem; }
 .box + .box { margin-top: .75rem; }
 .plot svg { display: block; width: 100%; height: auto; }
@@ -30,6 +36,7 @@ tr.student th { color: var(--accent); }
 figure { margin: 0; }
 .slices img { display: block; width: 100%; height: auto; background: #000; border-radius: 4px;
   image-rendering: pixelated; }
+.legend:empty { display: none; }
 .legend { list-style: none; padding: 0; margin: .5rem 0 1.5rem; display: flex; flex-wrap: wrap; gap: .25rem 1rem;
   font-size: .875rem; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }

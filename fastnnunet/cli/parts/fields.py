@@ -24,6 +24,7 @@ class Group:
     panel: str
     only: tuple[str, ...] = ()  # empty: every field that has an Option with flags
     without: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()  # may be left out although the field has no default: None then
 
     @property
     def names(self) -> list[str]:
@@ -31,15 +32,18 @@ class Group:
         return [name for name in found if name in self.only or not self.only]
 
     def parameters(self) -> list[inspect.Parameter]:
-        return [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if (value := default_of(self.spec, name)) is MISSING else value,
-                annotation=Annotated[given_type(self.spec, name), option(self.spec, name, panel=self.panel)],
-            )
-            for name in self.names
-        ]
+        return [self._parameter(name) for name in self.names]
+
+    def _parameter(self, name: str) -> inspect.Parameter:
+        kind, default = given_type(self.spec, name), default_of(self.spec, name)
+        if name in self.optional:
+            kind, default = kind | None, None
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[kind, option(self.spec, name, panel=self.panel)],
+        )
 
     def taken(self, values: Asked) -> Asked:
         """This group's values, removed from those of the whole command."""

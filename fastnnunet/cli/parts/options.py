@@ -31,6 +31,7 @@ _NETWORK = ("configuration", "plans", "trainer")
 ByName = Annotated[Asked, Group(TeacherSpec, TEACHER, only=_NETWORK)]
 Network = Annotated[Asked, Group(TeacherSpec, TEACHER, only=("dataset", *_NETWORK))]
 Teacher = Annotated[Asked, Group(TeacherSpec, TEACHER, without=("folds", "previous"))]
+TeacherOrModel = Annotated[Asked, Group(TeacherSpec, TEACHER, without=("folds", "previous"), optional=("dataset",))]
 Folds = Annotated[list[str] | None, option(TeacherSpec, "folds", panel=TEACHER)]
 TeacherFolds = Annotated[list[str] | None, option(TeacherSpec, "folds", "-tf", panel=TEACHER)]
 Previous = Annotated[str | None, option(TeacherSpec, "previous", panel=TEACHER)]

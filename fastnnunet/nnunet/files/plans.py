@@ -138,6 +138,11 @@ def num_input_channels(
     return int(determine_num_input_channels(plans_manager, configuration, dataset_json))
 
 
+def num_image_channels(dataset_json: dict[str, Any]) -> int:
+    """Channels of an image, under the name for them that nnU-Net looks for first."""
+    return len(dataset_json["modality"] if "modality" in dataset_json else dataset_json["channel_names"])
+
+
 def trainer_class(name: str) -> Any:
     """nnU-Net's trainer class of this name, also from `nnUNet_extTrainer`, whose code is the user's own.
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.nnunet.files.plans import configuration_of
+from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
+from fastnnunet.system.whole import is_whole
 
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")  # files of a case; nnU-Net takes a case for being there by the last
 PARTIAL = ".partial-"
@@ -34,7 +35,7 @@ def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
     """Preprocess a case and move it into place; returns the stamps of its image files."""
     stamps = stamps_of(task.files)
     manager, config = configuration_of(task.plans, task.configuration)
-    _read(task)  # nnU-Net would go on with NaN, and spread it or lose it
+    read_image(task)  # nnU-Net would go on with NaN, and spread it or lose it
     with TemporaryDirectory(prefix=PARTIAL, dir=task.folder.parent) as made, _spoken():
         files = [str(f) for f in task.files]
         preprocessor = config.preprocessor_class(verbose=False)
@@ -54,7 +55,7 @@ def shape_after(task: ImageTask) -> tuple[int, int, int]:
     from fastnnunet.nnunet.v2 import compute_new_shape, crop_to_nonzero
 
     manager, config = configuration_of(task.plans, task.configuration)
-    image_CZYX, properties = _read(task)
+    image_CZYX, properties = read_image(task)
     order = manager.transpose_forward
     spacing = [properties["spacing"][i] for i in order]
     cropped, _, _ = crop_to_nonzero(image_CZYX.transpose([0, *[i + 1 for i in order]]))
@@ -69,17 +70,25 @@ def read_channels(task: ImageTask) -> np.ndarray:
 
 
 def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    for file in task.files:
+        if is_whole(file) is False:  # ITK reads the beginning, and zeros
+            raise ValueError(f"{file.name} is cut off or empty")
     manager, _ = configuration_of(task.plans, task.configuration)
     with _spoken():
         image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
     return image, properties
 
 
-def _read(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image (C, and the axes as stored) and properties. Raises ValueError for values that are no numbers."""
+def read_image(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, and the axes as stored) and properties.
+
+    Raises ValueError for values that are no numbers, and for other channels than the model takes.
+    """
     image, properties = _read_any(task)
     if not np.isfinite(image).all():
         raise ValueError("it holds NaN or infinite values")
+    if len(image) != (expected := num_image_channels(task.dataset_json)):  # nnU-Net would normalise those it expects
+        raise ValueError(f"it has {len(image)} channel(s), expected {expected}")
     return image, properties
 
 

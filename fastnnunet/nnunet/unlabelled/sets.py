@@ -31,7 +31,7 @@ from fastnnunet.errors import (
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.cases import PREPROCESSING_FIELDS, PreprocessedCases
 from fastnnunet.nnunet.files.paths import nnunet_folder
-from fastnnunet.nnunet.files.plans import configuration_of, intensity_properties, num_input_channels
+from fastnnunet.nnunet.files.plans import configuration_of, intensity_properties, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS, PARTIAL, ImageTask, preprocess_case, reason_of, shape_after
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, find_images, unchanged, unusable
 from fastnnunet.nnunet.unlabelled.parallel import each
@@ -124,8 +124,7 @@ class ImageSet:
 
     def find_images(self, images: Path, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
         """Case id -> files in `images`; errors and warnings as of `image_folder.find_images`."""
-        managers = configuration_of(self.plans, self.configuration)
-        channels = num_input_channels(*managers, self.dataset_json)
+        channels = num_image_channels(self.dataset_json)
         return find_images(images, self.dataset_json["file_ending"], channels, tell=tell)
 
 

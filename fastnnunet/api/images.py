@@ -1,0 +1,391 @@
+"""`distil_images`: students of a published nnU-Net from scans without labels, in a work folder that is kept.
+
+`label_images` and `train_on_images` are its single stages. All see nnU-Net's folders in the work folder, and nothing of
+the user's own.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.api.distil import Student, distil
+from fastnnunet.api.export import export
+from fastnnunet.api.judged import JudgedStudent, LabelledScans, judge, write_report
+from fastnnunet.api.label import build
+from fastnnunet.api.overall import Overall
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.events import Listener, Message, ignore
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.teacher import PublishedSpec
+
+if TYPE_CHECKING:
+    from fastnnunet.cache.store.folder import CacheFolder
+    from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.nnunet.files.model import ModelFolder
+    from fastnnunet.teachers.scans.folder import Work
+    from fastnnunet.teachers.screen import Screening
+
+RECIPE = CacheSpec(temperature=1.0)
+STEPS, STEPS_PER_EPOCH = 2000, 100
+CHECKPOINT = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistilledImages:
+    """What came out of `distil_images`."""
+
+    scans: LabelledScans
+    students: tuple[JudgedStudent, ...]
+    summary: Path
+    report: Path  # HTML, with everything inside
+
+
+def schedule_for(number_of_scans: int, patch_voxels: int) -> dict[str, Any]:
+    """How a student is trained from this many scans unless it is said otherwise: fields of `DistillSpec`."""
+    return {
+        "alpha": 0.5,
+        "loss": "kl_dice",
+        "optimizer": "adamw",
+        "batch_size": 2,
+        "epochs": STEPS // STEPS_PER_EPOCH,
+        "iterations_per_epoch": STEPS_PER_EPOCH,
+        "val_iterations_per_epoch": 5,
+    }
+
+
+def distil_images(
+    model: PublishedSpec,
+    scans: Path,
+    output: Path,
+    students: Sequence[StudentSpec],
+    *,
+    work: Path | None = None,
+    recipe: CacheSpec = RECIPE,
+    training: Mapping[str, Any] = {},
+    held_out: int | None = None,
+    keep_all: bool = False,
+    workers: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    augment_on: str = "auto",
+    command: str = "",
+    progress: Listener = ignore,
+) -> DistilledImages:
+    """Label scans with a published model, train students on them, export and judge each; see the guide of this command.
+
+    Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
+    training. `training`: fields of `DistillSpec` in the place of those of `schedule_for`. `held_out`: how many scans
+    students are judged on. `keep_all`: scans that would do harm are learnt from too. `command` is quoted in the report.
+    Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
+    its predictions of the scans held out.
+
+    Raises before anything long: what `open_work` raises, SpecError for too few scans, a student twice and a training
+    that cannot be, MismatchError. Then what `label`, `distil` and `export` raise.
+    """
+    from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
+    from fastnnunet.system.files import check_output_folder
+
+    check_output_folder(output)
+    _refuse_twice(students)
+    opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
+    distill = _training(opened, training)
+    steps = distill.epochs * distill.iterations_per_epoch
+    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, steps))
+    with opened.world() as files:
+        jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
+        labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
+        images, judged = opened.images()[1], []
+        for job in jobs:
+            tag = job.student.tag
+            overall.begin(f"training {tag}")
+            trained = _train(labelled, [job], overall)[0]
+            overall.begin(f"exporting {tag}")
+            folder = output / tag
+            _export(trained, folder, overall)
+            overall.begin(f"judging {tag}")
+            judged.append(judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall))
+        record = {
+            "created": now_utc(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "threads": threads,
+            "model": model,
+            "folds": [str(fold) for fold in opened.teacher.folds],
+            "mirroring": recipe.mirroring,
+            "scans": scans,
+            "work": opened.folder,
+            "training": distill,
+            "learnt_from": labelled.learnt_from,
+            "held_out": labelled.held_out,
+            "left_out": [verdict.line for verdict in screening.bad],
+            "keep_all": keep_all,
+            "rare_labels": labelled.rare,
+            "teacher": {"seconds_per_case": labelled.teacher_s, "labels": labelled.labels},
+            "students": judged,
+        }
+        summary, report = output / "summary.json", output / "report.html"
+        write_json(summary, record)
+        write_report(report, opened, files, labelled, screening, images, judged, record, command)
+        overall.end()
+    return DistilledImages(scans=labelled, students=tuple(judged), summary=summary, report=report)
+
+
+def label_images(
+    model: PublishedSpec,
+    scans: Path,
+    work: Path,
+    *,
+    recipe: CacheSpec = RECIPE,
+    held_out: int | None = None,
+    keep_all: bool = False,
+    workers: int = 0,
+    threads: int | None = None,
+    progress: Listener = ignore,
+) -> LabelledScans:
+    """The first stages of `distil_images`: everything up to the training. Raises as it does."""
+    opened = _open(model, scans, work, recipe, held_out, progress)
+    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), 0))
+    with opened.world() as files:
+        labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
+        overall.end()
+    return labelled
+
+
+def train_on_images(
+    model: PublishedSpec,
+    scans: Path,
+    work: Path,
+    students: Sequence[StudentSpec],
+    *,
+    recipe: CacheSpec = RECIPE,
+    training: Mapping[str, Any] = {},
+    threads: int | None = None,
+    device: str = "auto",
+    augment_on: str = "auto",
+    progress: Listener = ignore,
+) -> list[Student]:
+    """The training of `distil_images` alone, in a work folder that is ready for it; never runs a teacher.
+
+    The students stay in the work folder's nnUNet_results. Raises as `distil_images` does, and NotFoundError with the
+    command that makes the work folder ready.
+    """
+    _refuse_twice(students)
+    opened = _open(model, scans, work, recipe, None, progress)
+    distill = _training(opened, training)
+    with opened.world() as files:
+        jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
+        return _train(_found(opened, files), jobs, progress)
+
+
+def _open(
+    model: PublishedSpec, scans: Path, work: Path, recipe: CacheSpec, held_out: int | None, progress: Listener
+) -> "Work":
+    from fastnnunet.nnunet.versions import TRAINING, require_versions
+    from fastnnunet.teachers.scans.folder import open_work
+
+    require_versions(TRAINING)
+    return open_work(model, scans, work, recipe, held_out, progress)
+
+
+def _refuse_twice(students: Sequence[StudentSpec]) -> None:
+    tags = [student.tag for student in students]
+    if twice := sorted({tag for tag in tags if tags.count(tag) > 1}):
+        raise SpecError(f"student {', '.join(twice)}: asked for twice, expected each once")
+
+
+def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
+    """Raises SpecError."""
+    from math import prod
+
+    from fastnnunet.specs.load import build_spec
+
+    schedule = schedule_for(len(opened.scans.cases), prod(opened.source.model.patch_size))
+    given = {**schedule, "temperature": opened.recipe.temperature, **training}
+    return build_spec(DistillSpec, given, where="options")
+
+
+def _expected(scans: int, students: Sequence[StudentSpec], steps: int) -> dict[str, float]:
+    """Stages and about how many seconds each takes, before anything is known of this machine."""
+    stages = {"preprocessing": 0.5 * scans, "labelling": 10.0 * scans, "writing labels": 0.2 * scans}
+    for student in students:
+        stages |= {
+            f"training {student.tag}": 0.2 * steps,
+            f"exporting {student.tag}": 20.0,
+            f"judging {student.tag}": 0.2 * scans,
+        }
+    return stages
+
+
+def _label(
+    opened: "Work",
+    files: "ModelFolder",
+    held_out: int | None,
+    keep_all: bool,
+    workers: int,
+    threads: int | None,
+    overall: Overall,
+) -> tuple[LabelledScans, "Screening"]:
+    """Preprocess, label, screen, hold scans out, and write the teacher's labels where nnU-Net looks for labels."""
+    from fastnnunet.nnunet.files.cases import open_cases
+    from fastnnunet.nnunet.unlabelled.teacher_labels import write_split
+    from fastnnunet.teachers.intensities import require_modality
+    from fastnnunet.teachers.measured import measure_scans
+    from fastnnunet.teachers.scans.found import hold_out
+    from fastnnunet.teachers.scans.labels import write_labels
+    from fastnnunet.teachers.screen import rare_labels, rare_text, screen
+
+    overall.begin("preprocessing")
+    folder, scans = opened.images(overall)
+    measured = measure_scans(
+        scans, files.model, record=opened.folder / "intensities.json", processes=workers, progress=overall
+    )
+    require_modality(measured, files.model)
+    job = opened.unlabelled(files, folder)
+    images = job.preprocess(workers, overall)
+    overall.begin("labelling")
+    cache = build(job.cache_job(images, overall), workers=workers, threads=threads, progress=overall)
+    overall.begin("writing labels")
+    write_labels(cache.path, images, files, opened.cases_folder, opened.labels_folder, workers, overall)
+    labelled = open_cases(files.plans, files.configuration)
+    screening = screen(
+        cache,
+        files.model,
+        cases=images,
+        measured=measured,
+        label_ZYX=labelled.label_ZYX,
+        keep_all=keep_all,
+        progress=overall,
+    )
+    for line in screening.lines():
+        overall(Message(text=line, level="warning"))
+    if screening.left_out and len(screening.kept) < 2:
+        raise MismatchError(
+            f"{len(screening.kept)} of {len(cache.cases)} scans are fit to learn from, expected at least 2\n"
+            f"{screening.rule}\ngive other scans, or keep all of them with --keep-all"
+        )
+    out = hold_out(screening.kept, held_out)
+    learnt_from = tuple(case for case in screening.kept if case not in out)
+    rare = rare_labels(screening.verdicts, learnt_from)
+    if rare:
+        overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
+    write_split(opened.base, learnt_from, out)
+    return _labelled(opened, cache, screening.left_out, rare), screening
+
+
+def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
+    """Scans that were labelled before. Raises NotFoundError with the command that labels them."""
+    problem = None
+    try:
+        cache = opened.prepared(files).open()
+        if cache is None or any(p is not None for p in cache.problems(cache.cases).values()):
+            problem = "the scans are not labelled yet, or not all of them"
+        elif not (opened.base / "splits_final.json").is_file():
+            problem = "the teacher's labels are not written yet"
+    except NotFoundError:
+        problem = "the scans are not preprocessed yet"
+    if problem is not None or cache is None:
+        raise NotFoundError(
+            f"--work {opened.folder} is not ready for a training: {problem}\n"
+            f"make it ready with: fastnnunet cache build {opened.options()}"
+        )
+    return _labelled(opened, cache)
+
+
+def _labelled(
+    opened: "Work", cache: "CacheFolder", left_out: tuple[str, ...] = (), rare: Mapping[str, int] = {}
+) -> LabelledScans:
+    from fastnnunet.nnunet.files.splits import load_splits
+
+    (split,) = load_splits(opened.base, tuple(cache.cases))
+    seconds = [manifest.seconds for case in cache.cases if (manifest := cache.manifest(case)) is not None]
+    return LabelledScans(
+        labels=opened.labels_folder,
+        learnt_from=tuple(split["train"]),
+        held_out=tuple(split["val"]),
+        left_out=left_out,
+        rare=rare,
+        teacher_s=median(seconds),
+        train_options=opened.options("-tf"),
+    )
+
+
+def _job(
+    opened: "Work",
+    files: "ModelFolder",
+    student: StudentSpec,
+    distill: DistillSpec,
+    device: str,
+    augment_on: str,
+    threads: int | None,
+) -> "TrainingJob":
+    """A training in the work folder's world. Raises what is wrong with the student."""
+    from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.nnunet.student.fit import check_fit
+    from fastnnunet.nnunet.student.plans import student_plans
+
+    trainer = files.facts(opened.teacher.folds[0]).trainer
+    plans = student_plans(files.plans, files.configuration, student, distill, files.dataset_json, trainer)
+    check_fit(files.plans, plans, files.dataset_json, files.configuration)
+    return TrainingJob(
+        teacher=opened.teacher,
+        student=student,
+        distill=distill,
+        cache=opened.recipe,
+        fold=0,
+        device=device,
+        augment_on=augment_on,
+        threads=threads,
+    )
+
+
+def _train(labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listener) -> list[Student]:
+    """Train what is not trained yet; a student that learnt from other scans is trained anew."""
+    from fastnnunet.distill.job import run_folder
+    from fastnnunet.specs.canonical import sha256_of
+    from fastnnunet.specs.checks.json_text import read_json_object
+    from fastnnunet.specs.provenance import write_json
+
+    trained = []
+    for job in jobs:
+        folder = run_folder(job)
+        mark, now = folder / "learnt_from.json", {"cases": sha256_of(list(labelled.learnt_from))}
+        begun = any(folder.glob("checkpoint_*.pth"))
+        if begun and not (mark.is_file() and read_json_object(mark) == now):
+            progress(Message(text=f"student {job.student.tag} learnt from other scans and is trained anew"))
+            shutil.rmtree(folder)
+            begun = False
+        if not begun:
+            write_json(mark, now)
+        trained += distil([job], resume=begun, validate=False, progress=progress)
+    return trained
+
+
+def _export(trained: Student, folder: Path, progress: Listener) -> None:
+    """Write bundle and nnU-Net model folder of a student into `folder`, unless that of the same weights is there."""
+    from fastnnunet.nnunet.files.checkpoint import load_checkpoint, strip_prefix, weights_digest
+    from fastnnunet.specs.bundle import is_bundle
+    from fastnnunet.specs.checks.json_text import read_json_object
+
+    bundle, model, fold = folder / "bundle", folder / "nnunet_model", trained.folder
+    weights = weights_digest(strip_prefix(load_checkpoint(fold / CHECKPOINT)["network_weights"]))
+    if is_bundle(bundle):
+        known = read_json_object(bundle / "bundle.json").get("provenance", {}).get("weights_sha256")
+        if known == {fold.name.removeprefix("fold_"): weights} and (model / fold.name / CHECKPOINT).is_file():
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        made = Path(partial, "model")
+        (made / fold.name).mkdir(parents=True)
+        for name in ("plans.json", "dataset.json", "dataset_fingerprint.json", f"{fold.name}/{CHECKPOINT}"):
+            if (fold.parent / name).is_file():
+                shutil.copyfile(fold.parent / name, made / name)
+        if model.exists():
+            model.rename(Path(partial, "before"))
+        made.rename(model)
+    export(fold.parent, 0, bundle, overwrite=is_bundle(bundle), progress=progress)

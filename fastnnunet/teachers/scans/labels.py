@@ -1,0 +1,92 @@
+"""The teacher's labels of the scans, out of its cache: in the preprocessed cases, and on the grids of the scans."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.store.storage import Place
+from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.nnunet.files.cases import PreprocessedCases
+from fastnnunet.nnunet.files.model import Model, ModelFolder
+from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.teacher_labels import (
+    is_labelled,
+    remove_leftovers,
+    write_labelled,
+    write_scan_label,
+)
+from fastnnunet.teachers.images import teacher_label
+
+LEAST = 0.5 / 255  # what a stored probability of 0 stands for, as a logit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LabelTask:
+    """One case, for any process."""
+
+    cache: Place
+    key: str
+    images: PreprocessedCases
+    case_id: str
+    folder: Path
+    file: Path
+    files: ModelFolder
+
+
+def write_labels(
+    cache: Place,
+    images: PreprocessedCases,
+    files: ModelFolder,
+    folder: Path,
+    labels_folder: Path,
+    processes: int = 0,
+    progress: Listener = ignore,
+) -> None:
+    """Write the labels of every case of the cache: into preprocessed cases in `folder`, as maps into `labels_folder`.
+
+    What is there already of this cache is kept. Raises CorruptError when the cache is damaged, DiskSpaceError,
+    BuildError.
+    """
+    key = SoftLabelReader(cache).key
+    remove_leftovers(folder, images.case_ids)
+    tasks = {}
+    for case in images.case_ids:
+        file = labels_folder / f"{case}{files.dataset_json['file_ending']}"
+        if not (file.is_file() and is_labelled(images, case, folder, key)):
+            tasks[case] = _LabelTask(
+                cache=cache, key=key, images=images, case_id=case, folder=folder, file=file, files=files
+            )
+    for done, (case, outcome) in enumerate(each(_write, tasks, processes), start=1):
+        if isinstance(outcome, FastnnUNetError):
+            raise outcome
+        if isinstance(outcome, Exception):
+            raise BuildError(f"labels of {case} cannot be written: {type(outcome).__name__}: {outcome}") from outcome
+        progress(Progress(what="writing labels", done=done, total=len(tasks), unit="cases"))
+
+
+def _write(task: _LabelTask) -> None:
+    model = task.files.model
+    task.file.unlink(missing_ok=True)  # the map comes last, and says that both are there
+    label_ZYX = teacher_label(task.cache, task.case_id, model.labels)
+    write_labelled(task.images, task.case_id, task.folder, label_ZYX, task.key, model)
+    write_scan_label(task.images, task.case_id, task.file, teacher_logits(task.cache, task.case_id, model), model)
+
+
+def teacher_logits(cache: Place, case_id: str, model: Model) -> np.ndarray:
+    """Logits float32 (heads, Z, Y, X) with the stored soft labels, up to what all classes of a voxel have in common.
+
+    nnU-Net resamples logits, not probabilities, and what is common to all classes stays so when they are resampled.
+    """
+    reader = SoftLabelReader(cache)
+    if (served := reader.cache.spec.temperature_range) is not None:
+        reader = SoftLabelReader(cache, served[0])
+    temperature = reader.temperature or reader.cache.spec.temperature
+    probabilities = reader.to_probabilities(reader.read_case(case_id))
+    logits: np.ndarray = np.log(np.maximum(probabilities, np.float32(LEAST)))
+    if model.has_regions:
+        logits -= np.log(np.maximum(1 - probabilities, np.float32(LEAST)))
+    logits *= np.float32(temperature)
+    return logits

@@ -1,0 +1,183 @@
+"""A student from a published model and scans without labels: one command, its stages, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fastnnunet.api.images import distil_images
+from fastnnunet.nnunet.world import VARIABLES, world_in
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.teacher import PublishedSpec
+from tests.tiny import CONFIGURATION, DATASET
+
+RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch", temperature=1.0)
+TRAINING = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
+FOLDS = (0, 1)
+
+
+def model_in(world):
+    return world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}"
+
+
+def scans_in(world, folder, count=5):
+    """Copies of raw images, one of another spacing, which has to be resampled."""
+    folder.mkdir()
+    for number in range(count):
+        shutil.copy(
+            world / "raw" / DATASET / "imagesTr" / f"tiny_{number:02d}_0000.nii.gz", folder / f"s{number}_0000.nii.gz"
+        )
+    other = sitk.ReadImage(str(folder / "s1_0000.nii.gz"))
+    other.SetSpacing((1.2, 0.9, 1.8))
+    sitk.WriteImage(other, str(folder / "s1_0000.nii.gz"))
+    return folder
+
+
+def files_below(folder):
+    return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+class Events(list):
+    """A listener that keeps what it hears."""
+
+    __call__ = list.append
+
+
+@pytest.fixture(scope="module")
+def done(pristine_world, tmp_path_factory):
+    """The command once, in an environment whose variables name another place."""
+    root = tmp_path_factory.mktemp("images")
+    scans = scans_in(pristine_world, root / "scans")
+    elsewhere = root / "elsewhere"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            (elsewhere / name).mkdir(parents=True)
+            patch.setenv(name, str(elsewhere / name))
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        before = {name: os.environ[name] for name in VARIABLES}
+        distilled = run(model_in(pristine_world), scans, root / "out")
+        assert before == {name: os.environ[name] for name in VARIABLES}
+    assert not [p for p in elsewhere.rglob("*") if p.parent != elsewhere], "something was written into the user's world"
+    return root, distilled
+
+
+def run(model, scans, output, sizes=(2,), **options):
+    spec = PublishedSpec(path=model, folds=FOLDS)
+    students = [StudentSpec(r=r) for r in sizes]
+    return distil_images(spec, scans, output, students, recipe=RECIPE, **{"training": TRAINING, **options})
+
+
+def read(file):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def stock_label(model, folds, scan, output):
+    """The label map that nnU-Net's own predictor writes."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), folds, "checkpoint_final.pth")
+    predictor.predict_from_files_sequential([[str(scan)]], [str(output)])
+    return read(f"{output}.nii.gz")
+
+
+class TestTheCommand:
+    def test_labels_are_what_nnunet_itself_writes(self, done, pristine_world, tmp_path):
+        root, distilled = done
+        for case, least in (("s0", 0.999), ("s1", 0.99)):  # the second is resampled, and rounded before that
+            expected = stock_label(model_in(pristine_world), FOLDS, root / f"scans/{case}_0000.nii.gz", tmp_path / case)
+            found = read(distilled.scans.labels / f"{case}.nii.gz")
+            assert found.shape == expected.shape
+            assert np.unique(expected).size == 3
+            assert (found == expected).mean() > least
+
+    def test_the_data_set_is_an_ordinary_one(self, done):
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        root, distilled = done
+        base = root / "out/work/nnUNet_preprocessed/Dataset001_Images"
+        folder = base / "nnUNetPlans_3d_fullres"
+        dataset = infer_dataset_class(str(folder))(str(folder))
+        assert dataset.identifiers == ["s0", "s1", "s2", "s3", "s4"]
+        (split,) = json.loads((base / "splits_final.json").read_text())
+        assert sorted(split["train"] + split["val"]) == dataset.identifiers
+        assert (tuple(split["train"]), tuple(split["val"])) == (distilled.scans.learnt_from, distilled.scans.held_out)
+        assert len(split["val"]) == 1
+        _, segmentation, _, properties = dataset.load_case("s0")
+        label = np.asarray(segmentation[0])
+        inside = tuple(slice(a, b) for a, b in properties["bbox_used_for_cropping"])
+        np.testing.assert_array_equal(np.maximum(label, 0), read(distilled.scans.labels / "s0.nii.gz")[inside])
+        for kind in (1, 2):
+            voxels = properties["class_locations"][kind]
+            assert len(voxels) == min(10000, (label == kind).sum())
+            assert (label[tuple(voxels[:, 1:].T)] == kind).all()
+
+    def test_the_student_is_a_bundle_and_a_model_that_stock_nnunet_runs(self, done, tmp_path):
+        root, distilled = done
+        (student,) = distilled.students
+        (held_out,) = distilled.scans.held_out
+        expected = stock_label(student.model, (0,), root / f"scans/{held_out}_0000.nii.gz", tmp_path / "stock")
+        predicted = read(student.bundle.parent / f"predictions/{held_out}.nii.gz")
+        assert (predicted == expected).mean() > 0.999
+
+    def test_fidelity_is_dice_against_the_teachers_labels(self, done):
+        _, distilled = done
+        (student,) = distilled.students
+        (held_out,) = distilled.scans.held_out
+        predicted = read(student.bundle.parent / f"predictions/{held_out}.nii.gz")
+        teacher = read(distilled.scans.labels / f"{held_out}.nii.gz")
+        for kind, name in ((1, "bright"), (2, "dark")):
+            both = ((predicted == kind) & (teacher == kind)).sum()
+            dice = 2 * both / ((predicted == kind).sum() + (teacher == kind).sum())
+            assert student.fidelity.labels[name].mean == pytest.approx(dice)
+        summary = json.loads(distilled.summary.read_text())
+        assert summary["students"][0]["fidelity"]["mean"]["mean"] == pytest.approx(student.fidelity.mean.mean)
+        assert summary["held_out"] == [held_out]
+        page = distilled.report.read_text()
+        assert held_out in page
+        assert page.count("data:image/png;base64,") >= 2
+
+    def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
+        from fastnnunet.teachers.nnunet import NnUNetTeacher
+
+        root, _ = done
+        shutil.copytree(root / "out", root / "again")
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was asked again"))
+        before = files_below(root / "again/work/nnUNet_preprocessed")
+        checkpoints = [f for f in files_below(root / "again") if f[0].endswith(".pth")]
+        events = Events()
+        again = run(model_in(pristine_world), root / "scans", root / "again", sizes=(2, 4), progress=events)
+        assert [student.tag for student in again.students] == ["r2", "r4"]
+        after = dict(files_below(root / "again/work/nnUNet_preprocessed"))
+        changed = {Path(name).name for name, time in before if after[name] != time}
+        assert not {name for name in changed if name.endswith((".b2nd", ".pkl", ".nii.gz"))}
+        trained = {event.student for event in events if getattr(event, "unit", "") == "iterations"}
+        assert trained == {"r4"}
+        assert set(checkpoints) <= set(files_below(root / "again"))
+
+
+class TestTheWorld:
+    def test_processes_see_it_and_the_users_comes_back(self, tmp_path, monkeypatch):
+        import nnunetv2.paths
+
+        monkeypatch.setenv("nnUNet_results", str(tmp_path / "mine"))
+        monkeypatch.delenv("nnUNet_raw", raising=False)
+        code = "import nnunetv2.paths as p; print(p.nnUNet_results, p.nnUNet_preprocessed)"
+        with world_in(tmp_path / "work"):
+            assert str(nnunetv2.paths.nnUNet_results) == str(tmp_path / "work" / "nnUNet_results")
+            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said.split()[-2:] == [
+            str(tmp_path / "work" / name) for name in ("nnUNet_results", "nnUNet_preprocessed")
+        ]
+        assert str(nnunetv2.paths.nnUNet_results) == str(tmp_path / "mine")
+        assert [name in os.environ for name in VARIABLES[::2]] == [False, True]
