@@ -112,10 +112,18 @@ def _entropy(soft_NS: torch.Tensor, regions: bool) -> torch.Tensor:
 
 
 def _boundary(soft_NS: torch.Tensor, mask: torch.Tensor | None, regions: bool) -> torch.Tensor:
-    pool = max_pool2d if soft_NS.ndim == 4 else max_pool3d
     label = (soft_NS > 0.5) if regions else full_simplex(soft_NS).argmax(1, keepdim=True)
     highest = lowest = label.to(soft_NS.dtype)
     if mask is not None:  # what is no target is no other label either
         highest, lowest = torch.where(mask, highest, -math.inf), torch.where(mask, lowest, math.inf)
-    size = 2 * NEAR + 1  # the neighbourhood of a voxel, in which its boundary is seen by two labels
-    return (pool(highest, size, 1, NEAR) > -pool(-lowest, size, 1, NEAR)).any(1, keepdim=True)
+    return (_highest_near(highest) > -_highest_near(-lowest)).any(1, keepdim=True)
+
+
+def _highest_near(values: torch.Tensor) -> torch.Tensor:
+    """The largest value of the neighbourhood of NEAR voxels, an axis after the other: 3 * 5 voxels instead of 5^3."""
+    dims = values.ndim - 2
+    pool = max_pool2d if dims == 2 else max_pool3d
+    for axis in range(dims):
+        near = [NEAR if a == axis else 0 for a in range(dims)]
+        values = pool(values, [2 * n + 1 for n in near], 1, near)
+    return values

@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState(Progress):
-    """One iteration of one student is done; `done` and `total` count those of the whole training."""
+    """One iteration of one student is done; `done` and `total` count those of the whole training.
+
+    In the first epoch of a training for some hours `total` is None, and `epochs` says nothing yet.
+    """
 
     student: str
     epoch: int
@@ -174,7 +177,7 @@ def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progr
             TrainingState(
                 what=f"{' '.join(job.student.tag for job in jobs)} fold {jobs[0].fold}",
                 done=trainer.current_epoch * iterations + iteration,
-                total=trainer.num_epochs * iterations,
+                total=trainer.num_epochs * iterations if trainer.is_planned else None,
                 student=jobs[number].student.tag,
                 epoch=trainer.current_epoch,
                 epochs=trainer.num_epochs,

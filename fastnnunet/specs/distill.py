@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.option import Option
 
+EPOCHS, ITERATIONS, VAL_ITERATIONS = 1000, 250, 50  # nnU-Net's
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
@@ -22,9 +23,18 @@ class DistillSpec:
         bool, Option("--anneal", "Let the weight of the soft loss fall linearly to 0 during the training.")
     ] = False
     temperature: Annotated[float, Option("-temp --temperature", "T of cache and loss.", first=True)] = 3.0
-    epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = 1000
-    iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = 250
-    val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = 50
+    epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = EPOCHS
+    iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = ITERATIONS
+    val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = (
+        VAL_ITERATIONS
+    )
+    # what is written down is the epochs and iterations that they come to
+    steps: Annotated[
+        int | None, Option("--steps", "Steps, in the place of epochs and iterations: up to 100 epochs.")
+    ] = None
+    hours: Annotated[
+        float | None, Option("--hours", "Hours, in the place of epochs: as many as fit, by the time of the first.")
+    ] = None
     # a small one makes more of a short run's samples
     batch_size: Annotated[int | None, Option("--batch-size", "Samples a step (default: the plans').")] = None
     # adamw converges in far fewer iterations
@@ -79,7 +89,9 @@ class DistillSpec:
     ] = 0.5
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = self._schedule_problems()
+        if self.steps is not None and not problems:
+            self._divide_steps(self.steps)
         if not 0 <= self.alpha <= 1:
             problems.append(f"alpha: got {self.alpha}, expected a number from 0 to 1")
         if not 0.1 <= self.temperature <= 100:
@@ -106,6 +118,35 @@ class DistillSpec:
         problems += self._unlabelled_problems()
         if problems:
             raise SpecError("; ".join(problems))
+
+    def _schedule_problems(self) -> list[str]:
+        others = {"epochs": self.epochs != EPOCHS, "iterations_per_epoch": self.iterations_per_epoch != ITERATIONS}
+        beside = {"hours": ["epochs"], "steps": ["epochs", "iterations_per_epoch"]}
+        problems = [
+            f"{name}: got it beside {other}, expected one of the two"
+            for name, excluded in beside.items()
+            if getattr(self, name) is not None
+            for other in excluded
+            if others[other]
+        ]
+        if self.steps is not None and self.hours is not None:
+            problems.append("hours: got it beside steps, expected one of the two")
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps: got {self.steps}, expected at least 1")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            problems.append(f"hours: got {self.hours}, expected a positive number")
+        return problems
+
+    def _divide_steps(self, steps: int) -> None:
+        """Epochs of 50 to 250 iterations, 100 of them where that can be, and nnU-Net's fifth of validation."""
+        wanted = min(max(round(steps / 100), 50), ITERATIONS)
+        epochs = math.ceil(steps / wanted)
+        iterations = math.ceil(steps / epochs)  # rounded up to whole epochs
+        values = {"epochs": epochs, "iterations_per_epoch": iterations, "steps": None}
+        if self.val_iterations_per_epoch == VAL_ITERATIONS:
+            values["val_iterations_per_epoch"] = max(1, iterations * VAL_ITERATIONS // ITERATIONS)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _unlabelled_problems(self) -> list[str]:
         share = self.unlabelled_share
@@ -153,6 +194,8 @@ class DistillSpec:
         for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("b", "batch_size"), ("s", "seed")):
             if getattr(self, name) != getattr(default, name):
                 words.append(f"{letter}{getattr(self, name)}")
+        if self.hours is not None:
+            words.append(f"h{self.hours:g}")
         if self.start != default.start:
             words.append("fromscratch")
         if self.anneal:
