@@ -86,7 +86,7 @@ def test_slice_and_differences_of_a_case(tmp_path: Path) -> None:
         "contours of r4",
         "where r4 and teacher differ",
     ]
-    assert "84 of 1600 pixels differ" in found.pictures[2].caption
+    assert "differ: 84 of 1600 pixels" in found.pictures[2].caption
     teacher, student, differ = (pixels(p.png) for p in found.pictures)
     # cut to rows 0 to 37 and columns 0 to 35: 16 pixels around what is labelled
     assert teacher.shape == differ.shape == (480, round(480 * 36 / 38), 3)
@@ -160,7 +160,7 @@ def test_pictures_in_colour(tmp_path: Path) -> None:
     )
     found = show(files, reader_writer="NaturalImage2DIO")
     differ = pixels(found.pictures[2].png)
-    assert "0 of 1800 pixels differ" in found.pictures[2].caption
+    assert "differ: 0 of 1800 pixels" in found.pictures[2].caption
     red, _, blue = differ[len(differ) // 2, differ.shape[1] // 2]
     assert blue > 200 > red
     assert differ[5, 5, 0] > 150 > differ[5, 5, 2]

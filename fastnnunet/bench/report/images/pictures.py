@@ -89,7 +89,7 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
     where = f"slice {z + 1} of {len(base_ZYX3)}" if len(base_ZYX3) > 1 else f"{base_ZYX3.shape[1]} rows"
     if grey_YX3.shape[:2] != base_ZYX3.shape[1:3]:
         where += ", cut to what is labelled"
-    size = f"{int(differ_Z[z])} of {teacher_ZYX[z].size} pixels differ"
+    size = f"{int(differ_Z[z])} of {teacher_ZYX[z].size} pixels"
     pictures = [
         Picture(
             png=view.with_contours(grey_YX3, labels_ZYX[z][box]),
@@ -102,7 +102,7 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
         Picture(
             png=view.with_differences(grey_YX3, teacher_YX, first_YX),
             caption=f"where {tag} and teacher differ: {size}",
-            alt=f"{files.case}, {where}: {size} between {tag} and its teacher",
+            alt=f"{files.case}, {where}: {size} differ between {tag} and its teacher",
         )
     )
     values = {int(v) for m in (teacher_ZYX, *students.values()) for v in np.unique(m[z])} - {0}
