@@ -112,7 +112,7 @@ def distil_images(
 
     check_output_folder(output)
     _refuse_twice(students)
-    opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out)
+    opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
     number = len(opened.scans.cases)
     distill = _training(opened, training)
     overall = Overall(
@@ -165,7 +165,7 @@ def label_images(
     progress: Listener = ignore,
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
-    opened = _open(model, scans, work, recipe, held_out)
+    opened = _open(model, scans, work, recipe, held_out, progress)
     overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), 0))
     with opened.world() as files:
         labelled = _label(opened, files, held_out, workers, threads, overall)
@@ -192,19 +192,21 @@ def train_on_images(
     command that makes the work folder ready.
     """
     _refuse_twice(students)
-    opened = _open(model, scans, work, recipe, None)
+    opened = _open(model, scans, work, recipe, None, progress)
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         return _train(opened, _found(opened, files), jobs, progress)
 
 
-def _open(model: PublishedSpec, scans: Path, work: Path, recipe: CacheSpec, held_out: int | None) -> "Work":
+def _open(
+    model: PublishedSpec, scans: Path, work: Path, recipe: CacheSpec, held_out: int | None, progress: Listener
+) -> "Work":
     from fastnnunet.nnunet.versions import TRAINING, require_versions
     from fastnnunet.teachers.scans.folder import open_work
 
     require_versions(TRAINING)
-    return open_work(model, scans, work, recipe, held_out)
+    return open_work(model, scans, work, recipe, held_out, progress)
 
 
 def _refuse_twice(students: Sequence[StudentSpec]) -> None:

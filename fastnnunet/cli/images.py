@@ -30,14 +30,21 @@ def images(
         str | None,
         options.ask("-c --configuration", "Where there are several (with -d: 3d_fullres).", options.TEACHER),
     ] = None,
-    plans: Annotated[str, options.ask("-p --plans", "With -d: plans.", options.TEACHER)] = "nnUNetPlans",
-    trainer: Annotated[str, options.ask("-tr --trainer", "With -d: trainer.", options.TEACHER)] = "nnUNetTrainer",
+    plans: Annotated[
+        str | None, options.ask("-p --plans", "Where there are several (with -d: nnUNetPlans).", options.TEACHER)
+    ] = None,
+    trainer: Annotated[
+        str | None, options.ask("-tr --trainer", "Where there are several (with -d: nnUNetTrainer).", options.TEACHER)
+    ] = None,
     fold: Annotated[
         list[str] | None, options.ask("-f --fold", "The teacher's folds (default: all there are).", options.TEACHER)
     ] = None,
     checkpoint: Annotated[
-        str, options.ask("-chk --checkpoint", "The teacher's checkpoint, of every fold.", options.TEACHER)
-    ] = "checkpoint_final.pth",
+        str | None,
+        options.ask(
+            "-chk --checkpoint", "Of every fold (default: checkpoint_final.pth, or the only one).", options.TEACHER
+        ),
+    ] = None,
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
     student_file: options.StudentFile = None,

@@ -15,7 +15,7 @@ from fastnnunet.errors import SpecError
 if TYPE_CHECKING:
     from fastnnunet.api.images import DistilledImages, LabelledScans
     from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.teacher import PublishedSpec
+    from fastnnunet.specs.teacher import PublishedSpec, TeacherSpec
 
 Model = Annotated[
     Path | None, options.ask("-m --model", "nnU-Net model folder, or the zip it came in; needs no data set.")
@@ -40,10 +40,10 @@ def published_model(
     model: Path | None,
     dataset: str | None,
     configuration: str | None,
-    plans: str,
-    trainer: str,
+    plans: str | None,
+    trainer: str | None,
     folds: list[str] | None,
-    checkpoint: str,
+    checkpoint: str | None,
 ) -> "PublishedSpec":
     """The model of -m, or that of nnUNet_results that -d and its companions name. Raises SpecError, NotFoundError."""
     from fastnnunet.specs.teacher import PublishedSpec
@@ -53,9 +53,17 @@ def published_model(
     if model is None and dataset is not None:
         from fastnnunet.nnunet.files.paths import trained_model_folder
 
-        model = trained_model_folder(dataset, trainer, plans, configuration or "3d_fullres")
-    chosen = parse_folds(folds) if folds else None
-    return PublishedSpec(path=model or Path(), configuration=configuration, folds=chosen, checkpoint=checkpoint)
+        usual = TeacherSpec(dataset=dataset)
+        trainer, plans = trainer or usual.trainer, plans or usual.plans
+        model = trained_model_folder(dataset, trainer, plans, configuration or usual.configuration)
+    return PublishedSpec(
+        path=model or Path(),
+        configuration=configuration,
+        folds=parse_folds(folds) if folds else None,
+        checkpoint=checkpoint,
+        trainer=trainer,
+        plans=plans,
+    )
 
 
 def scans_recipe(spec: Path | None, temperature: float | None, engine: str | None, no_mirroring: bool) -> "CacheSpec":

@@ -81,8 +81,10 @@ class Work:
     def options(self) -> str:
         """How a command line names this folder and what it is of."""
         words = ["-m", str(self.asked.path), "-i", str(self.scans.folder), "--work", str(self.folder)]
-        if self.asked.configuration is not None:
-            words += ["-c", self.asked.configuration]
+        named = (("-c", "configuration"), ("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint"))
+        for flag, name in named:
+            if (given := getattr(self.asked, name)) is not None:
+                words += [flag, given]
         if self.asked.folds is not None:
             words += ["-f", *map(str, self.asked.folds)]
         if not self.recipe.mirroring:
@@ -153,7 +155,12 @@ class Work:
 
 
 def open_work(
-    model: PublishedSpec, scans: Path, folder: Path, recipe: CacheSpec = CacheSpec(), held_out: int | None = None
+    model: PublishedSpec,
+    scans: Path,
+    folder: Path,
+    recipe: CacheSpec = CacheSpec(),
+    held_out: int | None = None,
+    progress: Listener = ignore,
 ) -> Work:
     """Join a model and scans with a work folder, which need not exist; all that can be refused is.
 
@@ -163,7 +170,7 @@ def open_work(
     """
     recipe = replace(recipe, policy="ensemble")
     check_output_folder(folder)
-    published = open_published(model, recipe)
+    published = open_published(model, recipe, progress)
     files = published.files
     check_reproducible(files.plans, files.configuration)  # or there could be no bundle
     found = find_scans(scans, files.model)
