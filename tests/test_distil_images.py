@@ -137,11 +137,13 @@ class TestTheCommand:
         for kind, name in ((1, "bright"), (2, "dark")):
             both = ((predicted == kind) & (teacher == kind)).sum()
             dice = 2 * both / ((predicted == kind).sum() + (teacher == kind).sum())
-            assert student.fidelity[name] == pytest.approx(dice)
-        assert student.fidelity["mean"] == pytest.approx((student.fidelity["bright"] + student.fidelity["dark"]) / 2)
+            assert student.fidelity.labels[name].mean == pytest.approx(dice)
         summary = json.loads(distilled.summary.read_text())
-        assert summary["students"][0]["fidelity"] == pytest.approx(student.fidelity)
+        assert summary["students"][0]["fidelity"]["mean"]["mean"] == pytest.approx(student.fidelity.mean.mean)
         assert summary["held_out"] == [held_out]
+        page = distilled.report.read_text()
+        assert held_out in page
+        assert page.count("data:image/png;base64,") >= 2
 
     def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
         from fastnnunet.teachers.nnunet import NnUNetTeacher

@@ -10,11 +10,13 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.distance import dice
 
-from fastnnunet.bench.report.screened import bad_scans, write_bad_scans
+from fastnnunet.api import label
 from fastnnunet.cache.build import build_cache
 from fastnnunet.errors import ImageError
+from fastnnunet.events import Message
 from fastnnunet.nnunet.files.model import model_of
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.teachers.images import open_images
 from fastnnunet.teachers.intensities import (
     Fingerprint,
     fingerprints_of,
@@ -37,6 +39,7 @@ from fastnnunet.teachers.screen import (
 from tests.bundles import Toy, _dataset_json, _plans
 from tests.cache_fakes import FakeCases, FakeFactory, FakeTeacher, in_chunks, make_job
 from tests.test_seen import REGIONS, change_attributes
+from tests.test_unlabelled_images import RECIPE, TEACHER, image_folder
 
 SHAPE = (12, 16, 18)
 FOLDS = (0, 1, 2)
@@ -212,25 +215,6 @@ def test_labels_in_too_few_scans(cache):
     assert rare_labels(found.verdicts, found.kept, least=1) == {}
     text = rare_text({"a": 2, "b": 0}, 9)
     assert "too few of the 9 scans to train on show these labels: a in 2; b in none" in text
-
-
-def test_a_picture_of_each(cache, tmp_path):
-    found = screen(cache, model())
-    images, labels = {}, {}
-    for case in found.left_out:
-        image = Scans().image_CZYX(case)[0]
-        images[case], labels[case] = tmp_path / f"{case}_0000.nii.gz", tmp_path / f"{case}.nii.gz"
-        sitk.WriteImage(sitk.GetImageFromArray(image), str(images[case]))
-        sitk.WriteImage(sitk.GetImageFromArray(np.where(image <= 2, image, 0).astype(np.uint8)), str(labels[case]))
-    drawn = bad_scans(found, images, labels)
-    assert [scan.verdict.case_id for scan in drawn] == list(found.left_out)
-    written = write_bad_scans(drawn, tmp_path / "pictures")
-    assert [file.name for file in written] == [f"{case}.png" for case in found.left_out]
-    for file in written:
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))[..., :3].astype(int)
-        coloured = (pixels.max(-1) - pixels.min(-1) > 20).any()
-        assert coloured == (file.stem != BLANK)
-    assert {scan.pictures.where for scan in drawn if scan.verdict.case_id == BLANK} == {"slice 7 of 12"}
 
 
 class TestIntensities:
@@ -418,6 +402,38 @@ def write_scans(folder, seeds, unit=1.0):
         sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.float32)), str(file))
         found[case] = (file,)
     return found
+
+
+class TestCacheOfImages:
+    """`cache build --images` names bad scans, and refuses a folder of another modality."""
+
+    def test_bad_scans_and_rare_labels_are_named(self, world, monkeypatch):
+        folder = image_folder(world, "tiny_00", "tiny_01")
+        monkeypatch.setattr("fastnnunet.teachers.screen.dice_bound", lambda dices: 1.0)
+        events = []
+        made = label(TEACHER, RECIPE, images=folder, threads=1, progress=events.append)
+        warnings = [event.text for event in events if isinstance(event, Message) and event.level == "warning"]
+        rare = [text for text in warnings if "too few of the 2 scans" in text]
+        (bad,) = (text for text in warnings if "2 of 2 images may do harm" in text)
+        assert "u_tiny_00: folds disagree: pairwise Dice" in bad
+        assert len(rare) == 1
+        assert "bright in " in rare[0]
+        change_attributes(made.cache, "u_tiny_00", lambda attributes: attributes.pop("seen"))
+        label(TEACHER, RECIPE, images=folder, threads=1, progress=events.append)
+        assert any("some were labelled before it was counted" in e.text for e in events if isinstance(e, Message))
+
+    def test_another_modality(self, world):
+        folder = image_folder(world, "tiny_00", "tiny_01")
+        for file in folder.iterdir():
+            image = sitk.ReadImage(str(file))
+            sitk.WriteImage(sitk.Cast(image * 0.001, sitk.sitkFloat32), str(file))
+        with pytest.raises(ImageError, match="all 2 looked at are far outside"):
+            label(TEACHER, RECIPE, images=folder, threads=1)
+        assert not open_images(TEACHER, RECIPE, folder).target.folder.exists()
+        for file in folder.iterdir():
+            file.write_bytes(b"")
+        with pytest.raises(ImageError, match=r"2 image\(s\) in .* cannot be used"):
+            label(TEACHER, RECIPE, images=folder, threads=1)
 
 
 class TestRealScans:

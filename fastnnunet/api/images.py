@@ -8,15 +8,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fastnnunet.api.distil import Student, distil
 from fastnnunet.api.export import export
+from fastnnunet.api.judged import JudgedStudent, LabelledScans, judge, write_report
 from fastnnunet.api.label import build
 from fastnnunet.api.overall import Overall
-from fastnnunet.errors import NotFoundError, SpecError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -28,35 +29,11 @@ if TYPE_CHECKING:
     from fastnnunet.distill.job import TrainingJob
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.scans.folder import Work
+    from fastnnunet.teachers.screen import Screening
 
 RECIPE = CacheSpec(temperature=1.0)
 STEPS, STEPS_PER_EPOCH = 2000, 100
 CHECKPOINT = "checkpoint_final.pth"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelledScans:
-    """Scans with their teacher's labels, ready to be learnt from."""
-
-    cache: "CacheFolder"
-    labels: Path  # folder of the teacher's label maps on the grids of the scans
-    learnt_from: tuple[str, ...]
-    held_out: tuple[str, ...]
-    teacher_s: float  # a case, network and storing
-    options: str  # how a command line names model, scans and work folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedStudent:
-    """A student that is ready to be used, and how it compares with its teacher."""
-
-    tag: str
-    bundle: Path
-    model: Path  # nnU-Net's own
-    fidelity: dict[str, float]  # label -> mean Dice against the teacher's labels of the scans held out; `mean` of all
-    seconds: float  # a case, from reading to writing
-    megabytes: float  # of the bundle's networks
-    parity: str  # of the bundle with PyTorch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +43,7 @@ class DistilledImages:
     scans: LabelledScans
     students: tuple[JudgedStudent, ...]
     summary: Path
+    report: Path  # HTML, with everything inside
 
 
 def schedule_for(number_of_scans: int, patch_voxels: int) -> dict[str, Any]:
@@ -91,18 +69,21 @@ def distil_images(
     recipe: CacheSpec = RECIPE,
     training: Mapping[str, Any] = {},
     held_out: int | None = None,
+    keep_all: bool = False,
     workers: int = 0,
     threads: int | None = None,
     device: str = "auto",
     augment_on: str = "auto",
+    command: str = "",
     progress: Listener = ignore,
 ) -> DistilledImages:
     """Label scans with a published model, train students on them, export and judge each; see the guide of this command.
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
     training. `training`: fields of `DistillSpec` in the place of those of `schedule_for`. `held_out`: how many scans
-    students are judged on. Into `output` come summary.json and a folder for every student: its bundle, an nnU-Net model
-    folder and its predictions of the scans held out.
+    students are judged on. `keep_all`: scans that would do harm are learnt from too. `command` is quoted in the report.
+    Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
+    its predictions of the scans held out.
 
     Raises before anything long: what `open_work` raises, SpecError for too few scans, a student twice and a training
     that cannot be, MismatchError. Then what `label`, `distil` and `export` raise.
@@ -113,44 +94,46 @@ def distil_images(
     check_output_folder(output)
     _refuse_twice(students)
     opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
-    number = len(opened.scans.cases)
     distill = _training(opened, training)
-    overall = Overall(
-        progress, "distil images", _expected(number, students, distill.epochs * distill.iterations_per_epoch)
-    )
+    steps = distill.epochs * distill.iterations_per_epoch
+    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, steps))
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
-        labelled = _label(opened, files, held_out, workers, threads, overall)
-        judged = []
+        labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
+        images, judged = opened.images()[1], []
         for job in jobs:
-            overall.begin(f"training {job.student.tag}")
-            trained = _train(opened, labelled, [job], overall)[0]
-            overall.begin(f"exporting {job.student.tag}")
-            folder = output / job.student.tag
+            tag = job.student.tag
+            overall.begin(f"training {tag}")
+            trained = _train(labelled, [job], overall)[0]
+            overall.begin(f"exporting {tag}")
+            folder = output / tag
             _export(trained, folder, overall)
-            overall.begin(f"judging {job.student.tag}")
-            judged.append(_judge(opened, labelled, job.student.tag, folder, threads, overall))
-        overall.end()
-    summary = output / "summary.json"
-    write_json(
-        summary,
-        {
+            overall.begin(f"judging {tag}")
+            judged.append(judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall))
+        record = {
             "created": now_utc(),
             "versions": versions(),
             "hardware": hardware(),
-            "model": str(model.path),
+            "threads": threads,
+            "model": model,
             "folds": [str(fold) for fold in opened.teacher.folds],
             "mirroring": recipe.mirroring,
-            "scans": str(scans),
-            "work": str(opened.folder),
+            "scans": scans,
+            "work": opened.folder,
             "training": distill,
             "learnt_from": labelled.learnt_from,
             "held_out": labelled.held_out,
-            "teacher": {"seconds_per_case": labelled.teacher_s, "labels": str(labelled.labels)},
+            "left_out": [verdict.line for verdict in screening.bad],
+            "keep_all": keep_all,
+            "rare_labels": labelled.rare,
+            "teacher": {"seconds_per_case": labelled.teacher_s, "labels": labelled.labels},
             "students": judged,
-        },
-    )
-    return DistilledImages(scans=labelled, students=tuple(judged), summary=summary)
+        }
+        summary, report = output / "summary.json", output / "report.html"
+        write_json(summary, record)
+        write_report(report, opened, files, labelled, screening, images, judged, record, command)
+        overall.end()
+    return DistilledImages(scans=labelled, students=tuple(judged), summary=summary, report=report)
 
 
 def label_images(
@@ -160,6 +143,7 @@ def label_images(
     *,
     recipe: CacheSpec = RECIPE,
     held_out: int | None = None,
+    keep_all: bool = False,
     workers: int = 0,
     threads: int | None = None,
     progress: Listener = ignore,
@@ -168,7 +152,7 @@ def label_images(
     opened = _open(model, scans, work, recipe, held_out, progress)
     overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), 0))
     with opened.world() as files:
-        labelled = _label(opened, files, held_out, workers, threads, overall)
+        labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
         overall.end()
     return labelled
 
@@ -196,7 +180,7 @@ def train_on_images(
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
-        return _train(opened, _found(opened, files), jobs, progress)
+        return _train(_found(opened, files), jobs, progress)
 
 
 def _open(
@@ -239,24 +223,59 @@ def _expected(scans: int, students: Sequence[StudentSpec], steps: int) -> dict[s
 
 
 def _label(
-    opened: "Work", files: "ModelFolder", held_out: int | None, workers: int, threads: int | None, overall: Overall
-) -> LabelledScans:
-    """Preprocess, label, hold out, and write the teacher's labels where nnU-Net looks for labels."""
+    opened: "Work",
+    files: "ModelFolder",
+    held_out: int | None,
+    keep_all: bool,
+    workers: int,
+    threads: int | None,
+    overall: Overall,
+) -> tuple[LabelledScans, "Screening"]:
+    """Preprocess, label, screen, hold scans out, and write the teacher's labels where nnU-Net looks for labels."""
+    from fastnnunet.nnunet.files.cases import open_cases
     from fastnnunet.nnunet.unlabelled.teacher_labels import write_split
+    from fastnnunet.teachers.intensities import require_modality
+    from fastnnunet.teachers.measured import measure_scans
     from fastnnunet.teachers.scans.found import hold_out
     from fastnnunet.teachers.scans.labels import write_labels
+    from fastnnunet.teachers.screen import rare_labels, rare_text, screen
 
     overall.begin("preprocessing")
-    job = opened.unlabelled(files, opened.images(overall))
+    folder, scans = opened.images(overall)
+    measured = measure_scans(
+        scans, files.model, record=opened.folder / "intensities.json", processes=workers, progress=overall
+    )
+    require_modality(measured, files.model)
+    job = opened.unlabelled(files, folder)
     images = job.preprocess(workers, overall)
     overall.begin("labelling")
     cache = build(job.cache_job(images, overall), workers=workers, threads=threads, progress=overall)
     overall.begin("writing labels")
     write_labels(cache.path, images, files, opened.cases_folder, opened.labels_folder, workers, overall)
-    kept = images.case_ids  # the place to leave bad scans out
-    out = hold_out(kept, held_out)
-    write_split(opened.base, [case for case in kept if case not in out], out)
-    return _labelled(opened, cache)
+    labelled = open_cases(files.plans, files.configuration)
+    screening = screen(
+        cache,
+        files.model,
+        cases=images,
+        measured=measured,
+        label_ZYX=labelled.label_ZYX,
+        keep_all=keep_all,
+        progress=overall,
+    )
+    for line in screening.lines():
+        overall(Message(text=line, level="warning"))
+    if screening.left_out and len(screening.kept) < 2:
+        raise MismatchError(
+            f"{len(screening.kept)} of {len(cache.cases)} scans are fit to learn from, expected at least 2\n"
+            f"{screening.rule}\ngive other scans, or keep all of them with --keep-all"
+        )
+    out = hold_out(screening.kept, held_out)
+    learnt_from = tuple(case for case in screening.kept if case not in out)
+    rare = rare_labels(screening.verdicts, learnt_from)
+    if rare:
+        overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
+    write_split(opened.base, learnt_from, out)
+    return _labelled(opened, cache, screening.left_out, rare), screening
 
 
 def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
@@ -273,23 +292,26 @@ def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
     if problem is not None or cache is None:
         raise NotFoundError(
             f"--work {opened.folder} is not ready for a training: {problem}\n"
-            f"make it ready with: fastnnunet cache build {opened.options}"
+            f"make it ready with: fastnnunet cache build {opened.options()}"
         )
     return _labelled(opened, cache)
 
 
-def _labelled(opened: "Work", cache: "CacheFolder") -> LabelledScans:
+def _labelled(
+    opened: "Work", cache: "CacheFolder", left_out: tuple[str, ...] = (), rare: Mapping[str, int] = {}
+) -> LabelledScans:
     from fastnnunet.nnunet.files.splits import load_splits
 
     (split,) = load_splits(opened.base, tuple(cache.cases))
     seconds = [manifest.seconds for case in cache.cases if (manifest := cache.manifest(case)) is not None]
     return LabelledScans(
-        cache=cache,
         labels=opened.labels_folder,
         learnt_from=tuple(split["train"]),
         held_out=tuple(split["val"]),
-        teacher_s=mean(seconds),
-        options=opened.options,
+        left_out=left_out,
+        rare=rare,
+        teacher_s=median(seconds),
+        train_options=opened.options("-tf"),
     )
 
 
@@ -322,7 +344,7 @@ def _job(
     )
 
 
-def _train(opened: "Work", labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listener) -> list[Student]:
+def _train(labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listener) -> list[Student]:
     """Train what is not trained yet; a student that learnt from other scans is trained anew."""
     from fastnnunet.distill.job import run_folder
     from fastnnunet.specs.canonical import sha256_of
@@ -367,38 +389,3 @@ def _export(trained: Student, folder: Path, progress: Listener) -> None:
             model.rename(Path(partial, "before"))
         made.rename(model)
     export(fold.parent, 0, bundle, overwrite=is_bundle(bundle), progress=progress)
-
-
-def _judge(
-    opened: "Work", labelled: LabelledScans, tag: str, folder: Path, threads: int | None, progress: Listener
-) -> JudgedStudent:
-    """Predict the scans held out with the bundle in `folder` and compare with the teacher's labels of them."""
-    from fastnnunet.evaluate.cases import evaluate_cases, mean_metrics
-    from fastnnunet.evaluate.segmentations import make_label_set
-    from fastnnunet.export.models import load_model
-    from fastnnunet.images.cases import Case
-    from fastnnunet.runtime.predict import Planned
-
-    predictor = load_model(folder / "bundle", threads=threads)
-    predictions, ending, images = folder / "predictions", opened.file_ending, opened.images()
-    planned = []
-    for case in labelled.held_out:
-        files = tuple(images / f"{case}_{c:04d}{ending}" for c in range(len(opened.scans.cases[case])))
-        planned.append(Planned(case=Case(case, files), output=predictions / f"{case}{ending}"))
-    results = list(predictor.predict_planned(planned, threaded=False, progress=progress))
-    for result in results:
-        if result.error is not None:
-            raise result.error
-    labels = make_label_set(opened.source.dataset_json["labels"], ending)
-    scores = list(evaluate_cases(predictions, labelled.labels, labelled.held_out, labels))
-    means = mean_metrics(scores, labels.names)
-    parity = predictor.spec.provenance["parity"]
-    return JudgedStudent(
-        tag=tag,
-        bundle=folder / "bundle",
-        model=folder / "nnunet_model",
-        fidelity={name: means[name]["dice"] for name in labels.names} | {"mean": means["foreground_mean"]["dice"]},
-        seconds=mean(result.times.total_s for result in results),
-        megabytes=sum((folder / "bundle" / name).stat().st_size for name in predictor.spec.model_files) / 1e6,
-        parity=f"same label as PyTorch on {parity['label_agreement']:.3%} of voxels of {parity['patches']} patches",
-    )

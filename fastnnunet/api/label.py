@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastnnunet.errors import CorruptError
+from fastnnunet.errors import CorruptError, ImageError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastnnunet.cache.job import CacheJob
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.cache.store.storage import Place
+    from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.images import UnlabelledJob
 
 
@@ -48,6 +49,9 @@ def label(
     processes (0: this one alone) of `threads` threads (default: all cores), or those of the dask cluster `scheduler`.
     `recipe_file` is quoted in messages. `verify` reads the whole cache again.
 
+    Of images, scans on which the folds disagree or the teacher sees nothing, and labels in too few of them, are named
+    as warnings; a folder wholly of another modality is refused (ImageError).
+
     Raises NotFoundError, SpecError, MismatchError, CorruptError, DiskSpaceError, StorageError, and CasesFailedError (a
     BuildError) at the end when cases failed; the others are stored.
     """
@@ -62,6 +66,7 @@ def label(
         job = cache_job(teacher, recipe, root=root, spec_file=recipe_file, progress=progress, files=files)
     else:
         unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
+        _refuse_others(unlabelled, files, workers)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
     cache = build(
         job,
@@ -74,6 +79,8 @@ def label(
     )
     if unlabelled is not None:
         list_foreground(unlabelled, cache, workers, progress)
+        if cases is None:
+            _warn_of_bad(cache, files, progress)
     if verify:
         _verify(cache, progress)
     return LabelledCache(cache=cache, unlabelled=None if unlabelled is None else unlabelled.target.name)
@@ -110,6 +117,40 @@ def build(
         memory_limit_bytes=memory_limit_bytes or MEMORY_LIMIT_BYTES,
         progress=progress,
     )
+
+
+def _refuse_others(unlabelled: "UnlabelledJob", files: "ModelFolder", workers: int) -> None:
+    """Before images are preprocessed for the first time. Raises ImageError when they are of another modality."""
+    from fastnnunet.teachers.intensities import require_modality, sample_of
+    from fastnnunet.teachers.measured import measure_scans
+
+    if unlabelled.target.record_file.is_file():
+        return
+    found = unlabelled.target.find_images(unlabelled.images, tell=False)
+    try:
+        measured = measure_scans(sample_of(found), files.model, processes=workers)
+    except ImageError:
+        return  # preprocessing names all images that cannot be read, not those of the sample alone
+    require_modality(measured, files.model)
+
+
+def _warn_of_bad(cache: "CacheFolder", files: "ModelFolder", progress: Listener) -> None:
+    """Name scans that would do harm in a training, and labels in too few; nothing is left out here."""
+    from fastnnunet.cache.seen import seen_of
+    from fastnnunet.teachers.screen import rare_labels, rare_text, screen
+
+    if any(seen_of(cache, case) is None for case in cache.cases):
+        progress(
+            Message(text="whether the folds agree is not known of all images: some were labelled before it was counted")
+        )
+        return
+    screening = screen(cache, files.model)
+    if screening.bad:
+        told = [f"{len(screening.bad)} of {len(cache.cases)} images may do harm in a training; look at them:"]
+        told += [f"  {verdict.line}" for verdict in screening.bad]
+        progress(Message(text="\n".join(told), level="warning"))
+    if rare := rare_labels(screening.verdicts, tuple(cache.cases)):
+        progress(Message(text=rare_text(rare, len(cache.cases)), level="warning"))
 
 
 def _verify(cache: "CacheFolder", progress: Listener) -> None:

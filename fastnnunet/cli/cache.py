@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import recipe_of, teacher_of
 from fastnnunet.cli.parts.fields import Asked, spread
 from fastnnunet.errors import NotFoundError, SpecError
@@ -65,7 +65,8 @@ class Request:
 @app.command("build")
 @spread
 def build(
-    teacher: options.Teacher,
+    context: typer.Context,
+    teacher: options.TeacherOrModel,
     fold: options.Folds = None,
     spec: options.SpecFile = None,
     temperature: options.Temperature = None,
@@ -81,6 +82,12 @@ def build(
         str | None, options.ask("--scheduler", "Use this dask cluster, e.g. tcp://host:8786.", options.RUN)
     ] = None,
     memory_limit: MemoryLimit = 4.0,
+    model: published.Model = None,
+    scans: published.OptionalScans = None,
+    work: published.Work = None,
+    no_mirroring: published.NoMirroring = False,
+    hold_out: published.HoldOut = None,
+    keep_all: published.KeepAll = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.
@@ -93,10 +100,33 @@ def build(
     all given folds; new and changed images are noticed:
 
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
+
+    The first stage of `fastnnunet distill images` alone, without a data set:
+
+      fastnnunet cache build -m MODEL -i scans --work work
     """
+    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
+
+    if published.asks_for_scans(context, scans, ("root", "previous", "images", "name", "case", "scheduler")):
+        from fastnnunet.api import label_images
+
+        with cache_view() as view:
+            ready = label_images(
+                published.named_model(context, teacher, model, fold),
+                published.required(scans),
+                published.required(work),
+                recipe=published.scans_recipe(spec, temperature, engine, no_mirroring),
+                held_out=hold_out,
+                keep_all=keep_all,
+                workers=workers or 0,
+                threads=threads,
+                progress=view,
+            )
+        published.print_scans(ready)
+        published.print_training_command(ready)
+        return
     from fastnnunet.api import label
     from fastnnunet.cache.build import CasesFailedError
-    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
 
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)

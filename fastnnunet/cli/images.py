@@ -1,5 +1,7 @@
 """`fastnnunet distill images`: a fast student of any nnU-Net from scans without labels."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +42,11 @@ def images(
         list[str] | None, options.ask("-f --fold", "The teacher's folds (default: all there are).", options.TEACHER)
     ] = None,
     checkpoint: Annotated[
-        str | None,
-        options.ask(
-            "-chk --checkpoint", "Of every fold (default: checkpoint_final.pth, or the only one).", options.TEACHER
-        ),
+        str | None, options.ask("-chk --checkpoint", "Of every fold (default: checkpoint_final.pth).", options.TEACHER)
     ] = None,
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
+    keep_all: published.KeepAll = False,
     student_file: options.StudentFile = None,
     temperature: options.Temperature = None,
     spec: options.SpecFile = None,
@@ -89,9 +89,11 @@ def images(
             recipe=recipe,
             training=published.given_on_command_line(context, training),
             held_out=hold_out,
+            keep_all=keep_all,
             workers=workers,
             threads=threads,
             device=device,
+            command=shlex.join(["fastnnunet", *sys.argv[1:]]),
             progress=view,
         )
     published.print_students(distilled, scans)

@@ -4,21 +4,31 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fastnnunet.cli.parts import options
+import typer
+
+from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
 from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
+    from fastnnunet.api.distil import Student
     from fastnnunet.distill.job import TrainingJob
+
+# what a work folder has decided, or does not have
+DECIDED = (
+    *("fold", "cache_root", "previous", "resume", "overwrite", "together", "validate", "name", "pretrained"),
+    *("unlabelled", "unlabelled_share"),
+)
 
 
 @spread
 def train(
-    teacher: options.Teacher,
-    fold: Annotated[list[str], options.ask("-f --fold", "The student's fold(s): 0 to 4, or all.")],
+    context: typer.Context,
+    teacher: options.TeacherOrModel,
     student: options.Student,
     training: options.Training,
+    fold: Annotated[list[str] | None, options.ask("-f --fold", "The student's fold(s): 0 to 4, or all.")] = None,
     name: options.RunName = None,
     reduction: options.Reduction = None,
     student_file: options.StudentFile = None,
@@ -45,6 +55,10 @@ def train(
     validate: Annotated[
         bool, options.ask("--validate/--no-validate", "Predict and score the validation fold at the end.", options.RUN)
     ] = True,
+    model: published.Model = None,
+    scans: published.OptionalScans = None,
+    work: published.Work = None,
+    no_mirroring: published.NoMirroring = False,
 ) -> None:
     """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
 
@@ -60,17 +74,42 @@ def train(
 
       fastnnunet train -d 4 -c 3d_fullres -f 0 -r 4 --unlabelled more_scans --unlabelled-share 0.5
 
+    On scans that `fastnnunet cache build -m MODEL -i scans --work work` has labelled, without a data set:
+
+      fastnnunet train -m MODEL -i scans --work work -r 4
+
     On several GPUs: torchrun --nproc-per-node 2 -m fastnnunet train -d 4 ...
     """
     import dataclasses
 
     wait_passively()
+    if published.asks_for_scans(context, scans, DECIDED):
+        from fastnnunet.api import View, train_on_images
+
+        published.refuse_twice(reduction)
+        with View() as view:
+            trained = train_on_images(
+                published.named_model(context, teacher, model, teacher_folds),
+                published.required(scans),
+                published.required(work),
+                student_specs(reduction, student_file, student, student_plans),
+                recipe=published.scans_recipe(spec, temperature, None, no_mirroring),
+                training=published.given_on_command_line(context, training),
+                threads=threads,
+                device=device,
+                augment_on=augment_on,
+                progress=view,
+            )
+        print_trained(trained, None)
+        return
     from fastnnunet.cache.store.storage import place_at
     from fastnnunet.distill.check import check_job
     from fastnnunet.distill.job import TrainingJob
     from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.specs.load import build_spec
 
+    if not fold:
+        raise SpecError("which fold? give -f, the student's fold(s): 0 to 4, or all")
     if resume and overwrite:
         raise SpecError("--continue and --overwrite exclude each other; give one")
     place = None if cache_root is None else place_at(cache_root)
@@ -135,10 +174,16 @@ def run_jobs(
 
     with View() as view:
         students = distil(jobs, resume=resume, overwrite=overwrite, validate=validate, name=name, progress=view)
-    for student in students if is_first_process() else ():
+    if is_first_process():
+        print_trained(students, name)
+    return [student.folder for student in students]
+
+
+def print_trained(students: "list[Student]", name: str | None) -> None:
+    """Where students are, and how good they are where that is known."""
+    for student in students:
         print(f"student {student.tag}: {student.folder}")
         if student.mean_dice is not None:
             print(f"mean Dice on the {student.judged_on}: {student.mean_dice:.4f}")
         if name is not None:
             print(f"export it with: fastnnunet export onnx --name {name}")
-    return [student.folder for student in students]

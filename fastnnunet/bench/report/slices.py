@@ -38,7 +38,7 @@ class CasePictures:
 
 
 def case_pictures(case: str, image: Path, maps: dict[str, Path]) -> CasePictures:
-    """The slice with most foreground in the first of `maps` (caption -> label file), the middle one where it has none.
+    """The slice with most foreground in the first of `maps` (caption -> label file).
 
     Raises ImageError when a file cannot be read, or image and label map have other shapes than each other.
     """
@@ -48,8 +48,7 @@ def case_pictures(case: str, image: Path, maps: dict[str, Path]) -> CasePictures
     for caption, labels_ZYX in labels.items():
         if labels_ZYX.shape != grey_ZYX.shape:
             raise ImageError(f"{case}: image of shape {grey_ZYX.shape}, {caption} of shape {labels_ZYX.shape}")
-    foreground_Z = (first.labels_zyx > 0).sum(axis=(1, 2))
-    z = int(np.argmax(foreground_Z)) if foreground_Z.any() else len(foreground_Z) // 2
+    z = int(np.argmax((first.labels_zyx > 0).sum(axis=(1, 2))))
     low, high = np.percentile(grey_ZYX, (0.5, 99.5))
     aspect = first.spacing_mm[1] / first.spacing_mm[2]
     where = f"slice {z + 1} of {len(grey_ZYX)}"

@@ -24,6 +24,8 @@ def parse_folds(folds: list[str]) -> tuple[int | str, ...]:
 
 def teacher_of(asked: Asked, folds: list[str] | None, previous: str | None = None) -> TeacherSpec:
     """The teacher of its options; all five folds unless some are named. Raises SpecError."""
+    if asked.get("dataset") is None:
+        raise SpecError("which data set? give -d, its id or name; or -m MODEL -i SCANS --work WORK, which need none")
     named: Asked = {"folds": parse_folds(folds)} if folds else {}
     return TeacherSpec(**asked, **named, previous=previous)
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,9 +13,10 @@ from fastnnunet.cli.parts.fields import Asked
 from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
-    from fastnnunet.api.images import DistilledImages, LabelledScans
+    from fastnnunet.api.images import DistilledImages
+    from fastnnunet.api.judged import LabelledScans
     from fastnnunet.specs.cache import CacheSpec
-    from fastnnunet.specs.teacher import PublishedSpec, TeacherSpec
+    from fastnnunet.specs.teacher import PublishedSpec
 
 Model = Annotated[
     Path | None, options.ask("-m --model", "nnU-Net model folder, or the zip it came in; needs no data set.")
@@ -34,6 +35,11 @@ HoldOut = Annotated[
     int | None,
     options.ask("--hold-out", "Scans that judge the students and teach none (default: a fifth).", options.CASES),
 ]
+KeepAll = Annotated[
+    bool, options.ask("--keep-all", "Train also on scans that would do harm; they are listed anyway.", options.CASES)
+]
+
+OF_SCANS = ("model", "work", "no_mirroring", "hold_out", "keep_all")  # parameters that mean nothing without scans
 
 
 def published_model(
@@ -50,20 +56,38 @@ def published_model(
 
     if (model is None) == (dataset is None):
         raise SpecError("which model? give either -m, its folder or zip, or -d, its data set in nnUNet_results")
-    if model is None and dataset is not None:
+    chosen = parse_folds(folds) if folds else None
+    if dataset is not None:
         from fastnnunet.nnunet.files.paths import trained_model_folder
 
-        usual = TeacherSpec(dataset=dataset)
-        trainer, plans = trainer or usual.trainer, plans or usual.plans
-        model = trained_model_folder(dataset, trainer, plans, configuration or usual.configuration)
+        names = trainer or "nnUNetTrainer", plans or "nnUNetPlans", configuration or "3d_fullres"
+        return PublishedSpec(path=trained_model_folder(dataset, *names), folds=chosen, checkpoint=checkpoint)
     return PublishedSpec(
         path=model or Path(),
         configuration=configuration,
-        folds=parse_folds(folds) if folds else None,
+        folds=chosen,
         checkpoint=checkpoint,
         trainer=trainer,
         plans=plans,
     )
+
+
+def asks_for_scans(context: typer.Context, scans: Path | None, apart: tuple[str, ...]) -> bool:
+    """Whether a command is about scans (-i) of a work folder. `apart`: parameters that have no meaning there then.
+
+    Raises SpecError for options that need -i, or exclude it.
+    """
+    given = {p.name: p.opts[0] for p in context.command.params if given_on_command_line(context, {p.name or "": None})}
+    with_scans = [given[name] for name in OF_SCANS if name in given]
+    if scans is None:
+        if with_scans:
+            raise SpecError(f"{' '.join(with_scans)}: expected with -i, the folder of scans, and --work")
+        return False
+    if "work" not in given:
+        raise SpecError(f"-i {scans}: name also the work folder, which keeps the cache, with --work")
+    if excluded := [given[name] for name in apart if name in given]:
+        raise SpecError(f"-i {scans}: leave out {' '.join(excluded)}, which the work folder decides")
+    return True
 
 
 def scans_recipe(spec: Path | None, temperature: float | None, engine: str | None, no_mirroring: bool) -> "CacheSpec":
@@ -90,6 +114,12 @@ def given_on_command_line(context: typer.Context, asked: Asked) -> Asked:
     }
 
 
+def required(path: Path | None) -> Path:
+    """What `asks_for_scans` has seen to."""
+    assert path is not None
+    return path
+
+
 def refuse_twice(reduction: list[int] | None) -> None:
     """Raises SpecError where a size stands twice behind -r."""
     sizes = reduction or []
@@ -97,11 +127,25 @@ def refuse_twice(reduction: list[int] | None) -> None:
         raise SpecError(f"-r {' '.join(map(str, sizes))}: got {twice[0]} twice, expected each size once")
 
 
+def named_model(context: typer.Context, teacher: Asked, model: Path | None, folds: list[str] | None) -> "PublishedSpec":
+    """`published_model` of a command whose options of a teacher have the defaults of a data set's."""
+    given = given_on_command_line(context, teacher)
+    dataset, configuration, plans, trainer, checkpoint = (
+        given.get(name) for name in ("dataset", "configuration", "plans", "trainer", "checkpoint")
+    )
+    return published_model(model, dataset, configuration, plans, trainer, folds, checkpoint)
+
+
 def print_scans(labelled: "LabelledScans") -> None:
     """What the teacher's labels are for."""
     names = " ".join(labelled.held_out)
     print(f"scans:   {len(labelled.learnt_from)} to learn from, {len(labelled.held_out)} held out: {names}")
     print(f"labels:  {labelled.labels} (the teacher's, {labelled.teacher_s:.2f} s per case)")
+
+
+def print_training_command(labelled: "LabelledScans") -> None:
+    """What comes after `cache build`."""
+    print(f"train with: fastnnunet train {labelled.train_options} -r 4")
 
 
 def print_students(distilled: "DistilledImages", scans: Path) -> None:
@@ -112,19 +156,21 @@ def print_students(distilled: "DistilledImages", scans: Path) -> None:
 
     print_scans(distilled.scans)
     first = distilled.students[0]
-    names: list[Any] = [name for name in first.fidelity if name != "mean"]
-    names = names if len(names) <= MOST_COLUMNS else []
+    names = list(first.fidelity.labels) if len(first.fidelity.labels) <= MOST_COLUMNS else []
     table = Table(title=f"Dice against the teacher's labels of {len(distilled.scans.held_out)} scans held out")
     table.add_column("student")
-    for heading in (*names, "mean", "s per case", "MB"):
+    for heading in (*names, "mean", "95 % interval", "s per case", "MB"):
         table.add_column(heading, justify="right")
     for student in distilled.students:
-        dice = [number(student.fidelity[name]) for name in (*names, "mean")]
-        table.add_row(student.tag, *dice, f"{student.seconds:.2f}", f"{student.megabytes:.1f}")
+        mean = student.fidelity.mean
+        dice = [number(student.fidelity.labels[name].mean) for name in names]
+        interval = f"{number(mean.low)} to {number(mean.high)}"
+        size = f"{student.bundle_bytes / 1e6:.1f}"
+        table.add_row(student.tag, *dice, number(mean.mean), interval, f"{student.seconds:.2f}", size)
     wide_console().print(table)
-    print(f"summary: {distilled.summary}")
+    print(f"report:  {distilled.report}\nsummary: {distilled.summary}")
     for student in distilled.students:
-        print(f"student {student.tag}: {student.bundle} (fidelity {student.fidelity['mean']:.3f}; {student.parity})")
+        print(f"student {student.tag}: {student.bundle} (fidelity {number(student.fidelity.mean.mean)})")
         print(f"  as an nnU-Net model: {student.model}")
     words = ["fastnnunet", "predict", "-m", os.fspath(first.bundle), "-i", os.fspath(scans), "-o", "predictions"]
     print(f"predict with: {shlex.join(words)}")

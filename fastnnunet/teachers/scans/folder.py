@@ -40,7 +40,7 @@ from fastnnunet.teachers.data_set import cache_root
 from fastnnunet.teachers.images import UnlabelledJob
 from fastnnunet.teachers.nnunet import make_teacher
 from fastnnunet.teachers.published import open_published
-from fastnnunet.teachers.scans.found import Scans, as_files, check_intensities, find_scans, hold_out
+from fastnnunet.teachers.scans.found import Scans, as_files, find_scans, hold_out, require_known_intensities
 
 DATASET, FINGERPRINT = "Dataset001_Images", "dataset_fingerprint.json"
 SET = "scans"
@@ -77,16 +77,14 @@ class Work:
     def file_ending(self) -> str:
         return str(self.source.dataset_json["file_ending"])
 
-    @property
-    def options(self) -> str:
+    def options(self, fold_flag: str = "-f") -> str:
         """How a command line names this folder and what it is of."""
         words = ["-m", str(self.asked.path), "-i", str(self.scans.folder), "--work", str(self.folder)]
-        named = (("-c", "configuration"), ("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint"))
-        for flag, name in named:
-            if (given := getattr(self.asked, name)) is not None:
-                words += [flag, given]
+        for flag, name in (("-c", "configuration"), ("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint")):
+            if getattr(self.asked, name) is not None:
+                words += [flag, getattr(self.asked, name)]
         if self.asked.folds is not None:
-            words += ["-f", *map(str, self.asked.folds)]
+            words += [fold_flag, *map(str, self.asked.folds)]
         if not self.recipe.mirroring:
             words.append("--no-mirroring")
         return shlex.join(words)
@@ -106,8 +104,8 @@ class Work:
             stack.enter_context(world_in(self.folder))
             yield self._link_model()
 
-    def images(self, progress: Listener = ignore) -> Path:
-        """The folder of the scans as files; see `as_files`."""
+    def images(self, progress: Listener = ignore) -> tuple[Path, dict[str, tuple[Path, ...]]]:
+        """The scans as files, and their folder; see `as_files`."""
         return as_files(self.scans, self.folder / "images", self.file_ending, progress)
 
     def unlabelled(self, files: ModelFolder, images: Path) -> UnlabelledJob:
@@ -122,7 +120,7 @@ class Work:
             factory=make_teacher(files, self.teacher.folds, self.recipe, unseen={}),
             spec=self.recipe,
             root=cache_root(DATASET, self.teacher.plans, self.teacher.configuration),
-            command=f"fastnnunet cache build {self.options}",
+            command=f"fastnnunet cache build {self.options()}",
         )
 
     def prepared(self, files: ModelFolder) -> CacheJob:
@@ -165,8 +163,8 @@ def open_work(
     """Join a model and scans with a work folder, which need not exist; all that can be refused is.
 
     Writes nothing but work.json, and that last. Raises NotFoundError, CorruptError, SpecError (also for too few scans
-    to hold `held_out` of them out), ImageError and MismatchError (scans of another modality; a work folder of another
-    model or other scans).
+    to hold `held_out` of them out), ImageError (also for scans of another modality) and MismatchError (a work folder of
+    another model or other scans).
     """
     recipe = replace(recipe, policy="ensemble")
     check_output_folder(folder)
@@ -192,7 +190,7 @@ def open_work(
     )
     _require_same(work, record := _record(work))
     if not (folder / "work.json").is_file():
-        check_intensities(found, files.model)
+        require_known_intensities(found, files.model)
         write_json(folder / "work.json", record)
     return work
 

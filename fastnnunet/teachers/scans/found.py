@@ -1,28 +1,26 @@
 """A user's scans: a folder named as for nnU-Net's predict, or DICOM series; what the model cannot take is refused."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError, printable
+from fastnnunet.errors import ImageError, NotFoundError, SpecError, printable
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.images.cases import Case, dicom_cases
 from fastnnunet.images.dicom.series import DicomSeries, read_series, slice_files
-from fastnnunet.images.io import image_io
 from fastnnunet.images.sitk import write_sitk
 from fastnnunet.nnunet.files.model import Model
-from fastnnunet.nnunet.files.plans import intensity_properties
+from fastnnunet.nnunet.files.plans import num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import find_images, unusable
 from fastnnunet.specs.checks.listing import regular_files
 from fastnnunet.system.files import atomic_image, make_folder
+from fastnnunet.teachers.intensities import require_modality, sample_of
+from fastnnunet.teachers.measured import measure_scans
 
 OPTION = "-i"
-LOOKED_AT = 3  # scans whose intensities are compared with the model's fingerprint before anything else
-LEAST_RANGE = 0.1  # of the fingerprint's, that a scan's intensities span
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff")
 _OF_ITK = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")  # read what ITK writes
 
@@ -46,7 +44,7 @@ def find_scans(folder: Path, model: Model) -> Scans:
     Raises NotFoundError (no folder, no scan), ImageError (names, channels), SpecError (two scans of one name; DICOM for
     a model of another kind of images).
     """
-    ending, channels = str(model.dataset_json["file_ending"]), model.num_channels
+    ending, channels = str(model.dataset_json["file_ending"]), num_image_channels(model.dataset_json)
     if not os.path.isdir(folder):
         raise NotFoundError(f"{OPTION}: {folder} is not a folder\nexpected a folder of CASE_0000{ending} ...")
     series = dicom_cases(folder, channels)
@@ -88,60 +86,32 @@ def _refuse_twins(folder: Path, ending: str, series: Sequence[Case]) -> None:
         )
 
 
-def check_intensities(scans: Scans, model: Model) -> None:
-    """Refuse scans of which the first few all lie far from the intensities that the model normalises by.
+def require_known_intensities(scans: Scans, model: Model) -> None:
+    """Read a few of the scans and refuse them when all lie far outside the model's fingerprint.
 
-    Only channels normalised by the fingerprint's own numbers (CT) have a scale to compare with. Raises MismatchError,
-    ImageError.
+    DICOM is looked at once it is converted. Raises ImageError.
     """
-    schemes = model.config.normalization_schemes
-    fixed = [c for c, scheme in enumerate(schemes) if scheme == "CTNormalization"]
-    if not fixed:
-        return
-    names = list(scans.cases)
-    some = names[:: max(1, len(names) // LOOKED_AT)][:LOOKED_AT]
-    reader = image_io(str(model.manager.plans["image_reader_writer"]))
-    images = {name: reader.read(scans.cases[name])[0] for name in some}
-    properties = intensity_properties(model.manager)
-    for channel in fixed:
-        found = {name: (float(image[channel].min()), float(image[channel].max())) for name, image in images.items()}
-        if all(is_foreign(of_scan, properties[str(channel)]) for of_scan in found.values()):
-            expected = properties[str(channel)]
-            raise MismatchError(
-                f"{OPTION}: the scans in {scans.folder} are not of the modality that the model learnt, in channel "
-                f"{channel} ({_channel_names(model)[channel]})\n"
-                + "".join(f"  got      {low:g} to {high:g} in {name}\n" for name, (low, high) in found.items())
-                + f"  expected about {expected['percentile_00_5']:g} to {expected['percentile_99_5']:g}, where 99 % of "
-                f"the voxels of its labels lie in the fingerprint (mean {expected['mean']:g})\n"
-                "give scans in the units of the model's training data (CT: Hounsfield units), not rescaled"
-            )
+    files = {case: tuple(p for p in places if isinstance(p, Path)) for case, places in scans.cases.items()}
+    if not scans.is_dicom:
+        require_modality(measure_scans(sample_of(files), model), model)
 
 
-def is_foreign(low_high: tuple[float, float], properties: Mapping[str, Any]) -> bool:
-    """Whether intensities of a scan lie outside the fingerprint's, or span next to nothing of them."""
-    low, high = low_high
-    lowest, highest = float(properties["percentile_00_5"]), float(properties["percentile_99_5"])
-    return high <= lowest or low >= highest or high - low < LEAST_RANGE * (highest - lowest)
-
-
-def _channel_names(model: Model) -> list[str]:
-    described = model.dataset_json
-    return [str(name) for name in (described.get("channel_names") or described["modality"]).values()]
-
-
-def as_files(scans: Scans, folder: Path, ending: str, progress: Listener = ignore) -> Path:
-    """The folder of the scans as files of the model's ending: their own, or `folder`, into which DICOM is converted.
+def as_files(
+    scans: Scans, folder: Path, ending: str, progress: Listener = ignore
+) -> tuple[Path, dict[str, tuple[Path, ...]]]:
+    """The scans as files of the model's ending, and their folder: their own, or `folder`, where DICOM is converted to.
 
     What is there already is kept. Raises ImageError naming all series that cannot be read, DiskSpaceError.
     """
     if not scans.is_dicom:
-        return scans.folder
+        return scans.folder, {case: tuple(Path(str(p)) for p in places) for case, places in scans.cases.items()}
     make_folder(folder)
-    problems = {}
+    problems: dict[str, str] = {}
+    made: dict[str, tuple[Path, ...]] = {}
     for done, (case, series) in enumerate(scans.cases.items(), start=1):
+        made[case] = tuple(folder / f"{case}_{channel:04d}{ending}" for channel in range(len(series)))
         try:
-            for channel, one in enumerate(series):
-                file = folder / f"{case}_{channel:04d}{ending}"
+            for one, file in zip(series, made[case], strict=True):
                 if isinstance(one, DicomSeries) and not file.is_file():
                     image = read_series(one)
                     with atomic_image(file) as partial:
@@ -151,7 +121,7 @@ def as_files(scans: Scans, folder: Path, ending: str, progress: Listener = ignor
         progress(Progress(what="reading DICOM", done=done, total=len(scans.cases), unit="cases"))
     if problems:
         raise unusable(scans.folder, problems)
-    return folder
+    return folder, made
 
 
 def hold_out(cases: Sequence[str], count: int | None = None) -> tuple[str, ...]:

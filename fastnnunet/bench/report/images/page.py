@@ -49,8 +49,10 @@ def images_page(facts: ImagesFacts) -> str:
         section("Fidelity per label", box(_label_table(facts)), *_gaps(facts), *_rare(facts)),
     ]
     if facts.pictures:
-        parts.append(section("Best, median and worst scan", *(_case(facts, case) for case in facts.pictures)))
-    parts.append(section("Every held-out scan", plot_box(case_plot(facts)), _case_table(facts)))
+        heading = "Best, median and worst scan" if len(facts.pictures) > 2 else "Held-out scans"
+        parts.append(section(heading, *(_case(facts, case) for case in facts.pictures)))
+    plot = [plot_box(case_plot(facts))] if len(facts.held_out) > 1 else []  # one point says nothing
+    parts.append(section("Every held-out scan", *plot, _case_table(facts)))
     if any(student.calibration for student in facts.students):
         parts.append(_calibration(facts.students))
     if any(student.curve for student in facts.students):
@@ -75,7 +77,7 @@ def headline(facts: ImagesFacts) -> str:
     if first.seconds_per_case is not None:
         than = f", {faster} faster than its teacher" if faster != NONE else ""
         words.append(
-            f"It takes {seconds(first.seconds_per_case)} a scan{than}, and is a file of {size(first.bundle_bytes)}."
+            f"It takes {seconds(first.seconds_per_case)} a scan{than}, and its bundle has {size(first.bundle_bytes)}."
         )
     return " ".join(words)
 
@@ -103,7 +105,7 @@ def _student_table(facts: ImagesFacts) -> str:
     rows: list[Row] = [
         (
             kind,
-            ["1", seconds(facts.teacher_seconds_per_case), "1 times", _millions(facts.teacher_parameters),
+            [NONE, seconds(facts.teacher_seconds_per_case), NONE, _millions(facts.teacher_parameters),
              size(facts.teacher_bytes)],
         )
     ]  # fmt: skip
@@ -152,6 +154,7 @@ def _case(facts: ImagesFacts, case: JudgedCase) -> str:
     more = [("transparent", f"and {len(seen) - MOST_LABELS} more")] if len(seen) > MOST_LABELS else []
     first = facts.students[0].tag
     differences = [
+        ("transparent", "where they differ:"),
         (TEACHER_ONLY, "teacher alone"),
         (STUDENT_ONLY, f"{first} alone"),
         (OTHER_LABEL, "both, but another label"),
@@ -201,8 +204,7 @@ def _calibration(students: Sequence[ReportedStudent]) -> str:
         "How well a student's probabilities are those of its teacher; smaller is better in every column. Least NLL is "
         "the teacher's own uncertainty, ECE the expected calibration error: the mean distance of a student's "
         "confidence to the probability that its teacher gives to the same class. Near borders: at most "
-        f"{border_mm:g} mm (of pictures: pixels) from a border of the teacher's labels, which is also what the plot "
-        "shows."
+        f"{border_mm:g} mm (of pictures: pixels) from a border of the teacher's labels."
     )
     plot = plot_box(reliability_plot(students))
     return section("Calibration", box(_table(headings, rows)), plot, note(text))
@@ -216,6 +218,7 @@ def _left_out(facts: ImagesFacts) -> str:
     kept = "They were trained on nevertheless. " if facts.kept_all else ""
     many = len(facts.left_out)
     rows: list[Row] = [(scan.case, [scan.reason, _numbers(scan)]) for scan in facts.left_out]
+    rule = facts.left_out_rule[:1].upper() + facts.left_out_rule[1:]
     shown = [scan for scan in facts.left_out if scan.picture is not None]
     figures = "".join(
         figure(scan.picture, f"{scan.case}: {scan.reason}", f"a slice of {scan.case}, {scan.reason}")
@@ -225,7 +228,7 @@ def _left_out(facts: ImagesFacts) -> str:
     more = len(shown) - MOST_LEFT_OUT_PICTURES
     return section(
         "Scans that would do harm" if facts.kept_all else "Scans left out",
-        f"<p>{escape(f'{many} scan' + 's' * (many != 1))}. {escape(kept + facts.left_out_rule)}</p>",
+        f"<p>{escape(f'{many} scan' + 's' * (many != 1))}. {escape(kept + rule)}</p>",
         box(f'<div class="words">{_table(["", "why", "numbers"], rows)}</div>'),
         f'<div class="slices">{figures}</div>' if figures else "",
         note(f"Pictures of {more} more are not shown.") if more > 0 else "",
@@ -252,7 +255,11 @@ def _made(facts: ImagesFacts) -> dict[str, str]:
 
 
 def _machine(facts: ImagesFacts) -> dict[str, str]:
-    return {name: str(value) for name, value in {**facts.hardware, **facts.versions}.items() if value is not None}
+    told = {**facts.hardware, **facts.versions}
+    if isinstance(told.get("memory_bytes"), int):
+        told = {"memory": size(told["memory_bytes"]), **told}
+        del told["memory_bytes"]
+    return {name.replace("_", " "): str(value) for name, value in told.items() if value is not None}
 
 
 def _table(headings: Sequence[str], rows: Sequence[Row], marked: int | None = None) -> str:

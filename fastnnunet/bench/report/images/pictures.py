@@ -1,7 +1,8 @@
 """Pictures of single scans: the teacher's contours, the students', and where they differ.
 
 Images and label maps are read as the model reads them, so that they lie on the same grid however a reader turns them.
-RGB arrays are (y, x, 3) uint8.
+Slices are those of the first array axis, shown as radiologists hang them (the patient's left on the right, front or
+head above) where ITK knows directions, else as stored. RGB arrays are (y, x, 3) uint8.
 """
 
 import io
@@ -18,11 +19,11 @@ from fastnnunet.evaluate.fidelity import Fidelity
 from fastnnunet.images.checks import ImageSource
 from fastnnunet.images.io import image_io
 
-TEACHER_ONLY, STUDENT_ONLY, OTHER_LABEL = "#56b4e9", "#e69f00", "#cc79a7"
+TEACHER_ONLY, STUDENT_ONLY, OTHER_LABEL = "#2f9bff", "#ff5147", "#c98bff"  # no label has one of them
 MOST_STUDENTS = 3  # with contours of their own
 _PIXELS = 480  # of the longer side
 _MARGIN, _LEAST_MARGIN_PIXELS = 0.3, 16  # around what is labelled
-_CT_AROUND_HU, _CT_WINDOW_HU = 150.0, (-160.0, 240.0)  # soft tissue where nothing is labelled
+_CT_AROUND_HU, _CT_WINDOW_HU = 100.0, (-160.0, 240.0)  # soft tissue where nothing is labelled
 _SAMPLED_VOXELS = 2_000_000
 _ALPHA = 0.7
 
@@ -69,7 +70,7 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
     `place`, `dice`: see `JudgedCase`. `reader_writer`: nnU-Net's class name, as in plans and bundles. `is_ct`: the
     first channel is in HU. Raises ImageError when a file cannot be read, or image and label map are of other shapes.
     """
-    base_ZYX3, spacing_mm = _read_image(files.channels, reader_writer)
+    base_ZYX3, aspect, turned = _read_image(files.channels, reader_writer)
     teacher_ZYX = _read_labels(files.teacher, reader_writer, files.case, base_ZYX3.shape[:3])
     students = {
         tag: _read_labels(file, reader_writer, files.case, base_ZYX3.shape[:3])
@@ -80,7 +81,7 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
     seen_Z = ((teacher_ZYX > 0) | (first_ZYX > 0)).sum(axis=(1, 2))
     z = int(np.argmax(differ_Z if differ_Z.any() else seen_Z)) if seen_Z.any() else len(seen_Z) // 2
     box = _around(np.any([m[z] > 0 for m in (teacher_ZYX, *students.values())], axis=0))
-    view = _View(_window(base_ZYX3, teacher_ZYX > 0, is_ct), spacing_mm[1] / spacing_mm[2])
+    view = _View(_window(base_ZYX3, teacher_ZYX > 0, is_ct), aspect, turned)
     grey_YX3, teacher_YX, first_YX = (m[z][box] for m in (base_ZYX3, teacher_ZYX, first_ZYX))
     where = f"slice {z + 1} of {len(base_ZYX3)}" if len(base_ZYX3) > 1 else f"{base_ZYX3.shape[1]} rows"
     if grey_YX3.shape[:2] != base_ZYX3.shape[1:3]:
@@ -116,23 +117,25 @@ def scan_picture(
     channels: Sequence[ImageSource], *, reader_writer: str, is_ct: bool, labels: Path | None = None
 ) -> bytes:
     """A PNG of a scan: its slice with most labels and their contours, or its middle slice. Raises ImageError."""
-    base_ZYX3, spacing_mm = _read_image(channels, reader_writer)
+    base_ZYX3, aspect, turned = _read_image(channels, reader_writer)
     name = str(channels[0])
     labels_ZYX = np.zeros(base_ZYX3.shape[:3], np.int64)
     if labels is not None:
         labels_ZYX = _read_labels(labels, reader_writer, name, base_ZYX3.shape[:3])
     seen_Z = (labels_ZYX > 0).sum(axis=(1, 2))
     z = int(np.argmax(seen_Z)) if seen_Z.any() else len(seen_Z) // 2
-    view = _View(_window(base_ZYX3, labels_ZYX > 0, is_ct), spacing_mm[1] / spacing_mm[2])
+    view = _View(_window(base_ZYX3, labels_ZYX > 0, is_ct), aspect, turned)
     return view.with_contours(base_ZYX3[z], labels_ZYX[z])
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """How slices become pictures: grey values from black to white, and the height of a pixel over its width."""
+    """How slices become pictures: which values are black and white, the height of a pixel over its width, and in which
+    order rows and columns come."""
 
     window: tuple[float, float]
     aspect: float
+    turned: tuple[slice, slice]
 
     def with_contours(self, base_YX3: NDArray[np.float32], labels_YX: NDArray[np.integer]) -> bytes:
         rgb, labels = self._resized(base_YX3, labels_YX)
@@ -160,6 +163,7 @@ class _View:
         from PIL import Image
 
         low, high = self.window
+        base_YX3, labels_YX = base_YX3[self.turned], labels_YX[self.turned]
         grey = (255 * ((base_YX3 - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
         rows, columns = labels_YX.shape
         height, width = rows * self.aspect, float(columns)
@@ -173,13 +177,25 @@ class _View:
 
 def _read_image(
     channels: Sequence[ImageSource], reader_writer: str
-) -> tuple[NDArray[np.float32], tuple[float, float, float]]:
-    """The first channel three times, or the colours of a picture, as (z, y, x, 3), and the spacing (z, y, x) in mm."""
+) -> tuple[NDArray[np.float32], float, tuple[slice, slice]]:
+    """The first channel three times, or the colours of a picture, as (z, y, x, 3); see `_View` for the rest."""
     image_CZYX, properties = image_io(reader_writer).read(channels)
     colours = len(channels) == 1 and len(image_CZYX) in (3, 4)
     base_ZYX3 = np.moveaxis(image_CZYX[:3], 0, -1) if colours else np.repeat(image_CZYX[0][..., None], 3, axis=-1)
-    z, y, x = (abs(float(s)) for s in properties["spacing"])
-    return base_ZYX3, (z, y, x)
+    y, x = (abs(float(s)) for s in properties["spacing"][-2:])
+    direction = np.reshape(properties.get("sitk_stuff", {}).get("direction", ()), -1)
+    return base_ZYX3, y / x, _hung(direction.reshape(3, 3)) if direction.size == 9 else (slice(None), slice(None))
+
+
+def _hung(direction: NDArray[np.float64]) -> tuple[slice, slice]:
+    """Order of rows and columns; column j of `direction` is where the index of axis j (x, y, z) goes in LPS."""
+    turned = []
+    for axis in (1, 0):
+        along = direction[:, axis]
+        main = int(np.argmax(np.abs(along)))
+        to_end = along[main] < 0 if main == 2 else along[main] > 0  # inferior, left and posterior are the ends
+        turned.append(slice(None) if to_end else slice(None, None, -1))
+    return turned[0], turned[1]
 
 
 def _read_labels(file: Path, reader_writer: str, case: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
@@ -190,13 +206,13 @@ def _read_labels(file: Path, reader_writer: str, case: str, shape: tuple[int, ..
 
 
 def _window(base_ZYX3: NDArray[np.float32], seen_ZYX: NDArray[np.bool_], is_ct: bool) -> tuple[float, float]:
-    """CT: what is labelled and 150 HU around it. Others: all but the darkest and brightest half percent."""
+    """CT: most of what is labelled and 100 HU around it. Others: all but the darkest and brightest half percent."""
     values = base_ZYX3[..., 0].ravel()
     if is_ct:
         inside = base_ZYX3[..., 0][seen_ZYX]
         if not inside.size:
             return _CT_WINDOW_HU
-        low, high = np.percentile(inside, (1, 99))
+        low, high = np.percentile(inside, (5, 95))
         return float(low) - _CT_AROUND_HU, float(high) + _CT_AROUND_HU
     low, high = np.percentile(values[:: max(1, values.size // _SAMPLED_VOXELS)], (0.5, 99.5))
     return float(low), float(high)

@@ -38,23 +38,26 @@ def case_plot(facts: ImagesFacts) -> str:
 
 
 def reliability_plot(students: Sequence[ReportedStudent]) -> str:
-    """Confidence of students against what the teacher gives to the same class, near the borders of labels."""
+    """Confidence of students against what the teacher gives to the same class, everywhere and near labels' borders."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(SETTINGS):
-        figure = Figure(figsize=(5.5, 4.4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=":")
-        for student, (colour, mark) in zip(students, _MARKS, strict=False):
-            if student.calibration is not None:
-                bins = np.array([b for b in student.calibration.teacher_border.bins if b[0]]).reshape(-1, 3)
-                axes.plot(bins[:, 1], bins[:, 2], color=colour, marker=mark, markersize=4, label=student.tag)
-        axes.set_xlabel("the student's probability of the class it chooses")
-        axes.set_ylabel("the teacher's probability of that class")
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(0, 1.02)
-        _finish(axes, students)
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, what in zip(panels, ("everywhere", "near borders"), strict=True):
+            axes.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=":")
+            for student, (colour, mark) in zip(students, _MARKS, strict=False):
+                if (found := student.calibration) is not None:
+                    scores = found.teacher if what == "everywhere" else found.teacher_border
+                    bins = np.array([b for b in scores.bins if b[0]], np.float64).reshape(-1, 3)
+                    axes.plot(bins[:, 1], bins[:, 2], color=colour, marker=mark, markersize=4, label=student.tag)
+            axes.set_title(what, fontsize=10, loc="left", color=INK)
+            axes.set_xlabel("the student's probability of the class it chooses")
+            axes.set_xlim(0, 1.02)
+            axes.set_ylim(0, 1.02)
+            _finish(axes, students)
+        panels[0].set_ylabel("the teacher's probability of that class")
         return svg(
             figure, "reliability", "Lines: mean probability of the teacher against that of each student, in bins"
         )

@@ -1,0 +1,208 @@
+"""What `distil images` refuses before anything long, and what an interrupted run leaves."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fastnnunet.cli.main import main
+from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.teacher import PublishedSpec
+from fastnnunet.teachers.scans.folder import open_work
+from fastnnunet.teachers.scans.found import as_files, find_scans, hold_out
+from tests.dicom_files import write_series
+from tests.test_distil_images import FOLDS, RECIPE, model_in, scans_in
+
+
+@pytest.fixture
+def scans(pristine_world, tmp_path):
+    return scans_in(pristine_world, tmp_path / "scans")
+
+
+@pytest.fixture
+def model(pristine_world):
+    return model_in(pristine_world)
+
+
+@pytest.fixture
+def opened(model, scans, tmp_path):
+    return opened_with(model, scans, tmp_path / "work")
+
+
+def opened_with(model, scans, work, recipe=RECIPE, folds=FOLDS, **options):
+    return open_work(PublishedSpec(path=model, folds=folds), scans, work, recipe, **options)
+
+
+def refused(error, *arguments, **options):
+    with pytest.raises(error) as caught:
+        opened_with(*arguments, **options)
+    return str(caught.value)
+
+
+class TestScans:
+    def test_twice_under_one_name(self, model, scans, tmp_path):
+        shutil.copy(scans / "s0_0000.nii.gz", scans / "s0_0000.nrrd")
+        write_series(scans / "s2", np.zeros((4, 5, 6), np.int16))
+        write_series(scans / "s7", np.zeros((4, 5, 6), np.int16))
+        message = refused(SpecError, model, scans, tmp_path / "work")
+        assert "2 scan(s)" in message
+        assert "s0_0000.nii.gz and s0_0000.nrrd" in message
+        assert "s2/ (DICOM) and s2_0000.nii.gz" in message
+        assert not (tmp_path / "work").exists()
+
+    def test_another_ending(self, model, tmp_path):
+        folder = tmp_path / "other"
+        folder.mkdir()
+        (folder / "a_0000.nrrd").write_bytes(b"")
+        message = refused(NotFoundError, model, folder, tmp_path / "work")
+        assert "-i: no image in" in message
+        assert "expected files named CASE_0000.nii.gz" in message
+
+    def test_channels(self, model, scans, tmp_path):
+        shutil.copy(scans / "s0_0000.nii.gz", scans / "s0_0001.nii.gz")
+        assert "s0: got channels _0000, _0001" in refused(ImageError, model, scans, tmp_path / "work")
+
+    def test_another_modality(self, model, scans, tmp_path):
+        for file in scans.iterdir():
+            image = sitk.ReadImage(str(file))
+            array = sitk.GetArrayFromImage(image)
+            scaled = sitk.GetImageFromArray(((array - array.min()) / np.ptp(array)).astype(np.float32))
+            scaled.CopyInformation(image)
+            sitk.WriteImage(scaled, str(file))
+        message = refused(ImageError, model, scans, tmp_path / "work")
+        properties = json.loads((model / "plans.json").read_text())["foreground_intensity_properties_per_channel"]["0"]
+        assert f"{properties['percentile_00_5']:.4g} to {properties['percentile_99_5']:.4g}" in message
+        assert "s0: channel 0 (CTNormalization): got 0." in message
+        assert not (tmp_path / "work").exists()
+
+    def test_too_few(self, model, scans, tmp_path):
+        for file in list(scans.iterdir())[1:]:
+            file.unlink()
+        message = refused(SpecError, model, scans, tmp_path / "work")
+        assert message.startswith("1 scan(s) are too few to hold 1 out: got 1, expected at least 2")
+
+    @pytest.mark.parametrize(("cases", "count", "expected"), [(2, None, 1), (8, None, 2), (9, None, 3), (40, None, 8)])
+    def test_how_many_are_held_out(self, cases, count, expected):
+        names = [f"c{n:02d}" for n in range(cases)]
+        out = hold_out(names, count)
+        assert len(set(out)) == expected
+        assert out == hold_out(names[::-1], count)
+        assert set(out) < set(names)
+
+    def test_more_held_out_than_there_are(self, model, scans, tmp_path):
+        assert "expected at least 6" in refused(SpecError, model, scans, tmp_path / "work", held_out=5)
+        assert "--hold-out: got 0" in refused(SpecError, model, scans, tmp_path / "work", held_out=0)
+
+    def test_dicom_is_read_as_predict_reads_it(self, opened, tmp_path):
+        rng = np.random.default_rng(3)
+        folder = tmp_path / "dicom"
+        for name in ("a", "b"):
+            write_series(folder / name, rng.integers(-100, 900, (5, 8, 7)).astype(np.int16))
+        found = find_scans(folder, opened.source.model)
+        assert found.is_dicom
+        place, files = as_files(found, tmp_path / "files", ".nii.gz")
+        from fastnnunet.images.io import image_io
+
+        for case, series in found.cases.items():
+            expected, geometry = image_io("SimpleITKIO").read(series)
+            again, stored = image_io("SimpleITKIO").read(files[case])
+            np.testing.assert_array_equal(again, expected)
+            np.testing.assert_allclose(stored["spacing"], geometry["spacing"], rtol=1e-6)
+            for name in ("origin", "direction"):
+                np.testing.assert_allclose(stored["sitk_stuff"][name], geometry["sitk_stuff"][name], atol=1e-4)
+        before = (place / "a_0000.nii.gz").stat().st_mtime_ns
+        as_files(found, place, ".nii.gz")
+        assert (place / "a_0000.nii.gz").stat().st_mtime_ns == before
+
+
+class TestModels:
+    def test_a_zip_is_the_folder_it_was_made_of(self, opened, model, scans, tmp_path, monkeypatch):
+        monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
+        file = tmp_path / "model.zip"
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in (p for p in model.rglob("*") if p.is_file()):
+                archive.write(path, path.relative_to(model.parents[1]))
+        again = opened_with(file, scans, opened.folder)
+        assert again.teacher == opened.teacher
+
+    @pytest.mark.parametrize(
+        ("members", "error"),
+        [
+            ({"notes.txt": "no model"}, NotFoundError),
+            ({"../../plans.json": "{}", "m/fold_0/checkpoint_final.pth": ""}, CorruptError),
+            (None, CorruptError),
+        ],
+    )
+    def test_zips_that_are_no_models(self, members, error, scans, tmp_path, monkeypatch):
+        monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
+        file = tmp_path / "model.zip"
+        file.write_bytes(b"PK\x03\x04 cut off")
+        if members is not None:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, text in members.items():
+                    archive.writestr(name, text)
+        refused(error, file, scans, tmp_path / "work", folds=None)
+        assert not (tmp_path / "work").exists()
+        assert not (tmp_path / "plans.json").exists()
+
+
+class TestWorkFolder:
+    def test_of_another_teacher(self, opened, model, scans):
+        message = refused(MismatchError, model, scans, opened.folder, folds=(0,))
+        assert "model checkpoints.1:" in message
+        assert "name another --work" in message
+        mirrored = CacheSpec(precision="fp32", engine="torch", temperature=1.0)
+        assert "model mirroring: false -> true" in refused(MismatchError, model, scans, opened.folder, recipe=mirrored)
+
+    def test_of_other_scans(self, opened, model, scans):
+        shutil.copy(scans / "s0_0000.nii.gz", scans / "x_0000.nii.gz")
+        (scans / "s1_0000.nii.gz").unlink()
+        (scans / "s2_0000.nii.gz").write_bytes((scans / "s2_0000.nii.gz").read_bytes() + b"\0")
+        message = refused(MismatchError, model, scans, opened.folder)
+        for line in ("scans new: x", "scans changed: s2", "scans no longer there: s1"):
+            assert line in message
+
+    def test_damaged_or_of_something_else(self, opened, model, scans, tmp_path):
+        (opened.folder / "work.json").write_text("{")
+        refused(CorruptError, model, scans, opened.folder)
+        assert "holds other things" in refused(SpecError, model, scans, scans)
+
+
+class TestTheCommandLine:
+    def refused(self, capsys, *words):
+        with pytest.raises(SystemExit) as caught:
+            main(["distill", "images", *map(str, words)])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    def test_one_message_and_nothing_written(self, model, scans, tmp_path, capsys):
+        output = tmp_path / "out"
+        asked = ("-m", model, "-i", scans, "-o", output)
+        assert "got 4 twice" in self.refused(capsys, *asked, "-r", "4", "4")
+        assert "which model?" in self.refused(capsys, *asked, "-d", "998", "-r", "4")
+        assert "which student?" in self.refused(capsys, *asked)
+        assert "alpha" in self.refused(capsys, *asked, "-r", "4", "-a", "2")
+        assert not output.exists() or [p.name for p in output.rglob("*")] == ["work", "work.json"]
+        file = tmp_path / "file"
+        file.write_text("")
+        assert f"{file} is a file" in self.refused(capsys, *asked[:-1], file, "-r", "4")
+
+    def test_stages_need_each_other(self, model, scans, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["train", "-m", str(model), "-r", "4"])
+        assert "-m: expected with -i" in capsys.readouterr().err
+        words = ["-m", str(model), "-i", str(scans), "--work", str(tmp_path / "work")]
+        with pytest.raises(SystemExit):
+            main(["train", *words, "-r", "4", "-f", "0"])
+        assert "leave out -f" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["train", *words, "-r", "4"])
+        said = capsys.readouterr().err
+        assert "not preprocessed yet" in said
+        assert f"make it ready with: fastnnunet cache build -m {model} -i {scans} --work {tmp_path / 'work'}" in said
+        assert not list(Path(tmp_path / "work").rglob("*.b2nd"))
