@@ -206,6 +206,9 @@ def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
     from fastnnunet.specs.load import build_spec
 
     schedule = schedule_for(len(opened.scans.cases), prod(opened.source.model.patch_size))
+    besides = {"steps": {"epochs", "iterations_per_epoch"}, "hours": {"epochs"}}
+    replaced = {name for asked, names in besides.items() if training.get(asked) is not None for name in names}
+    schedule = {name: value for name, value in schedule.items() if name not in replaced}
     given = {**schedule, "temperature": opened.recipe.temperature, **training}
     return build_spec(DistillSpec, given, where="options")
 
