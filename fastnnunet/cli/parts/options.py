@@ -65,6 +65,9 @@ RunName = Annotated[str | None, ask("--name", "Name of the run: of `train`, for 
 # how it is trained; the temperature is the recipe's
 _OF_ONE = ("unlabelled", "unlabelled_share", "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
 Training = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature",))]
+ScansTraining = Annotated[
+    Asked, Group(DistillSpec, TRAINING, without=("temperature", "unlabelled", "unlabelled_share"))
+]
 ManyTrainings = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature", *_OF_ONE))]
 Trained = Annotated[Asked, Group(DistillSpec, TRAINING, only=("alpha", "temperature"))]
 TrainingDevice = Annotated[str, ask("-device --device", "auto, cpu or cuda.", RUN)]
