@@ -101,13 +101,12 @@ def _train_students(
         cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file, files)
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
     unlabelled = None
-    if first.distill.unlabelled is not None and soft_labels is not None:
+    if first.distill.unlabelled is not None:
         unlabelled = unlabelled_for_training(
             first.teacher,
             first.cache,
-            first.distill.unlabelled,
-            first.distill.unlabelled_share,
-            soft_labels,
+            first.distill,
+            None if soft_labels is None else soft_labels.image_digests,
             first.cache_root,
             first.cache_spec_file,
             files,

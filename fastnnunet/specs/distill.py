@@ -79,14 +79,18 @@ class DistillSpec:
     soft_on_ignored: Annotated[
         bool, Option("--soft-on-ignored/--no-soft-on-ignored", "Soft loss where the label says ignore too.")
     ] = True
-    # the name of their set, once it is known; they have a soft loss only
+    # the name of their set, once it is known; without pseudo_labels they have a soft loss only
     unlabelled: Annotated[
         str | None,
         Option("--unlabelled", "Learn from images without labels too: their folder, or name of the set."),
     ] = None
     unlabelled_share: Annotated[
-        float, Option("--unlabelled-share", "Share of the samples that are unlabelled, above 0, below 1.")
+        float, Option("--unlabelled-share", "Share of the samples that are unlabelled, from 0 to 1.")
     ] = 0.5
+    pseudo_labels: Annotated[
+        bool,
+        Option("--pseudo-labels/--no-pseudo-labels", "Hard loss on the teacher's label of unlabelled samples too."),
+    ] = False
 
     def __post_init__(self) -> None:
         problems = self._schedule_problems()
@@ -150,15 +154,21 @@ class DistillSpec:
 
     def _unlabelled_problems(self) -> list[str]:
         share = self.unlabelled_share
-        if self.unlabelled is None:
-            return [] if share == 0.5 else [f"unlabelled_share: got {share} without unlabelled, expected both"]
         problems = []
+        if self.unlabelled is None:
+            if share != 0.5:
+                problems.append(f"unlabelled_share: got {share} without unlabelled, expected both")
+            if self.pseudo_labels:
+                problems.append("pseudo_labels: got them without unlabelled, expected both")
+            return problems
         if not SET_NAME.fullmatch(self.unlabelled) or "__" in self.unlabelled:
             problems.append(f"unlabelled: got {self.unlabelled!r}, expected letters, digits, '.', '-' and single '_'")
-        if self.alpha == 0:
-            problems.append("unlabelled: at alpha 0 there is nothing to learn from them, expected alpha above 0")
-        if not 0 < share < 1:
-            problems.append(f"unlabelled_share: got {share}, expected a number above 0 and below 1")
+        if self.alpha == 0 and not self.pseudo_labels:
+            problems.append(
+                "unlabelled: at alpha 0 there is nothing to learn from them, expected alpha above 0, or pseudo_labels"
+            )
+        if not 0 <= share <= 1:
+            problems.append(f"unlabelled_share: got {share}, expected a number from 0 to 1")
         return problems
 
     @property
@@ -211,6 +221,8 @@ class DistillSpec:
             words.append("unignored")
         if self.mirroring:
             words.append("mirrored")
+        if self.pseudo_labels:
+            words.append("pseudo")
         if self.unlabelled is not None:
             words.append(f"u{self.unlabelled_share:g}_{self.unlabelled}")
         return "_".join(words)

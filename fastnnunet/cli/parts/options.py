@@ -63,11 +63,10 @@ StudentPlans = Annotated[str | None, option(StudentSpec, "plans_name", panel=STU
 RunName = Annotated[str | None, ask("--name", "Name of the run: of `train`, for `export` and `predict`.")]
 
 # how it is trained; the temperature is the recipe's
-_OF_ONE = ("unlabelled", "unlabelled_share", "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
+_OF_UNLABELLED = ("unlabelled", "unlabelled_share", "pseudo_labels")
+_OF_ONE = (*_OF_UNLABELLED, "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
 Training = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature",))]
-ScansTraining = Annotated[
-    Asked, Group(DistillSpec, TRAINING, without=("temperature", "unlabelled", "unlabelled_share"))
-]
+ScansTraining = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature", *_OF_UNLABELLED))]
 ManyTrainings = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature", *_OF_ONE))]
 Trained = Annotated[Asked, Group(DistillSpec, TRAINING, only=("alpha", "temperature"))]
 TrainingDevice = Annotated[str, ask("-device --device", "auto, cpu or cuda.", RUN)]

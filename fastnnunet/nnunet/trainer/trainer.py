@@ -143,14 +143,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        datasets = [WritableCases(d) for d in super().get_tr_and_val_datasets()]
-        if self.soft_labels is None:
-            return datasets[0], datasets[1]
-        training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
-        if self.unlabelled is not None:
-            unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
-            return JoinedDataset(training, unlabelled), validation
-        return training, validation
+        training: Any
+        validation: Any
+        training, validation = (WritableCases(d) for d in super().get_tr_and_val_datasets())
+        unlabelled: Any = self.unlabelled
+        if self.soft_labels is not None:
+            training, validation = (SoftLabelDataset(d, self.soft_labels) for d in (training, validation))
+            unlabelled = unlabelled and SoftLabelDataset(unlabelled, unlabelled.soft_labels)
+        return training if unlabelled is None else JoinedDataset(training, unlabelled), validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Seeded, numbered batches in the place of nnU-Net's loaders, from the first of `current_epoch` on."""
@@ -377,7 +377,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "augmentation": (self.augmentation, self.mirror_augmentation),
             "augmented on the device": self.device_augmentation is not None,
             "soft labels": self.soft_labels is not None,
-            "unlabelled": self.unlabelled and (self.unlabelled.key, self.unlabelled.share),
+            "unlabelled": self.unlabelled
+            and (self.unlabelled.key, self.unlabelled.share, self.unlabelled.pseudo_labels),
         }
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
