@@ -179,6 +179,10 @@ class TestTheCommand:
         assert set(checkpoints) <= set(files_below(root / "again"))
 
 
+def told(events):
+    return [event.text for event in events if hasattr(event, "text")]
+
+
 def weights_of(student):
     import torch
 
@@ -210,6 +214,12 @@ class TestInterrupted:
         expected, found = weights_of(straight.students[0]), weights_of(resumed.students[0])
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
         assert resumed.students[0].fidelity.dice == straight.students[0].fidelity.dice
+        events = Events()
+        other = run(model_in(pristine_world), root / "scans", tmp_path / "out", held_out=2, progress=events)
+        assert "student r2 learnt from other scans and is trained anew" in told(events)
+        assert sorted(other.students[0].fidelity.dice) == list(other.scans.held_out)
+        assert len(other.scans.held_out) == 2
+        assert any(not np.array_equal(expected[name], value) for name, value in weights_of(other.students[0]).items())
         for case in ("s0", "s1", "s4"):
             np.testing.assert_array_equal(
                 read(resumed.scans.labels / f"{case}.nii.gz"), read(straight.scans.labels / f"{case}.nii.gz")

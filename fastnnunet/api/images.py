@@ -95,8 +95,7 @@ def distil_images(
     _refuse_twice(students)
     opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
     distill = _training(opened, training)
-    steps = distill.epochs * distill.iterations_per_epoch
-    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, steps))
+    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, distill))
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
@@ -150,7 +149,7 @@ def label_images(
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
     opened = _open(model, scans, work, recipe, held_out, progress)
-    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), 0))
+    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), DistillSpec()))
     with opened.world() as files:
         labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
         overall.end()
@@ -213,12 +212,15 @@ def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
     return build_spec(DistillSpec, given, where="options")
 
 
-def _expected(scans: int, students: Sequence[StudentSpec], steps: int) -> dict[str, float]:
+def _expected(scans: int, students: Sequence[StudentSpec], distill: DistillSpec) -> dict[str, float]:
     """Stages and about how many seconds each takes, before anything is known of this machine."""
+    training_s = 0.2 * distill.epochs * distill.iterations_per_epoch
+    if distill.hours is not None:
+        training_s = 3600 * distill.hours
     stages = {"preprocessing": 0.5 * scans, "labelling": 10.0 * scans, "writing labels": 0.2 * scans}
     for student in students:
         stages |= {
-            f"training {student.tag}": 0.2 * steps,
+            f"training {student.tag}": training_s,
             f"exporting {student.tag}": 20.0,
             f"judging {student.tag}": 0.2 * scans,
         }
