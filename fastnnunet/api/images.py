@@ -6,7 +6,7 @@ the user's own.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from fastnnunet.specs.teacher import PublishedSpec
 if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
@@ -108,7 +109,8 @@ def distil_images(
             folder = output / tag
             _export(trained, folder, overall)
             overall.begin(f"judging {tag}")
-            judged.append(judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall))
+            one = judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall)
+            judged.append(replace(one, calibration=_calibration(opened, files, labelled, one.model, threads, overall)))
         record = {
             "created": now_utc(),
             "versions": versions(),
@@ -281,6 +283,31 @@ def _label(
         overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
     write_split(opened.base, learnt_from, out)
     return _labelled(opened, cache, screening.left_out, rare), screening
+
+
+def _calibration(
+    opened: "Work",
+    files: "ModelFolder",
+    labelled: LabelledScans,
+    student: Path,
+    threads: int | None,
+    progress: Listener,
+) -> "CalibrationSummary | None":
+    """How close a student's probabilities are to the soft labels of the scans held out."""
+    from fastnnunet.api.calibrated import student_calibration
+    from fastnnunet.engines.registry import available_cores
+    from fastnnunet.nnunet.files.cases import open_cases
+
+    return student_calibration(
+        student,
+        files.configuration,
+        open_cases(files.plans, files.configuration),
+        labelled.held_out,
+        opened.prepared(files).path,
+        opened.recipe.temperature,
+        threads or available_cores(),
+        progress,
+    )
 
 
 def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
