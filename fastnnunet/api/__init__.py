@@ -1,9 +1,9 @@
 """The front desk: a function for each stage and one stream of events.
 
-`label` makes the cache of a teacher, `distil` trains students from it, `export` makes a bundle of one, `predict` runs
-it, `benchmark` measures bundles beside nnU-Net; `distil_images` is all of it for a published model and scans without
-labels. Each tells a `progress` listener (`fastnnunet.events`) what it does,
-prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a listener that
+`label` makes the cache of a teacher and `import_maps` that of soft maps of one's own, `distil` trains students from it,
+`export` makes a bundle of one, `predict` runs it, `benchmark` measures bundles beside nnU-Net; `distil_images` is all
+of it for a published model and scans without labels. Each tells a `progress` listener (`fastnnunet.events`) what it
+does, prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a listener that
 shows events on a terminal. Importing this needs neither torch nor nnunetv2 nor zarr.
 """
 
@@ -16,6 +16,7 @@ from fastnnunet.api.images import DistilledImages, distil_images, label_images, 
 from fastnnunet.api.label import LabelledCache, label
 from fastnnunet.api.names import find_bundle, find_run
 from fastnnunet.api.predict import Predicted, predict
+from fastnnunet.api.soft_maps import import_maps
 
 if TYPE_CHECKING:
     from fastnnunet.api.fast_predictor import FastPredictor as FastPredictor
@@ -37,6 +38,7 @@ __all__ = [
     "export_named",
     "find_bundle",
     "find_run",
+    "import_maps",
     "label",
     "label_images",
     "predict",

@@ -9,6 +9,7 @@ import typer
 from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import recipe_of, teacher_of
 from fastnnunet.cli.parts.fields import Asked, spread
+from fastnnunet.cli.parts.soft_maps import import_maps
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.specs.cache import CacheSpec, TeacherEngine
 
@@ -209,6 +210,9 @@ def plan(
     if todo:
         require_space(job, todo)
         require_memory(job, todo, int(memory_limit * 2**30))
+
+
+app.command("import")(import_maps)
 
 
 @app.command("list")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # what a work folder has decided, or does not have
 DECIDED = (
     *("fold", "cache_root", "previous", "resume", "overwrite", "together", "validate", "name", "pretrained"),
-    *("unlabelled", "unlabelled_share", "pseudo_labels"),
+    *("unlabelled", "unlabelled_share", "pseudo_labels", "soft_labels"),
 )
 
 
@@ -38,6 +38,14 @@ def train(
     teacher_folds: options.TeacherFolds = None,
     spec: options.SpecFile = None,
     cache_root: options.CacheRoot = None,
+    soft_labels: Annotated[
+        str | None,
+        options.ask(
+            "--soft-labels",
+            "Take this cache, such as one of `cache import`: its folder, or first digits of its key.",
+            options.CACHE,
+        ),
+    ] = None,
     previous: options.Previous = None,
     resume: Annotated[bool, options.ask("--continue --c", "Continue an unfinished run.")] = False,
     overwrite: options.Overwrite = False,
@@ -143,6 +151,7 @@ def train(
                 threads=threads,
                 cache_root=place,
                 cache_spec_file=spec,
+                soft_labels=soft_labels,
                 pretrained=pretrained,
             )
             for one in students

@@ -3,6 +3,7 @@
 import logging
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, load_pretrained
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
-from fastnnunet.nnunet.files.model import ModelFolder, build_network, model_folder_of, model_of
+from fastnnunet.nnunet.files.model import ModelFolder, PlannedModel, build_network, model_folder_of, model_of
 from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
 from fastnnunet.nnunet.files.plans import STOCK_TRAINER, architecture_of, configuration_of
@@ -21,6 +22,7 @@ from fastnnunet.nnunet.student.fit import check_fit, check_network
 from fastnnunet.nnunet.student.plans import check_plans_name, student_plans
 from fastnnunet.nnunet.student.primus import stock_trainer_of
 from fastnnunet.specs.canonical import differences
+from fastnnunet.teachers.maps.jobs import preprocessed_model
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +44,29 @@ def resolve_device(requested: str) -> str:
     return device
 
 
+def described(job: TrainingJob, keep: Collection[int | str] = ()) -> ModelFolder | PlannedModel:
+    """What a student is made from: the teacher's model folder, or with soft labels by name and random first weights
+    the plans beside the preprocessed cases. `keep` as of ModelFolder. Raises NotFoundError, MismatchError.
+    """
+    if job.soft_labels is None:
+        return model_folder_of(job.teacher, keep)
+    if job.distill.start == "teacher" and job.pretrained is None:
+        try:
+            return model_folder_of(job.teacher, keep)
+        except NotFoundError as e:
+            raise NotFoundError(f"{e}\nor train without a teacher's model, with --start random") from e
+    model = preprocessed_model(job.teacher)
+    return PlannedModel(plans=model.plans, dataset_json=model.dataset_json, trainer=job.teacher.trainer)
+
+
 def check_job(
-    job: TrainingJob, *, resume: bool, overwrite: bool, files: ModelFolder | None = None
+    job: TrainingJob, *, resume: bool, overwrite: bool, files: ModelFolder | PlannedModel | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Refuse what can be refused without the cache; returns (student plans, dataset.json, fold folder).
 
     `files`: the teacher's model folder where it is open already.
     """
-    files = files or model_folder_of(job.teacher)
+    files = files or described(job)
     dataset_json, teacher_plans = files.dataset_json, files.plans
     check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(

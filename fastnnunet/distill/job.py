@@ -34,11 +34,19 @@ class TrainingJob:
     threads: int | None = None
     cache_spec_file: Path | None = None  # only to quote it in messages
     cache_root: Place | None = None  # where to look for the cache; None = beside the preprocessed data
+    soft_labels: str | None = None  # folder, URL or first digits of the key of a cache to take; None: the teacher's
     pretrained: Path | None = None  # nnU-Net checkpoint the student's weights start from
 
     def __post_init__(self) -> None:
         if self.augment_on not in AUGMENT_ON:
             raise SpecError(f"--augment-on: got {self.augment_on!r}, expected {', '.join(AUGMENT_ON)}")
+        if self.soft_labels is not None:
+            if self.distill.alpha == 0:
+                raise SpecError(f"--soft-labels {self.soft_labels}: none are read with -a 0; leave one of them out")
+            if self.distill.unlabelled is not None:
+                raise SpecError(
+                    f"--soft-labels {self.soft_labels}: leave out --unlabelled, whose images the teacher labels"
+                )
 
 
 def run_folder(job: TrainingJob) -> Path:

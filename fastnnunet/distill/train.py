@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastnnunet.distill.check import check_job, check_truth, resolve_device, runs_beside
+from fastnnunet.cache.store.storage import Place
+from fastnnunet.distill.check import check_job, check_truth, described, resolve_device, runs_beside
 from fastnnunet.distill.configure import configure
 from fastnnunet.distill.job import FINAL, TrainingJob, reached_checkpoint, start_fold
 from fastnnunet.distill.memory import keep_freed_memory
@@ -20,13 +21,15 @@ from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
 from fastnnunet.errors import SpecError
 from fastnnunet.events import Listener, Progress, ignore
-from fastnnunet.nnunet.files.model import model_folder_of
+from fastnnunet.nnunet.files.model import ModelFolder, PlannedModel, model_of
 from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.nnunet.student.plans import publish_plans
 from fastnnunet.nnunet.versions import TRAINING, require_versions
 from fastnnunet.teachers.jobs import cache_for_training
+from fastnnunet.teachers.maps.jobs import named_cache
 
 if TYPE_CHECKING:
+    from fastnnunet.nnunet.files.checkpoint import Weights
     from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 
 log = logging.getLogger(__name__)
@@ -88,8 +91,8 @@ def _train_students(
 
     first = jobs[0]
     start = start_fold(first)
-    files = model_folder_of(first.teacher, keep=(start,) if first.distill.start == "teacher" else ())
-    start_weights = functools.cache(partial(files.take_weights, start))
+    files = described(first, keep=(start,) if first.distill.start == "teacher" else ())
+    start_weights = functools.cache(partial(_start_weights, files, start))
     checked = [check_job(job, resume=resume, overwrite=overwrite, files=files) for job in jobs]
     folders = [fold_folder for _, _, fold_folder in checked]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
@@ -98,10 +101,10 @@ def _train_students(
         check_truth(checked[0][0], first)
     soft_labels = None
     if first.distill.alpha > 0:
-        cache = cache_for_training(first.teacher, first.cache, first.cache_root, first.cache_spec_file, files)
+        cache = _cache(first, files)
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
     unlabelled = None
-    if first.distill.unlabelled is not None:
+    if first.distill.unlabelled is not None and isinstance(files, ModelFolder):
         unlabelled = unlabelled_for_training(
             first.teacher,
             first.cache,
@@ -147,6 +150,28 @@ def _train_students(
         if validate and not (fold_folder / "validation" / "summary.json").is_file():
             _validate(trainer)
     return [fold_folder for _, _, fold_folder in checked]
+
+
+def _start_weights(files: ModelFolder | PlannedModel, fold: int | str) -> "Weights":
+    if isinstance(files, PlannedModel):
+        raise SpecError("first weights: got a model that was never trained, expected --start random")
+    return files.take_weights(fold)
+
+
+def _cache(job: TrainingJob, files: ModelFolder | PlannedModel) -> Place:
+    """The cache that a job names, else its teacher's. Raises as `cache_for_training` and `named_cache` do."""
+    if job.soft_labels is None and isinstance(files, ModelFolder):
+        return cache_for_training(job.teacher, job.cache, job.cache_root, job.cache_spec_file, files)
+    model = model_of(files.plans, job.teacher.configuration, files.dataset_json)
+    return named_cache(
+        job.soft_labels or "",
+        job.teacher,
+        job.cache,
+        model,
+        job.fold,
+        root=job.cache_root,
+        spec_file=job.cache_spec_file,
+    )
 
 
 def _clear(folder: Path, keep: Path) -> None:

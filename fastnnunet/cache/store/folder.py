@@ -112,7 +112,9 @@ class CacheFolder:
         return command_at(str(self.provenance["command"]), self.path.parent)
 
     def rebuild_command(self, *case_ids: str) -> str:
-        """The command that replaces damaged cases."""
+        """The command that replaces damaged cases; an import looks at every case in depth anyway."""
+        if shlex.split(self.build_command)[:3] == ["fastnnunet", "cache", "import"]:
+            return self.build_command
         return f"{self.build_command} --case {shlex.join(case_ids)}"
 
     def missing_cases(self) -> list[str]:

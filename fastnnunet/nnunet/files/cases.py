@@ -85,10 +85,14 @@ class PreprocessedCases:
 
     def digest(self, case_id: str) -> str:
         """Hex SHA-256 over dtype, shape and decoded bytes of the image; how the file is compressed does not matter."""
-        image_CZYX = self.image_CZYX(case_id)
-        digest = hashlib.sha256(f"{image_CZYX.dtype.str}{image_CZYX.shape}".encode())
-        digest.update(image_CZYX.data)
-        return digest.hexdigest()
+        return image_digest(self.image_CZYX(case_id))
+
+
+def image_digest(image_CZYX: np.ndarray) -> str:
+    """Hex SHA-256 over dtype, shape and values of an image without gaps in memory."""
+    digest = hashlib.sha256(f"{image_CZYX.dtype.str}{image_CZYX.shape}".encode())
+    digest.update(image_CZYX.data)
+    return digest.hexdigest()
 
 
 def dataset_class(folder: Path) -> Any:

@@ -191,6 +191,19 @@ class ModelFolder:
         return strip_prefix(checkpoint["network_weights"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """A model that was planned and never trained: what of a ModelFolder a student is made from."""
+
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    trainer: str
+
+    def facts(self, _fold: Fold) -> FoldFacts:
+        """What its checkpoints would say."""
+        return FoldFacts(trained_by=self.trainer, trainer=builder_of(self.trainer), mirror_axes=())
+
+
 def model_folder_of(spec: TeacherSpec, keep: Collection[Fold] = ()) -> ModelFolder:
     """The folder of a teacher by its names. Raises NotFoundError."""
     return ModelFolder(teacher_folder(spec), spec.configuration, spec.checkpoint, keep)

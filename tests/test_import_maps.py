@@ -1,0 +1,312 @@
+"""Soft maps in a teacher's place: nnU-Net writes the maps and prepares the images that they are compared with."""
+
+import pickle
+import re
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from fastnnunet.api.soft_maps import import_maps
+from fastnnunet.cache.build import build_cache
+from fastnnunet.cache.job import prepare_job
+from fastnnunet.cache.store.reader import SoftLabelReader
+from fastnnunet.cache.verify import verify_cache
+from fastnnunet.cli.main import main
+from fastnnunet.distill.job import TrainingJob
+from fastnnunet.distill.train import train_student
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+from fastnnunet.nnunet.files.model import model_of
+from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
+from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.maps.jobs import maps_job, preprocessed_model
+from fastnnunet.teachers.maps.teacher import on_grid
+from fastnnunet.testing import check_teacher
+from tests.tiny import CONFIGURATION, DATASET
+
+DATA = TeacherSpec(dataset="998", folds=(0, 1))
+RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
+CASES = ("tiny_00", "tiny_01")
+ALL = tuple(f"tiny_{number:02d}" for number in range(10))
+
+
+def image_of(world, case):
+    return sitk.ReadImage(str(world / "raw" / DATASET / "imagesTr" / f"{case}_0000.nii.gz"))
+
+
+def random_map(shape_zyx, seed):
+    noise = 3 * np.random.default_rng(seed).standard_normal((3, *shape_zyx))
+    values = np.exp(noise)
+    return (values / values.sum(axis=0)).astype(np.float32)
+
+
+def write_nifti(world, folder, case, values_CZYX):
+    """A channel per class along the fourth axis, on the grid of the image."""
+    folder.mkdir(exist_ok=True)
+    image = image_of(world, case)
+    volumes = []
+    for channel in values_CZYX:
+        volume = sitk.GetImageFromArray(channel)
+        volume.CopyInformation(image)
+        volumes.append(volume)
+    sitk.WriteImage(sitk.JoinSeries(volumes), str(folder / f"{case}.nii.gz"))
+
+
+def write_raters(world, folder, cases=CASES, seed=0):
+    """NIfTI maps of cases; returns case -> values."""
+    maps = {}
+    for number, case in enumerate(cases):
+        maps[case] = random_map(sitk.GetArrayFromImage(image_of(world, case)).shape, seed + number)
+        write_nifti(world, folder, case, maps[case])
+    return maps
+
+
+def read_back(cache, case):
+    reader = SoftLabelReader(cache.path)
+    return reader.to_probabilities(reader.read_patch(case, (0, 0, 0), reader.shape_zyx(case)))
+
+
+def softmax(logits, temperature):
+    return torch.softmax(torch.from_numpy(np.asarray(logits, np.float64)) / temperature, 0).numpy()
+
+
+def nnunets_maps(folder, only=CASES):
+    """Maps of the teacher as nnU-Net saves them, and the cache that the teacher makes itself."""
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+    folder.mkdir()
+    source, factory, root = open_teacher(DATA, RECIPE)
+    loaded, model = factory.load(1), factory.files.model
+    for case in only:
+        image = source.image_CZYX(case)
+        ((_, logits),) = loaded.blocks(image, DATA.folds, image.shape[1:])
+        properties = deepcopy(source.load(case)[3])
+        export_prediction_from_logits(
+            torch.from_numpy(logits), properties, model.config, model.manager, model.dataset_json, str(folder / case),
+            save_probabilities=True, num_threads_torch=1,
+        )  # fmt: skip
+    return build_cache(prepare_job(source, factory, RECIPE, root, command="rebuild"), only=only)
+
+
+def test_of_a_teacher_it_is_the_teachers_cache(world, tmp_path):
+    direct = nnunets_maps(tmp_path / "maps")
+    cache = import_maps([tmp_path / "maps"], DATA, RECIPE, cases=CASES).cache
+    assert list(cache.cases) == [*CASES]
+    assert cache.key != direct.key
+    assert {case: direct.cases[case] for case in CASES} == cache.cases
+    assert "checkpoints" not in cache.identity["teacher"]
+    assert len(cache.identity["teacher"]["maps"]["0"]) == 64
+    assert [report.status for report in verify_cache(cache)] == ["ok", "ok"]
+    for case in CASES:
+        ours, theirs = read_back(cache, case), read_back(direct, case)
+        assert theirs.std() > 0.01
+        assert np.abs(ours - theirs).max() <= cache.codec.eps + direct.codec.eps + 1e-3
+
+
+def test_raters_are_averaged_and_tempered(world, tmp_path):
+    one, other = (write_raters(world, tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 50)))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    recipe = replace(RECIPE, encoding="float16", temperature=2.0)
+    cache = import_maps(folders, DATA, recipe, cases=CASES).cache
+    pooled = import_maps(folders, DATA, replace(recipe, pooling="probabilities"), cases=CASES).cache
+    for case in CASES:
+        mean = (one[case].astype(np.float64) + other[case]) / 2
+        np.testing.assert_allclose(read_back(cache, case), softmax(np.log(mean), 2), atol=1e-3)
+        each = [softmax(np.log(maps[case]), 2) for maps in (one, other)]
+        np.testing.assert_allclose(read_back(pooled, case), np.mean(each, axis=0), atol=1e-3)
+    assert import_maps(folders[::-1], DATA, recipe, cases=CASES).cache.key == cache.key  # raters have no order
+    write_nifti(world, tmp_path / "a", CASES[0], random_map(one[CASES[0]].shape[1:], 99))
+    assert import_maps(folders, DATA, recipe, cases=CASES).cache.key != cache.key
+
+
+def test_a_teacher_like_any_other(world, tmp_path):
+    write_raters(world, tmp_path / "a"), write_raters(world, tmp_path / "b", seed=50)
+    job = maps_job(DATA, RECIPE, [tmp_path / "a", tmp_path / "b"], only=CASES)
+    check_teacher(job.factory, job.source.image_CZYX(CASES[0]), (9, 10, 11))
+
+
+def test_grid_is_that_of_nnunets_preprocessor(world):
+    """A map that is the image: with the same resampling it must come out as nnU-Net prepares that image."""
+    model = preprocessed_model(DATA)
+    plans = deepcopy(model.plans) | {"transpose_forward": [2, 0, 1], "transpose_backward": [1, 2, 0]}
+    config = plans["configurations"][CONFIGURATION]
+    config |= {"spacing": [1.2, 1.1, 0.9], "normalization_schemes": ["NoNormalization"]}
+    config["resampling_fn_data"] = config["resampling_fn_probabilities"]
+    config["resampling_fn_data_kwargs"] = config["resampling_fn_probabilities_kwargs"]
+    changed = model_of(plans, CONFIGURATION, model.dataset_json)
+    first = np.zeros((20, 24, 22), np.float32)
+    first[3:18, 2:20, 1:21] = random_map((15, 18, 20), 4)[0]
+    prepared, _, properties = changed.config.preprocessor_class(verbose=False).run_case_npy(
+        first[None], None, {"spacing": [1.5, 1.0, 1.0]}, changed.manager, changed.config, changed.dataset_json
+    )
+    assert prepared.shape[1:] != properties["shape_after_cropping_and_before_resampling"]
+    ours = on_grid(np.stack([first, 1 - first, 0 * first]), properties, changed, prepared.shape[1:])
+    np.testing.assert_allclose(ours[0], prepared[0], atol=1e-5)
+    np.testing.assert_allclose(ours.sum(axis=0), 1, atol=1e-5)
+
+
+def nan(values):
+    values[1, 3, 4, 5] = np.nan
+    return values
+
+
+WRONG = {
+    "shape": (lambda v: v[:, 1:], r"got 19 x 24 x 22 voxels \(z, y, x\), expected 20 x 24 x 22"),
+    "classes": (lambda v: v[:2] / v[:2].sum(0), "got 2 channels, expected 3, the classes with background"),
+    "finite": (nan, r"1 values are not finite"),
+    "range": (lambda v: v * 255, "expected probabilities from 0 to 1"),
+    "sum": (lambda v: v * 0.9, r"sum to 1 but for 0\.1000, expected at most 0\.005"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_values_that_are_no_soft_map(world, tmp_path, wrong):
+    change, message = WRONG[wrong]
+    maps = write_raters(world, tmp_path / "maps")
+    file = tmp_path / "maps" / f"{CASES[0]}.npz"
+    np.savez(file, probabilities=change(maps[CASES[0]].copy()))
+    properties = maps_job(DATA, RECIPE, [tmp_path / "maps"], only=CASES[1:]).factory.cases.load(CASES[0])[3]
+    file.with_suffix(".pkl").write_bytes(pickle.dumps(properties))
+    with pytest.raises(MismatchError, match=message):
+        import_maps([tmp_path / "maps"], DATA, RECIPE, cases=CASES)
+    assert not list((world / "preprocessed" / DATASET).glob("fastnnunet_*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.SetSpacing((1.0, 1.0, 1.6, 1.0)), "spacing_zyx: got"),
+        (lambda i: i.SetOrigin((0.0, 5.0, 0.0, 0.0)), "origin_xyz: got"),
+        (lambda i: i.SetDirection(np.diag([1.0, -1, 1, 1]).ravel().tolist()), "direction: got"),
+    ],
+    ids=["spacing", "origin", "direction"],
+)
+def test_maps_that_lie_elsewhere(world, tmp_path, change, message):
+    write_raters(world, tmp_path / "maps")
+    file = str(tmp_path / "maps" / f"{CASES[1]}.nii.gz")
+    image = sitk.ReadImage(file)
+    change(image)
+    sitk.WriteImage(image, file)
+    with pytest.raises(MismatchError, match=message):
+        import_maps([tmp_path / "maps"], DATA, RECIPE, cases=CASES)
+
+
+def test_all_problems_in_one_message(world, tmp_path, capsys):
+    maps = write_raters(world, tmp_path / "maps", ALL[:3])
+    write_nifti(world, tmp_path / "maps", ALL[0], maps[ALL[0]] * 2)
+    (tmp_path / "maps" / f"{ALL[1]}.nii.gz").write_bytes(b"no image")
+    shutil.copy(tmp_path / "maps" / f"{ALL[2]}.nii.gz", tmp_path / "maps" / "stranger.nii.gz")
+    with pytest.raises(SystemExit) as ended:
+        main(["cache", "import", str(tmp_path / "maps"), "-d", "998", "--cases", *ALL[:4]])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    for words in (
+        "4 problem(s)",
+        "from 0 to 1",
+        f"{ALL[1]}.nii.gz cannot be read",
+        f"no map of case {ALL[3]}",
+        "stranger",
+    ):
+        assert words in said
+    assert not list((world / "preprocessed" / DATASET).glob("fastnnunet_*"))
+
+
+def test_hostile_properties_are_not_run(world, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return open, (str(tmp_path / "touched"), "w")
+
+    maps = write_raters(world, tmp_path / "maps", CASES[:1])
+    np.savez(tmp_path / "maps" / f"{CASES[0]}.npz", probabilities=maps[CASES[0]])
+    (tmp_path / "maps" / f"{CASES[0]}.pkl").write_bytes(pickle.dumps(Touch()))
+    with pytest.raises(MismatchError, match="cannot be read"):
+        import_maps([tmp_path / "maps"], DATA, RECIPE, cases=CASES[:1])
+    assert not (tmp_path / "touched").exists()
+
+
+def test_other_refusals(world, tmp_path):
+    maps = tmp_path / "maps"
+    write_raters(world, maps, CASES[:1])
+    with pytest.raises(NotFoundError, match="is no folder"):
+        import_maps([tmp_path / "absent"], DATA, RECIPE)
+    with pytest.raises(SpecError, match="a folder twice"):
+        import_maps([maps, maps], DATA, RECIPE)
+    with pytest.raises(SpecError, match="soft maps have no folds"):
+        import_maps([maps], DATA, replace(RECIPE, policy="out_of_fold"))
+    with pytest.raises(SpecError, match="--cases: got nobody"):
+        import_maps([maps], DATA, RECIPE, cases=["nobody"])
+    with pytest.raises(MismatchError, match=r"9 problem\(s\)"):
+        import_maps([maps], DATA, RECIPE)
+
+
+def test_a_damaged_case_is_made_again(world, tmp_path, capsys):
+    write_raters(world, tmp_path / "maps")
+    words = ["cache", "import", str(tmp_path / "maps"), "-d", "998", "--cases", *CASES]
+    main_quietly(words)
+    cache = import_maps([tmp_path / "maps"], DATA, CacheSpec(), cases=CASES).cache
+    before = read_back(cache, CASES[0])
+    shard = cache.case_dir(CASES[0]) / "c" / "0" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    assert [report.status for report in verify_cache(cache)] == ["damaged", "ok"]
+    assert "--cases" in cache.rebuild_command(CASES[0])
+    assert "--case " not in cache.rebuild_command(CASES[0])
+    main_quietly(words)
+    np.testing.assert_array_equal(read_back(cache, CASES[0]), before)
+    assert f"--soft-labels {cache.path.name}" in capsys.readouterr().out
+
+
+def main_quietly(words):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code
+
+
+class TestTraining:
+    SHORT = DistillSpec(
+        alpha=0.5, temperature=2.0, epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32",
+        start="random",
+    )  # fmt: skip
+
+    def job(self, which, **changes):
+        fields = {
+            "teacher": DATA, "student": StudentSpec(r=2), "distill": self.SHORT, "fold": 0, "device": "cpu",
+            "cache": CacheSpec(temperature=2.0), "threads": 1, "soft_labels": which,
+        }  # fmt: skip
+        return TrainingJob(**fields | changes)
+
+    def test_without_any_teacher(self, world, tmp_path):
+        write_raters(world, tmp_path / "maps", ALL)
+        cache = import_maps([tmp_path / "maps"], DATA, CacheSpec(temperature=2.0)).cache
+        shutil.rmtree(world / "results" / DATASET)
+        job = self.job(cache.path.name[:8])
+        with pytest.raises(NotFoundError, match="--start random"):
+            train_student(replace(job, distill=replace(self.SHORT, start="teacher")), validate=False)
+        cooler = replace(job, cache=CacheSpec(temperature=1.0), distill=replace(self.SHORT, temperature=1.0))
+        with pytest.raises(MismatchError, match=re.escape("--temp 2")):
+            train_student(cooler, validate=False)
+        with pytest.raises(NotFoundError, match="no such cache"):
+            train_student(replace(job, soft_labels="beef"), validate=False)
+        assert not (world / "results" / DATASET).exists()
+        folder = train_student(job, validate=False)
+        checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
+        assert checkpoint["fastnnunet"]["cache_key"] == cache.key
+
+    def test_caches_of_other_cases(self, world, tmp_path):
+        write_raters(world, tmp_path / "maps")
+        cache = import_maps([tmp_path / "maps"], DATA, CacheSpec(temperature=2.0), cases=CASES).cache
+        with pytest.raises(MismatchError, match="new cases: tiny_02"):
+            train_student(self.job(str(cache.path)), validate=False)
+
+    def test_options_that_exclude_it(self):
+        with pytest.raises(SpecError, match="-a 0"):
+            self.job("abc", distill=replace(self.SHORT, alpha=0.0))
