@@ -165,7 +165,13 @@ class TestTheCommand:
         shutil.copytree(root / "out", root / "again")
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was asked again"))
+        load = NnUNetTeacher.load
+
+        def of_students(self, threads):
+            assert self.folder.name == "nnunet_model", "the teacher was asked again"
+            return load(self, threads)
+
+        monkeypatch.setattr(NnUNetTeacher, "load", of_students)
         before = files_below(root / "again/work/nnUNet_preprocessed")
         checkpoints = [f for f in files_below(root / "again") if f[0].endswith(".pth")]
         events = Events()
