@@ -20,7 +20,7 @@ from fastnnunet.api.overall import Overall
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from fastnnunet.teachers.screen import Screening
 
 RECIPE = CacheSpec(temperature=1.0)
-STEPS, STEPS_PER_EPOCH = 2000, 100
 CHECKPOINT = "checkpoint_final.pth"
 
 
@@ -45,19 +44,6 @@ class DistilledImages:
     students: tuple[JudgedStudent, ...]
     summary: Path
     report: Path  # HTML, with everything inside
-
-
-def schedule_for(number_of_scans: int, patch_voxels: int) -> dict[str, Any]:
-    """How a student is trained from this many scans unless it is said otherwise: fields of `DistillSpec`."""
-    return {
-        "alpha": 0.5,
-        "loss": "kl_dice",
-        "optimizer": "adamw",
-        "batch_size": 2,
-        "epochs": STEPS // STEPS_PER_EPOCH,
-        "iterations_per_epoch": STEPS_PER_EPOCH,
-        "val_iterations_per_epoch": 5,
-    }
 
 
 def distil_images(
@@ -81,7 +67,7 @@ def distil_images(
     """Label scans with a published model, train students on them, export and judge each; see the guide of this command.
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
-    training. `training`: fields of `DistillSpec` in the place of those of `schedule_for`. `held_out`: how many scans
+    training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
     students are judged on. `keep_all`: scans that would do harm are learnt from too. `command` is quoted in the report.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
@@ -201,15 +187,12 @@ def _refuse_twice(students: Sequence[StudentSpec]) -> None:
 
 
 def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
-    """Raises SpecError."""
-    from math import prod
-
+    """`SCANS_TRAINING`, with what is asked for in its place. Raises SpecError."""
     from fastnnunet.specs.load import build_spec
 
-    schedule = schedule_for(len(opened.scans.cases), prod(opened.source.model.patch_size))
     besides = {"steps": {"epochs", "iterations_per_epoch"}, "hours": {"epochs"}}
     replaced = {name for asked, names in besides.items() if training.get(asked) is not None for name in names}
-    schedule = {name: value for name, value in schedule.items() if name not in replaced}
+    schedule = {name: value for name, value in SCANS_TRAINING.items() if name not in replaced}
     given = {**schedule, "temperature": opened.recipe.temperature, **training}
     return build_spec(DistillSpec, given, where="options")
 

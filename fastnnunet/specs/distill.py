@@ -3,13 +3,24 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.option import Option
 
 EPOCHS, ITERATIONS, VAL_ITERATIONS = 1000, 250, 50  # nnU-Net's
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
+# what `distill images` and `train -m` train with unless told otherwise; measured, see docs/measured.md
+SCANS_TRAINING: dict[str, Any] = {
+    "alpha": 0.5,  # Dice and fidelity of the teacher's labels alone, within the spread of seeds, and its probabilities
+    "loss": "kl_dice",
+    "soft_deep_supervision": True,
+    "optimizer": "adamw",
+    "batch_size": 2,
+    "epochs": 20,
+    "iterations_per_epoch": 100,
+    "val_iterations_per_epoch": 5,
+}
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
 
