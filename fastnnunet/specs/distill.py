@@ -67,7 +67,10 @@ class DistillSpec:
     ] = "kl"
     # as the hard loss has it, with nnU-Net's weights
     soft_deep_supervision: Annotated[
-        bool, Option("--soft-deep-supervision", "Soft loss at every resolution of deep supervision.")
+        bool,
+        Option(
+            "--soft-deep-supervision/--no-soft-deep-supervision", "Soft loss at every resolution of deep supervision."
+        ),
     ] = False
     soft_voxels: Annotated[
         Literal["all", "uncertain", "entropy", "boundary"],
