@@ -100,7 +100,7 @@ def test_commands_in_messages_exist_with_their_options():
         ("nnUNetv2_preprocess -d 4 -plans_name P -c 3d_fullres", []),
         ("nnUNetv2_preprocess -d 4 -p P", ["unknown option -p"]),
         ("nnUNetv2_train 4 3d_lowres 0 --val", []),
-        ("fastnnunet cache build -c 3d_fullres", ["-d --dataset is missing"]),
+        ("fastnnunet cache plan -c 3d_fullres", ["-d --dataset is missing"]),
         ("fastnnunet exprt onnx -m M", ["no command exprt"]),
     ],
 )

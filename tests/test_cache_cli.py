@@ -179,13 +179,13 @@ def test_all_problems_of_a_recipe_at_once(world, cli, tmp_path):
 def test_a_case_that_fails_gives_exit_code_1(world, cli, monkeypatch):
     from fastnnunet.teachers.nnunet import LoadedTeacher
 
-    original = LoadedTeacher.blocks
+    original = LoadedTeacher.tallied_blocks
 
     def nan(self, *args):
         for number, logits in original(self, *args):
             yield number, logits * np.float32(np.nan)
 
-    monkeypatch.setattr(LoadedTeacher, "blocks", nan)
+    monkeypatch.setattr(LoadedTeacher, "tallied_blocks", nan)
     code, text = cli("build", *BASE, "--workers", "0", "--case", "tiny_00")
     assert code == 1
     assert "1 of 1 cases failed" in text

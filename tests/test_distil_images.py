@@ -5,21 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fastnnunet.api.images import distil_images
+from fastnnunet.api.images import distil_images, label_images
+from fastnnunet.cli.main import main
+from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.world import VARIABLES, world_in
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
+from tests.dicom_files import write_series
 from tests.tiny import CONFIGURATION, DATASET
 
 RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch", temperature=1.0)
-TRAINING = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
+TRAINING = {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
 FOLDS = (0, 1)
 
 
@@ -71,7 +75,8 @@ def done(pristine_world, tmp_path_factory):
 def run(model, scans, output, sizes=(2,), **options):
     spec = PublishedSpec(path=model, folds=FOLDS)
     students = [StudentSpec(r=r) for r in sizes]
-    return distil_images(spec, scans, output, students, recipe=RECIPE, **{"training": TRAINING, **options})
+    options = {"training": TRAINING, "keep_all": True, **options}  # folds of random weights agree on nothing
+    return distil_images(spec, scans, output, students, recipe=RECIPE, **options)
 
 
 def read(file):
@@ -145,6 +150,14 @@ class TestTheCommand:
         assert held_out in page
         assert page.count("data:image/png;base64,") >= 2
 
+    def test_scans_that_would_do_harm_are_left_out(self, done, pristine_world):
+        root, distilled = done
+        assert "s0: folds disagree: pairwise Dice 0." in distilled.report.read_text()
+        shutil.copytree(root / "out/work", root / "strict/work")
+        with pytest.raises(MismatchError, match="0 of 5 scans are fit to learn from") as caught:
+            run(model_in(pristine_world), root / "scans", root / "strict", keep_all=False)
+        assert "--keep-all" in str(caught.value)
+
     def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
         from fastnnunet.teachers.nnunet import NnUNetTeacher
 
@@ -152,7 +165,13 @@ class TestTheCommand:
         shutil.copytree(root / "out", root / "again")
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(NnUNetTeacher, "load", lambda *_: pytest.fail("the teacher was asked again"))
+        load = NnUNetTeacher.load
+
+        def of_students(self, threads):
+            assert self.folder.name == "nnunet_model", "the teacher was asked again"
+            return load(self, threads)
+
+        monkeypatch.setattr(NnUNetTeacher, "load", of_students)
         before = files_below(root / "again/work/nnUNet_preprocessed")
         checkpoints = [f for f in files_below(root / "again") if f[0].endswith(".pth")]
         events = Events()
@@ -164,6 +183,108 @@ class TestTheCommand:
         trained = {event.student for event in events if getattr(event, "unit", "") == "iterations"}
         assert trained == {"r4"}
         assert set(checkpoints) <= set(files_below(root / "again"))
+
+
+def told(events):
+    return [event.text for event in events if hasattr(event, "text")]
+
+
+def weights_of(student):
+    import torch
+
+    return torch.load(student.model / "fold_0/checkpoint_final.pth", weights_only=False)["network_weights"]
+
+
+class TestInterrupted:
+    def test_anywhere_the_same_comes_out(self, done, pristine_world, tmp_path, monkeypatch):
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        root, straight = done
+        moments = [
+            ("preprocessing images", 2),
+            ("labelling", 3),
+            ("writing labels", 2),
+            ("r2 fold 0", 3),
+            ("export", 3),
+        ]
+
+        def interrupt(event):
+            if moments and (getattr(event, "what", ""), getattr(event, "done", 0)) == moments[0]:
+                moments.pop(0)
+                raise KeyboardInterrupt
+
+        while moments:
+            with pytest.raises(KeyboardInterrupt):
+                run(model_in(pristine_world), root / "scans", tmp_path / "out", progress=interrupt)
+        resumed = run(model_in(pristine_world), root / "scans", tmp_path / "out", progress=interrupt)
+        assert not [p for p in tmp_path.rglob(".partial-*") if not p.name.endswith(".lock")]
+        expected, found = weights_of(straight.students[0]), weights_of(resumed.students[0])
+        assert all(np.array_equal(expected[name], found[name]) for name in expected)
+        assert resumed.students[0].fidelity.dice == straight.students[0].fidelity.dice
+        events = Events()
+        other = run(model_in(pristine_world), root / "scans", tmp_path / "out", held_out=2, progress=events)
+        assert "student r2 learnt from other scans and is trained anew" in told(events)
+        assert sorted(other.students[0].fidelity.dice) == list(other.scans.held_out)
+        assert len(other.scans.held_out) == 2
+        assert any(not np.array_equal(expected[name], value) for name, value in weights_of(other.students[0]).items())
+        for case in ("s0", "s1", "s4"):
+            np.testing.assert_array_equal(
+                read(resumed.scans.labels / f"{case}.nii.gz"), read(straight.scans.labels / f"{case}.nii.gz")
+            )
+
+
+def typed(*words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert ended.value.code == 0
+
+
+class TestTheStages:
+    def test_one_by_one_as_the_command(self, done, pristine_world, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        root, straight = done
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("{precision: fp32, engine: torch, temperature: 1.0}")
+        model, work = model_in(pristine_world), tmp_path / "work"
+        words = ["-m", model, "-i", root / "scans", "--work", work, "--no-mirroring", "--spec", recipe]
+        typed("cache", "build", *words, "-f", 0, 1, "--keep-all")
+        said = capsys.readouterr().out
+        assert "4 to learn from, 1 held out" in said
+        assert (
+            f"train with: fastnnunet train -m {model} -i {root / 'scans'} --work {work} -tf 0 1 --no-mirroring" in said
+        )
+        short = ["-e", 2, "--iterations", 2, "--val-iterations", 1]
+        typed("train", *words, "-tf", 0, 1, "-r", 2, *short)
+        (folder,) = (work / "nnUNet_results/Dataset001_Images").glob("*_r2_*/fold_0")
+        assert f"student r2: {folder}" in capsys.readouterr().out
+        import torch
+
+        found = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        expected = weights_of(straight.students[0])
+        assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_zip_and_dicom_series(pristine_world, tmp_path, monkeypatch):
+    """Labels of the same voxels are the same, whatever they and the model came in."""
+    monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
+    model, folder, plain = model_in(pristine_world), tmp_path / "dicom", tmp_path / "plain"
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        for path in (p for p in model.rglob("*") if p.is_file()):
+            archive.write(path, path.relative_to(model.parents[1]))
+    plain.mkdir()
+    for number in range(2):
+        image = sitk.ReadImage(str(pristine_world / f"raw/{DATASET}/imagesTr/tiny_0{number}_0000.nii.gz"))
+        stored = np.rint(sitk.GetArrayFromImage(image)).astype(np.int16)
+        write_series(folder / f"p{number}", stored, spacing_zyx=(1.5, 1.0, 1.0), rescale=[(1.0, 0.0)])
+        whole = sitk.GetImageFromArray(stored.astype(np.float32))
+        whole.SetSpacing((1.0, 1.0, 1.5))
+        sitk.WriteImage(whole, str(plain / f"p{number}_0000.nii.gz"))
+    options = {"recipe": RECIPE, "keep_all": True}
+    ours = label_images(PublishedSpec(path=tmp_path / "model.zip", folds=(0,)), folder, tmp_path / "a", **options)
+    expected = label_images(PublishedSpec(path=model, folds=(0,)), plain, tmp_path / "b", **options)
+    for case in ("p0", "p1"):
+        found = sitk.ReadImage(str(ours.labels / f"{case}.nii.gz"))
+        assert found.GetOrigin() == pytest.approx((-12.5, 3.0, 40.0))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(found), read(expected.labels / f"{case}.nii.gz"))
 
 
 class TestTheWorld:

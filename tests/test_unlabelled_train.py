@@ -80,13 +80,14 @@ def prepared(world):
     return world
 
 
-def part(share, *cases):
+def part(share, *cases, pseudo_labels=False):
     return Unlabelled(
         cases=UnlabelledCases(Path("nowhere"), cases),
         foreground=Path("nowhere"),
         soft_labels=None,
         key="",
         share=share,
+        pseudo_labels=pseudo_labels,
         command="",
     )
 
@@ -136,6 +137,17 @@ class TestHardLoss:
         loss.backward()
         assert loss.item() == 0
         assert torch.equal(z.grad, torch.zeros_like(z))
+
+    @pytest.mark.parametrize("batch_dice", [False, True])
+    def test_pseudo_labels_are_labels(self, batch_dice):
+        """The loss of the whole batch, whatever its share, with a gradient in every sample."""
+        logits, label = hard_problem()
+        z = torch.tensor(logits, requires_grad=True)
+        unlabelled = part(1 / 3, "u", pseudo_labels=True)
+        loss = unlabelled.hard_loss(nnunet_loss(batch_dice), z, torch.tensor(label), ["a", "u", "b"], 2, 3)
+        assert loss.item() == pytest.approx(by_hand(logits, label, batch_dice), rel=1e-6)
+        loss.backward()
+        assert all(bool((z.grad[place] != 0).any()) for place in range(3))
 
     def test_with_deep_supervision(self):
         from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -205,11 +217,15 @@ def test_total_loss_of_a_mixed_batch_by_hand(dice):
 
 
 class TestShare:
-    @pytest.mark.parametrize(("share", "batch_size"), [(0.5, 2), (0.3, 2), (0.25, 3), (0.9, 2), (0.5, 1)])
+    @pytest.mark.parametrize(
+        ("share", "batch_size"), [(0.5, 2), (0.3, 2), (0.25, 3), (0.9, 2), (0.5, 1), (0, 2), (1, 3)]
+    )
     def test_number_of_unlabelled_samples(self, share, batch_size):
         counts = [part(share, "u").count(n, batch_size) for n in range(1000)]
         assert sum(counts) == pytest.approx(share * batch_size * 1000, abs=1)
         assert max(counts) - min(counts) <= 1
+        if share in (0, 1):
+            assert set(counts) == {share * batch_size}
         assert {int(share * batch_size)} <= set(counts) <= {int(share * batch_size), int(share * batch_size) + 1}
 
     def test_places_and_cases_are_drawn_evenly(self):
@@ -338,7 +354,7 @@ class TestTraining:
     def test_soft_label_of_an_unlabelled_sample_is_its_own(self, prepared):
         """The loader reads an unlabelled case from its own data, cache and list of foreground voxels."""
         own = CachedSoftLabels(cache_for_training(TEACHER, RECIPE), 3.0)
-        unlabelled = unlabelled_for_training(TEACHER, RECIPE, "more-scans", 0.5, own)
+        unlabelled = unlabelled_for_training(TEACHER, RECIPE, MIXED, own.image_digests)
 
         class Labelled:
             identifiers = ("tiny_00",)
@@ -355,6 +371,64 @@ class TestTraining:
         assert previous is None
         assert segmentation.shape[1:] == image.shape[1:]
         assert set(properties["class_locations"]) == {1, 2}
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+    def test_shares_from_none_to_all(self, prepared, monkeypatch, share):
+        """Counted in the batches that reach the training step; validation sees labelled cases whatever the share."""
+        keys, validated = [], []
+        train_step, validation_step = StudentTrainer.train_step, StudentTrainer.validation_step
+        monkeypatch.setattr(StudentTrainer, "train_step", lambda t, b, i: keys.extend(b["keys"]) or train_step(t, b, i))
+        monkeypatch.setattr(
+            StudentTrainer, "validation_step", lambda t, b: validated.extend(b["keys"]) or validation_step(t, b)
+        )
+        folder = train_student(make_job(unlabelled_share=share, iterations_per_epoch=5, epochs=1), validate=False)
+        assert sum(key in ("tiny_10", "tiny_11") for key in keys) == share * 10
+        assert validated
+        assert not {"tiny_10", "tiny_11"} & set(validated)
+        assert f"_u{share:g}_more-scans__" in folder.parent.name
+
+    def test_pseudo_labels_alone(self, prepared, monkeypatch):
+        """The control: unlabelled images with the teacher's labels and no soft loss, nor the cache of labelled cases.
+
+        What the loader crops is the largest probability of the cache, -1 for background outside the image.
+        """
+        own = next(p.parent.parent for p in (prepared / "preprocessed").rglob("tiny_00/zarr.json"))
+        shutil.rmtree(own)
+        spec = dataclasses.replace(MIXED, alpha=0.0, pseudo_labels=True, unlabelled_share=1.0)
+        unlabelled = unlabelled_for_training(TEACHER, RECIPE, spec, None)
+        for case in ("tiny_10", "tiny_11"):
+            empty = unlabelled.cases.load(case)[1]
+            stored = SoftLabelReader(
+                next(p.parent for p in (prepared / "preprocessed").rglob(f"{case}/zarr.json")).parent
+            ).read_case(case)
+            channels = np.concatenate([255 - stored.sum(0, keepdims=True, dtype=np.int32), stored]).argmax(0)
+            expected = np.where((empty[0] < 0) & (channels == 0), -1, channels)
+            got = unlabelled.load_case(case)[1]
+            assert got.shape == empty.shape
+            np.testing.assert_array_equal(got[0], expected)
+            assert expected.max() > 0
+        seen = []
+        original = StudentTrainer.train_step
+
+        def spy(trainer, batch, iteration):
+            seen.append((set(batch["keys"]), int(max(t.max() for t in batch["target"]))))
+            return original(trainer, batch, iteration)
+
+        monkeypatch.setattr(StudentTrainer, "train_step", spy)
+        steps = []
+        job = make_job(alpha=0.0, pseudo_labels=True, unlabelled_share=1.0)
+        folder = train_student(job, validate=False, progress=steps.append)
+        assert all(keys <= {"tiny_10", "tiny_11"} for keys, _ in seen)
+        assert max(largest for _, largest in seen) > 0, "the loss sees labels where the image has none"
+        assert all(step.soft == 0 and step.hard != 0 for step in steps)
+        assert folder.parent.name == f"nnUNetTrainer__nnUNetPlans_r2_a0_e2_i2_s5_pseudo_u1_more-scans__{CONFIGURATION}"
+        (listed,) = (prepared / "preprocessed" / DATASET / "unlabelled" / "more-scans").glob("*.????????????????")
+        (listed / "tiny_10.b2nd").unlink()
+        with pytest.raises(NotFoundError, match=r"1 unlabelled case\(s\) have no label map of the teacher"):
+            train_student(job, overwrite=True, validate=False)
+        assert (folder / "checkpoint_final.pth").is_file()
+        build_unlabelled(prepared / "more scans", RECIPE, TEACHER)  # makes what is missing
+        train_student(job, overwrite=True, validate=False)
 
     def test_same_seed_same_student_and_resume(self, prepared, monkeypatch):
         job = make_job(epochs=3)
@@ -428,8 +502,9 @@ class TestRefusals:
     def test_settings(self):
         for changes, message in (
             ({"alpha": 0.0}, "unlabelled: at alpha 0 there is nothing to learn"),
-            ({"unlabelled_share": 1.0}, "unlabelled_share: got 1.0, expected a number above 0 and below 1"),
-            ({"unlabelled_share": 0.0}, "unlabelled_share: got 0.0"),
+            ({"unlabelled_share": 1.01}, "unlabelled_share: got 1.01, expected a number from 0 to 1"),
+            ({"unlabelled_share": -0.1}, "unlabelled_share: got -0.1"),
+            ({"unlabelled": None, "pseudo_labels": True}, "pseudo_labels: got them without unlabelled"),
             ({"unlabelled": None, "unlabelled_share": 0.3}, "unlabelled_share: got 0.3 without unlabelled"),
             ({"unlabelled": "a/b"}, "unlabelled: got 'a/b', expected letters"),
         ):
@@ -544,7 +619,7 @@ class TestRefusals:
         job = make_job(alpha=0.0, unlabelled=None, epochs=1)
         folder = train_student(job, validate=False)
         checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
-        for name in ("unlabelled", "unlabelled_share"):
+        for name in ("unlabelled", "unlabelled_share", "pseudo_labels"):
             del checkpoint["fastnnunet"]["distill"][name]
         del checkpoint[DIGEST]
         torch.save(checkpoint, folder / "checkpoint_final.pth")

@@ -1,10 +1,10 @@
 """The front desk: a function for each stage and one stream of events.
 
-`label` makes the cache of a teacher and `import_maps` that of soft maps of one's own, `distil` trains students from
-it, `export` makes a bundle of one, `predict` runs it, `benchmark` measures bundles beside nnU-Net; `distil_images` is
-all of it for a published model and scans without labels. Each tells a `progress` listener (`fastnnunet.events`)
-what it does, prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a
-listener that shows events on a terminal. Importing this needs neither torch nor nnunetv2 nor zarr.
+`label` makes the cache of a teacher and `import_maps` that of soft maps of one's own, `distil` trains students from it,
+`export` makes a bundle of one, `predict` runs it, `benchmark` measures bundles beside nnU-Net; `distil_images` is all
+of it for a published model and scans without labels. Each tells a `progress` listener (`fastnnunet.events`) what it
+does, prints nothing, may be called in any thread, and raises the errors of `fastnnunet.errors`; `View` is a listener
+that shows events on a terminal. Importing this needs neither torch nor nnunetv2 nor zarr.
 """
 
 from typing import TYPE_CHECKING, Any

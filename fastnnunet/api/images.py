@@ -6,7 +6,7 @@ the user's own.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,19 +20,19 @@ from fastnnunet.api.overall import Overall
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.specs.cache import CacheSpec
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
 
 if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
 
 RECIPE = CacheSpec(temperature=1.0)
-STEPS, STEPS_PER_EPOCH = 2000, 100
 CHECKPOINT = "checkpoint_final.pth"
 
 
@@ -44,19 +44,6 @@ class DistilledImages:
     students: tuple[JudgedStudent, ...]
     summary: Path
     report: Path  # HTML, with everything inside
-
-
-def schedule_for(number_of_scans: int, patch_voxels: int) -> dict[str, Any]:
-    """How a student is trained from this many scans unless it is said otherwise: fields of `DistillSpec`."""
-    return {
-        "alpha": 0.5,
-        "loss": "kl_dice",
-        "optimizer": "adamw",
-        "batch_size": 2,
-        "epochs": STEPS // STEPS_PER_EPOCH,
-        "iterations_per_epoch": STEPS_PER_EPOCH,
-        "val_iterations_per_epoch": 5,
-    }
 
 
 def distil_images(
@@ -80,7 +67,7 @@ def distil_images(
     """Label scans with a published model, train students on them, export and judge each; see the guide of this command.
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
-    training. `training`: fields of `DistillSpec` in the place of those of `schedule_for`. `held_out`: how many scans
+    training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
     students are judged on. `keep_all`: scans that would do harm are learnt from too. `command` is quoted in the report.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
@@ -95,8 +82,7 @@ def distil_images(
     _refuse_twice(students)
     opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
     distill = _training(opened, training)
-    steps = distill.epochs * distill.iterations_per_epoch
-    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, steps))
+    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, distill))
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
@@ -109,7 +95,8 @@ def distil_images(
             folder = output / tag
             _export(trained, folder, overall)
             overall.begin(f"judging {tag}")
-            judged.append(judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall))
+            one = judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall)
+            judged.append(replace(one, calibration=_calibration(opened, files, labelled, one.model, threads, overall)))
         record = {
             "created": now_utc(),
             "versions": versions(),
@@ -150,7 +137,7 @@ def label_images(
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
     opened = _open(model, scans, work, recipe, held_out, progress)
-    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), 0))
+    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), DistillSpec()))
     with opened.world() as files:
         labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
         overall.end()
@@ -200,22 +187,25 @@ def _refuse_twice(students: Sequence[StudentSpec]) -> None:
 
 
 def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
-    """Raises SpecError."""
-    from math import prod
-
+    """`SCANS_TRAINING`, with what is asked for in its place. Raises SpecError."""
     from fastnnunet.specs.load import build_spec
 
-    schedule = schedule_for(len(opened.scans.cases), prod(opened.source.model.patch_size))
+    besides = {"steps": {"epochs", "iterations_per_epoch"}, "hours": {"epochs"}}
+    replaced = {name for asked, names in besides.items() if training.get(asked) is not None for name in names}
+    schedule = {name: value for name, value in SCANS_TRAINING.items() if name not in replaced}
     given = {**schedule, "temperature": opened.recipe.temperature, **training}
     return build_spec(DistillSpec, given, where="options")
 
 
-def _expected(scans: int, students: Sequence[StudentSpec], steps: int) -> dict[str, float]:
+def _expected(scans: int, students: Sequence[StudentSpec], distill: DistillSpec) -> dict[str, float]:
     """Stages and about how many seconds each takes, before anything is known of this machine."""
+    training_s = 0.2 * distill.epochs * distill.iterations_per_epoch
+    if distill.hours is not None:
+        training_s = 3600 * distill.hours
     stages = {"preprocessing": 0.5 * scans, "labelling": 10.0 * scans, "writing labels": 0.2 * scans}
     for student in students:
         stages |= {
-            f"training {student.tag}": 0.2 * steps,
+            f"training {student.tag}": training_s,
             f"exporting {student.tag}": 20.0,
             f"judging {student.tag}": 0.2 * scans,
         }
@@ -276,6 +266,31 @@ def _label(
         overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
     write_split(opened.base, learnt_from, out)
     return _labelled(opened, cache, screening.left_out, rare), screening
+
+
+def _calibration(
+    opened: "Work",
+    files: "ModelFolder",
+    labelled: LabelledScans,
+    student: Path,
+    threads: int | None,
+    progress: Listener,
+) -> "CalibrationSummary | None":
+    """How close a student's probabilities are to the soft labels of the scans held out."""
+    from fastnnunet.api.calibrated import student_calibration
+    from fastnnunet.engines.registry import available_cores
+    from fastnnunet.nnunet.files.cases import open_cases
+
+    return student_calibration(
+        student,
+        files.configuration,
+        open_cases(files.plans, files.configuration),
+        labelled.held_out,
+        opened.prepared(files).path,
+        opened.recipe.temperature,
+        threads or available_cores(),
+        progress,
+    )
 
 
 def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastnnunet.events import Listener
 
 if TYPE_CHECKING:
+    from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.evaluate.fidelity import Fidelity
     from fastnnunet.nnunet.files.model import ModelFolder
     from fastnnunet.teachers.scans.folder import Work
@@ -43,6 +44,7 @@ class JudgedStudent:
     bundle_bytes: int  # of its networks
     parity: str  # of the bundle with PyTorch
     curve: tuple[tuple[float, float], ...]  # epoch, pseudo Dice
+    calibration: "CalibrationSummary | None" = None  # against the teacher's soft labels; None where too large to tell
 
 
 def judge(
@@ -136,6 +138,7 @@ def write_report(
                 fidelity=s.fidelity,
                 seconds_per_case=s.seconds,
                 curve=s.curve,
+                calibration=s.calibration,
             )
             for s in students
         ),

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 # what a work folder has decided, or does not have
 DECIDED = (
     *("fold", "cache_root", "previous", "resume", "overwrite", "together", "validate", "name", "pretrained"),
-    "soft_labels",
-    *("unlabelled", "unlabelled_share"),
+    *("unlabelled", "unlabelled_share", "pseudo_labels", "soft_labels"),
 )
 
 
@@ -77,7 +76,8 @@ def train(
 
       fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
 
-    With images that have no labels (the soft loss alone sees them); label them by the teacher once, then train:
+    With images that have no labels (the soft loss alone sees them, with --pseudo-labels the hard loss too); label them
+    by the teacher once, then train:
 
       fastnnunet cache build -d 4 -c 3d_fullres --images more_scans
 

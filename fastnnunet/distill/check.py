@@ -175,6 +175,6 @@ def _changed_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]
             changed = differences(load_checkpoint(path).get("fastnnunet", {}), now)
         except FastnnUNetError as e:  # it is not the run that is asked for
             changed = [str(e).splitlines()[0]]
-        others = ("version", "cache_key", "unlabelled_cache_key", "augmented_on")
+        others = ("version", "cache_key", "unlabelled_cache_key", "augmented_on", "planned_epochs")
         beside[folder.parent.name.split("__")[1]] = [line for line in changed if not line.startswith(others)]
     return beside

@@ -36,7 +36,7 @@ def configure(
     plans_manager, _ = configuration_of(plans, job.teacher.configuration)
     if (previous := previous_folder(job.teacher, plans)) is not None:
         trainer.folder_with_segs_from_previous_stage = str(previous)
-    trainer.num_epochs = spec.epochs
+    trainer.num_epochs, trainer.hours = spec.epochs, spec.hours
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
     trainer.num_val_iterations_per_epoch = spec.val_iterations_per_epoch
     trainer.initial_lr = spec.lr if spec.initial_lr is not None or trainer.network_lr is None else trainer.network_lr

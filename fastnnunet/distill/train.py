@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState(Progress):
-    """One iteration of one student is done; `done` and `total` count those of the whole training."""
+    """One iteration of one student is done; `done` and `total` count those of the whole training.
+
+    In the first epoch of a training for some hours `total` is None, and `epochs` says nothing yet.
+    """
 
     student: str
     epoch: int
@@ -101,13 +104,12 @@ def _train_students(
         cache = _cache(first, files)
         soft_labels = CachedSoftLabels(cache, first.distill.temperature)
     unlabelled = None
-    if first.distill.unlabelled is not None and soft_labels is not None and isinstance(files, ModelFolder):
+    if first.distill.unlabelled is not None and isinstance(files, ModelFolder):
         unlabelled = unlabelled_for_training(
             first.teacher,
             first.cache,
-            first.distill.unlabelled,
-            first.distill.unlabelled_share,
-            soft_labels,
+            first.distill,
+            None if soft_labels is None else soft_labels.image_digests,
             first.cache_root,
             first.cache_spec_file,
             files,
@@ -199,7 +201,7 @@ def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progr
             TrainingState(
                 what=f"{' '.join(job.student.tag for job in jobs)} fold {jobs[0].fold}",
                 done=trainer.current_epoch * iterations + iteration,
-                total=trainer.num_epochs * iterations,
+                total=trainer.num_epochs * iterations if trainer.is_planned else None,
                 student=jobs[number].student.tag,
                 epoch=trainer.current_epoch,
                 epochs=trainer.num_epochs,

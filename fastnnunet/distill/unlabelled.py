@@ -1,18 +1,22 @@
 """Images without labels as a training takes them: preprocessed, with a complete cache, checked."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastnnunet.cache.identity import digest_cases
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.trainer.loading_errors import remake
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS
 from fastnnunet.nnunet.unlabelled.sets import require_current
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.images import open_images
 from fastnnunet.teachers.jobs import find_for_training
@@ -24,34 +28,36 @@ if TYPE_CHECKING:
 def unlabelled_for_training(
     teacher: TeacherSpec,
     spec: CacheSpec,
-    name: str,
-    share: float,
-    labelled: CachedSoftLabels,
+    distill: DistillSpec,
+    labelled: Mapping[str, str] | None,
     root: Place | None = None,
     spec_file: Path | None = None,
     files: ModelFolder | None = None,
 ) -> "Unlabelled":
-    """The set `name` and its complete cache, checked against its images, the data set and the teacher.
+    """The set that `distill` names and its complete cache, checked against its images, the data set and the teacher.
 
+    `labelled`: digest of the preprocessed image of every labelled case; None where they are to be read for it.
     Raises NotFoundError (with the command that makes what is missing), MismatchError (images changed; names or images
     are those of labelled cases; no cache fits), SpecError (cascade; batch Dice in several processes), CorruptError.
     """
     from fastnnunet.nnunet.trainer import distributed
     from fastnnunet.nnunet.trainer.mixing import Unlabelled
 
-    job = open_images(teacher, spec, None, name, root, spec_file, files)
+    job = open_images(teacher, spec, None, distill.unlabelled, root, spec_file, files)
     cases = require_current(job.target, job.labelled, job.command)
     of_case = [str(cases.folder / f"<case>{ending}") for ending in ENDINGS]
     cases = replace(cases, remake=f"make it again with: {remake(of_case, job.command)}")
     manager, config = configuration_of(job.target.plans, teacher.configuration)
     ignores = label_manager_of(manager, job.target.dataset_json).has_ignore_label
-    if (config.batch_dice or ignores) and distributed.share().world_size > 1:
+    if (config.batch_dice or ignores) and not distill.pseudo_labels and distributed.share().world_size > 1:
         raise SpecError(
             "--unlabelled: with batch Dice or an ignore label several processes cannot join their losses when they "
-            "have different numbers of labelled samples\nstart one process, without torchrun"
+            "have different numbers of labelled samples\nstart one process, without torchrun, or give --pseudo-labels"
         )
     cache = find_for_training(job.cache_job(cases))
     soft_labels = CachedSoftLabels(cache, spec.temperature)
+    if labelled is None:
+        labelled = digest_cases(open_cases(job.target.plans, teacher.configuration))
     _require_other_images(soft_labels, labelled)
     foreground = job.target.foreground_folder(soft_labels.key)
     unlabelled = Unlabelled(
@@ -59,16 +65,17 @@ def unlabelled_for_training(
         foreground=foreground,
         soft_labels=soft_labels,
         key=soft_labels.key,
-        share=share,
+        share=distill.unlabelled_share,
+        pseudo_labels=distill.pseudo_labels,
         command=job.command,
     )
     unlabelled.require_foreground(job.command)
     return unlabelled
 
 
-def _require_other_images(unlabelled: CachedSoftLabels, labelled: CachedSoftLabels) -> None:
+def _require_other_images(unlabelled: CachedSoftLabels, labelled: Mapping[str, str]) -> None:
     """Refuse images that the data set has with labels: one of them may be a validation case."""
-    own = {digest: case for case, digest in labelled.image_digests.items()}
+    own = {digest: case for case, digest in labelled.items()}
     same = {case: own[digest] for case, digest in unlabelled.image_digests.items() if digest in own}
     if same:
         pairs = "\n".join(f"  - {case} is {labelled_case}" for case, labelled_case in same.items())

@@ -126,7 +126,8 @@ NAMES: dict[str, Theirs] = {
         sets=("get_do_oversample", "batch_size", "patch_size_was_2d"),
     ),
     "PolyLRScheduler": Theirs(
-        module=f"{_NNUNET}.training.lr_scheduler.polylr", takes=("optimizer", "initial_lr", "max_steps")
+        module=f"{_NNUNET}.training.lr_scheduler.polylr", takes=("optimizer", "initial_lr", "max_steps"),
+        sets=("max_steps",),
     ),
     "DeepSupervisionWrapper": Theirs(module=f"{_NNUNET}.training.loss.deep_supervision", sets=("weight_factors",)),
     "get_allowed_n_proc_DA": Theirs(module=f"{_NNUNET}.utilities.default_n_proc_DA"),

@@ -3,12 +3,24 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.option import Option
 
+EPOCHS, ITERATIONS, VAL_ITERATIONS = 1000, 250, 50  # nnU-Net's
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
+# what `distill images` and `train -m` train with unless told otherwise; measured, see docs/measured.md
+SCANS_TRAINING: dict[str, Any] = {
+    "alpha": 0.5,  # Dice and fidelity of the teacher's labels alone, within the spread of seeds, and its probabilities
+    "loss": "kl_dice",
+    "soft_deep_supervision": True,
+    "optimizer": "adamw",
+    "batch_size": 2,
+    "epochs": 20,
+    "iterations_per_epoch": 100,
+    "val_iterations_per_epoch": 5,
+}
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
 
@@ -22,9 +34,18 @@ class DistillSpec:
         bool, Option("--anneal", "Let the weight of the soft loss fall linearly to 0 during the training.")
     ] = False
     temperature: Annotated[float, Option("-temp --temperature", "T of cache and loss.", first=True)] = 3.0
-    epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = 1000
-    iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = 250
-    val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = 50
+    epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = EPOCHS
+    iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = ITERATIONS
+    val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = (
+        VAL_ITERATIONS
+    )
+    # what is written down is the epochs and iterations that they come to
+    steps: Annotated[
+        int | None, Option("--steps", "Steps, in the place of epochs and iterations: up to 100 epochs.")
+    ] = None
+    hours: Annotated[
+        float | None, Option("--hours", "Hours, in the place of epochs: as many as fit, by the time of the first.")
+    ] = None
     # a small one makes more of a short run's samples
     batch_size: Annotated[int | None, Option("--batch-size", "Samples a step (default: the plans').")] = None
     # adamw converges in far fewer iterations
@@ -69,17 +90,23 @@ class DistillSpec:
     soft_on_ignored: Annotated[
         bool, Option("--soft-on-ignored/--no-soft-on-ignored", "Soft loss where the label says ignore too.")
     ] = True
-    # the name of their set, once it is known; they have a soft loss only
+    # the name of their set, once it is known; without pseudo_labels they have a soft loss only
     unlabelled: Annotated[
         str | None,
         Option("--unlabelled", "Learn from images without labels too: their folder, or name of the set."),
     ] = None
     unlabelled_share: Annotated[
-        float, Option("--unlabelled-share", "Share of the samples that are unlabelled, above 0, below 1.")
+        float, Option("--unlabelled-share", "Share of the samples that are unlabelled, from 0 to 1.")
     ] = 0.5
+    pseudo_labels: Annotated[
+        bool,
+        Option("--pseudo-labels/--no-pseudo-labels", "Hard loss on the teacher's label of unlabelled samples too."),
+    ] = False
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = self._schedule_problems()
+        if self.steps is not None and not problems:
+            self._divide_steps(self.steps)
         if not 0 <= self.alpha <= 1:
             problems.append(f"alpha: got {self.alpha}, expected a number from 0 to 1")
         if not 0.1 <= self.temperature <= 100:
@@ -107,17 +134,52 @@ class DistillSpec:
         if problems:
             raise SpecError("; ".join(problems))
 
+    def _schedule_problems(self) -> list[str]:
+        others = {"epochs": self.epochs != EPOCHS, "iterations_per_epoch": self.iterations_per_epoch != ITERATIONS}
+        beside = {"hours": ["epochs"], "steps": ["epochs", "iterations_per_epoch"]}
+        problems = [
+            f"{name}: got it beside {other}, expected one of the two"
+            for name, excluded in beside.items()
+            if getattr(self, name) is not None
+            for other in excluded
+            if others[other]
+        ]
+        if self.steps is not None and self.hours is not None:
+            problems.append("hours: got it beside steps, expected one of the two")
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps: got {self.steps}, expected at least 1")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            problems.append(f"hours: got {self.hours}, expected a positive number")
+        return problems
+
+    def _divide_steps(self, steps: int) -> None:
+        """Epochs of 50 to 250 iterations, 100 of them where that can be, and nnU-Net's fifth of validation."""
+        wanted = min(max(round(steps / 100), 50), ITERATIONS)
+        epochs = math.ceil(steps / wanted)
+        iterations = math.ceil(steps / epochs)  # rounded up to whole epochs
+        values = {"epochs": epochs, "iterations_per_epoch": iterations, "steps": None}
+        if self.val_iterations_per_epoch == VAL_ITERATIONS:
+            values["val_iterations_per_epoch"] = max(1, iterations * VAL_ITERATIONS // ITERATIONS)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def _unlabelled_problems(self) -> list[str]:
         share = self.unlabelled_share
-        if self.unlabelled is None:
-            return [] if share == 0.5 else [f"unlabelled_share: got {share} without unlabelled, expected both"]
         problems = []
+        if self.unlabelled is None:
+            if share != 0.5:
+                problems.append(f"unlabelled_share: got {share} without unlabelled, expected both")
+            if self.pseudo_labels:
+                problems.append("pseudo_labels: got them without unlabelled, expected both")
+            return problems
         if not SET_NAME.fullmatch(self.unlabelled) or "__" in self.unlabelled:
             problems.append(f"unlabelled: got {self.unlabelled!r}, expected letters, digits, '.', '-' and single '_'")
-        if self.alpha == 0:
-            problems.append("unlabelled: at alpha 0 there is nothing to learn from them, expected alpha above 0")
-        if not 0 < share < 1:
-            problems.append(f"unlabelled_share: got {share}, expected a number above 0 and below 1")
+        if self.alpha == 0 and not self.pseudo_labels:
+            problems.append(
+                "unlabelled: at alpha 0 there is nothing to learn from them, expected alpha above 0, or pseudo_labels"
+            )
+        if not 0 <= share <= 1:
+            problems.append(f"unlabelled_share: got {share}, expected a number from 0 to 1")
         return problems
 
     @property
@@ -153,6 +215,8 @@ class DistillSpec:
         for letter, name in (("e", "epochs"), ("i", "iterations_per_epoch"), ("b", "batch_size"), ("s", "seed")):
             if getattr(self, name) != getattr(default, name):
                 words.append(f"{letter}{getattr(self, name)}")
+        if self.hours is not None:
+            words.append(f"h{self.hours:g}")
         if self.start != default.start:
             words.append("fromscratch")
         if self.anneal:
@@ -168,6 +232,8 @@ class DistillSpec:
             words.append("unignored")
         if self.mirroring:
             words.append("mirrored")
+        if self.pseudo_labels:
+            words.append("pseudo")
         if self.unlabelled is not None:
             words.append(f"u{self.unlabelled_share:g}_{self.unlabelled}")
         return "_".join(words)

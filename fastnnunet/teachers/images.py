@@ -22,7 +22,13 @@ from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFo
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
-from fastnnunet.nnunet.unlabelled.foreground import sample_foreground, write_locations
+from fastnnunet.nnunet.unlabelled.foreground import (
+    SEGMENTATION,
+    as_segmentation,
+    sample_foreground,
+    write_locations,
+    write_segmentation,
+)
 from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.nnunet.unlabelled.previous import UnlabelledCascadeCases
 from fastnnunet.nnunet.unlabelled.sets import (
@@ -189,7 +195,7 @@ def named_set(
 
 
 def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, progress: Listener = ignore) -> None:
-    """Write the foreground voxels of every stored case, as the teacher sees it; what is there is kept.
+    """Write foreground voxels and label map of every stored case, as the teacher sees it; what is there is kept.
 
     Raises CorruptError when the cache is damaged, BuildError.
     """
@@ -198,7 +204,7 @@ def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, prog
     tasks = {
         case: _ForegroundTask(cache=cache.path, case_id=case, target=job.target, file=folder / f"{case}.npz")
         for case in stored
-        if not (folder / f"{case}.npz").is_file()
+        if not all((folder / f"{case}{ending}").is_file() for ending in (".npz", SEGMENTATION))
     }
     for done, (case, outcome) in enumerate(each(_list_case, tasks, processes), start=1):
         if isinstance(outcome, FastnnUNetError):
@@ -221,8 +227,12 @@ class _ForegroundTask:
 def _list_case(task: _ForegroundTask) -> None:
     target = task.target
     manager = label_manager_of(configuration_of(target.plans, target.configuration)[0], target.dataset_json)
-    outside_ZYX = np.asarray(target.cases.load(task.case_id)[1][0]) < 0
+    segmentation = target.cases.load(task.case_id)[1]
+    outside_ZYX = np.asarray(segmentation[0]) < 0
     label_ZYX = teacher_label(task.cache, task.case_id, manager)
+    write_segmentation(
+        task.file.with_name(f"{task.case_id}{SEGMENTATION}"), as_segmentation(label_ZYX, outside_ZYX), segmentation
+    )
     write_locations(task.file, sample_foreground(label_ZYX, outside_ZYX, manager))
 
 

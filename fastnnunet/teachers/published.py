@@ -68,7 +68,7 @@ def find_model(spec: PublishedSpec, progress: Listener = ignore) -> tuple[ModelF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class FoundModel:
     """A model folder and its names as far as the folder's own tells them."""
 
     folder: Path
@@ -81,7 +81,7 @@ class Candidate:
         return all(getattr(spec, name) in (None, getattr(self, name)) for name, _ in _OPTIONS)
 
 
-def _model_in(place: Path, spec: PublishedSpec) -> Candidate:
+def _model_in(place: Path, spec: PublishedSpec) -> FoundModel:
     described = [place] if (place / "plans.json").is_file() else [p.parent for p in sorted(place.rglob("plans.json"))]
     if not described:
         raise no_model(spec.path, (p.name for p in place.rglob("*")) if place.is_dir() else ())
@@ -108,7 +108,7 @@ def _model_in(place: Path, spec: PublishedSpec) -> Candidate:
     )
 
 
-def candidates(described: Iterable[Path]) -> list[Candidate]:
+def candidates(described: Iterable[Path]) -> list[FoundModel]:
     """The models among folders with a plans.json: nnU-Net puts one beside predictions too, of a cross-validation and
     of an ensemble.
     """
@@ -117,7 +117,7 @@ def candidates(described: Iterable[Path]) -> list[Candidate]:
         if any(folder.glob("fold_*/*.pth")):
             names = folder.resolve().name.split("__")
             trainer, plans, configuration = names if len(names) == 3 else (None, None, None)
-            found.append(Candidate(folder=folder, trainer=trainer, plans=plans, configuration=configuration))
+            found.append(FoundModel(folder=folder, trainer=trainer, plans=plans, configuration=configuration))
     return found
 
 

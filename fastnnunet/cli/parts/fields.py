@@ -25,6 +25,7 @@ class Group:
     only: tuple[str, ...] = ()  # empty: every field that has an Option with flags
     without: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()  # may be left out although the field has no default: None then
+    defaults: tuple[tuple[str, Any], ...] = ()  # of this command, where they are not the fields'
 
     @property
     def names(self) -> list[str]:
@@ -38,6 +39,7 @@ class Group:
         kind, default = given_type(self.spec, name), default_of(self.spec, name)
         if name in self.optional:
             kind, default = kind | None, None
+        default = dict(self.defaults).get(name, default)
         return inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,

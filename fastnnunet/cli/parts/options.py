@@ -9,7 +9,7 @@ import typer
 from fastnnunet.cli.parts.fields import Asked, Group, ask, option
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.checks.networks import allow_code
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.graph import GraphSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -63,8 +63,18 @@ StudentPlans = Annotated[str | None, option(StudentSpec, "plans_name", panel=STU
 RunName = Annotated[str | None, ask("--name", "Name of the run: of `train`, for `export` and `predict`.")]
 
 # how it is trained; the temperature is the recipe's
-_OF_ONE = ("unlabelled", "unlabelled_share", "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
+_OF_UNLABELLED = ("unlabelled", "unlabelled_share", "pseudo_labels")
+_OF_ONE = (*_OF_UNLABELLED, "augmentation", "mirror_augmentation", "soft_on_ignored", "mirroring")
 Training = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature",))]
+ScansTraining = Annotated[
+    Asked,
+    Group(
+        DistillSpec,
+        TRAINING,
+        without=("temperature", *_OF_UNLABELLED),
+        defaults=tuple(SCANS_TRAINING.items()),
+    ),
+]
 ManyTrainings = Annotated[Asked, Group(DistillSpec, TRAINING, without=("temperature", *_OF_ONE))]
 Trained = Annotated[Asked, Group(DistillSpec, TRAINING, only=("alpha", "temperature"))]
 TrainingDevice = Annotated[str, ask("-device --device", "auto, cpu or cuda.", RUN)]

@@ -65,18 +65,20 @@ class SoftLabelDataset:
 class JoinedDataset:
     """A data set that also knows unlabelled cases; nnU-Net's loader draws from `identifiers`, the labelled ones."""
 
-    def __init__(self, labelled: SoftCases, unlabelled: SoftCases) -> None:
+    def __init__(self, labelled: Any, unlabelled: Any) -> None:
+        """Both are Cases; SoftCases where soft labels are read."""
         self._labelled, self._unlabelled = labelled, unlabelled
         self._unlabelled_ids = frozenset(unlabelled.identifiers)
         self.identifiers = labelled.identifiers
 
-    def _holder(self, identifier: str) -> SoftCases:
+    def _holder(self, identifier: str) -> Any:
         return self._unlabelled if identifier in self._unlabelled_ids else self._labelled
 
     def load_case(self, identifier: str) -> tuple[Any, ...]:
         """The case from the data set that has it."""
-        return self._holder(identifier).load_case(identifier)
+        return tuple(self._holder(identifier).load_case(identifier))
 
     def read_soft(self, identifier: str, shape_zyx: tuple[int, ...], box: Box) -> SoftBox:
         """As SoftCases, from the data set that has the case."""
-        return self._holder(identifier).read_soft(identifier, shape_zyx, box)
+        soft: SoftBox = self._holder(identifier).read_soft(identifier, shape_zyx, box)
+        return soft

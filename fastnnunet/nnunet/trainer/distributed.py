@@ -88,6 +88,15 @@ def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     return value / distributed.get_world_size()
 
 
+def least_of_processes(value: int, device: torch.device) -> int:
+    """The least of a number of each process."""
+    if not distributed.is_initialized():
+        return value
+    least = torch.tensor(value, device=device)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN)
+    return int(least)
+
+
 def loss_weight(batch_size: int) -> float:
     """Share of the samples times processes: the mean of losses so weighted is the loss of the whole batch."""
     mine = share()

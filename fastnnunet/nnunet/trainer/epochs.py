@@ -1,14 +1,20 @@
 """The epochs of one student, or of several on the same batches."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
 
 from fastnnunet.errors import BuildError, SpecError
+from fastnnunet.nnunet.trainer.distributed import least_of_processes
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
+
+WARM_STEPS = 8  # more than the loaders keep ready
+log = logging.getLogger(__name__)
 
 StepReport = Callable[[int, int, dict[str, float], list[float]], None]
 
@@ -20,22 +26,30 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
     together changes no student. One that has done an epoch already waits for the others. `report` gets (number of the
     trainer, iteration in this epoch, losses, pseudo Dice of its last epoch) after every step.
 
+    A training for some hours learns from its first epoch how many fit (`planned_epochs`); a plan is made once, also for
+    those that go on from a checkpoint.
+
     Raises SpecError when the trainers want different batches, BuildError when loss, gradient or weights of one are no
     longer finite; the checkpoints of earlier epochs stay.
     """
     _require_same_batches(trainers)
+    for planned in [t for t in trainers if t.hours is not None and t.is_planned][:1]:
+        for trainer in trainers:
+            trainer.plan(planned.num_epochs)
+    began = monotonic()
     pseudo_dice: list[list[float]] = [[] for _ in trainers]
     leader = min(trainers, key=lambda t: t.current_epoch)
     followers = [t for t in trainers if t is not leader]
     for trainer in (leader, *followers):
         trainer.start(load=trainer is leader)
     try:
-        for epoch in range(leader.current_epoch, leader.num_epochs):
+        while (epoch := leader.current_epoch) < leader.num_epochs:
             active = [n for n, t in enumerate(trainers) if t.current_epoch == epoch]
             for n in active:
                 trainers[n].on_epoch_start()
                 trainers[n].on_train_epoch_start()
             losses: list[list[dict[str, float]]] = [[] for _ in trainers]
+            ends = [monotonic()]  # of the steps
             for iteration in range(leader.num_iterations_per_epoch):
                 batch = next(leader.dataloader_train)
                 for n in active:
@@ -43,11 +57,14 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
                     _require_finite(trainers[n], step, iteration, batch["keys"])
                     if report is not None:
                         report(n, iteration + 1, step, pseudo_dice[n])
+                ends.append(monotonic())
             for n in active:
                 if not all(bool(torch.isfinite(p).all()) for p in trainers[n].network.parameters()):
                     raise _diverged(trainers[n], "weights became nan or inf", iteration)
                 trainers[n].on_train_epoch_end(losses[n])
             _validate_epoch(leader, [trainers[n] for n in active])
+            if not leader.is_planned:
+                _plan(trainers, planned_epochs(leader, began, ends, monotonic()))
             for n in active:
                 pseudo_dice[n] = [float(d) for d in trainers[n].logger.get_value("dice_per_class_or_region", step=-1)]
                 trainers[n].on_epoch_end()
@@ -59,6 +76,32 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
                 loader._finish()
         for trainer in trainers:
             trainer.close()
+
+
+def planned_epochs(trainer: StudentTrainer, began: float, ends: Sequence[float], now: float) -> int:
+    """How many epochs fit into the hours that `began`, the first of them included; times in seconds of one clock.
+
+    An epoch takes what its steps take once loaders and networks are warm, `ends` of the first epoch's steps, the first
+    entry their start, and its validation up to `now`. The slowest of several processes decides.
+    """
+    steps = len(ends) - 1
+    warm = min(WARM_STEPS, steps // 2)
+    epoch_s = (ends[-1] - ends[warm]) / (steps - warm) * steps + now - ends[-1]
+    hours = trainer.hours or 0.0
+    more = max(0, int((began + 3600 * hours - now) / max(epoch_s, 1e-9)))
+    if more == 0:
+        log.warning(
+            "the first epoch took the whole %g hours and is the last; give more --hours or fewer --iterations", hours
+        )
+    else:
+        log.info("%d epochs of %.0f s fit into %g hours", 1 + more, epoch_s, hours)
+    return 1 + more
+
+
+def _plan(trainers: Sequence[StudentTrainer], epochs: int) -> None:
+    epochs = least_of_processes(epochs, trainers[0].device)
+    for trainer in trainers:
+        trainer.plan(epochs)
 
 
 def _validate_epoch(leader: StudentTrainer, active: Sequence[StudentTrainer]) -> None:

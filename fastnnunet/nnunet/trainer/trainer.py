@@ -56,6 +56,7 @@ from fastnnunet.nnunet.v2 import (
 )
 from fastnnunet.system.children import others_children
 
+PLANNED = "planned_epochs"  # in the provenance of a training for some hours
 FINGERPRINT = "dataset_fingerprint.json"
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     _output_weights: tuple[float, ...] = (1.0,)  # of the network's outputs in nnU-Net's loss, finest first
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
+    hours: float | None = None  # to train for; `num_epochs` follows from the first epoch
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
     def initialize(self) -> None:
@@ -141,14 +143,14 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         return out if self.mirror_augmentation else (*out[:3], None)
 
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
-        datasets = [WritableCases(d) for d in super().get_tr_and_val_datasets()]
-        if self.soft_labels is None:
-            return datasets[0], datasets[1]
-        training, validation = (SoftLabelDataset(d, self.soft_labels) for d in datasets)
-        if self.unlabelled is not None:
-            unlabelled = SoftLabelDataset(self.unlabelled, self.unlabelled.soft_labels)
-            return JoinedDataset(training, unlabelled), validation
-        return training, validation
+        training: Any
+        validation: Any
+        training, validation = (WritableCases(d) for d in super().get_tr_and_val_datasets())
+        unlabelled: Any = self.unlabelled
+        if self.soft_labels is not None:
+            training, validation = (SoftLabelDataset(d, self.soft_labels) for d in (training, validation))
+            unlabelled = unlabelled and SoftLabelDataset(unlabelled, unlabelled.soft_labels)
+        return training if unlabelled is None else JoinedDataset(training, unlabelled), validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Seeded, numbered batches in the place of nnU-Net's loaders, from the first of `current_epoch` on."""
@@ -266,6 +268,16 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         *hard, soft_NSZYX = self._to_device(target)
         return hard if self.enable_deep_supervision else hard[0], soft_NSZYX
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether `num_epochs` is what it will be."""
+        return self.hours is None or PLANNED in self.provenance
+
+    def plan(self, num_epochs: int) -> None:
+        """Train this many epochs, of which one may be done; kept in the checkpoints."""
+        self.num_epochs = self.lr_scheduler.max_steps = num_epochs
+        self.provenance[PLANNED] = num_epochs
+
     def train_step(self, batch: dict[str, Any], iteration: int = 0) -> dict[str, float]:
         """One optimiser step, the `iteration`-th of its epoch.
 
@@ -290,6 +302,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             if soft_NSZYX is not None and self.objective is not None:
                 mask = valid_mask(target, soft_NSZYX, self.label_manager, on_ignored=self.soft_on_ignored)
                 progress = number / (self.num_epochs * self.num_iterations_per_epoch)
+                if self.hours is not None and self.current_epoch == 0:
+                    progress = 0.0  # of how many steps is not known yet, nor would a repetition know the same
                 listed = outputs if self.enable_deep_supervision else [outputs]
                 loss, soft = self.objective(
                     hard,
@@ -363,7 +377,8 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             "augmentation": (self.augmentation, self.mirror_augmentation),
             "augmented on the device": self.device_augmentation is not None,
             "soft labels": self.soft_labels is not None,
-            "unlabelled": self.unlabelled and (self.unlabelled.key, self.unlabelled.share),
+            "unlabelled": self.unlabelled
+            and (self.unlabelled.key, self.unlabelled.share, self.unlabelled.pseudo_labels),
         }
 
     def validation_step(self, batch: dict[str, Any]) -> Any:
@@ -424,7 +439,10 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Continue from a checkpoint. Raises MismatchError naming the hyper-parameters that differ, CorruptError."""
         checkpoint = load_checkpoint(path)
         require_undamaged(checkpoint, path)
-        check_same_run(path, checkpoint.get("fastnnunet", {}), self.provenance)
+        there = checkpoint.get("fastnnunet", {})
+        if self.hours is not None and PLANNED in there:
+            self.plan(there[PLANNED])
+        check_same_run(path, there, self.provenance)
         load_weights(self.plain_network, strip_prefix(checkpoint["network_weights"]), path)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.nnunet.files.cases import PreprocessedCases
 from fastnnunet.nnunet.files.model import Model
-from fastnnunet.nnunet.unlabelled.foreground import sample_foreground
+from fastnnunet.nnunet.unlabelled.foreground import as_segmentation, sample_foreground
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS, PARTIAL
 from fastnnunet.system.files import atomic_image, atomic_output, make_folder
 
@@ -48,7 +48,7 @@ def write_labelled(
 
     _, segmentation, _, properties = images.load(case_id)
     outside_ZYX = np.asarray(segmentation[0]) < 0
-    label_1ZYX = np.where(outside_ZYX & (label_ZYX == 0), -1, label_ZYX).astype(np.int16)[None]
+    label_1ZYX = as_segmentation(label_ZYX, outside_ZYX)
     properties = properties | {
         "class_locations": sample_foreground(label_ZYX, outside_ZYX, model.labels),
         LABELLED_BY: key,

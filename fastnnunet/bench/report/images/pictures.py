@@ -9,12 +9,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastnnunet.bench.report.slices import Picture, colour_of
-from fastnnunet.errors import ImageError
+from fastnnunet.errors import MismatchError
 from fastnnunet.evaluate.fidelity import Fidelity
 from fastnnunet.images.checks import ImageSource
 from fastnnunet.images.io import image_io
@@ -68,12 +69,14 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
     """Pictures of the slice where the first student differs most from its teacher, or sees most where it does not.
 
     `place`, `dice`: see `JudgedCase`. `reader_writer`: nnU-Net's class name, as in plans and bundles. `is_ct`: the
-    first channel is in HU. Raises ImageError when a file cannot be read, or image and label map are of other shapes.
+    first channel is in HU. Raises ImageError when a file cannot be read, MismatchError when a label map lies on another
+    grid than its image.
     """
-    base_ZYX3, aspect, turned = _read_image(files.channels, reader_writer)
-    teacher_ZYX = _read_labels(files.teacher, reader_writer, files.case, base_ZYX3.shape[:3])
+    scan = _read_image(files.channels, reader_writer)
+    base_ZYX3 = scan.base_ZYX3
+    teacher_ZYX = _read_labels(files.teacher, reader_writer, files.case, scan)
     students = {
-        tag: _read_labels(file, reader_writer, files.case, base_ZYX3.shape[:3])
+        tag: _read_labels(file, reader_writer, files.case, scan)
         for tag, file in list(files.students.items())[:MOST_STUDENTS]
     }
     tag, first_ZYX = next(iter(students.items()))
@@ -81,12 +84,12 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
     seen_Z = ((teacher_ZYX > 0) | (first_ZYX > 0)).sum(axis=(1, 2))
     z = int(np.argmax(differ_Z if differ_Z.any() else seen_Z)) if seen_Z.any() else len(seen_Z) // 2
     box = _around(np.any([m[z] > 0 for m in (teacher_ZYX, *students.values())], axis=0))
-    view = _View(_window(base_ZYX3, teacher_ZYX > 0, is_ct), aspect, turned)
+    view = scan.view(teacher_ZYX > 0, is_ct)
     grey_YX3, teacher_YX, first_YX = (m[z][box] for m in (base_ZYX3, teacher_ZYX, first_ZYX))
     where = f"slice {z + 1} of {len(base_ZYX3)}" if len(base_ZYX3) > 1 else f"{base_ZYX3.shape[1]} rows"
     if grey_YX3.shape[:2] != base_ZYX3.shape[1:3]:
         where += ", cut to what is labelled"
-    size = f"{int(differ_Z[z])} of {teacher_ZYX[z].size} pixels differ"
+    size = f"{int(differ_Z[z])} of {teacher_ZYX[z].size} pixels"
     pictures = [
         Picture(
             png=view.with_contours(grey_YX3, labels_ZYX[z][box]),
@@ -99,7 +102,7 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
         Picture(
             png=view.with_differences(grey_YX3, teacher_YX, first_YX),
             caption=f"where {tag} and teacher differ: {size}",
-            alt=f"{files.case}, {where}: {size} between {tag} and its teacher",
+            alt=f"{files.case}, {where}: {size} differ between {tag} and its teacher",
         )
     )
     values = {int(v) for m in (teacher_ZYX, *students.values()) for v in np.unique(m[z])} - {0}
@@ -116,16 +119,17 @@ def judged_case(files: ScanFiles, place: str, dice: float, *, reader_writer: str
 def scan_picture(
     channels: Sequence[ImageSource], *, reader_writer: str, is_ct: bool, labels: Path | None = None
 ) -> bytes:
-    """A PNG of a scan: its slice with most labels and their contours, or its middle slice. Raises ImageError."""
-    base_ZYX3, aspect, turned = _read_image(channels, reader_writer)
-    name = str(channels[0])
-    labels_ZYX = np.zeros(base_ZYX3.shape[:3], np.int64)
+    """A PNG of a scan: its slice with most labels and their contours, or its middle slice.
+
+    Raises as `judged_case`.
+    """
+    scan = _read_image(channels, reader_writer)
+    labels_ZYX = np.zeros(scan.base_ZYX3.shape[:3], np.int64)
     if labels is not None:
-        labels_ZYX = _read_labels(labels, reader_writer, name, base_ZYX3.shape[:3])
+        labels_ZYX = _read_labels(labels, reader_writer, channels[0].name, scan)
     seen_Z = (labels_ZYX > 0).sum(axis=(1, 2))
     z = int(np.argmax(seen_Z)) if seen_Z.any() else len(seen_Z) // 2
-    view = _View(_window(base_ZYX3, labels_ZYX > 0, is_ct), aspect, turned)
-    return view.with_contours(base_ZYX3[z], labels_ZYX[z])
+    return scan.view(labels_ZYX > 0, is_ct).with_contours(scan.base_ZYX3[z], labels_ZYX[z])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +179,48 @@ class _View:
         return rgb, labels
 
 
-def _read_image(
-    channels: Sequence[ImageSource], reader_writer: str
-) -> tuple[NDArray[np.float32], float, tuple[slice, slice]]:
-    """The first channel three times, or the colours of a picture, as (z, y, x, 3); see `_View` for the rest."""
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """The first channel three times, or the colours of a picture, and what its reader says of the grid."""
+
+    base_ZYX3: NDArray[np.float32]
+    properties: dict[str, Any]
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Spacing and, where ITK reads, origin and direction (x, y, z); {} where a format has none."""
+        return dict(self.properties.get("sitk_stuff", {}))
+
+    def view(self, seen_ZYX: NDArray[np.bool_], is_ct: bool) -> _View:
+        y, x = (abs(float(s)) for s in self.properties["spacing"][-2:])
+        direction = np.reshape(self.geometry.get("direction", ()), -1)
+        turned = _hung(direction.reshape(3, 3)) if direction.size == 9 else (slice(None), slice(None))
+        return _View(_window(self.base_ZYX3, seen_ZYX, is_ct), y / x, turned)
+
+
+def _read_image(channels: Sequence[ImageSource], reader_writer: str) -> _Scan:
     image_CZYX, properties = image_io(reader_writer).read(channels)
     colours = len(channels) == 1 and len(image_CZYX) in (3, 4)
     base_ZYX3 = np.moveaxis(image_CZYX[:3], 0, -1) if colours else np.repeat(image_CZYX[0][..., None], 3, axis=-1)
-    y, x = (abs(float(s)) for s in properties["spacing"][-2:])
-    direction = np.reshape(properties.get("sitk_stuff", {}).get("direction", ()), -1)
-    return base_ZYX3, y / x, _hung(direction.reshape(3, 3)) if direction.size == 9 else (slice(None), slice(None))
+    return _Scan(base_ZYX3, properties)
+
+
+def _read_labels(file: Path, reader_writer: str, case: str, scan: _Scan) -> NDArray[np.int64]:
+    """Raises ImageError, MismatchError for a label map on another grid than the image."""
+    labels_CZYX, properties = image_io(reader_writer).read_segmentation(file)
+    if labels_CZYX.shape[1:] != scan.base_ZYX3.shape[:3]:
+        shapes = f"image of shape {scan.base_ZYX3.shape[:3]}, label map of shape {labels_CZYX.shape[1:]}"
+        raise MismatchError(f"{case}: {shapes}; expected a label map of this image: {file}")
+    of_image, of_labels = scan.geometry, properties.get("sitk_stuff", {})
+    if of_image and of_labels:
+        voxel = min(of_image["spacing"])
+        for name, tolerance in (("spacing", 0.01 * voxel), ("origin", 0.5 * voxel), ("direction", 0.01)):
+            if not np.allclose(of_image[name], of_labels[name], rtol=0, atol=tolerance):
+                raise MismatchError(
+                    f"{case}: {name} of the image is {of_image[name]}, of its label map {of_labels[name]}; expected a "
+                    f"label map on the grid of the image: {file}"
+                )
+    return labels_CZYX[0].astype(np.int64)
 
 
 def _hung(direction: NDArray[np.float64]) -> tuple[slice, slice]:
@@ -196,13 +232,6 @@ def _hung(direction: NDArray[np.float64]) -> tuple[slice, slice]:
         to_end = along[main] < 0 if main == 2 else along[main] > 0  # inferior, left and posterior are the ends
         turned.append(slice(None) if to_end else slice(None, None, -1))
     return turned[0], turned[1]
-
-
-def _read_labels(file: Path, reader_writer: str, case: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    labels_CZYX, _ = image_io(reader_writer).read_segmentation(file)
-    if labels_CZYX.shape[1:] != shape:
-        raise ImageError(f"{case}: image of shape {shape}, label map {file} of shape {labels_CZYX.shape[1:]}")
-    return labels_CZYX[0].astype(np.int64)
 
 
 def _window(base_ZYX3: NDArray[np.float32], seen_ZYX: NDArray[np.bool_], is_ct: bool) -> tuple[float, float]:
@@ -222,8 +251,8 @@ def _around(seen_YX: NDArray[np.bool_]) -> tuple[slice, slice]:
     """The rows and columns of what is labelled with a margin, the same in both; all of them where nothing is."""
     if not seen_YX.any():
         return slice(None), slice(None)
-    ends = [(int(np.flatnonzero(seen_YX.any(axis=1 - a))[i]) for i in (0, -1)) for a in (0, 1)]
-    (top, bottom), (left, right) = (tuple(e) for e in ends)
+    rows, columns = (np.flatnonzero(seen_YX.any(axis=axis)) for axis in (1, 0))
+    (top, bottom), (left, right) = ((int(along[0]), int(along[-1])) for along in (rows, columns))
     margin = max(_LEAST_MARGIN_PIXELS, round(_MARGIN * max(bottom - top, right - left)))
     return slice(max(0, top - margin), bottom + margin + 1), slice(max(0, left - margin), right + margin + 1)
 

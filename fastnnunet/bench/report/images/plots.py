@@ -7,6 +7,7 @@ import numpy as np
 
 from fastnnunet.bench.report.images.facts import ImagesFacts, ReportedStudent
 from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, SETTINGS, svg
+from fastnnunet.errors import printable
 
 MOST_STUDENTS = 8  # with marks of their own
 _MARKS = tuple(zip((ACCENT, OTHER, INK, MUTED) * 2, "os^Dv<>P", strict=True))  # colour and shape, not colour alone
@@ -89,4 +90,5 @@ def _finish(axes: Any, students: Sequence[ReportedStudent]) -> None:
 
 
 def _short(name: str) -> str:
+    name = printable(name)  # no font has what stands for a byte that is no text
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"

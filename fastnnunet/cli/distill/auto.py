@@ -1,20 +1,15 @@
-"""`fastnnunet distill`: the smallest student that is good enough; students from scans without labels."""
+"""`fastnnunet distill auto`: the smallest student that is good enough."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastnnunet.cli.images import images
 from fastnnunet.cli.parts import options
 from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
 from fastnnunet.cli.parts.fields import spread
 
-app = typer.Typer(no_args_is_help=True, help="Find the student to deploy; students from scans without labels.")
-app.command("images")(images)
 
-
-@app.command("auto")
 @spread
 def auto(
     teacher: options.Teacher,

@@ -19,7 +19,7 @@ def images(
     scans: published.Scans,
     output: Annotated[Path, options.ask("-o --output", "Folder for summary and students.")],
     student: options.Student,
-    training: options.Training,
+    training: options.ScansTraining,
     model: published.Model = None,
     reduction: options.Reduction = None,
     work: Annotated[
