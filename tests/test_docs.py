@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -280,7 +280,7 @@ def is_shown(text: str, *values: float) -> None:
 
 
 def test_the_table_of_the_readme() -> None:
-    header, ensemble, fold, fp32, bf16, control = tables((ROOT / "README.md").read_text())[0]
+    header, ensemble, fold, fp32, bf16, control = tables((ROOT / "README.md").read_text())[1]
     assert header[1:] == ["mean Dice", "seconds a case", "times faster", "model file"]
     benchmark = record("2026-11-28_hippocampus_benchmark.json")["arms"]
     students = record("2026-11-29_student_table.json")
@@ -301,6 +301,28 @@ def test_the_table_of_the_readme() -> None:
         is_shown(row[1], distilled["mean_dice"])
     is_shown(control[1], alone["mean_dice"])
     assert distilled["parameters"] == alone["parameters"] == benchmark[arms[2]]["parameters"]
+
+
+def test_the_tables_of_scans_without_labels() -> None:
+    measured = record("2026-11-29_soft_or_hard.json")
+    arms = {name: [row for row in measured["rows"] if row["arm"] == name] for name in ("hard", "half", "soft")}
+    assert all(sorted(row["seed"] for row in rows) == [0, 1, 2] for rows in arms.values())
+    _, teacher, student = tables((ROOT / "README.md").read_text())[0]
+    is_shown(teacher[1], measured["teacher"]["dice"])
+    is_shown(student[1], mean(row["dice"] for row in arms["half"]))
+    is_shown(student[2], mean(row["fidelity"] for row in arms["half"]))
+    three, variants = tables(section((ROOT / "docs" / "measured.md").read_text(), "Scans without labels"))
+    for shown, rows in zip(three[1:], arms.values(), strict=True):
+        for text, name in zip(shown[1:3], ("dice", "fidelity"), strict=True):
+            values = [row[name] for row in rows]
+            is_shown(text, mean(values), stdev(values))
+        is_shown(shown[3], mean(row["calibration"]["labels_border"]["nll"] for row in rows))
+        is_shown(shown[4], mean(row["calibration"]["teacher_border"]["kl"] for row in rows))
+    for shown, row in zip(variants[1:], record("2026-11-29_soft_loss_ablation.json")["rows"], strict=True):
+        near = row["calibration"]
+        values = [row["dice"], row["fidelity"], near["labels_border"]["nll"], near["teacher_border"]["kl"]]
+        for text, value in zip(shown[1:], values, strict=True):
+            is_shown(text, value)
 
 
 def test_the_figures_of_the_doors() -> None:
