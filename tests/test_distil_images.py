@@ -158,6 +158,37 @@ class TestTheCommand:
             run(model_in(pristine_world), root / "scans", root / "strict", keep_all=False)
         assert "--keep-all" in str(caught.value)
 
+    def test_probabilities_are_compared_as_nnunet_computes_them(self, done):
+        from fastnnunet.cache.store.reader import SoftLabelReader
+        from fastnnunet.evaluate.calibration import case_calibration, summarise
+        from fastnnunet.nnunet.files.cases import PreprocessedCases
+        from fastnnunet.nnunet.files.model import ModelFolder
+        from fastnnunet.nnunet.reference import fold_reference
+
+        root, distilled = done
+        student = distilled.students[0]
+        base = root / "out/work/nnUNet_preprocessed/Dataset001_Images"
+        (cache,) = (path.parent for path in base.glob("fastnnunet_*/*/zarr.json"))
+        reader, cases = SoftLabelReader(cache), PreprocessedCases(base / f"nnUNetPlans_{CONFIGURATION}")
+        files = ModelFolder(student.model, CONFIGURATION, "checkpoint_final.pth")
+        nnunet = fold_reference(files, mirroring=False, step_size=0.5)
+        total = None
+        for case in distilled.scans.held_out:
+            logits = nnunet.logits(cases.image_CZYX(case), 0)
+            q_CZYX = np.exp(logits - logits.max(0))
+            q_CZYX /= q_CZYX.sum(0)
+            spacing = tuple(files.model.config.spacing)
+            found = case_calibration(q_CZYX, reader.to_probabilities(reader.read_case(case)), spacing_mm=spacing)
+            total = found if total is None else total + found
+        expected = summarise(total)
+        assert student.calibration.teacher.voxels == expected.teacher.voxels > 0
+        assert student.calibration.teacher_border.voxels == expected.teacher_border.voxels
+        for name in ("brier", "nll", "target_entropy", "kl"):
+            for where in ("teacher", "teacher_border"):
+                got, wanted = (getattr(getattr(c, where), name) for c in (student.calibration, expected))
+                assert got == pytest.approx(wanted, abs=2e-3), (where, name)
+        assert "NLL" in distilled.report.read_text()
+
     def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
         from fastnnunet.teachers.nnunet import NnUNetTeacher
 

@@ -106,7 +106,7 @@ def build(
 
       fastnnunet cache build -m MODEL -i scans --work work
     """
-    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
+    from fastnnunet.cli.parts.cache_view import cache_view, labelling_view, print_summary
 
     if published.asks_for_scans(context, scans, ("root", "previous", "images", "name", "case", "scheduler")):
         from fastnnunet.api import label_images
@@ -127,30 +127,25 @@ def build(
         published.print_training_command(ready)
         return
     from fastnnunet.api import label
-    from fastnnunet.cache.build import CasesFailedError
 
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
     _require_images(images, name)
-    try:
-        with cache_view() as view:
-            labelled = label(
-                request.teacher,
-                request.recipe,
-                recipe_file=request.recipe_file,
-                root=request.place,
-                images=images,
-                name=name,
-                cases=case,
-                workers=workers,
-                threads=threads,
-                scheduler=scheduler,
-                memory_limit_bytes=int(memory_limit * 2**30),
-                progress=view,
-            )
-    except CasesFailedError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from e
+    with labelling_view() as view:
+        labelled = label(
+            request.teacher,
+            request.recipe,
+            recipe_file=request.recipe_file,
+            root=request.place,
+            images=images,
+            name=name,
+            cases=case,
+            workers=workers,
+            threads=threads,
+            scheduler=scheduler,
+            memory_limit_bytes=int(memory_limit * 2**30),
+            progress=view,
+        )
     print_summary(labelled.cache)
     if labelled.unlabelled is not None:
         print(f"train with: --unlabelled {labelled.unlabelled}")

@@ -18,8 +18,8 @@ from fastnnunet.cache.store.folder import CacheFolder
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.shard import chunk_for
 from fastnnunet.cache.store.storage import Place
-from fastnnunet.errors import BuildError, DiskSpaceError, FastnnUNetError, NotFoundError, SpecError
-from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.errors import DiskSpaceError, NotFoundError, SpecError
+from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.files.model import ModelFolder, model_folder_of
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.unlabelled.foreground import (
@@ -29,7 +29,7 @@ from fastnnunet.nnunet.unlabelled.foreground import (
     write_locations,
     write_segmentation,
 )
-from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.parallel import finish_each
 from fastnnunet.nnunet.unlabelled.previous import UnlabelledCascadeCases
 from fastnnunet.nnunet.unlabelled.sets import (
     ImageSet,
@@ -206,12 +206,7 @@ def list_foreground(job: UnlabelledJob, cache: CacheFolder, processes: int, prog
         for case in stored
         if not all((folder / f"{case}{ending}").is_file() for ending in (".npz", SEGMENTATION))
     }
-    for done, (case, outcome) in enumerate(each(_list_case, tasks, processes), start=1):
-        if isinstance(outcome, FastnnUNetError):
-            raise outcome
-        if isinstance(outcome, Exception):
-            raise BuildError(f"foreground of {case} cannot be listed: {type(outcome).__name__}: {outcome}") from outcome
-        progress(Progress(what="listing foreground", done=done, total=len(tasks), unit="cases"))
+    finish_each(_list_case, tasks, processes, "listing foreground", "foreground of {} cannot be listed", progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,18 +224,21 @@ def _list_case(task: _ForegroundTask) -> None:
     manager = label_manager_of(configuration_of(target.plans, target.configuration)[0], target.dataset_json)
     segmentation = target.cases.load(task.case_id)[1]
     outside_ZYX = np.asarray(segmentation[0]) < 0
-    label_ZYX = teacher_label(task.cache, task.case_id, manager)
-    write_segmentation(
-        task.file.with_name(f"{task.case_id}{SEGMENTATION}"), as_segmentation(label_ZYX, outside_ZYX), segmentation
-    )
-    write_locations(task.file, sample_foreground(label_ZYX, outside_ZYX, manager))
+    label_1ZYX = as_segmentation(teacher_label(task.cache, task.case_id, manager), outside_ZYX)
+    write_segmentation(task.file.with_name(f"{task.case_id}{SEGMENTATION}"), label_1ZYX, segmentation)
+    write_locations(task.file, sample_foreground(label_1ZYX, manager))
+
+
+def reader_at_any(cache: Place) -> SoftLabelReader:
+    """A reader at one of the temperatures that a cache serves; none changes which class is largest."""
+    reader = SoftLabelReader(cache)
+    served = reader.cache.spec.temperature_range
+    return reader if served is None else SoftLabelReader(cache, served[0])
 
 
 def teacher_label(cache: Place, case_id: str, label_manager: Any) -> np.ndarray:
     """The label map (Z, Y, X), int16, that a cache's soft labels make; read one layer of chunks at a time."""
-    reader = SoftLabelReader(cache)
-    if (served := reader.cache.spec.temperature_range) is not None:  # no temperature changes which class is largest
-        reader = SoftLabelReader(cache, served[0])
+    reader = reader_at_any(cache)
     size_z, size_y, size_x = reader.shape_zyx(case_id)
     depth = chunk_for(reader.cache.spec, (size_z, size_y, size_x))[0]
     label_ZYX = np.empty((size_z, size_y, size_x), np.int16)

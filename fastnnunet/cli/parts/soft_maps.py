@@ -43,25 +43,20 @@ def import_maps(
       fastnnunet train -d 4 -c 3d_fullres -f 0 -r 4 --temp 1 --soft-labels KEY --start random
     """
     from fastnnunet.api.soft_maps import import_maps as make
-    from fastnnunet.cache.build import CasesFailedError
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
+    from fastnnunet.cli.parts.cache_view import labelling_view, print_summary
 
     recipe = recipe_of(spec, temperature)
-    try:
-        with cache_view() as view:
-            made = make(
-                folders,
-                TeacherSpec(**data),
-                recipe,
-                recipe_file=spec,
-                root=None if root is None else place_at(root),
-                cases=cases,
-                memory_limit_bytes=int(memory_limit * 2**30),
-                progress=view,
-            )
-    except CasesFailedError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from e
+    with labelling_view() as view:
+        made = make(
+            folders,
+            TeacherSpec(**data),
+            recipe,
+            recipe_file=spec,
+            root=None if root is None else place_at(root),
+            cases=cases,
+            memory_limit_bytes=int(memory_limit * 2**30),
+            progress=view,
+        )
     print_summary(made.cache)
     print(f"train with: --soft-labels {made.cache.path.name}")

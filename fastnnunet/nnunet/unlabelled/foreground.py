@@ -21,14 +21,13 @@ Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> vo
 SEGMENTATION = ".b2nd"  # ending of a label map, beside the .npz of its list
 
 
-def sample_foreground(label_ZYX: np.ndarray, outside_ZYX: np.ndarray, label_manager: Any) -> Locations:
-    """nnU-Net's `class_locations` of a label map; background of the map where `outside` counts as outside the image."""
+def sample_foreground(label_1ZYX: np.ndarray, label_manager: Any) -> Locations:
+    """nnU-Net's `class_locations` of a label map as `as_segmentation` makes it."""
     from fastnnunet.nnunet.v2 import DefaultPreprocessor
 
     kinds = [*(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)]
     if label_manager.has_ignore_label:  # as nnU-Net does, which then draws every patch from labelled voxels
         kinds.append([-1, *label_manager.all_labels])
-    label_1ZYX = as_segmentation(label_ZYX, outside_ZYX)
     locations: Locations = DefaultPreprocessor._sample_foreground_locations(label_1ZYX, kinds, verbose=False)
     return locations
 

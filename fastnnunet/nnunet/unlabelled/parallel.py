@@ -6,7 +6,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TypeVar
 
-from fastnnunet.errors import BuildError
+from fastnnunet.errors import BuildError, FastnnUNetError
+from fastnnunet.events import Listener, Progress
 from fastnnunet.system.children import Children
 
 T = TypeVar("T")
@@ -38,6 +39,22 @@ def each(function: Callable[[T], R], items: Mapping[str, T], processes: int) -> 
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def finish_each(
+    function: Callable[[T], None], items: Mapping[str, T], processes: int, what: str, trouble: str, progress: Listener
+) -> None:
+    """Run `function` over every item as `each` does and tell of each that is done; the first that fails ends it.
+
+    `what` is being done; `trouble`, with {} for a name, says what cannot be done. Raises what `function` does
+    where that is one of our errors, else BuildError.
+    """
+    for done, (name, outcome) in enumerate(each(function, items, processes), start=1):
+        if isinstance(outcome, FastnnUNetError):
+            raise outcome
+        if isinstance(outcome, Exception):
+            raise BuildError(f"{trouble.format(name)}: {type(outcome).__name__}: {outcome}") from outcome
+        progress(Progress(what=what, done=done, total=len(items), unit="cases"))
 
 
 def _outcome(run: Callable[[], R]) -> R | Exception:

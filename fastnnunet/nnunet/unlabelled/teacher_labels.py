@@ -47,10 +47,9 @@ def write_labelled(
     from fastnnunet.nnunet.v2 import nnUNetDatasetBlosc2
 
     _, segmentation, _, properties = images.load(case_id)
-    outside_ZYX = np.asarray(segmentation[0]) < 0
-    label_1ZYX = as_segmentation(label_ZYX, outside_ZYX)
+    label_1ZYX = as_segmentation(label_ZYX, np.asarray(segmentation[0]) < 0)
     properties = properties | {
-        "class_locations": sample_foreground(label_ZYX, outside_ZYX, model.labels),
+        "class_locations": sample_foreground(label_1ZYX, model.labels),
         LABELLED_BY: key,
     }
     make_folder(folder)

@@ -7,18 +7,17 @@ import numpy as np
 
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.storage import Place
-from fastnnunet.errors import BuildError, FastnnUNetError
-from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.files.cases import PreprocessedCases
 from fastnnunet.nnunet.files.model import Model, ModelFolder
-from fastnnunet.nnunet.unlabelled.parallel import each
+from fastnnunet.nnunet.unlabelled.parallel import finish_each
 from fastnnunet.nnunet.unlabelled.teacher_labels import (
     is_labelled,
     remove_leftovers,
     write_labelled,
     write_scan_label,
 )
-from fastnnunet.teachers.images import teacher_label
+from fastnnunet.teachers.images import reader_at_any, teacher_label
 
 LEAST = 0.5 / 255  # what a stored probability of 0 stands for, as a logit
 
@@ -59,12 +58,7 @@ def write_labels(
             tasks[case] = _LabelTask(
                 cache=cache, key=key, images=images, case_id=case, folder=folder, file=file, files=files
             )
-    for done, (case, outcome) in enumerate(each(_write, tasks, processes), start=1):
-        if isinstance(outcome, FastnnUNetError):
-            raise outcome
-        if isinstance(outcome, Exception):
-            raise BuildError(f"labels of {case} cannot be written: {type(outcome).__name__}: {outcome}") from outcome
-        progress(Progress(what="writing labels", done=done, total=len(tasks), unit="cases"))
+    finish_each(_write, tasks, processes, "writing labels", "labels of {} cannot be written", progress)
 
 
 def _write(task: _LabelTask) -> None:
@@ -80,9 +74,7 @@ def teacher_logits(cache: Place, case_id: str, model: Model) -> np.ndarray:
 
     nnU-Net resamples logits, not probabilities, and what is common to all classes stays so when they are resampled.
     """
-    reader = SoftLabelReader(cache)
-    if (served := reader.cache.spec.temperature_range) is not None:
-        reader = SoftLabelReader(cache, served[0])
+    reader = reader_at_any(cache)
     temperature = reader.temperature or reader.cache.spec.temperature
     probabilities = reader.to_probabilities(reader.read_case(case_id))
     logits: np.ndarray = np.log(np.maximum(probabilities, np.float32(LEAST)))

@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from scipy.special import softmax
 
+from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.evaluate.calibration import case_calibration, summarise
 from fastnnunet.evaluate.metrics import dice_of_labels
 from fastnnunet.specs.cache import CacheSpec
@@ -85,16 +86,14 @@ def prepare_labels(teacher: TeacherSpec, recipe: CacheSpec, spec_file: Path | No
     """Make W/teacher_labels, an nnUNet_preprocessed whose segmentations are the teacher's."""
     from fastnnunet.nnunet.files.cases import open_cases
     from fastnnunet.nnunet.files.model import model_folder_of
-    from fastnnunet.nnunet.files.plans import label_manager_of
-    from fastnnunet.nnunet.unlabelled.foreground import sample_foreground
-    from fastnnunet.nnunet.v2 import infer_dataset_class
+    from fastnnunet.nnunet.unlabelled.teacher_labels import is_labelled, write_labelled
     from fastnnunet.teachers.data_set import cache_root
     from fastnnunet.teachers.images import teacher_label
     from fastnnunet.teachers.jobs import cache_for_training
 
     files = model_folder_of(teacher)
-    model = files.model
     cache = cache_for_training(teacher, recipe, spec_file=spec_file)
+    key = SoftLabelReader(cache).key
     cases = open_cases(files.plans, teacher.configuration)
     source = cases.folder.parent
     target = work / "teacher_labels" / source.name
@@ -105,22 +104,9 @@ def prepare_labels(teacher: TeacherSpec, recipe: CacheSpec, spec_file: Path | No
     caches = cache_root(source.name, teacher.plans, teacher.configuration)
     if not (target / caches.name).exists():
         (target / caches.name).symlink_to(caches.resolve())
-    kind = infer_dataset_class(str(cases.folder))
-    labels = label_manager_of(model.manager, model.dataset_json)
     for case in cases.case_ids:
-        if (data / f"{case}.pkl").is_file():
-            continue
-        image, true_label, _, properties = cases.load(case)
-        outside_ZYX = np.asarray(true_label[0]) < 0
-        label_ZYX = teacher_label(cache, case, labels)
-        locations = sample_foreground(label_ZYX, outside_ZYX, labels)
-        label_ZYX = np.where(outside_ZYX & (label_ZYX == 0), -1, label_ZYX)
-        kind.save_case(
-            np.asarray(image[:]),
-            label_ZYX[None].astype(np.int16),
-            {**properties, "class_locations": locations},
-            str(data / case),
-        )
+        if not is_labelled(cases, case, data, key):
+            write_labelled(cases, case, data, teacher_label(cache, case, files.model.labels), key, files.model)
     print(f"{len(cases.case_ids)} cases in {data}")
 
 
