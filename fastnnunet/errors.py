@@ -1,6 +1,6 @@
 """The error tree: every error a user can cause is a `FastnnUNetError`.
 
-The CLI prints it as one message and exits with 2.
+The CLI prints it as one message and exits with its `exit_code`, nearly always 2.
 
 Each subclass is also the builtin a library user would expect, so `except FileNotFoundError` works as usual.
 A message says what was wrong, what was got, what was expected and how to mend it.
@@ -26,6 +26,7 @@ class FastnnUNetError(Exception):
     """Base of all errors raised on purpose by this package."""
 
     results: Sequence[Any] | None = None  # of several images of which some failed: one entry each, None where it failed
+    exit_code = 2  # 1 where some cases failed and the others are done
 
 
 class SpecError(FastnnUNetError, ValueError):
@@ -60,6 +61,10 @@ class BackendError(FastnnUNetError, RuntimeError):
     """An inference backend is not installed or cannot run here."""
 
 
+class NoMemoryError(BackendError):
+    """A network found no memory for a batch of that size; smaller ones may."""
+
+
 class DiskSpaceError(FastnnUNetError, OSError):
     """Not enough room for what is about to be written."""
 
@@ -69,6 +74,15 @@ class StorageError(FastnnUNetError, RuntimeError):
 
     Not an OSError: a lost connection must never be taken for a missing or damaged file.
     """
+
+
+class ServerError(FastnnUNetError, RuntimeError):
+    """A server that was asked cannot be reached, refuses, or answers something else than was asked for.
+
+    Not an OSError, as StorageError. `status`: as HTTP counts, None where there was no answer.
+    """
+
+    status: int | None = None
 
 
 class BuildError(FastnnUNetError, RuntimeError):

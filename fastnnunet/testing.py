@@ -66,6 +66,9 @@ def check_engine(
     """
     assert engine.name, "an engine has a name"
     assert engine.precision in ("fp32", "bf16", "fp16", "int8"), f"precision {engine.precision!r}"
+    assert engine.overhead > 0, f"a tile takes {engine.overhead} times what its network holds"
+    tile = engine.largest_tile
+    assert tile is None or len(tile) == batch_NCX.ndim - 2, f"the largest tile is {tile}, expected all of its axes"
     tolerance = relative * float(np.abs(expected_NHX).max())
     before = batch_NCX.copy()
     together = engine.run(batch_NCX).copy()

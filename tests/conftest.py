@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.graphs import remembering
 from tests.tiny import make_world, world_environment
 
 # Files that take long for their number of tests. They begin first, so that no process waits for the other at the end.
 LONG = {
-    "test_another_python", "test_demo", "test_distill_distributed", "test_distill_train", "test_kinds",
+    "test_another_python", "test_demo", "test_distill_distributed", "test_distill_train", "test_engine",
+    "test_kinds",
     "test_loader_processes", "test_nnunet_teacher", "test_notebook", "test_pipeline", "test_platforms",
     "test_read_once", "test_run_names", "test_stock_tools", "test_students", "test_unlabelled_train", "test_wheel",
 }  # fmt: skip
@@ -28,6 +30,28 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_home(tmp_path_factory):
+    """Compiled models of another run might be of other code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory):
+    """Networks that differ in weights alone are traced once, in all processes of the session together."""
+    if torch := sys.modules.get("torch"):
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+        folder.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.onnx, "export", remembering(torch.onnx.export, folder))
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
 """Small DICOM series, written slice by slice with pydicom."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, generate_uid
+
+from fastnnunet.images.dicom.series import DicomSeries, slice_heads
+from fastnnunet.outputs.dicom.slices import series_affine
+from fastnnunet.outputs.labelled import LabelledImage, structures_of
 
 STRAIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -74,3 +78,18 @@ def write_series(
         files.append(folder / f"{prefix}_{(index * 7) % 31:02d}")
         header.save_as(files[-1], enforce_file_format=True)
     return files
+
+
+def labelled_series(
+    labels_ZYX: np.ndarray, folder: Path, labels: Mapping[str, Any], model: str = "toy"
+) -> LabelledImage:
+    """A label map on the slices of a series, whose grid is that of the first and last of them."""
+    series = DicomSeries(folder=folder)
+    return LabelledImage(
+        case=folder.name,
+        labels_ZYX=labels_ZYX,
+        affine=series_affine(slice_heads(series)),
+        structures=structures_of(labels),
+        series=series,
+        model=model,
+    )

@@ -273,8 +273,7 @@ class FakeEngine:
         return self.tensors[name][0]
 
     def get_tensor_shape(self, name):
-        batch, *shape = self.tensors[name][1]
-        return (batch if isinstance(batch, int) else -1, *shape)
+        return tuple(n if isinstance(n, int) else -1 for n in self.tensors[name][1])
 
     def get_tensor_dtype(self, name):
         return self.library.float32
@@ -310,7 +309,7 @@ class FakeContext:
         self._shape = tuple(shape)
         expected = self._engine.get_tensor_shape(name)
         fits = 1 <= shape[0] <= self._engine.max_batch if expected[0] == -1 else shape[0] == expected[0]
-        return shape[1:] == expected[1:] and fits
+        return fits and all(n in (-1, got) for n, got in zip(expected[1:], shape[1:], strict=True))
 
     def set_tensor_address(self, name, address):
         self._changes += 1
@@ -353,7 +352,8 @@ class FakeContext:
         return True
 
     def _array(self, name):
-        shape = (self._shape[0], *self._engine.tensors[name][1][1:])
+        own = self._engine.get_tensor_shape(name)
+        shape = (self._shape[0], own[1], *self._shape[2:])
         count = int(np.prod(shape))
         self._engine.library.cuda.check("device", self._addresses[name], 4 * count)
         return np.ctypeslib.as_array((ctypes.c_float * count).from_address(self._addresses[name])).reshape(shape)

@@ -1,14 +1,16 @@
 """Networks of other kinds than the toy bundles', small and untrained; 3 heads."""
 
+from typing import Any
+
 import torch
 
 
-def residual_network() -> tuple[torch.nn.Module, tuple[int, ...]]:
+def residual_network(**changes: Any) -> tuple[torch.nn.Module, tuple[int, ...]]:
     """Sums of two branches, 1x1 projections, anisotropic strides; returns it and its patch (channels, z, y, x)."""
     from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
     torch.manual_seed(0)
-    network = ResidualEncoderUNet(
+    arguments = dict(
         input_channels=2,
         n_stages=2,
         features_per_stage=[8, 12],
@@ -23,7 +25,7 @@ def residual_network() -> tuple[torch.nn.Module, tuple[int, ...]]:
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=torch.nn.LeakyReLU,
     )
-    return network.eval(), (2, 8, 16, 16)
+    return ResidualEncoderUNet(**arguments | changes).eval(), (2, 8, 16, 16)
 
 
 def primus_network() -> tuple[torch.nn.Module, tuple[int, ...]]:

@@ -15,17 +15,26 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.measure import beside, head
 from pipelines.measure.cache import bit_flips, cache_layout, kills, reader_speed, soft_maps, stage1_speed
-from pipelines.measure.predict import agreement, large_volume, many_classes_prediction, pre_post_speed, stock_agreement
+from pipelines.measure.predict import (
+    agreement,
+    file_to_file,
+    large_volume,
+    many_classes_prediction,
+    one_pass,
+    pre_post_speed,
+    stock_agreement,
+)
 from pipelines.measure.train import (
     augmentation_speed,
     loader_speed,
+    norm_speed,
     online_distillation,
     orphans,
     step_speed,
     student_table,
 )
 from tests import test_distill_seeds
-from tests.bundles import smooth_noise, write_image
+from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 from tests.tiny import CONFIGURATION, DATASET
 
 
@@ -83,6 +92,38 @@ def test_large_volume():
     assert fold["ensemble_s"] == pytest.approx(rest + 40 * fold["stages_s"]["infer_s"])
     assert ours["agreement_with_nnunetv2"] > 0.999
     assert ours["times_faster_than_ensemble"] > ours["times_faster_than_single_fold"] > 0
+
+
+def test_one_pass():
+    record = one_pass.measure(
+        None,
+        shape=(24, 50, 44),
+        patch=(16, 16, 16),
+        features=(8, 16, 32),
+        backend="onnxruntime",
+        precisions=("fp32",),
+        passes=(1,),
+        rounds=1,
+        threads=1,
+    )
+    arm = record["arms"]["one pass, batch norm, fp32"]
+    assert arm["agreement_with_whole"] > 0.999
+    assert arm["described"]["way"] == "one pass"
+    assert arm["times_faster_than_window"] > 0 < arm["peak_gib"]
+    assert record["arms"]["window, batch norm, fp32"]["described"]["way"] == "window"
+    assert record["halo_is"] == "exact"
+
+
+def test_file_to_file(tmp_path):
+    bundle = make_toy_model(Toy(), tmp_path / "toy").bundle
+    write_image(smooth_noise((12, 25, 20), 0), tmp_path / "in" / "a_0000.nii.gz")
+    record = file_to_file.measure(bundle, tmp_path / "in", None, rounds=1, repeats=2, shape=(24, 40, 44))
+    assert set(record["cold"]) == set(record["warm"]) == {"openvino bf16", "openvino fp32", "onnxruntime fp32"}
+    assert all(arm["median_s"] >= arm["least_s"] > 0 for part in ("cold", "warm") for arm in record[part].values())
+    warm = record["warm"]
+    assert warm["openvino fp32"]["labels_crc32"] == warm["onnxruntime fp32"]["labels_crc32"] != 0
+    assert record["volume"]["image_bytes"] > record["volume"]["label_bytes"] > 352
+    assert record["volume"]["write"]["processor_s"] >= 0
 
 
 def test_reader_speed():
@@ -176,6 +217,19 @@ def test_step_speed(world):
     assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     assert median["together"] > median["bare_r2"] > 0
     assert record["online_over_soft"] == median["online"] / median["soft"]
+
+
+def test_norm_speed(world):
+    before = sorted(p.relative_to(world) for p in (world / "results").rglob("*"))
+    record = norm_speed.measure(test_distill_seeds.make_job(), steps=3)
+    assert sorted(p.relative_to(world) for p in (world / "results").rglob("*")) == before
+    assert record["batch"][2:] == [16, 16, 16]
+    for name in ("instance", "batch", "batch_frozen"):
+        assert len(record["seconds"][name]) == 3
+        assert record["ratio"][name] == record["median_s"]["instance"] / record["median_s"][name]
+        assert min(record["median_s"][name], record["median_cpu_s"][name]) > 0
+    operators = {name: set(found) for name, found in record["profile_ms"].items()}
+    assert all("aten::convolution_backward" in found for found in operators.values())
 
 
 def test_loader_speed(world):

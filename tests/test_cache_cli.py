@@ -156,8 +156,8 @@ def test_stored_values_are_nnunets_own(world, cli, tmp_path):
         (["build", *BASE, "--temp", "-1"], "temperature: got -1.0"),
         (["build", *BASE, "--spec", "nothing.yaml"], "spec file not found"),
         (["info", "beef"], "no soft-label cache beef found"),
-        (["list", "--root", "/nonexistent"], "is not a folder"),
-        (["gc", "--root", "/nonexistent"], "is not a folder"),
+        (["list", "--root", "no/such/folder"], "is not a folder"),
+        (["gc", "--root", "no/such/folder"], "is not a folder"),
     ],
 )
 def test_bad_input_is_one_message(world, cli, args, expected):

@@ -24,6 +24,7 @@ from fastnnunet.errors import BackendError, SpecError
 from fastnnunet.evaluate.metrics import label_metrics
 from fastnnunet.images.cases import Case
 from fastnnunet.specs.teacher import TeacherSpec
+from tests.browsers import chromium
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 
 CASES = ("one", "three", "two")
@@ -331,17 +332,8 @@ def numbers_on_the_page(record: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the tests of the page need playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    binary = next((found for name in names if (found := shutil.which(name))), None)
-    if binary is None:
-        pytest.skip("no Chromium on this machine")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=binary, args=quiet)
-        yield browser
-        browser.close()
+    with chromium("--disable-gpu") as found:
+        yield found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -75,9 +75,10 @@ def test_a_teacher_that_leaves_out_a_chunk():
 class Doubling:
     """A network that doubles its input, in memory that all threads share or in new memory for each call."""
 
-    name, precision = "doubling", "fp32"
+    name, precision, overhead = "doubling", "fp32", 2.0
 
-    def __init__(self, shared):
+    def __init__(self, shared, largest_tile=None):
+        self.largest_tile = largest_tile
         self.memory = np.zeros((4, 1, 5, 6), np.float32) if shared else None
 
     def run(self, batch):
@@ -98,8 +99,9 @@ def test_an_engine():
         (Doubling(shared=True), 2 * PATCHES, "threads disturb"),
         (Doubling(shared=False), 2.01 * PATCHES, "not those of the network"),
         (Doubling(shared=False), np.concatenate([PATCHES, PATCHES], 1), "expected"),
+        (Doubling(shared=False, largest_tile=(5,)), 2 * PATCHES, "the largest tile is"),
     ],
-    ids=["threads", "values", "shape"],
+    ids=["threads", "values", "shape", "tile"],
 )
 def test_an_engine_that_breaks_a_promise(engine, expected, message):
     with pytest.raises(AssertionError, match=message):

@@ -17,9 +17,12 @@ from fastnnunet.nnunet.augment.soft_samples import has_opinion
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.trainer import trainer as trainer_module
 from fastnnunet.nnunet.trainer.distributed import Share
+from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 from pipelines.measure.train.step_speed import batches_of, make_trainer
 from tests.test_device_augmentation import without_noise
-from tests.test_distill_seeds import assert_same, build, make_job, trained
+from tests.test_distill_seeds import CACHE, TEACHER, assert_same, build, make_job, trained
+from tests.test_unlabelled_images import build_unlabelled
+from tests.test_unlabelled_train import scans
 
 
 class LabelAsSoftLabel:
@@ -71,6 +74,41 @@ class TestBatches:
                 assert (target.dtype, target.shape) == (expected_target.dtype, expected_target.shape)
                 close = torch.isclose(target.float(), expected_target.float(), atol=1e-5)
                 assert close.float().mean() > 0.998
+
+    def test_pseudo_labels_of_unlabelled_images(self, world, monkeypatch):
+        """What a training step gets on the device is what it gets from the loader processes."""
+        build()
+        build_unlabelled(scans(world), CACHE, TEACHER)
+        nnunets, step = nnUNetTrainer.get_training_transforms, StudentTrainer.train_step
+        seen = {"device": [], "loader": []}
+
+        def quiet(*args, **kwargs):
+            transforms = nnunets(*args, **kwargs)
+            without_noise(transforms.transforms)
+            return transforms
+
+        def watched(trainer, batch, iteration):
+            seen["loader" if trainer.device_augmentation is None else "device"].append(batch)
+            return step(trainer, batch, iteration)
+
+        monkeypatch.setattr(nnUNetTrainer, "get_training_transforms", staticmethod(quiet))
+        monkeypatch.setattr(StudentTrainer, "train_step", watched)
+        job = make_job(alpha=0.3, epochs=1, iterations_per_epoch=4, unlabelled="more-scans", pseudo_labels=True)
+        for augment_on in seen:
+            losses = []
+            options = {"validate": False, "overwrite": True, "progress": losses.append}
+            train_student(dataclasses.replace(job, augment_on=augment_on), **options)
+            assert all(loss.hard != 0 and loss.soft > 0 for loss in losses)
+        foreground = 0
+        for ours, theirs in zip(seen["device"], seen["loader"], strict=True):
+            unlabelled = [place for place, key in enumerate(theirs["keys"]) if key in ("tiny_10", "tiny_11")]
+            assert len(unlabelled) == 1
+            assert list(ours["keys"]) == list(theirs["keys"])
+            torch.testing.assert_close(ours["data"], theirs["data"], rtol=1e-4, atol=1e-4)
+            for target, expected in zip(ours["target"], theirs["target"], strict=True):
+                assert torch.isclose(target.float(), expected.float(), atol=1e-5).float().mean() > 0.998
+            foreground += int((ours["target"][0][unlabelled] > 0).sum())
+        assert foreground > 0, "the teacher's labels, which the images do not have"
 
     def test_soft_label_stays_on_the_label(self, world):
         moved = 0

@@ -20,10 +20,11 @@ from pydicom.uid import generate_uid
 from pydicom.valuerep import STR_VR_REGEXES, validate_value
 
 from fastnnunet.errors import ImageError
-from fastnnunet.images.dicom.seg import check_dicom_seg, write_dicom_seg
 from fastnnunet.images.dicom.series import DicomSeries, slice_files
-from fastnnunet.images.dicom.values import mended, mended_sex
-from tests.dicom_files import write_series
+from fastnnunet.outputs.dicom.seg import check_dicom_seg, write_dicom_seg
+from fastnnunet.outputs.dicom.values import mended, mended_sex
+from fastnnunet.outputs.labelled import structures_of
+from tests.dicom_files import labelled_series, write_series
 
 SHAPE = (4, 7, 5)
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
@@ -88,8 +89,8 @@ def _segment(folder: Path) -> tuple[Path, np.ndarray]:
     labels_ZYX = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
     file = folder.parent / "seg.dcm"
     series = DicomSeries(folder=folder)
-    check_dicom_seg(series, labels=LABELS, model="toy")
-    write_dicom_seg(labels_ZYX, series, file, labels=LABELS, model="toy", checked=True)
+    check_dicom_seg(series, structures=structures_of(LABELS), model="toy")
+    write_dicom_seg(labelled_series(labels_ZYX, folder, LABELS), file, checked=True)
     return file, labels_ZYX
 
 
@@ -346,13 +347,13 @@ def test_what_nothing_can_stand_for_is_refused_before(name: str, tmp_path: Path)
 
     _rewrite(tmp_path / "in", _edited(change))
     with pytest.raises(ImageError, match=f"no {name}"):
-        check_dicom_seg(DicomSeries(folder=tmp_path / "in"), labels=LABELS, model="toy")
+        check_dicom_seg(DicomSeries(folder=tmp_path / "in"), structures=structures_of(LABELS), model="toy")
 
 
 def test_equal_identities_are_refused_before(tmp_path: Path) -> None:
     _rewrite(tmp_path / "in", _raw(SOPInstanceUID="1.2.3"))
     with pytest.raises(ImageError, match="the same SOPInstanceUID"):
-        check_dicom_seg(DicomSeries(folder=tmp_path / "in"), labels=LABELS, model="toy")
+        check_dicom_seg(DicomSeries(folder=tmp_path / "in"), structures=structures_of(LABELS), model="toy")
 
 
 def test_names_of_labels_are_any_text(tmp_path: Path) -> None:
@@ -360,8 +361,8 @@ def test_names_of_labels_are_any_text(tmp_path: Path) -> None:
     labels = {"background": 0, "Läsion\\links": 1, "肝": 2, "": 3, "x" * 100: 4}
     labels_ZYX = np.random.default_rng(0).integers(0, 5, SHAPE).astype(np.uint8)
     series, file = DicomSeries(folder=tmp_path / "in"), tmp_path / "seg.dcm"
-    check_dicom_seg(series, labels=labels, model="Modell\\für\nalle")
-    write_dicom_seg(labels_ZYX, series, file, labels=labels, model="Modell\\für\nalle")
+    check_dicom_seg(series, structures=structures_of(labels), model="Modell\\für\nalle")
+    write_dicom_seg(labelled_series(labels_ZYX, series.folder, labels, "Modell\\für\nalle"), file)
     segmentation = _check(file, labels_ZYX, tmp_path / "in")
     assert [s.SegmentLabel for s in segmentation.SegmentSequence] == ["Läsion/links", "肝", "3", "x" * 64]
 
@@ -387,7 +388,7 @@ def test_negated_cosines_are_not_flipped(orientation: Any, tmp_path: Path) -> No
     files = write_series(tmp_path / "in", np.zeros(SHAPE), orientation=orientation)
     labels_ZYX = np.zeros(SHAPE, np.uint8)
     labels_ZYX[1, 0, 0], labels_ZYX[2, 6, 4], labels_ZYX[3, 2, 1] = 1, 2, 1
-    write_dicom_seg(labels_ZYX, DicomSeries(folder=tmp_path / "in"), tmp_path / "seg.dcm", labels=LABELS, model="toy")
+    write_dicom_seg(labelled_series(labels_ZYX, tmp_path / "in", LABELS), tmp_path / "seg.dcm")
     expected = set()
     for z, y, x in np.argwhere(labels_ZYX):
         header = pydicom.dcmread(files[z])

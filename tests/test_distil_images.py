@@ -1,5 +1,6 @@
 """A student from a published model and scans without labels: one command, its stages, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,16 +8,20 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
-from fastnnunet.api.images import distil_images, label_images
+from fastnnunet.api.images import distil_images, label_images, train_on_images
 from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError
+from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.world import VARIABLES, world_in
 from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
 from tests.dicom_files import write_series
@@ -85,7 +90,6 @@ def read(file):
 
 def stock_label(model, folds, scan, output):
     """The label map that nnU-Net's own predictor writes."""
-    import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
@@ -189,6 +193,31 @@ class TestTheCommand:
                 assert got == pytest.approx(wanted, abs=2e-3), (where, name)
         assert "NLL" in distilled.report.read_text()
 
+    def test_one_temperature_is_in_its_last_layer(self, done, pristine_world, tmp_path):
+        from fastnnunet.nnunet.files.model import ModelFolder
+        from fastnnunet.nnunet.reference import fold_reference
+
+        root, distilled = done
+        (student,) = distilled.students
+        assert student.temperature != pytest.approx(1, abs=1e-3)
+        (trained,) = (root / "out/work/nnUNet_results").glob("*/*_r2_*/fold_0")
+        image = np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32)
+        files = [
+            ModelFolder(folder, CONFIGURATION, "checkpoint_final.pth") for folder in (trained.parent, student.model)
+        ]
+        centre = (slice(None), *[slice(5, 11)] * 3)  # at the rim float16 times small weights is coarse
+        before, after = (fold_reference(f, mirroring=False, step_size=0.5).logits(image, 0)[centre] for f in files)
+        np.testing.assert_allclose(after, before / student.temperature, rtol=0, atol=4e-3 * np.abs(before).max())
+        stored = torch.load(student.model / "fold_0/checkpoint_final.pth", weights_only=False)
+        assert stored["fastnnunet"]["folded_temperature"] == student.temperature
+        shutil.copytree(root / "out/work", tmp_path / "work")
+        plain = run(model_in(pristine_world), root / "scans", tmp_path, calibrate=False).students[0]
+        assert plain.temperature == 1
+        for case, dice in plain.fidelity.dice.items():  # but for voxels whose float16 logits are level
+            assert dice == pytest.approx(student.fidelity.dice[case], abs=0.01)
+        assert student.calibration.teacher_border.kl < plain.calibration.teacher_border.kl
+        assert "Logits were divided (r2 by " in distilled.report.read_text()
+
     def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
         from fastnnunet.teachers.nnunet import NnUNetTeacher
 
@@ -199,12 +228,14 @@ class TestTheCommand:
         load = NnUNetTeacher.load
 
         def of_students(self, threads):
-            assert self.folder.name == "nnunet_model", "the teacher was asked again"
+            student = self.folder.name == "nnunet_model" or "_r4_" in self.folder.name
+            assert student, "the teacher was asked again"
             return load(self, threads)
 
         monkeypatch.setattr(NnUNetTeacher, "load", of_students)
         before = files_below(root / "again/work/nnUNet_preprocessed")
-        checkpoints = [f for f in files_below(root / "again") if f[0].endswith(".pth")]
+        kept = [f for f in files_below(root / "again") if f[0].endswith(".pth") or "/r2/" in f[0]]
+        assert any(name.endswith("/r2/judged.json") for name, _ in kept)
         events = Events()
         again = run(model_in(pristine_world), root / "scans", root / "again", sizes=(2, 4), progress=events)
         assert [student.tag for student in again.students] == ["r2", "r4"]
@@ -213,7 +244,43 @@ class TestTheCommand:
         assert not {name for name in changed if name.endswith((".b2nd", ".pkl", ".nii.gz"))}
         trained = {event.student for event in events if getattr(event, "unit", "") == "iterations"}
         assert trained == {"r4"}
-        assert set(checkpoints) <= set(files_below(root / "again"))
+        assert set(kept) <= set(files_below(root / "again")), "the first was predicted or exported again"
+        assert repr(again.students[0]) == repr(judged_in(done[1].students[0], root / "again"))  # NaN is not NaN
+        (root / "again/r2/judged.json").write_text('{"asked": ')
+        once_more = run(model_in(pristine_world), root / "scans", root / "again", progress=events).students[0]
+        assert once_more.fidelity == again.students[0].fidelity
+        changed = {Path(name).name for name, _ in set(files_below(root / "again/r2")) - set(kept)}
+        assert {"judged.json", *(f"{case}.nii.gz" for case in again.scans.held_out)} <= changed
+
+    def test_each_case_of_the_cache_is_decoded_once(self, done, monkeypatch, tmp_path):
+        from fastnnunet.cache.store.reader import SoftLabelReader
+        from fastnnunet.nnunet.files.model import ModelFolder
+        from fastnnunet.nnunet.unlabelled.sets import UnlabelledCases
+        from fastnnunet.teachers.scans.labels import write_labels
+
+        root, distilled = done
+        base = root / "out/work/nnUNet_preprocessed/Dataset001_Images"
+        (model,) = (root / "out/work/nnUNet_results/Dataset001_Images").glob(f"*__nnUNetPlans__{CONFIGURATION}")
+        files = ModelFolder(model, CONFIGURATION, "checkpoint_final.pth")
+        read_patch, voxels = SoftLabelReader.read_patch, []
+
+        def counted(self, *args):
+            patch = read_patch(self, *args)
+            voxels.append(patch[0].size)
+            return patch
+
+        monkeypatch.setattr(SoftLabelReader, "read_patch", counted)
+        images = UnlabelledCases(base / f"unlabelled/scans/nnUNetPlans_{CONFIGURATION}", ("s0", "s1"))
+        write_labels(distilled.scans.cache.path, images, files, tmp_path / "cases", tmp_path / "labels")
+        assert sum(voxels) == sum(np.prod(images.shape_zyx(case)) for case in images.case_ids)
+        for case in images.case_ids:
+            written = read(tmp_path / f"labels/{case}.nii.gz")
+            np.testing.assert_array_equal(written, read(distilled.scans.labels / f"{case}.nii.gz"))
+
+
+def judged_in(student, output):
+    """What is known of a student, for a copy of it in another folder."""
+    return dataclasses.replace(student, bundle=output / "r2/bundle", model=output / "r2/nnunet_model")
 
 
 def told(events):
@@ -221,8 +288,6 @@ def told(events):
 
 
 def weights_of(student):
-    import torch
-
     return torch.load(student.model / "fold_0/checkpoint_final.pth", weights_only=False)["network_weights"]
 
 
@@ -263,10 +328,73 @@ class TestInterrupted:
             )
 
 
-def typed(*words):
+class TestSizesTogether:
+    def trained(self, root, world, work, *sizes, **options):
+        spec, students = PublishedSpec(path=model_in(world), folds=FOLDS), [StudentSpec(r=r) for r in sizes]
+        options = {"recipe": RECIPE, "training": TRAINING, **options}
+        students = train_on_images(spec, root / "scans", work, students, **options)
+        return {s.tag: load_checkpoint(s.folder / "checkpoint_final.pth")["network_weights"] for s in students}
+
+    def test_they_share_batches_and_are_what_they_are_alone(self, done, pristine_world, tmp_path, monkeypatch):
+        from fastnnunet.nnunet.trainer.batches import SampledBatches
+
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        root, _ = done
+        for name in ("alone", "together", "resumed"):
+            shutil.copytree(root / "out/work", tmp_path / name)
+        make, made = SampledBatches.make, []
+        monkeypatch.setattr(SampledBatches, "make", lambda self, *of: made.append(self) or make(self, *of))
+        alone = {}
+        for r in (4, 3):
+            alone |= self.trained(root, pristine_world, tmp_path / "alone", r)
+        batches_of_two = len(made)
+        events = Events()
+        together = self.trained(root, pristine_world, tmp_path / "together", 4, 2, 3, progress=events)
+        assert len(made) - batches_of_two == batches_of_two / 2, "of one for both; r2 was trained before"
+        assert list(together) == ["r4", "r2", "r3"]
+        assert {event.what for event in events if getattr(event, "unit", "") == "iterations"} == {"r4 r3 fold 0"}
+
+        def interrupt(event):
+            if getattr(event, "unit", "") == "iterations" and (event.student, event.done) == ("r4", 3):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self.trained(root, pristine_world, tmp_path / "resumed", 4, 3, progress=interrupt)
+        resumed = self.trained(root, pristine_world, tmp_path / "resumed", 4, 3)
+        for tag, weights in alone.items():
+            for name, expected in weights.items():
+                assert torch.equal(together[tag][name], expected)
+                assert torch.equal(resumed[tag][name], expected)
+
+    def test_the_teacher_answers_in_the_last_epochs(self, done, pristine_world, tmp_path, monkeypatch):
+        from fastnnunet.teachers.online import OnlineTeacher
+
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        root, distilled = done
+        shutil.copytree(root / "out/work", tmp_path / "work")
+        soft_labels, asked = OnlineTeacher.soft_labels, []
+        monkeypatch.setattr(OnlineTeacher, "soft_labels", lambda self, *of: asked.append(of) or soft_labels(self, *of))
+        training = {**TRAINING, "online_teacher": 0.5}
+        self.trained(root, pristine_world, tmp_path / "work", 2, training=training)
+        assert len(asked) == TRAINING["epochs"] * TRAINING["iterations_per_epoch"] / 2
+        assert {case for _, cases in asked for case in cases} <= set(distilled.scans.learnt_from)
+
+    def test_hours_are_those_of_each(self):
+        from fastnnunet.api.images import _sharing
+
+        jobs = [SimpleNamespace(student=StudentSpec(r=r), distill=DistillSpec()) for r in (2, 4)]
+        assert _sharing(jobs) == [jobs]
+        other = SimpleNamespace(student=StudentSpec(r=4, family="width"), distill=DistillSpec())
+        assert _sharing([*jobs, other]) == [jobs, [other]]
+        for job in jobs:
+            job.distill = DistillSpec(hours=2)
+        assert _sharing(jobs) == [jobs[:1], jobs[1:]]
+
+
+def typed(*words, code=0):
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    assert ended.value.code == 0
+    assert ended.value.code == code
 
 
 class TestTheStages:
@@ -287,11 +415,33 @@ class TestTheStages:
         typed("train", *words, "-tf", 0, 1, "-r", 2, *short)
         (folder,) = (work / "nnUNet_results/Dataset001_Images").glob("*_r2_*/fold_0")
         assert f"student r2: {folder}" in capsys.readouterr().out
-        import torch
+        from fastnnunet.nnunet.student.tempered import tempered
 
         found = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        found = tempered(found, straight.students[0].temperature)
         expected = weights_of(straight.students[0])
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_cases_that_fail_end_every_command_with_1(pristine_world, tmp_path, monkeypatch, capsys):
+    """As `cache build` of a data set does; what is wrong altogether ends with 2."""
+    from fastnnunet.teachers.nnunet import LoadedTeacher
+
+    blocks = LoadedTeacher.tallied_blocks
+
+    def nan(self, *args):
+        for number, logits in blocks(self, *args):
+            yield number, logits * np.float32(np.nan)
+
+    monkeypatch.setattr(LoadedTeacher, "tallied_blocks", nan)
+    model, scans = model_in(pristine_world), scans_in(pristine_world, tmp_path / "scans", 2)
+    asked = ["-m", model, "-i", scans, "--work", tmp_path / "work", "-f", 0, "--no-mirroring", "--engine", "torch"]
+    for command in (["cache", "build"], ["distill", "images", "-r", 2, "-o", tmp_path / "out"]):
+        typed(*command, *asked, code=1)
+        said = capsys.readouterr().err
+        assert "2 of 2 cases failed" in said
+        assert "NaN" in said
+        assert "run the same command again" in said
 
 
 def test_a_zip_and_dicom_series(pristine_world, tmp_path, monkeypatch):

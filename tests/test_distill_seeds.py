@@ -1,6 +1,7 @@
 """Seeds, resuming and divergence: the same numbers bit for bit, whatever the loader processes do, or a clean stop."""
 
 import dataclasses
+import json
 import random
 import shutil
 
@@ -15,8 +16,8 @@ from fastnnunet.distill.job import TrainingJob, run_folder
 from fastnnunet.distill.train import train_student
 from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-from fastnnunet.nnunet.trainer.loading import ordered_batches
-from fastnnunet.nnunet.trainer.numbered import NumberedBatches
+from fastnnunet.nnunet.trainer.loaders.numbered import NumberedBatches
+from fastnnunet.nnunet.trainer.loaders.ordered import ordered_batches
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
@@ -178,6 +179,46 @@ class TestResume:
         epochs.clear()
         assert_same(reference, trained(job, resume=True, progress=lambda s: epochs.append(s.epoch)))
         assert min(epochs) == best
+
+    def test_larger_patches_come_last(self, world, monkeypatch):
+        """Killed before, within and after the first epoch of larger patches."""
+        build()
+        job = make_job(alpha=0.3, last_patch=(24, 16, 32), last_share=0.5)
+        step, shapes = StudentTrainer.train_step, []
+
+        def watched(self, batch, iteration=0):
+            shapes.append((self.current_epoch, tuple(batch["data"].shape[2:]), tuple(batch["target"][-1].shape[2:])))
+            return step(self, batch, iteration)
+
+        monkeypatch.setattr(StudentTrainer, "train_step", watched)
+        reference = trained(job)
+        patch, larger = (16, 16, 16), (24, 16, 32)
+        assert shapes == [(epoch, *[patch if epoch < 2 else larger] * 2) for epoch in (0, 0, 1, 1, 2, 2, 3, 3)]
+        stored = json.loads((run_folder(job).parent / "plans.json").read_text())
+        assert stored["configurations"]["3d_fullres"]["patch_size"] == list(patch)
+        for epoch in (1, 2, 3):
+
+            def kill(state, epoch=epoch):
+                if (state.epoch, state.iteration) == (epoch, 1):
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                train_student(job, overwrite=True, validate=False, progress=kill)
+            assert_same(reference, trained(job, resume=True))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"last_patch": (24, 16)}, "last-patch: got .24, 16., expected 3 numbers, as in .16, 16, 16."),
+            ({"last_patch": (24, 18, 16)}, "last-patch: patch_size axis 1: got 18, expected a multiple of 4"),
+            ({"last_patch": (0, 16, 16)}, "last_patch: got .0, 16, 16., expected whole numbers of at least 1"),
+            ({"last_share": 0.5}, "last_share: got 0.5 without last_patch"),
+            ({"last_patch": (24, 16, 16), "last_share": 0.0}, "last_share: got 0.0, expected a number above 0"),
+        ],
+    )
+    def test_patches_that_cannot_be(self, world, fields, message):
+        with pytest.raises(SpecError, match=message):
+            trained(make_job(**fields))
 
     def test_annealing_goes_on_where_it_was(self, world):
         """The weight of the soft loss in each of eight steps, also in those after a kill."""

@@ -143,7 +143,7 @@ def test_options_targets_extras_and_modules_exist(page: Path) -> None:
             assert set(made[1].split()) <= set(targets), line
         for extras in re.findall(r"'(?:\.|fastnnunet)\[([\w,-]+)\]'", line):
             assert set(extras.split(",")) <= set(project["optional-dependencies"]), line
-        for module in re.findall(r"-m (pipelines\.\w+)", line):
+        for module in re.findall(r"-m (pipelines(?:\.\w+)+)", line):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), line
 
 
@@ -309,20 +309,88 @@ def test_the_tables_of_scans_without_labels() -> None:
     assert all(sorted(row["seed"] for row in rows) == [0, 1, 2] for rows in arms.values())
     _, teacher, student = tables((ROOT / "README.md").read_text())[0]
     is_shown(teacher[1], measured["teacher"]["dice"])
-    is_shown(student[1], mean(row["dice"] for row in arms["half"]))
-    is_shown(student[2], mean(row["fidelity"] for row in arms["half"]))
-    three, variants = tables(section((ROOT / "docs" / "measured.md").read_text(), "Scans without labels"))
+    longer = record("2026-11-29_soft_or_hard_4000.json")["rows"]
+    r4 = {name: [row for row in longer if row["arm"] == name and row["r"] == 4] for name in ("hard", "half")}
+    assert [len(rows) for rows in r4.values()] == [1, 3]
+    is_shown(student[1], mean(row["dice"] for row in r4["half"]))
+    is_shown(student[2], mean(row["fidelity"] for row in r4["half"]))
+    three, twice, variants, scans = tables(section((ROOT / "docs" / "measured.md").read_text(), "Scans without labels"))
     for shown, rows in zip(three[1:], arms.values(), strict=True):
         for text, name in zip(shown[1:3], ("dice", "fidelity"), strict=True):
             values = [row[name] for row in rows]
             is_shown(text, mean(values), stdev(values))
         is_shown(shown[3], mean(row["calibration"]["labels_border"]["nll"] for row in rows))
         is_shown(shown[4], mean(row["calibration"]["teacher_border"]["kl"] for row in rows))
+    r6 = [row for row in longer if row["r"] == 6]
+    for shown, rows in zip(twice[1:], [*r4.values(), r6], strict=True):
+        for text, name in zip(shown[2:4], ("dice", "fidelity"), strict=True):
+            values = [row[name] for row in rows]
+            is_shown(text, mean(values), *([stdev(values)] if len(values) > 1 else []))
+        is_shown(shown[4], mean(row["calibration"]["labels_border"]["nll"] for row in rows))
+        is_shown(shown[5], mean(row["calibration"]["teacher_border"]["kl"] for row in rows))
     for shown, row in zip(variants[1:], record("2026-11-29_soft_loss_ablation.json")["rows"], strict=True):
         near = row["calibration"]
         values = [row["dice"], row["fidelity"], near["labels_border"]["nll"], near["teacher_border"]["kl"]]
         for text, value in zip(shown[1:], values, strict=True):
             is_shown(text, value)
+    curve = {(str(row["scans"]), row["arm"]): row for row in record("2026-11-30_scans_curve.json")["rows"]}
+    for number, *values in scans[1:]:
+        rows = curve[number, "hard"], curve[number, "half"]
+        near = [row["calibration"] for row in rows]
+        expected = [[row[name] for row in rows] for name in ("dice", "fidelity")]
+        expected += [[c["labels_border"]["nll"] for c in near], [c["teacher_border"]["kl"] for c in near]]
+        for text, pair in zip(values, expected, strict=True):
+            for part, value in zip(text.split(" / "), pair, strict=True):
+                is_shown(part, value)
+
+
+def test_the_table_of_oasis() -> None:
+    measured = record("2026-11-29_oasis.json")
+    text = section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS")
+    assert f"has {measured['teacher']['dice']:.4f}" in text
+    (table,) = tables(text)
+    for shown, row in zip(table[1:], measured["rows"], strict=True):
+        passes = [row["one_pass"][n]["dice"] for n in ("1", "2", "4")] if "one_pass" in row else []
+        assert shown[1] == str(row["steps"])
+        for value, expected in zip([v for v in shown[2:] if v], [row["dice"], row["fidelity"], *passes], strict=True):
+            is_shown(value, expected)
+
+
+def test_cold_starts_of_the_engine() -> None:
+    measured = record("2026-11-30_engine.json")["cold"]
+    assert all(arm["labels_equal"] for arm in measured.values())
+    by = {(name, side): arm[side] for name, arm in measured.items() for side in ("engine", "python")}
+    seconds = [f"{arm['median_s']:.2f}" for arm in by.values()]
+    words = (
+        "OpenVINO {} s, Python {} s; ONNX Runtime {} s and {} s; with OpenVINO {:.0f} MB at the most, Python {:.0f} MB"
+    )
+    expected = words.format(*seconds, *(by["openvino", side]["peak_bytes"] / 1e6 for side in ("engine", "python")))
+    assert expected in " ".join((ROOT / "docs" / "guides" / "engine.md").read_text().split())
+
+
+def test_batch_norm_on_hippocampus() -> None:
+    text = section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS")
+    alone, batch = record("2026-11-30_hippocampus_norms.json")["rows"]
+    dice = alone["dice"], batch["dice"], batch["one_pass"]["1"]["dice"]
+    assert (alone["arm"], batch["arm"]) == ("in", "bn")
+    words = "instance norm {:.4f}, batch norm (frozen) {:.4f} in the window and {:.4f} in one pass".format(*dice)
+    assert words in " ".join(text.split())
+
+
+def test_the_table_of_a_locator() -> None:
+    measured = record("2026-11-30_locate.json")
+    text = section((ROOT / "docs" / "measured.md").read_text(), "Locate, then look")
+    (table,) = tables(text)
+    rows = [(backend, way) for backend in measured["arms"] for way in ("everywhere", "located")]
+    for shown, (backend, way) in zip(table[1:], rows, strict=True):
+        arm = measured["arms"][backend]
+        is_shown(shown[1], arm["dice"][way])
+        is_shown(shown[2], arm["seconds"][way]["total"])
+        is_shown(shown[3], arm["seconds"][way]["infer"])
+        shares = arm["share_of_voxels_predicted"].values()
+        is_shown(shown[4], 100 * mean(shares) if way == "located" else 100)
+    margin = measured["locator"]["margin"]
+    assert f"margin of {margin['margin_mm']:g} mm, of which {margin['needed_mm']:g} were needed" in text
 
 
 def test_the_figures_of_the_doors() -> None:

@@ -556,3 +556,16 @@ def test_the_rest_of_a_folder_is_predicted(
     assert written == ["a.nii.gz", "m.nii.gz", "z.nii.gz"]
     for name in written:
         assert (tmp_path / "all out" / name).read_bytes() == (tmp_path / "alone out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_one_plane_that_is_not_zero(axis: int, tmp_path: Path) -> None:
+    """What is left of a crop may have no neighbours in memory. By NumPy, as nnU-Net normalises."""
+    bundle = make_toy_model(Toy(spacing=(1.0, 1.0, 1.0)), tmp_path).bundle
+    image = np.zeros((1, 18, 20, 22), np.float32)
+    inside = [slice(0, 1), slice(4, 12), slice(5, 15), slice(6, 16)]
+    inside[1 + axis] = slice(7, 8)
+    inner = np.random.default_rng(axis).random(image[tuple(inside)].shape).astype(np.float32) + 1
+    image[tuple(inside)] = inner
+    case = Predictor.load(bundle, "onnxruntime", threads=1).preprocess_array(image, {"spacing": [1.0, 1.0, 1.0]})
+    np.testing.assert_allclose(case.data_CZYX, (inner - inner.mean()) / inner.std(), atol=1e-5)

@@ -22,10 +22,10 @@ from fastnnunet.bench.report.images.pictures import (
     judged_case,
     scan_picture,
 )
-from fastnnunet.bench.report.slices import COLOURS
 from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, SpecError
 from fastnnunet.evaluate.calibration import case_calibration, summarise
 from fastnnunet.evaluate.fidelity import Fidelity, fidelity_gap, fidelity_of
+from fastnnunet.outputs.colours import COLOURS
 
 ODD = "<script>alert(1)</script>&'\"$x_"
 

@@ -30,6 +30,7 @@ from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.maps.jobs import maps_job, preprocessed_model
 from fastnnunet.teachers.maps.teacher import on_grid
 from fastnnunet.testing import check_teacher
+from tests.test_kinds import prepare, recipe_for
 from tests.tiny import CONFIGURATION, DATASET
 
 DATA = TeacherSpec(dataset="998", folds=(0, 1))
@@ -78,22 +79,22 @@ def softmax(logits, temperature):
     return torch.softmax(torch.from_numpy(np.asarray(logits, np.float64)) / temperature, 0).numpy()
 
 
-def nnunets_maps(folder, only=CASES):
+def nnunets_maps(folder, only=CASES, teacher=DATA, recipe=RECIPE):
     """Maps of the teacher as nnU-Net saves them, and the cache that the teacher makes itself."""
     from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
     folder.mkdir()
-    source, factory, root = open_teacher(DATA, RECIPE)
+    source, factory, root = open_teacher(teacher, recipe)
     loaded, model = factory.load(1), factory.files.model
     for case in only:
         image = source.image_CZYX(case)
-        ((_, logits),) = loaded.blocks(image, DATA.folds, image.shape[1:])
+        ((_, logits),) = loaded.blocks(image, teacher.folds, image.shape[1:])
         properties = deepcopy(source.load(case)[3])
         export_prediction_from_logits(
             torch.from_numpy(logits), properties, model.config, model.manager, model.dataset_json, str(folder / case),
             save_probabilities=True, num_threads_torch=1,
         )  # fmt: skip
-    return build_cache(prepare_job(source, factory, RECIPE, root, command="rebuild"), only=only)
+    return build_cache(prepare_job(source, factory, recipe, root, command="rebuild"), only=only)
 
 
 def test_of_a_teacher_it_is_the_teachers_cache(world, tmp_path):
@@ -109,6 +110,54 @@ def test_of_a_teacher_it_is_the_teachers_cache(world, tmp_path):
         ours, theirs = read_back(cache, case), read_back(direct, case)
         assert theirs.std() > 0.01
         assert np.abs(ours - theirs).max() <= cache.codec.eps + direct.codec.eps + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["regions", "2d"])
+def test_other_kinds_from_nnunets_maps_to_a_student(world, tmp_path, kind):
+    configuration = prepare(world, kind)
+    teacher = TeacherSpec(dataset="998", configuration=configuration, folds=(0,))
+    recipe = replace(recipe_for(kind), temperature=2.0)
+    direct = nnunets_maps(tmp_path / "maps", ALL, teacher, recipe)
+    cache = import_maps([tmp_path / "maps"], teacher, recipe).cache
+    assert cache.codec.name == direct.codec.name == ("sigmoid_u8" if kind == "regions" else "simplex_u8")
+    for case in CASES:
+        ours, theirs = read_back(cache, case), read_back(direct, case)
+        assert len(ours) == (2 if kind == "regions" else 3)
+        assert theirs.std() > 0.01
+        assert np.abs(ours - theirs).max() <= cache.codec.eps + direct.codec.eps + 1e-3
+    distill = DistillSpec(
+        alpha=0.5, temperature=2.0, epochs=1, iterations_per_epoch=1, val_iterations_per_epoch=1, precision="fp32",
+        start="random",
+    )  # fmt: skip
+    steps = []
+    job = TrainingJob(
+        teacher=teacher, student=StudentSpec(r=2), distill=distill, cache=recipe, fold=0, device="cpu", threads=1,
+        soft_labels=cache.path.name,
+    )  # fmt: skip
+    folder = train_student(job, validate=False, progress=steps.append)
+    assert load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]["cache_key"] == cache.key
+    assert all(step.soft > 0 for step in steps)
+
+
+def test_region_maps_of_raters_are_averaged_and_tempered(world, tmp_path):
+    """Each region by itself: they overlap, and no sum is one."""
+    prepare(world, "regions")
+    recipe = replace(recipe_for("regions"), temperature=2.0)
+    maps = {}
+    for rater, seed in (("a", 0), ("b", 50)):
+        for number, case in enumerate(CASES):
+            shape = sitk.GetArrayFromImage(image_of(world, case)).shape
+            values = np.random.default_rng(seed + number).random((2, *shape), np.float32)
+            maps[rater, case] = values
+            write_nifti(world, tmp_path / rater, case, values)
+    cache = import_maps([tmp_path / "a", tmp_path / "b"], DATA, recipe, cases=CASES).cache
+    for case in CASES:
+        mean = (maps["a", case].astype(np.float64) + maps["b", case]) / 2
+        tempered = 1 / (1 + ((1 - mean) / mean) ** 0.5)  # sigmoid(logit(mean) / 2)
+        assert np.abs(read_back(cache, case) - tempered).max() <= cache.codec.eps + 1e-3
+    write_nifti(world, tmp_path / "a", CASES[0], maps["a", CASES[0]] * 1.5)
+    with pytest.raises(MismatchError, match="expected probabilities from 0 to 1"):
+        import_maps([tmp_path / "a", tmp_path / "b"], DATA, recipe, cases=CASES)
 
 
 def test_raters_are_averaged_and_tempered(world, tmp_path):

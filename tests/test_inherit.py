@@ -99,6 +99,22 @@ def test_all_channels_are_the_teacher(kind):
         torch.testing.assert_close(student.state_dict()[name], tensor, msg=name)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_norm_takes_over_all(kind):
+    """With batch norm in the place of instance norm, whose convolutions have no bias; of one image both are one."""
+    norm = f"torch.nn.modules.batchnorm.BatchNorm{kind[-2]}d"
+    teacher = network(kind, (4, 6, 8))
+    student = network(kind, (4, 6, 8), seed=1, norm_op=norm, conv_bias=False)
+    with torch.no_grad():
+        for layer in teacher.decoder.transpconvs:
+            layer.bias.zero_()
+    assert inherit_weights(student, teacher.state_dict()) == 1
+    image = torch.randn(1, 2, *[16] * int(kind[-2]), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for ours, theirs in zip(student.train()(image), teacher(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_importance_by_hand():
     """One stage boundary: of four channels those with the largest |factor| times size of the weights that read them."""
     teacher = network("plain 2d", (4, 6, 8)).state_dict()

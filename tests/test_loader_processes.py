@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastnnunet.errors import BuildError, CorruptError, FastnnUNetError
-from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.loaders.ordered import ordered_batches
 from fastnnunet.nnunet.trainer.loading_errors import loader_ended, unreadable
 from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.system.children import Children, interrupts_held, others_children

@@ -1,6 +1,7 @@
 """The compiled core against SciPy, NumPy, PyTorch and nnU-Net's own functions."""
 
 import multiprocessing
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from fastnnunet import native
 
 SHAPES = st.tuples(*[st.integers(1, 13)] * 3)
 EVERY_HALF = np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_many_threads_as_asked_for() -> Iterator[None]:
+    """Also for arrays so small that one is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_FEW_VALUES", 0)
+        yield
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:

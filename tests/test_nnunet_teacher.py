@@ -95,13 +95,14 @@ def test_pooled_probabilities_are_the_mean_of_the_folds(world):
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_bf16_keeps_labels(world, engine):
-    cases, teacher, _ = open_teacher(SPEC, CacheSpec(precision="bf16", engine=engine))
+    cases, teacher, _ = open_teacher(SPEC, CacheSpec(precision="bf16", engine=engine, mirroring=False))
     image_CZYX = cases.image_CZYX(cases.case_ids[0])
-    got = teacher_logits(teacher, image_CZYX, teacher.folds)
-    expected = nnunet_logits(teacher.folder, image_CZYX, teacher.folds)
+    folds = teacher.folds[:1]  # and no mirrors: torch takes minutes for more where the CPU has no bf16
+    got = teacher_logits(teacher, image_CZYX, folds)
+    expected = nnunet_logits(teacher.folder, image_CZYX, folds, False)
     assert (got.argmax(0) == expected.argmax(0)).mean() > 0.98
     if engine == "torch" or cpu_has_bf16():  # OpenVINO computes in fp32 where the CPU has no bf16
-        fp32 = teacher_logits(dataclasses.replace(teacher, precision="fp32"), image_CZYX, teacher.folds)
+        fp32 = teacher_logits(dataclasses.replace(teacher, precision="fp32"), image_CZYX, folds)
         assert not np.array_equal(got, fp32), "bf16 was asked for and fp32 was run"
 
 

@@ -174,7 +174,7 @@ def test_a_codec_that_is_missing_is_told(tmp_path: Path) -> None:
         "import sys; sys.modules['imagecodecs'] = None\n"
         "from pathlib import Path\n"
         "from fastnnunet.errors import ImageError\n"
-        "from fastnnunet.images.picture import read_picture\n"
+        "from fastnnunet.images.pictures.natural import read_picture\n"
         "print(read_picture(Path('zlib.tif')).sum())\n"
         "try: read_picture(Path('lzw.tif'))\n"
         "except ImageError as e: print(e)\n"

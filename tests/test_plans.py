@@ -18,11 +18,11 @@ from fastnnunet.cli.main import main
 from fastnnunet.engines.torch import build_network as build_from_bundle
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, SpecError
 from fastnnunet.export.bundle import export_bundle
-from fastnnunet.export.graph import dynamic_multiples, plans_for
+from fastnnunet.export.graph import plans_for
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.files.plans import architecture_of, configuration_of, resolved
-from fastnnunet.nnunet.student.fit import check_fit, network_cost
+from fastnnunet.nnunet.student.fit import check_fit, network_cost, stride_products
 from fastnnunet.nnunet.student.plans import RESIDUAL, student_plans
 from fastnnunet.nnunet.trainer.cases import WritableCases
 from fastnnunet.nnunet.versions import OLDEST, TRAINING, require_versions
@@ -286,7 +286,7 @@ def test_windows_of_plans_written_in_another_way(tiny, kind):
     changed = plans_for(given, configuration, GraphSpec(patch_size=(32, 16, 16), dynamic_space=True))
     assert PlansManager(changed).get_configuration(configuration).patch_size == [32, 16, 16]
     config = configuration_of(changed, configuration)[1].configuration
-    assert dynamic_multiples(config, GraphSpec(dynamic_space=True)) == (4, 4, 4)
+    assert stride_products(config) == (4, 4, 4)
     with pytest.raises(SpecError, match="multiple of 4"):
         plans_for(given, configuration, GraphSpec(patch_size=(30, 16, 16)))
 

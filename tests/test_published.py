@@ -19,11 +19,13 @@ from PIL import Image
 from scipy import ndimage
 
 from fastnnunet.cache.build import build_cache
+from fastnnunet.cli.main import main
 from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.cases import PreprocessedCases
 from fastnnunet.nnunet.unlabelled.image_case import ImageTask, preprocess_case
 from fastnnunet.nnunet.unlabelled.image_folder import find_images
 from fastnnunet.nnunet.unlabelled.sets import ImageSet
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import PublishedSpec
 from fastnnunet.teachers.images import UnlabelledJob
@@ -368,7 +370,32 @@ class TestUnknownTrainers:
         assert deviation == opened(known, folds=(0,))[0].load(1).deviation([IMAGE], 1.0)
         assert deviation["mean_abs_difference"] < 1e-3
 
-    def test_another_network_than_the_plans_is_refused(self, tmp_path):
+    def test_predict_and_export_take_it_too(self, tmp_path, capsys):
+        """With the same words, also when the bundle is there already."""
+        folder = publish(tmp_path / "results", trainer="nnUNetTrainerOfSomebody")
+        known = publish(tmp_path / "known")
+        _, (said,) = opened(folder, folds=(0,))
+        image = tmp_path / "scans/a_0000.nii.gz"
+        write_image(smooth_noise((22, 29, 31), 3), image, (1.1, 0.9, 1.3))
+        nnunet_files(nnunet_predictor(known, (0,)), {"a": [image]}, tmp_path / "theirs")
+        theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "theirs/a.nii.gz")))
+        assert len(np.unique(theirs)) == 3
+        for output in ("first", "again"):
+            with pytest.raises(SystemExit) as done:
+                main(["predict", "-i", str(image.parent), "-o", str(tmp_path / output), "-m", str(folder), "-f", "0"])
+            assert done.value.code == 0
+            heard = " ".join(capsys.readouterr().err.split())
+            assert heard.count(" ".join(said.split())) == 1
+            assert ("first use of this model" in heard) == (output == "first")
+            ours = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / output / "a.nii.gz")))
+            assert (ours == theirs).mean() > 0.999
+        with pytest.raises(SystemExit) as done:
+            main(["export", "onnx", "-m", str(folder), "-f", "0", "-o", str(tmp_path / "bundle")])
+        assert done.value.code == 0
+        assert " ".join(said.split()) in " ".join(capsys.readouterr().err.split())
+        assert load_bundle_spec(tmp_path / "bundle").provenance["trainer"] == "nnUNetTrainerOfSomebody"
+
+    def test_another_network_than_the_plans_is_refused(self, tmp_path, capsys):
         folder = publish(tmp_path / "results", trainer="nnUNetTrainerOfSomebody")
         plans = json.loads((folder / "plans.json").read_text())
         plans["configurations"][TOY]["architecture"]["arch_kwargs"]["features_per_stage"] = [6, 8, 14]
@@ -377,6 +404,15 @@ class TestUnknownTrainers:
             MismatchError, match=r"(?s)OfSomebody of .* is not installed, and its network.*nnUNet_extTr"
         ):
             opened(folder, folds=(0,))
+        write_image(smooth_noise((22, 29, 31), 3), tmp_path / "scans/a_0000.nii.gz")
+        for command in (["predict", "-i", str(tmp_path / "scans"), "-o"], ["export", "onnx", "-o"]):
+            with pytest.raises(SystemExit) as done:
+                main([*command, str(tmp_path / "out"), "-m", str(folder), "-f", "0"])
+            assert done.value.code == 2
+            assert "OfSomebody of" in (said := capsys.readouterr().err)
+            assert "its network is not the one in the plans" in " ".join(said.split())
+        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "home").rglob("bundle.json"))
 
 
 class TestPictures:

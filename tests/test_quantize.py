@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from fastnnunet.engines.openvino import shared_core
 from fastnnunet.errors import BackendError
 from fastnnunet.export import quantize_onnx as q_onnx
 from fastnnunet.export import quantize_openvino as q_openvino
@@ -238,8 +239,6 @@ def rounded(case: Case, limits: dict[torch.nn.Module, float]) -> Iterator[None]:
 @needs_nncf
 def test_openvino(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Close to PyTorch, and convolutions have 8 bits; nothing is printed."""
-    import openvino
-
     progress: list[tuple[int, int]] = []
     q_openvino.quantize_openvino(
         case.file, case.patches, tmp_path / "model_int8.xml", progress=lambda e: progress.append((e.done, e.total))
@@ -247,7 +246,7 @@ def test_openvino(case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert progress[:6] == [(n, 6) for n in range(1, 7)]
     assert {p.name for p in tmp_path.iterdir()} == {"model_int8.xml", "model_int8.bin"}
     assert capfd.readouterr().out == ""
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(str(tmp_path / "model_int8.xml"))
     types = Counter(op.get_type_name() for op in model.get_ops())
     assert types["FakeQuantize"] >= len(case.convolutions())

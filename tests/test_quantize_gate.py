@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fastnnunet.engines.openvino import shared_core
 from fastnnunet.engines.registry import create_engine, is_installed
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export.bundle import export_bundle
@@ -324,14 +326,17 @@ class TestRefused:
         self, bundle: Path, real: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Prediction says that it computes in fp32 and does; there is nothing to be measured."""
-        import openvino
+        core = shared_core()
 
-        class OldCore(openvino.Core):
-            def get_property(self, device: str, name: str):
-                value = super().get_property(device, name)
+        class OldCore:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(core, name)
+
+            def get_property(self, device: str, name: str) -> Any:
+                value = core.get_property(device, name)
                 return [v for v in value if v != "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else value
 
-        monkeypatch.setattr(openvino, "Core", OldCore)
+        monkeypatch.setattr("fastnnunet.engines.openvino.shared_core", OldCore)
         spec = load_bundle_spec(bundle)
         image = np.random.default_rng(0).standard_normal((1, 1, *PATCH_3D)).astype(np.float32)
         backend = create_engine("openvino", bundle, spec, threads=1, precision="bf16")
@@ -345,9 +350,7 @@ class TestRefused:
 
 @needs_openvino
 def test_predict_says_when_bf16_was_not_measured(bundle: Path, real: Path, tmp_path: Path) -> None:
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bf16")
     predict = ("predict", "-i", real, "-o", tmp_path / "out", "-m", bundle, "--precision", "bf16")
     assert "export quantize BUNDLE --precision bf16" in run(*predict).stderr

@@ -97,9 +97,6 @@ def test_nibabel_writes_as_nnunet(reader: str, labels: int, affine: np.ndarray, 
     ours, theirs = (gzip.decompress((tmp_path / f"{n}.nii.gz").read_bytes()) for n in ("ours", "theirs"))
     assert ours == theirs
     # where a voxel was, its label is
-    written = np.asarray(nibabel.load(tmp_path / "ours.nii.gz").dataobj)
-    in_file = image_io(reader).to_file_axes(segmentation, properties)
-    np.testing.assert_array_equal(written.T, in_file)
     again, _ = image_io(reader).read_segmentation(tmp_path / "ours.nii.gz")
     np.testing.assert_array_equal(again[0], segmentation)
 

@@ -23,16 +23,32 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_predicts_with_onnx_runtime_as_the_full_install_does(python: Path, tmp_path: Path) -> None:
     bundle = make_toy_model(Toy(), tmp_path).bundle
     image = write_image(smooth_noise((16, 22, 27), 3), tmp_path / "images" / "a_0000.nii.gz", (1.1, 1.0, 0.9))
-    command = ("predict", "-i", image.parent, "-o", tmp_path / "slim", "-m", bundle, "--threads", 1)
+    command = ("predict", "-i", image.parent, "-o", tmp_path / "slim", "-m", bundle, "--threads", 1, "--statistics")
+    command = (*command, "--preview", "--output-format", "image", "mesh")
     done = subprocess.run([python, "-I", "-m", "fastnnunet", *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 case(s) predicted with onnxruntime" in done.stdout
+    written = {path.name for path in (tmp_path / "slim").iterdir()}
+    assert {"a.nii.gz", "a.glb", "a_preview.png", "a_statistics.json", "statistics.csv"} <= written
     (result,) = Predictor.load(bundle, "onnxruntime", threads=1).predict_files(image.parent, tmp_path / "full")
     assert result.output is not None
     slim, full = (sitk.ReadImage(str(tmp_path / where / "a.nii.gz")) for where in ("slim", "full"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(slim), sitk.GetArrayFromImage(full))
     assert slim.GetSpacing() == full.GetSpacing()
     assert len(np.unique(sitk.GetArrayFromImage(slim))) > 1
+
+
+def test_watches_a_folder_and_asks_a_service(python: Path, tmp_path: Path) -> None:
+    bundle = make_toy_model(Toy(), tmp_path).bundle
+    image = write_image(smooth_noise((16, 22, 27), 3), tmp_path / "images" / "a_0000.nii.gz", (1.1, 1.0, 0.9))
+    watch = ("watch", "-i", image.parent, "-o", tmp_path / "out", "-m", bundle, "--once", "--settle", 0, "--threads", 1)
+    done = subprocess.run([python, "-I", "-m", "fastnnunet", *map(str, watch)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz"))))) > 1
+    remote = ("remote", "predict", "--url", "http://127.0.0.1:9", "-m", "a", "-i", image, "-o", tmp_path / "b.nii.gz")
+    refused = subprocess.run([python, "-I", "-m", "fastnnunet", *map(str, remote)], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "nothing listens there" in refused.stderr
 
 
 def test_has_nothing_of_the_extras_and_says_which_one_is_missing(python: Path) -> None:

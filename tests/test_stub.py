@@ -18,7 +18,7 @@ def parameters(function: ast.stmt) -> list[tuple[str, str]]:
     """Name and type of each; of an array its element type, as the two sides write that differently."""
     assert isinstance(function, ast.FunctionDef)
     found = []
-    for argument in function.args.args:
+    for argument in [*function.args.args, *function.args.kwonlyargs]:
         if argument.arg == "self":
             continue
         assert argument.annotation is not None
@@ -30,11 +30,11 @@ def parameters(function: ast.stmt) -> list[tuple[str, str]]:
 
 
 def members(holder: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Functions of the module, methods and properties of its classes."""
+    """Functions of the module; constructors, methods and properties of its classes."""
     for name, member in vars(holder).items():
         if isinstance(member, type):
             yield from members(member, f"{name}.")
-        elif not name.startswith("__"):
+        elif not name.startswith("__") or name == "__init__":
             yield prefix + name, member
 
 
@@ -42,7 +42,7 @@ def test_the_stub_describes_the_compiled_module():
     described: dict[str, list[list[tuple[str, str]]]] = {}  # function -> overloads -> parameters
     for node in ast.parse(STUB.read_text()).body:
         for member in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
-            if isinstance(member, ast.FunctionDef):
+            if isinstance(member, ast.FunctionDef) and (not member.name.startswith("__") or member.name == "__init__"):
                 name = member.name if member is node else f"{node.name}.{member.name}"
                 described.setdefault(name, []).append(parameters(member))
     compiled = {}

@@ -97,6 +97,7 @@ def test_blocks(blocks, r, expected):
         ({"r": 4}, "r4"),
         ({"r": 4, "family": "lite"}, "r4_lite"),
         ({"r": 4, "family": "width"}, "r4_width"),
+        ({"r": 4, "family": "lite", "norm": "batch"}, "r4_lite_bn"),
         ({"r": 4, "round_to": 8}, "r4_m8"),
         ({"r": 4, "blocks": "keep"}, "r4_keep"),
         ({"r": 2, "architecture": "plain", "family": "lite"}, "r2_plain_lite"),
@@ -231,6 +232,8 @@ def agrees_with_stock(folder, tmp_path, logits_of):
         StudentSpec(r=2, family="width"),
         StudentSpec(r=2, architecture="residual", blocks="reduce", family="width"),
         StudentSpec(r=2, architecture="residual", round_to=8),
+        StudentSpec(r=2, norm="batch"),
+        StudentSpec(r=2, architecture="residual", family="width", norm="batch"),
     ],
     ids=lambda s: s.tag,
 )
@@ -259,6 +262,51 @@ def test_families(world, changes, thin):
         expected = list(teacher[name])
         expected[place] = 1 if thin else expected[place]
         assert kwargs[name] == expected
+
+
+def make_flat(plans):
+    """Turn the plans of the tiny world into those of a 2d model."""
+    config = plans["configurations"][CONFIGURATION]
+    kwargs = config["architecture"]["arch_kwargs"]
+    config["patch_size"], config["spacing"] = PATCH[1:], config["spacing"][1:]
+    for name in ("conv_op", "norm_op"):
+        kwargs[name] = kwargs[name].replace("3d", "2d")
+    for name in ("kernel_sizes", "strides"):
+        kwargs[name] = [value[1:] for value in kwargs[name]]
+
+
+@pytest.mark.parametrize("family", ["width", "lite"])
+@pytest.mark.parametrize("architecture", ["plain", "residual"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_batch_norm(world, axes, architecture, family):
+    """Every normalisation is batch norm of the right dimensions, and nothing else of the network is another."""
+    plans, dataset_json = plans_of(world)
+    if axes == 2:
+        make_flat(plans)
+    spec = StudentSpec(r=2, architecture=architecture, family=family)
+    same, batch = (
+        build_network(model_of(student_plans(plans, CONFIGURATION, s, CONTROL), CONFIGURATION, dataset_json))
+        for s in (spec, dataclasses.replace(spec, norm="batch"))
+    )
+    kinds = {torch.nn.InstanceNorm2d: torch.nn.BatchNorm2d, torch.nn.InstanceNorm3d: torch.nn.BatchNorm3d}
+    assert [kinds.get(type(m), type(m)) for m in same.modules()] == [type(m) for m in batch.modules()]
+    assert sum(type(m) in kinds for m in same.modules()) > 4
+    shapes = {n: p.shape for n, p in same.named_parameters()}
+    biases = [n for n in shapes if n.endswith("conv.bias") or ("transpconvs" in n and n.endswith("bias"))]
+    assert {n: s for n, s in shapes.items() if n not in biases} == {n: p.shape for n, p in batch.named_parameters()}
+
+
+def test_batch_norm_where_it_makes_no_sense(world):
+    plans, _ = plans_of(world)
+    for changes in ({"size": "S"}, {"network_class_name": "a.B", "arch_kwargs": {}}):
+        with pytest.raises(SpecError, match="norm"):
+            StudentSpec(norm="batch", **changes)
+    with pytest.raises(SpecError, match=r"LayerNorm.*leave it out"):
+        narrower_primus({"eva_numheads": 12, "embed_dim": 96, "eva_depth": 12}, StudentSpec(r=4, norm="batch"))
+    kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    kwargs["norm_op"] = None
+    with pytest.raises(SpecError, match=r"--norm batch: .*PlainConvUNet has no normalisation"):
+        student_plans(plans, CONFIGURATION, StudentSpec(r=2, norm="batch"), CONTROL)
 
 
 def test_plain_student_of_a_residual_teacher(world):
@@ -335,16 +383,18 @@ def test_pretrained_weights(world, tmp_path):
         train_student(dataclasses.replace(other, pretrained=tmp_path / "text.pth"), validate=False)
 
 
-def leave_five_cases(world):
-    """As many as five folds need: the commands label all of them, mirrored."""
+def leave_little_to_label(world):
+    """As many cases as five folds need, and one mirrored axis: the commands label all of them, mirrored."""
     for number in range(5, 10):
         for file in (world / "preprocessed" / DATASET / f"nnUNetPlans_{CONFIGURATION}").glob(f"tiny_{number:02d}*"):
             file.unlink()
+    for file in (world / "results").rglob("fold_0/checkpoint_final.pth"):
+        torch.save({**load_checkpoint(file), "inference_allowed_mirroring_axes": (0,)}, file)
 
 
 def test_resenc_commands(world, tmp_path, capsys):
     prepare(world, "resenc_m")
-    leave_five_cases(world)
+    leave_little_to_label(world)
     flags = ["-d", "998", "-f", "0", "-r", "2"]
     short = "-e 1 --iterations 2 -d_device cpu -spl small"
     aliases.resenc_distillation_train([*flags, "-tf", "0", "-bs", "reduce", *short.split()])
@@ -433,7 +483,7 @@ class TestPrimus:
             assert (got == expected).mean() >= 0.9999
 
     def test_commands(self, primus, tmp_path, capsys):
-        leave_five_cases(primus)
+        leave_little_to_label(primus)
         train = "-d 998 -f 0 -t TinyPrimusTrainer -tf 0 -r 2 -e 1 --iterations 2 -d_device cpu"
         aliases.primus_distillation_train([*train.split(), "-spl", "small"])
         assert "building the soft-label cache first" in capsys.readouterr().err

@@ -306,6 +306,38 @@ def test_forked_workers_of_multiprocessing(backend_name: str, threads: int, bund
     assert float(done.stdout.split()[-1]) >= 0.999  # another number of threads may round otherwise
 
 
+INTERRUPTED = """
+import signal, sys, threading
+import numpy as np
+import fastnnunet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+
+def predictor():
+    made = fastnnunet.FastPredictor(device="cpu", allow_tqdm=False, backend="openvino", threads=1)
+    made.initialize_from_trained_model_folder(sys.argv[1])
+    made.predict_single_npy_array(np.ones((1, 12, 15, 20), np.float32), {"spacing": [1.0, 1.0, 1.0]})
+    return made
+
+predictors = [predictor(), predictor()]
+for _ in range(2):
+    last = threading.Thread(target=predictors.pop)
+    last.start()
+    last.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_after_models_are_let_go(bundles: dict[str, Path]) -> None:
+    """By another thread: on CPUs with AMX what OpenVINO leaves behind made a Ctrl-C a segmentation fault."""
+    words = [sys.executable, "-c", INTERRUPTED, str(bundles["plain"])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["interrupted"]), done.stderr
+
+
 class TestSettings:
     def test_those_of_the_moment_a_call_begins(self, bundles: dict[str, Path]) -> None:
         """Another thread changes them between two images of a call, and loads another model."""

@@ -386,6 +386,7 @@ class TestStore:
             "min_batch": 4,
             "input_shape": (2, *PATCH_3D),
             "output_shape": (4, *PATCH_3D),
+            "smallest_tile": (4, 4, 4),
         }
         assert changes.keys() == {name for name in EngineKey.__slots__}
         assert len({replace(key, **{name: value}).folder_name for name, value in changes.items()}) == len(changes)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from isal import igzip
 
 import fastnnunet
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError
@@ -172,27 +173,29 @@ class TestFullDisk:
 
     @pytest.fixture
     def no_room(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-        """Every write of a text or byte file, and ITK's, from the n-th on finds the disk full."""
+        """Every write of a text, byte or gzip file, and ITK's, from the n-th on finds the disk full."""
         count = 0
 
         def allow(number: int) -> None:
             nonlocal count
             count = number
 
-        def failing(real: Callable[..., Any], is_itk: bool) -> Callable[..., Any]:
+        def failing(real: Callable[..., Any], path_at: int | None) -> Callable[..., Any]:
             def write(*arguments: Any, **options: Any) -> Any:
                 nonlocal count
                 count -= 1
                 if count >= 0:
                     return real(*arguments, **options)
-                Path(arguments[1] if is_itk else arguments[0]).touch()
+                if path_at is not None:
+                    Path(arguments[path_at]).touch()
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             return write
 
         for owner, name in ((Path, "write_text"), (Path, "write_bytes"), (np, "savez_compressed")):
-            monkeypatch.setattr(owner, name, failing(getattr(owner, name), False))
-        monkeypatch.setattr(sitk, "WriteImage", failing(sitk.WriteImage, True))
+            monkeypatch.setattr(owner, name, failing(getattr(owner, name), 0))
+        monkeypatch.setattr(sitk, "WriteImage", failing(sitk.WriteImage, 1))
+        monkeypatch.setattr(igzip, "IGzipFile", failing(igzip.IGzipFile, None))
         return allow
 
     @pytest.mark.parametrize("probabilities", [False, True])

@@ -13,6 +13,7 @@ from packaging.tags import Tag, sys_tags
 from packaging.utils import parse_wheel_filename
 
 import fastnnunet
+from fastnnunet.engines.cuda.code import source_files
 from fastnnunet.runtime.predict import Predictor
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 from tests.slim import NAME, base_install, make_environment
@@ -58,7 +59,9 @@ def test_holds_the_package_and_no_sources_of_the_core(wheel: Path) -> None:
     modules = {f"{NAME}/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert f"{NAME}/py.typed" in names
-    assert not [name for name in names if name.endswith((".cpp", ".hpp", "CMakeLists.txt"))]
+    # of the sources the wheel has those of the CUDA kernels alone, which NVRTC compiles where there is a GPU
+    sources = {name for name in names if name.endswith((".cpp", ".hpp", ".c", ".cu", "CMakeLists.txt"))}
+    assert sources == {f"fastnnunet/native/engine/cuda/{file.name}" for file in source_files()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux")
@@ -90,3 +93,24 @@ def test_commands_and_a_prediction(python: Path, tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(wheel, here)
     assert len(np.unique(here)) > 1
+
+
+def test_the_engine(python: Path, tmp_path: Path) -> None:
+    """Program, library, plugins and header; the program finds the libraries of the environment by itself."""
+    program = python.parent / "fastnnunet-engine"
+    if not program.is_file():
+        pytest.skip("the engine is part of wheels of Unix alone")
+    folder = next(path for path in python.parents[1].rglob("fastnnunet/native/lib"))
+    assert {path.name for path in folder.iterdir()} >= {
+        *("libfastnnunet.so", "libfastnnunet_openvino.so", "libfastnnunet_onnxruntime.so")
+    }
+    assert (folder.parent / "include" / "fastnnunet.h").is_file()
+    assert sum(path.stat().st_size for path in (program, folder / "libfastnnunet.so")) < 8 * 2**20
+    bundle = make_toy_model(Toy(), tmp_path).bundle
+    image = write_image(smooth_noise((16, 22, 27), 3), tmp_path / "images" / "a_0000.nii.gz", (1.1, 1.0, 0.9))
+    words = ("predict", "-i", image.parent, "-o", tmp_path / "engine", "-m", bundle, "--backend", "onnxruntime")
+    done = subprocess.run([program, *map(str, words)], env=bare(python), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    Predictor.load(bundle, "onnxruntime", threads=1).predict_files(image.parent, tmp_path / "here")
+    got, expected = (sitk.ReadImage(str(tmp_path / where / "a.nii.gz")) for where in ("engine", "here"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(got), sitk.GetArrayFromImage(expected))

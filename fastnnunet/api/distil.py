@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastnnunet.api.names import check_name, name_run
 from fastnnunet.errors import SpecError
@@ -12,6 +12,7 @@ from fastnnunet.events import Event, Listener, Remaining, ignore
 
 if TYPE_CHECKING:
     from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.specs.teacher import TeacherSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ def distil(
     name: str | None = None,
     progress: Listener = ignore,
 ) -> list[Student]:
-    """Train students on the same batches, which are made only once. Never runs a teacher.
+    """Train students on the same batches, which are made only once. Runs a teacher for `online_teacher` alone.
 
     `resume` None: go on with what is there. `validate`: predict and score the validation fold at the end. In a run of
     several processes only the first tells what it does. `name`: of one student, for `export_named` and `find_bundle`.
@@ -41,6 +42,7 @@ def distil(
     """
     from fastnnunet.distill.job import run_folder
     from fastnnunet.distill.train import train_students
+    from fastnnunet.teachers.online import online_teacher
 
     if name is not None:
         if len(jobs) != 1:
@@ -51,10 +53,33 @@ def distil(
     told = _in_words(jobs, progress) if is_first_process() else ignore
     if name is not None and is_first_process():
         told = _naming(name, run_folder(jobs[0]).parent, told)
-    folders = train_students(jobs, resume=resume, overwrite=overwrite, validate=validate, progress=told)
+    folders = train_students(
+        jobs, resume=resume, overwrite=overwrite, validate=validate, online=online_teacher, progress=told
+    )
     if name is not None and is_first_process():
         name_run(name, folders[0].parent, [jobs[0].fold])
     return [_student(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+
+
+def train_locator(
+    teacher: "TeacherSpec",
+    fold: int | str,
+    training: dict[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Listener = ignore,
+    **options: Any,
+) -> Student:
+    """Train the locator of a data set, for `export(..., locator=)`; see `fastnnunet.distill.locator.locator_job`.
+
+    Raises what that raises, and what `distil` raises.
+    """
+    from fastnnunet.distill.locator import locator_job
+
+    told = progress if is_first_process() else ignore
+    job = locator_job(teacher, fold, training or {}, told, **options)
+    return distil([job], resume=resume, overwrite=overwrite, validate=False, progress=progress)[0]
 
 
 def _naming(name: str, model: Path, progress: Listener) -> Listener:

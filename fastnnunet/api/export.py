@@ -1,6 +1,7 @@
 """`export`: a student, or a trained nnU-Net ensemble, as a validated bundle."""
 
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from fastnnunet.specs.student import StudentSpec
 
 if TYPE_CHECKING:
     from fastnnunet.export.parity import ParityReport
+    from fastnnunet.release.locator import Located
+    from fastnnunet.release.ways import Ways
 
 Fold = int | str
 
@@ -25,16 +28,19 @@ class Exported:
 
     bundle: Path
     parity: "ParityReport"
+    ways: "Ways | None" = None  # one pass beside nnU-Net's window, where the bundle has both and there are cases
+    located: "Located | None" = None  # its locator, where it has one
 
     @property
     def described(self) -> str:
-        """The parity in words."""
+        """The parity, and how the ways to predict compare, in words."""
         report = self.parity
-        return (
+        text = (
             f"parity with PyTorch on {report.patches} {'real' if report.real else 'noise'} patches: largest logit "
             f"difference {report.max_abs_difference:.2g} (logits up to {report.max_abs_logit:.3g}), "
             f"same label on {report.label_agreement:.3%} of voxels"
         )
+        return "\n".join([text, *(found.describe() for found in (self.ways, self.located) if found is not None)])
 
 
 def export(
@@ -46,29 +52,45 @@ def export(
     overwrite: bool = False,
     graph: GraphSpec = GraphSpec(),
     needs_real_patches: bool = True,
+    locator: Path | None = None,
     progress: Listener = ignore,
 ) -> Exported:
     """Write the bundle of an nnU-Net model folder, of a student (see `student_model`) as of any other.
 
     Several folds make an ensemble. `output` None: `bundle` beside the checkpoint of the first fold. Without
     `needs_real_patches` noise takes the place of preprocessed cases that are not there.
-    Raises what `fastnnunet.export.bundle.export_bundle` raises; nothing is at `output` then.
+    A bundle that is predicted in one pass is compared with nnU-Net's window on a few held-out cases, if there are any.
+    `locator`: the model folder of `train_locator`, which goes into the bundle; its margin and what it does for Dice and
+    seconds are measured on held-out cases, which have to be there.
+    Raises what `fastnnunet.export.bundle.export_bundle` and, of a locator, `fastnnunet.release.locator` raise; nothing
+    is at `output` then.
     """
-    from fastnnunet.export.bundle import export_bundle
+    from fastnnunet.export.bundle import check_target, export_bundle, put_in_place
+    from fastnnunet.release.ways import compare_ways
 
     folds = (folds,) if isinstance(folds, int | str) else tuple(folds)
     output = output or model / f"fold_{folds[0]}" / "bundle"
-    report = export_bundle(
-        model,
-        folds,
-        output,
-        checkpoint=checkpoint,
-        overwrite=overwrite,
-        graph=graph,
-        needs_real_patches=needs_real_patches,
-        progress=progress,
-    )
-    return Exported(bundle=output, parity=report)
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "graph": graph,
+        "needs_real_patches": needs_real_patches,
+        "progress": progress,
+    }
+    if locator is None:
+        report = export_bundle(model, folds, output, overwrite=overwrite, **options)
+        return Exported(bundle=output, parity=report, ways=compare_ways(output, progress))
+    from fastnnunet.release.locator import attach_locator, export_locator
+
+    check_target(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
+        bundle, other = Path(name) / "bundle", Path(name) / "locator"
+        export_locator(model, locator, folds, other)
+        report = export_bundle(model, folds, bundle, **options)
+        ways = compare_ways(bundle, progress)
+        located = attach_locator(bundle, other, progress)
+        put_in_place(bundle, output, overwrite)
+    return Exported(bundle=output, parity=report, ways=ways, located=located)
 
 
 def export_named(
@@ -129,7 +151,13 @@ def _train_command(
         words += ["-ts", student.size]
     else:
         words += ["-r", str(student.r)]
-        options = {"--family": "family", "--round-to": "round_to", "-bs": "blocks", "--architecture": "architecture"}
+        options = {
+            "--family": "family",
+            "--norm": "norm",
+            "--round-to": "round_to",
+            "-bs": "blocks",
+            "--architecture": "architecture",
+        }
         default = StudentSpec()
         for flag, field in options.items():
             if (value := getattr(student, field)) != getattr(default, field):

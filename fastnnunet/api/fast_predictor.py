@@ -50,13 +50,13 @@ class FastPredictor:
     """A drop-in for `nnUNetPredictor`: initialise once, then predict any number of images, from any number of threads.
 
     Every call gives what it would give alone, whatever other threads predict: it has the settings (`tile_step_size`,
-    `use_gaussian`, `use_mirroring`) of the moment it began, and what it returns is the caller's. See `LoadedBundle` for
-    how threads share the machine, and for forked processes.
+    `use_gaussian`, `use_mirroring`, `passes`, `memory_limit`, `locate`) of the moment it began, and what it returns is
+    the caller's. See `LoadedBundle` for how threads share the machine, and for forked processes.
     """
 
     def __init__(
         self,
-        tile_step_size: float = 0.5,
+        tile_step_size: float | None = 0.5,
         use_gaussian: bool = True,
         use_mirroring: bool = True,
         perform_everything_on_device: bool = True,
@@ -68,8 +68,14 @@ class FastPredictor:
         backend: str = "auto",
         precision: Precision = "fp32",
         threads: int | None = None,
+        passes: int | None = None,
+        memory_limit: int | str | None = None,
+        locate: bool = True,
     ) -> None:
-        """`device`: `cpu`, `cuda`, a torch.device, or None for a GPU where there is one and a backend for it.
+        """`tile_step_size`: of nnU-Net's window; None for one pass, where the model is a bundle that allows it.
+        `passes`, `memory_limit`: of one pass, see `LoadedBundle`.
+        `locate`: predict within the box that the locator finds, where the model is a bundle that has one.
+        `device`: `cpu`, `cuda`, a torch.device, or None for a GPU where there is one and a backend for it.
 
         `perform_everything_on_device` changes nothing: sums over tiles are kept where the backend leaves its logits.
         """
@@ -84,6 +90,9 @@ class FastPredictor:
         self.backend = backend
         self.precision = precision
         self.threads = threads
+        self.passes = passes
+        self.memory_limit = memory_limit
+        self.locate = locate
         self._predictor: Predictor | None = None
 
     def initialize_from_trained_model_folder(
@@ -107,6 +116,9 @@ class FastPredictor:
             precision=self.precision,
             device=device_name(self.device),
             step_size=self.tile_step_size,
+            passes=self.passes,
+            memory_limit=self.memory_limit,
+            locate=self.locate,
         )
 
     @staticmethod
@@ -136,10 +148,15 @@ class FastPredictor:
         predictor = self._predictor
         if predictor is None:
             raise SpecError("no model is loaded: call initialize_from_trained_model_folder first")
-        if not 0 < self.tile_step_size <= 1:
+        if self.tile_step_size is not None and not 0 < self.tile_step_size <= 1:
             raise SpecError(f"tile_step_size: got {self.tile_step_size}, expected a number in (0, 1]")
         return predictor.with_settings(
-            step_size=self.tile_step_size, mirroring=self.use_mirroring, use_gaussian=self.use_gaussian
+            step_size=self.tile_step_size,
+            mirroring=self.use_mirroring,
+            use_gaussian=self.use_gaussian,
+            passes=self.passes,
+            memory_limit=self.memory_limit,
+            locate=self.locate,
         )
 
     def predict_from_files(

@@ -27,13 +27,14 @@ from fastnnunet.specs.teacher import PublishedSpec
 if TYPE_CHECKING:
     from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.distill.job import TrainingJob
-    from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.nnunet.files.model import ModelFolder
+    from fastnnunet.teachers.nnunet import NnUNetTeacher
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
 
 RECIPE = CacheSpec(temperature=1.0)
 CHECKPOINT = "checkpoint_final.pth"
+_FIRST_STAGE = "labelling by the first stage"  # of a cascade
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ def distil_images(
     training: Mapping[str, Any] = {},
     held_out: int | None = None,
     keep_all: bool = False,
+    calibrate: bool = True,
     workers: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -68,7 +70,9 @@ def distil_images(
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
     training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
-    students are judged on. `keep_all`: scans that would do harm are learnt from too. `command` is quoted in the report.
+    students are judged on. `keep_all`: scans that would do harm are learnt from too. `calibrate`: the temperature that
+    brings a student's probabilities closest to its teacher's is folded into its last layer, which changes no label.
+    `command` is quoted in the report.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
 
@@ -82,21 +86,21 @@ def distil_images(
     _refuse_twice(students)
     opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
     distill = _training(opened, training)
-    overall = Overall(progress, "distil images", _expected(len(opened.scans.cases), students, distill))
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
+        overall = Overall(progress, "distil images", _expected(opened, jobs))
         labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
         images, judged = opened.images()[1], []
-        for job in jobs:
-            tag = job.student.tag
-            overall.begin(f"training {tag}")
-            trained = _train(labelled, [job], overall)[0]
-            overall.begin(f"exporting {tag}")
-            folder = output / tag
-            _export(trained, folder, overall)
-            overall.begin(f"judging {tag}")
-            one = judge(opened, labelled.labels, labelled.held_out, images, tag, folder, threads, overall)
-            judged.append(replace(one, calibration=_calibration(opened, files, labelled, one.model, threads, overall)))
+        for group in _sharing(jobs):
+            overall.begin(f"training {_tags(group)}")
+            for trained in _train(labelled, group, overall):
+                tag, folder = trained.tag, output / trained.tag
+                overall.begin(f"exporting {tag}")
+                temperature = _temperature(opened, files, labelled, trained, threads, overall) if calibrate else 1.0
+                _export(trained, folder, temperature, overall)
+                overall.begin(f"judging {tag}")
+                one = judge(opened, files, labelled, images, tag, folder, threads, overall)
+                judged.append(replace(one, temperature=temperature))
         record = {
             "created": now_utc(),
             "versions": versions(),
@@ -104,6 +108,7 @@ def distil_images(
             "threads": threads,
             "model": model,
             "folds": [str(fold) for fold in opened.teacher.folds],
+            "first_stage": None if opened.first is None else _first_stage(opened.first),
             "mirroring": recipe.mirroring,
             "scans": scans,
             "work": opened.folder,
@@ -137,7 +142,7 @@ def label_images(
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
     opened = _open(model, scans, work, recipe, held_out, progress)
-    overall = Overall(progress, "labelling scans", _expected(len(opened.scans.cases), (), DistillSpec()))
+    overall = Overall(progress, "labelling scans", _expected(opened, ()))
     with opened.world() as files:
         labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
         overall.end()
@@ -157,17 +162,18 @@ def train_on_images(
     augment_on: str = "auto",
     progress: Listener = ignore,
 ) -> list[Student]:
-    """The training of `distil_images` alone, in a work folder that is ready for it; never runs a teacher.
+    """The training of `distil_images` alone, in a work folder that is ready for it.
 
-    The students stay in the work folder's nnUNet_results. Raises as `distil_images` does, and NotFoundError with the
-    command that makes the work folder ready.
+    It runs a teacher for `online_teacher` alone. The students stay in the work folder's nnUNet_results. Raises as
+    `distil_images` does, and NotFoundError with the command that makes the work folder ready.
     """
     _refuse_twice(students)
     opened = _open(model, scans, work, recipe, None, progress)
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
-        return _train(_found(opened, files), jobs, progress)
+        labelled = _found(opened, files)
+        return [student for group in _sharing(jobs) for student in _train(labelled, group, progress)]
 
 
 def _open(
@@ -197,18 +203,34 @@ def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
     return build_spec(DistillSpec, given, where="options")
 
 
-def _expected(scans: int, students: Sequence[StudentSpec], distill: DistillSpec) -> dict[str, float]:
+def _sharing(jobs: "Sequence[TrainingJob]") -> "list[list[TrainingJob]]":
+    """Those that are trained on the same batches: students that differ in size alone, unless each has some hours."""
+    from fastnnunet.specs.canonical import canonical_json, to_plain
+
+    groups: dict[str, list[TrainingJob]] = {}
+    for job in jobs:
+        kind = canonical_json({**to_plain(job.student), "r": None})
+        groups.setdefault(kind if job.distill.hours is None else job.student.tag, []).append(job)
+    return list(groups.values())
+
+
+def _tags(jobs: "Sequence[TrainingJob]") -> str:
+    return " ".join(job.student.tag for job in jobs)
+
+
+def _expected(opened: "Work", jobs: "Sequence[TrainingJob]") -> dict[str, float]:
     """Stages and about how many seconds each takes, before anything is known of this machine."""
-    training_s = 0.2 * distill.epochs * distill.iterations_per_epoch
-    if distill.hours is not None:
-        training_s = 3600 * distill.hours
-    stages = {"preprocessing": 0.5 * scans, "labelling": 10.0 * scans, "writing labels": 0.2 * scans}
-    for student in students:
-        stages |= {
-            f"training {student.tag}": training_s,
-            f"exporting {student.tag}": 20.0,
-            f"judging {student.tag}": 0.2 * scans,
-        }
+    scans = len(opened.scans.cases)
+    stages = {"preprocessing": 0.5 * scans}
+    if opened.first is not None:
+        stages[_FIRST_STAGE] = 3.0 * scans
+    stages |= {"labelling": 10.0 * scans, "writing labels": 0.2 * scans}
+    for group in _sharing(jobs):
+        distill = group[0].distill
+        steps = distill.epochs * distill.iterations_per_epoch
+        stages[f"training {_tags(group)}"] = 3600 * distill.hours if distill.hours else 0.2 * steps * len(group)
+        for job in group:
+            stages |= {f"exporting {job.student.tag}": 20.0, f"judging {job.student.tag}": 0.2 * scans}
     return stages
 
 
@@ -237,7 +259,10 @@ def _label(
     )
     require_modality(measured, files.model)
     job = opened.unlabelled(files, folder)
-    images = job.preprocess(workers, overall)
+    preprocessed = job.preprocess_alone(workers, overall)
+    if opened.first is not None:
+        overall.begin(_FIRST_STAGE)
+    images = job.label_first(preprocessed, threads, overall)
     overall.begin("labelling")
     cache = build(job.cache_job(images, overall), workers=workers, threads=threads, progress=overall)
     overall.begin("writing labels")
@@ -265,32 +290,11 @@ def _label(
     if rare:
         overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
     write_split(opened.base, learnt_from, out)
-    return _labelled(opened, cache, screening.left_out, rare), screening
+    return _labelled(opened, files, cache, screening.left_out, rare), screening
 
 
-def _calibration(
-    opened: "Work",
-    files: "ModelFolder",
-    labelled: LabelledScans,
-    student: Path,
-    threads: int | None,
-    progress: Listener,
-) -> "CalibrationSummary | None":
-    """How close a student's probabilities are to the soft labels of the scans held out."""
-    from fastnnunet.api.calibrated import student_calibration
-    from fastnnunet.engines.registry import available_cores
-    from fastnnunet.nnunet.files.cases import open_cases
-
-    return student_calibration(
-        student,
-        files.configuration,
-        open_cases(files.plans, files.configuration),
-        labelled.held_out,
-        opened.prepared(files).path,
-        opened.recipe.temperature,
-        threads or available_cores(),
-        progress,
-    )
+def _first_stage(first: "NnUNetTeacher") -> dict[str, Any]:
+    return {"configuration": first.files.configuration, "folds": [str(fold) for fold in first.folds]}
 
 
 def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
@@ -303,23 +307,30 @@ def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
         elif not (opened.base / "splits_final.json").is_file():
             problem = "the teacher's labels are not written yet"
     except NotFoundError:
-        problem = "the scans are not preprocessed yet"
+        problem = "the scans are not preprocessed yet, or not all of them"
     if problem is not None or cache is None:
         raise NotFoundError(
             f"--work {opened.folder} is not ready for a training: {problem}\n"
             f"make it ready with: fastnnunet cache build {opened.options()}"
         )
-    return _labelled(opened, cache)
+    return _labelled(opened, files, cache)
 
 
 def _labelled(
-    opened: "Work", cache: "CacheFolder", left_out: tuple[str, ...] = (), rare: Mapping[str, int] = {}
+    opened: "Work",
+    files: "ModelFolder",
+    cache: "CacheFolder",
+    left_out: tuple[str, ...] = (),
+    rare: Mapping[str, int] = {},
 ) -> LabelledScans:
     from fastnnunet.nnunet.files.splits import load_splits
 
     (split,) = load_splits(opened.base, tuple(cache.cases))
-    seconds = [manifest.seconds for case in cache.cases if (manifest := cache.manifest(case)) is not None]
+    before_s = opened.first_stage_s(files)
+    manifests = {case: manifest for case in cache.cases if (manifest := cache.manifest(case)) is not None}
+    seconds = [manifest.seconds + before_s.get(case, 0.0) for case, manifest in manifests.items()]
     return LabelledScans(
+        cache=cache,
         labels=opened.labels_folder,
         learnt_from=tuple(split["train"]),
         held_out=tuple(split["val"]),
@@ -341,14 +352,17 @@ def _job(
 ) -> "TrainingJob":
     """A training in the work folder's world. Raises what is wrong with the student."""
     from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.nnunet.files.plans import without_previous_stage
     from fastnnunet.nnunet.student.fit import check_fit
     from fastnnunet.nnunet.student.plans import student_plans
 
     trainer = files.facts(opened.teacher.folds[0]).trainer
-    plans = student_plans(files.plans, files.configuration, student, distill, files.dataset_json, trainer)
+    alone = opened.first is not None
+    teacher_plans = without_previous_stage(files.plans, files.configuration) if alone else files.plans
+    plans = student_plans(teacher_plans, files.configuration, student, distill, files.dataset_json, trainer)
     check_fit(files.plans, plans, files.dataset_json, files.configuration)
     return TrainingJob(
-        teacher=opened.teacher,
+        teacher=opened.taught_by(files),
         student=student,
         distill=distill,
         cache=opened.recipe,
@@ -356,17 +370,22 @@ def _job(
         device=device,
         augment_on=augment_on,
         threads=threads,
+        alone=alone,
     )
 
 
-def _train(labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listener) -> list[Student]:
-    """Train what is not trained yet; a student that learnt from other scans is trained anew."""
+def _train(labelled: LabelledScans, jobs: "Sequence[TrainingJob]", progress: Listener) -> list[Student]:
+    """Train what is not trained yet, on the same batches; a student that learnt from other scans is trained anew.
+
+    Those that have begun already go on without those that have not.
+    """
     from fastnnunet.distill.job import run_folder
     from fastnnunet.specs.canonical import sha256_of
     from fastnnunet.specs.checks.json_text import read_json_object
     from fastnnunet.specs.provenance import write_json
 
-    trained = []
+    going_on: list[TrainingJob] = []
+    new: list[TrainingJob] = []
     for job in jobs:
         folder = run_folder(job)
         mark, now = folder / "learnt_from.json", {"cases": sha256_of(list(labelled.learnt_from))}
@@ -377,18 +396,62 @@ def _train(labelled: LabelledScans, jobs: "list[TrainingJob]", progress: Listene
             begun = False
         if not begun:
             write_json(mark, now)
-        trained += distil([job], resume=begun, validate=False, progress=progress)
-    return trained
+        (going_on if begun else new).append(job)
+    trained: dict[str, Student] = {}
+    for some in (going_on, new):
+        if some:
+            done = distil(some, resume=some is going_on, validate=False, progress=progress)
+            trained |= {student.tag: student for student in done}
+    return [trained[job.student.tag] for job in jobs]
 
 
-def _export(trained: Student, folder: Path, progress: Listener) -> None:
-    """Write bundle and nnU-Net model folder of a student into `folder`, unless that of the same weights is there."""
+def _temperature(
+    opened: "Work",
+    files: "ModelFolder",
+    labelled: LabelledScans,
+    trained: Student,
+    threads: int | None,
+    progress: Listener,
+) -> float:
+    """What the student's logits are divided by; found once for its weights."""
+    from fastnnunet.api.calibrated import student_temperature
+    from fastnnunet.engines.registry import available_cores
+    from fastnnunet.nnunet.files.cases import open_cases
+    from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
+    from fastnnunet.specs.checks.json_text import read_json_object
+    from fastnnunet.specs.provenance import write_json
+
+    mark = trained.folder / "temperature.json"
+    weights = weights_digest(load_checkpoint(trained.folder / CHECKPOINT)["network_weights"])
+    if mark.is_file() and (known := read_json_object(mark)).get("weights_sha256") == weights:
+        return float(known["temperature"])
+    temperature = student_temperature(
+        trained.folder.parent,
+        files.configuration,
+        open_cases(files.plans, files.configuration),
+        labelled.learnt_from,
+        labelled.cache.path,
+        opened.recipe.temperature,
+        threads or available_cores(),
+        progress,
+    )
+    write_json(mark, {"weights_sha256": weights, "temperature": temperature})
+    return temperature
+
+
+def _export(trained: Student, folder: Path, temperature: float, progress: Listener) -> None:
+    """Write bundle and nnU-Net model folder of a student into `folder`, unless that of the same weights is there.
+
+    Both have `temperature` in their last layer.
+    """
     from fastnnunet.nnunet.files.checkpoint import load_checkpoint, strip_prefix, weights_digest
+    from fastnnunet.nnunet.student.tempered import copy_tempered, tempered
     from fastnnunet.specs.bundle import is_bundle
     from fastnnunet.specs.checks.json_text import read_json_object
 
     bundle, model, fold = folder / "bundle", folder / "nnunet_model", trained.folder
-    weights = weights_digest(strip_prefix(load_checkpoint(fold / CHECKPOINT)["network_weights"]))
+    stored = strip_prefix(load_checkpoint(fold / CHECKPOINT)["network_weights"])
+    weights = weights_digest(tempered(stored, temperature))
     if is_bundle(bundle):
         known = read_json_object(bundle / "bundle.json").get("provenance", {}).get("weights_sha256")
         if known == {fold.name.removeprefix("fold_"): weights} and (model / fold.name / CHECKPOINT).is_file():
@@ -397,10 +460,11 @@ def _export(trained: Student, folder: Path, progress: Listener) -> None:
     with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
         made = Path(partial, "model")
         (made / fold.name).mkdir(parents=True)
-        for name in ("plans.json", "dataset.json", "dataset_fingerprint.json", f"{fold.name}/{CHECKPOINT}"):
+        for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
             if (fold.parent / name).is_file():
                 shutil.copyfile(fold.parent / name, made / name)
+        copy_tempered(fold / CHECKPOINT, made / fold.name / CHECKPOINT, temperature)
         if model.exists():
             model.rename(Path(partial, "before"))
         made.rename(model)
-    export(fold.parent, 0, bundle, overwrite=is_bundle(bundle), progress=progress)
+    export(model, 0, bundle, overwrite=is_bundle(bundle), progress=progress)

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fastnnunet.errors import CorruptError, NotFoundError
 from fastnnunet.events import Listener
+from fastnnunet.specs.teacher import Fold
 
 if TYPE_CHECKING:
+    from fastnnunet.cache.store.folder import CacheFolder
     from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.evaluate.fidelity import Fidelity
     from fastnnunet.nnunet.files.model import ModelFolder
@@ -22,6 +26,7 @@ Files = Mapping[str, tuple[Path, ...]]  # case -> its images, in the order of th
 class LabelledScans:
     """Scans with their teacher's labels, ready to be learnt from."""
 
+    cache: "CacheFolder"  # the teacher's soft labels
     labels: Path  # folder of the teacher's label maps on the grids of the scans
     learnt_from: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -44,50 +49,138 @@ class JudgedStudent:
     bundle_bytes: int  # of its networks
     parity: str  # of the bundle with PyTorch
     curve: tuple[tuple[float, float], ...]  # epoch, pseudo Dice
-    calibration: "CalibrationSummary | None" = None  # against the teacher's soft labels; None where too large to tell
+    calibration: "CalibrationSummary | None"  # against the teacher's soft labels; None where too large to tell
+    temperature: float = 1.0  # that its logits are divided by, in its last layer
 
 
 def judge(
     opened: "Work",
-    labels: Path,
-    held_out: Sequence[str],
+    model: "ModelFolder",
+    scans: LabelledScans,
     files: Files,
     tag: str,
     folder: Path,
     threads: int | None,
     progress: Listener,
 ) -> JudgedStudent:
-    """Predict the scans held out with the bundle in `folder` and compare with the teacher's labels of them."""
-    from fastnnunet.evaluate.fidelity import measure_fidelity
-    from fastnnunet.evaluate.segmentations import make_label_set
-    from fastnnunet.export.models import load_model
-    from fastnnunet.images.cases import Case
-    from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-    from fastnnunet.runtime.predict import Planned
+    """Predict the scans held out with the bundle in `folder` and compare with the teacher's labels of them.
 
-    predictor = load_model(folder / "bundle", threads=threads)
-    predictions, ending = folder / "predictions", opened.file_ending
-    planned = [
-        Planned(case=Case(case, tuple(files[case])), output=predictions / f"{case}{ending}") for case in held_out
-    ]
-    results = list(predictor.predict_planned(planned, threaded=False, progress=progress))
-    for result in results:
-        if result.error is not None:
-            raise result.error
-    described = make_label_set(opened.source.dataset_json["labels"], ending)
-    parity = predictor.spec.provenance["parity"]
+    What was found is kept in `folder`/judged.json and taken from there for the same student, scans, labels and threads.
+    """
+    from fastnnunet.evaluate.fidelity import fidelity_of
+    from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+    from fastnnunet.specs.bundle import load_bundle_spec
+    from fastnnunet.specs.canonical import to_plain
+    from fastnnunet.specs.provenance import write_json
+    from fastnnunet.version import __version__
+
+    spec = load_bundle_spec(folder / "bundle")
+    asked = {
+        "version": __version__,
+        "weights": spec.provenance["weights_sha256"],
+        "soft_labels": scans.cache.key,
+        "temperature": opened.recipe.temperature,
+        "held_out": list(scans.held_out),
+        "threads": threads,
+    }
+    predictions = [folder / "predictions" / f"{case}{opened.file_ending}" for case in scans.held_out]
+    kept = folder / "judged.json"
+    found = _read_found(kept, asked) if all(file.is_file() for file in predictions) else None
+    if found is None:
+        found = _find_out(opened, model, scans, files, folder, threads, progress)
+        write_json(kept, {"asked": asked, "found": to_plain(found)})
+    parity = spec.provenance["parity"]
     (checkpoint,) = (folder / "nnunet_model").glob("fold_*/*.pth")
     curve = load_checkpoint(checkpoint)["logging"]["mean_fg_dice"]
     return JudgedStudent(
         tag=tag,
         bundle=folder / "bundle",
         model=folder / "nnunet_model",
-        fidelity=measure_fidelity(labels, predictions, described, tag, cases=held_out, progress=progress),
-        seconds=median(result.times.total_s for result in results),
-        parameters=int(predictor.spec.provenance["parameters"]),
-        bundle_bytes=sum((folder / "bundle" / name).stat().st_size for name in predictor.spec.model_files),
+        fidelity=fidelity_of(tag, found.dice),
+        seconds=found.seconds,
+        parameters=int(spec.provenance["parameters"]),
+        bundle_bytes=sum((folder / "bundle" / name).stat().st_size for name in spec.model_files),
         parity=f"same label as PyTorch on {parity['label_agreement']:.3%} of voxels of {parity['patches']} patches",
         curve=tuple((float(epoch), float(dice)) for epoch, dice in enumerate(curve, start=1)),
+        calibration=found.calibration,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What takes long to find out about a student."""
+
+    dice: dict[str, dict[str, float]]  # case -> label -> Dice
+    seconds: float
+    calibration: "CalibrationSummary | None"
+
+
+def _read_found(file: Path, asked: Mapping[str, Any]) -> _Found | None:
+    """What was found when the same was asked; None where nothing was, or it cannot be read: it is found out again."""
+    from fastnnunet.evaluate.calibration import read_summary
+    from fastnnunet.specs.checks.json_text import read_json_object
+
+    try:
+        record = read_json_object(file)
+        found = record["found"]
+        if record["asked"] != asked:
+            return None
+        return _Found(
+            dice={
+                case: {name: nan if dice is None else float(dice) for name, dice in found["dice"][case].items()}
+                for case in asked["held_out"]
+            },
+            seconds=float(found["seconds"]),
+            calibration=None if found["calibration"] is None else read_summary(found["calibration"]),
+        )
+    except (CorruptError, NotFoundError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _find_out(
+    opened: "Work",
+    model: "ModelFolder",
+    scans: LabelledScans,
+    files: Files,
+    folder: Path,
+    threads: int | None,
+    progress: Listener,
+) -> _Found:
+    from fastnnunet.api.calibrated import student_calibration
+    from fastnnunet.engines.registry import available_cores
+    from fastnnunet.evaluate.fidelity import measure_fidelity
+    from fastnnunet.evaluate.segmentations import make_label_set
+    from fastnnunet.export.models import load_model
+    from fastnnunet.images.cases import Case
+    from fastnnunet.nnunet.files.cases import open_cases
+    from fastnnunet.runtime.predict import Planned
+
+    predictor = load_model(folder / "bundle", threads=threads)
+    predictions, ending = folder / "predictions", opened.file_ending
+    planned = [
+        Planned(case=Case(case, tuple(files[case])), output=predictions / f"{case}{ending}") for case in scans.held_out
+    ]
+    results = list(predictor.predict_planned(planned, threaded=False, progress=progress))
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    described = make_label_set(opened.source.dataset_json["labels"], ending)
+    fidelity = measure_fidelity(
+        scans.labels, predictions, described, folder.name, cases=scans.held_out, progress=progress
+    )
+    return _Found(
+        dice=fidelity.dice,
+        seconds=median(result.times.total_s for result in results),
+        calibration=student_calibration(
+            folder / "nnunet_model",
+            model.configuration,
+            open_cases(model.plans, model.configuration),
+            scans.held_out,
+            scans.cache.path,
+            opened.recipe.temperature,
+            threads or available_cores(),
+            progress,
+        ),
     )
 
 
@@ -107,7 +200,6 @@ def write_report(
     from fastnnunet.bench.report.images.page import write_images_report
     from fastnnunet.bench.report.images.pictures import ScanFiles, cases_to_show, judged_case
     from fastnnunet.evaluate.fidelity import fidelity_gap
-    from fastnnunet.nnunet.student.fit import network_cost
 
     ending, first = opened.file_ending, students[0]
     described = opened.source.dataset_json
@@ -122,7 +214,18 @@ def write_report(
             students={s.tag: s.bundle.parent / "predictions" / f"{case}{ending}" for s in students},
         )
         pictures.append(judged_case(scan, place, first.fidelity.of_cases()[case], **looks))
-    parameters = network_cost(model.model, model.facts(opened.teacher.folds[0]).trainer)["parameters"]
+    parameters = _parameters(model, opened.teacher.folds)
+    notes = [
+        "The teacher's seconds are those of its networks and of storing their labels; a student's begin with "
+        "reading the file and end with writing one."
+    ]
+    if (before := opened.first) is not None:
+        parameters += _parameters(before.files, before.folds)
+        notes.append(
+            f"The teacher is a cascade: {before.files.configuration} (fold {', '.join(map(str, before.folds))}) labels "
+            f"a scan before {opened.teacher.configuration} does; seconds and parameters are those of both. Students "
+            "see the scan alone."
+        )
     facts = ImagesFacts(
         model=opened.asked.path.name,
         configuration=opened.teacher.configuration,
@@ -139,11 +242,12 @@ def write_report(
                 seconds_per_case=s.seconds,
                 curve=s.curve,
                 calibration=s.calibration,
+                temperature=s.temperature,
             )
             for s in students
         ),
         teacher_seconds_per_case=scans.teacher_s,
-        teacher_parameters=parameters * len(opened.teacher.folds),
+        teacher_parameters=parameters,
         label_values=value_names(described["labels"], None if order is None else tuple(order)),
         gaps=tuple(fidelity_gap(first.fidelity, other.fidelity) for other in students[1:]),
         pictures=tuple(pictures),
@@ -151,16 +255,20 @@ def write_report(
         left_out_rule=screening.rule,
         kept_all=screening.keep_all,
         rare_labels=scans.rare,
-        notes=(
-            "The teacher's seconds are those of its networks and of storing their labels; a student's begin with "
-            "reading the file and end with writing one.",
-        ),
+        notes=tuple(notes),
         threads=record["threads"],
         hardware=record["hardware"],
         versions=record["versions"],
         command=command,
     )
     write_images_report(facts, file)
+
+
+def _parameters(files: "ModelFolder", folds: Sequence[Fold]) -> int:
+    """Of all folds together."""
+    from fastnnunet.nnunet.student.fit import network_cost
+
+    return network_cost(files.model, files.facts(folds[0]).trainer)["parameters"] * len(folds)
 
 
 def _left_out(opened: "Work", scans: LabelledScans, screening: "Screening", files: Files) -> tuple[Any, ...]:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastnnunet.errors import printable
 from fastnnunet.events import Event, Listener, Message, Result, ignore
+from fastnnunet.outputs.spec import OutputSpec
 
 if TYPE_CHECKING:
     from fastnnunet.engines.base import Precision
     from fastnnunet.images.output import RunArguments
     from fastnnunet.runtime.predict import CaseResult
 
+IMAGE = OutputSpec()
 KEPT = "\n\t"  # what may stand in a message of several lines
 
 
@@ -25,7 +27,7 @@ class Predicted:
     engine: str
     described: dict[str, Any]  # of the predictor, for records
     load_s: float
-    wall_s: float  # without loading
+    wall_s: float  # from when the model was loaded
 
     @property
     def done(self) -> "list[CaseResult]":
@@ -46,6 +48,9 @@ def predict(
     device: str | None = None,
     step_size: float | None = None,
     mirroring: bool = True,
+    passes: int | None = None,
+    memory_limit: int | str | None = None,
+    locate: bool = True,
     arguments: "RunArguments | None" = None,
     save_probabilities: bool = False,
     overwrite: bool = True,
@@ -55,7 +60,7 @@ def predict(
     fill_holes: Sequence[str] = (),
     postprocessing_file: Path | None = None,
     dicom_series: str | None = None,
-    dicom_seg: bool = False,
+    outputs: OutputSpec = IMAGE,
     progress: Listener = ignore,
 ) -> Predicted:
     """Predict an image or a folder of images into `output`, with nnU-Net's names and side files.
@@ -63,6 +68,7 @@ def predict(
     `model`: a bundle, or an nnU-Net model folder, which is exported on first use (that needs torch; a bundle needs
     neither torch nor nnunetv2). In a folder a case that fails is told and recorded, and the others go on; a single
     image raises, and so does a full disk. `progress` gets a `Result` with the `CaseResult` of every case.
+    `outputs`: the formats of the label map and what goes beside it.
     The other arguments are those of `Predictor.load`, `Predictor.predict_files` and `cleanup_from_words`.
     """
     from fastnnunet.api.conversions import device_name
@@ -82,14 +88,11 @@ def predict(
         device=device_name(device),
         step_size=step_size,
         mirroring=mirroring,
+        passes=passes,
+        memory_limit=memory_limit,
+        locate=locate,
+        wait=False,  # the first image is read meanwhile
     )
-    load_s = time.perf_counter() - begin
-    if predictor.backend.precision == "bf16" and predictor.spec.measured("bf16", predictor.backend.name) is None:
-        unmeasured = (
-            "note: what bf16 loses was not measured for this model; to do so: fastnnunet export quantize BUNDLE "
-            "--precision bf16"
-        )
-        progress(Message(text=unmeasured))
     cleanup = cleanup_from_words(
         predictor.spec.labels,
         keep_largest=keep_largest,
@@ -98,13 +101,14 @@ def predict(
         postprocessing_file=postprocessing_file,
     )
 
+    writer = predictor.writer(outputs, model)
+
     def told(event: Event) -> None:
         if isinstance(event, Result) and event.value.error is not None:
             text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=KEPT)}"
             progress(Message(text=text, level="error"))
         progress(event)
 
-    begin = time.perf_counter()
     results = predictor.predict_files(
         source,
         output,
@@ -114,13 +118,20 @@ def predict(
         previous=previous,
         cleanup=cleanup,
         dicom_series=dicom_series,
-        dicom_seg=dicom_seg,
+        writer=writer,
         progress=told,
     )
+    end = time.perf_counter()
+    if predictor.backend.precision == "bf16" and predictor.spec.measured("bf16", predictor.backend.name) is None:
+        unmeasured = (
+            "note: what bf16 loses was not measured for this model; to do so: fastnnunet export quantize BUNDLE "
+            "--precision bf16"
+        )
+        progress(Message(text=unmeasured))
     return Predicted(
         cases=tuple(results),
         engine=predictor.backend.name,
         described=predictor.describe(),
-        load_s=load_s,
-        wall_s=time.perf_counter() - begin,
+        load_s=predictor.loaded_at - begin,
+        wall_s=end - predictor.loaded_at,
     )

@@ -2,13 +2,16 @@
 
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
 from fastnnunet.errors import printable
 from fastnnunet.events import Event, Message, Progress, Stage, Timed
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 KEPT = "\n\t"  # what may stand in a message of several lines
 
@@ -22,16 +25,7 @@ class View(AbstractContextManager["View"]):
     def __init__(self, *, bars: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._watched = bars and self._console.is_terminal
-        self._bars = Bars(
-            TextColumn("{task.description}", markup=False),  # a case may be called [x]
-            BarColumn(),
-            TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            console=self._console,
-            transient=True,
-            disable=not self._watched,
-        )
+        self._bars: Bars | None = None  # made for the first thing that is counted
         self._tasks: dict[str, TaskID] = {}  # by unit
         self._timed = Timed(self._show)
 
@@ -41,7 +35,8 @@ class View(AbstractContextManager["View"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._bars is not None:
+            self._bars.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -60,13 +55,14 @@ class View(AbstractContextManager["View"]):
         self._console.print(printable(text, keep=KEPT), markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, event: Progress) -> None:
+        bars = self._bars = self._bars or _new_bars(self._console)
         if event.unit not in self._tasks:
-            self._bars.start()
-            self._end_finished()
-            self._tasks[event.unit] = self._bars.add_task("", total=None, count="", left="")
+            bars.start()
+            self._end_finished(bars)
+            self._tasks[event.unit] = bars.add_task("", total=None, count="", left="")
         count = f"{event.done:.0f}" + ("" if event.total is None else f"/{event.total:.0f}")
         left = event.remaining_s
-        self._bars.update(
+        bars.update(
             self._tasks[event.unit],
             description=printable(event.what),
             completed=event.done,
@@ -76,10 +72,22 @@ class View(AbstractContextManager["View"]):
             visible=event.unit != "tiles" or (event.total or 0) > 1,
         )
 
-    def _end_finished(self) -> None:
+    def _end_finished(self, bars: "Bars") -> None:
         """Work in another unit begins: what is done needs no bar any more."""
-        for unit in [unit for unit, task in self._tasks.items() if self._bars.tasks[self._index(task)].finished]:
-            self._bars.remove_task(self._tasks.pop(unit))
+        for unit in [unit for unit, task in self._tasks.items() if bars.tasks[bars.task_ids.index(task)].finished]:
+            bars.remove_task(self._tasks.pop(unit))
 
-    def _index(self, task: TaskID) -> int:
-        return self._bars.task_ids.index(task)
+
+def _new_bars(console: Console) -> "Bars":
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),  # a case may be called [x]
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+        console=console,
+        transient=True,
+    )

@@ -36,6 +36,8 @@ IN_PROCESS_CASES = 3  # one being labelled, one waiting, one being committed
 class CasesFailedError(BuildError):
     """Some cases could not be labelled; the others are stored. `failed` maps case id -> reason."""
 
+    exit_code = 1
+
     def __init__(self, message: str, failed: dict[str, str]) -> None:
         super().__init__(message)
         self.failed = failed

@@ -106,7 +106,7 @@ def build(
 
       fastnnunet cache build -m MODEL -i scans --work work
     """
-    from fastnnunet.cli.parts.cache_view import cache_view, labelling_view, print_summary
+    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
 
     if published.asks_for_scans(context, scans, ("root", "previous", "images", "name", "case", "scheduler")):
         from fastnnunet.api import label_images
@@ -131,7 +131,7 @@ def build(
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
     _require_images(images, name)
-    with labelling_view() as view:
+    with cache_view() as view:
         labelled = label(
             request.teacher,
             request.recipe,

@@ -43,6 +43,14 @@ def onnx(
     checkpoint: Annotated[
         str, options.ask("-chk", "Checkpoint of the student.", options.STUDENT)
     ] = "checkpoint_final.pth",
+    locator: Annotated[
+        Path | None,
+        options.ask(
+            "--locator",
+            "Model folder of `train --locator`: it finds the box in which alone the model then runs.",
+            options.STUDENT,
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     allow_code: options.AllowCode = False,
 ) -> None:
@@ -66,8 +74,11 @@ def onnx(
     configuration, plans, trainer = origin.values()
     graph = GraphSpec(**shape)
     if name is not None:
-        options.refuse_besides_name(context, {"output", "folds", "checkpoint", "overwrite", "allow_code", *shape})
-        export_model(name, folds or (), output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
+        own = {"output", "folds", "checkpoint", "overwrite", "allow_code", "locator", *shape}
+        options.refuse_besides_name(context, own)
+        export_model(
+            name, folds or (), output, checkpoint=checkpoint, overwrite=overwrite, graph=graph, locator=locator
+        )
         return
     if output is None or not folds:
         raise SpecError("give -o, the bundle folder to write, and -f, the fold or folds; or the --name of a run")
@@ -85,6 +96,7 @@ def onnx(
             overwrite=overwrite,
             graph=graph,
             needs_real_patches=False,
+            locator=locator,
             shown=True,
         )
         return
@@ -107,7 +119,7 @@ def onnx(
         student_plans=student_plans,
         folds=parse_folds(folds),
     )
-    export_model(folder, folds, output, checkpoint=checkpoint, overwrite=overwrite, graph=graph)
+    export_model(folder, folds, output, checkpoint=checkpoint, overwrite=overwrite, graph=graph, locator=locator)
 
 
 def _teacher(model: Path | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
@@ -130,6 +142,7 @@ def export_model(
     graph: "GraphSpec",
     verbose: bool = True,
     needs_real_patches: bool = True,
+    locator: Path | None = None,
     shown: bool = False,
 ) -> None:
     """Export folds of a model folder, or a run by its name; show how far it is if `shown`, and say how well it went."""
@@ -142,6 +155,7 @@ def export_model(
             "overwrite": overwrite,
             "graph": graph,
             "needs_real_patches": needs_real_patches,
+            "locator": locator,
             "progress": view if shown else ignore,
         }
         if isinstance(model, str):

@@ -1,6 +1,7 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -18,6 +19,7 @@ EXTRA_OF = {
     "s3fs": "s3",
     "openvino": "openvino",
     "nibabel": "images",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart"), "serve"),
     **dict.fromkeys(("highdicom", "pydicom"), "dicom"),
     "nncf": "quantize",
     **dict.fromkeys(("tensorrt_rtx", "cuda"), "rtx"),
@@ -53,14 +55,16 @@ def quieten_torch() -> None:
 
 
 def guarded(command: Callable[[], None]) -> None:
-    """Run `command`. Exit codes: its own, 2 for what a user can mend (also a full disk), 130 when interrupted."""
+    """Run `command`. Exit codes: its own, those of errors (2 for what a user can mend, also a full disk; 1 where some
+    cases failed and the others are done), 130 when interrupted.
+    """
     quieten_torch()
     try:
         command()
     except FastnnUNetError as e:
         # a name of a file may hold what a terminal obeys
         print(f"error: {printable(e, keep=LINES)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.exit_code)
     except ModuleNotFoundError as e:
         module = (e.name or "").split(".")[0]
         if module not in EXTRA_OF:
@@ -83,6 +87,19 @@ def guarded(command: Callable[[], None]) -> None:
         if isinstance(getattr(e.__context__, "__cause__", None), KeyboardInterrupt):  # typer made it of one
             _leave_interrupted()
         raise
+
+
+def leave(code: int) -> None:
+    """End the process at once: taking down what an engine has loaded takes longer than to predict a small image.
+
+    Nothing may be under way in another thread. Returns where what was printed cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # said as Python says it
+        return
+    os._exit(code)
 
 
 def _leave_interrupted() -> NoReturn:

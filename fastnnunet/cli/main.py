@@ -9,13 +9,20 @@ from typer.core import TyperGroup
 
 from fastnnunet.cli.benchmark import benchmark
 from fastnnunet.cli.cache import app as cache_app
+from fastnnunet.cli.connect.dicomweb import dicomweb
+from fastnnunet.cli.connect.remote import app as remote_app
+from fastnnunet.cli.connect.watch import watch
 from fastnnunet.cli.distill import app as distill_app
 from fastnnunet.cli.evaluate import evaluate
 from fastnnunet.cli.export import app as export_app
-from fastnnunet.cli.guard import guarded, refuse_empty
-from fastnnunet.cli.postprocess import postprocess
+from fastnnunet.cli.guard import guarded, leave, refuse_empty
+from fastnnunet.cli.parts.quick import convert_simply
 from fastnnunet.cli.predict import EXAMPLES as PREDICT_EXAMPLES
 from fastnnunet.cli.predict import predict
+from fastnnunet.cli.predictions.postprocess import postprocess
+from fastnnunet.cli.predictions.report import report
+from fastnnunet.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from fastnnunet.cli.serve import serve
 from fastnnunet.cli.student import app as student_app
 from fastnnunet.cli.train import train
 
@@ -52,9 +59,14 @@ app.command("benchmark")(benchmark)
 app.command("train")(train)
 app.command("predict", epilog=PREDICT_EXAMPLES)(predict)
 app.command("postprocess")(postprocess)
+app.command("report")(report)
+app.command("dicomweb")(dicomweb)
+app.command("watch")(watch)
+app.command("serve", epilog=SERVE_EXAMPLES)(serve)
 app.add_typer(cache_app, name="cache")
 app.add_typer(export_app, name="export")
 app.add_typer(student_app, name="student")
+app.add_typer(remote_app, name="remote")
 app.add_typer(distill_app, name="distill")
 
 # What an option without a value stands for.
@@ -64,7 +76,10 @@ BARE_VALUE = {"--keep-largest": "all", "--fill-holes": "each"}
 @cache
 def command() -> Any:
     """The whole command line, made once: reading all options takes 10 ms."""
-    return typer.main.get_command(app)
+    made: Any = typer.main.get_command(app)
+    for quick in (made, made.commands["predict"]):
+        convert_simply(quick)
+    return made
 
 
 def options_with_several_values(argv: list[str]) -> frozenset[str]:
@@ -109,7 +124,12 @@ def main(argv: list[str] | None = None) -> None:
         refuse_empty(given)
         command()(spread_multi_values(given))
 
-    guarded(run)
+    try:
+        guarded(run)
+    except SystemExit as e:
+        if argv is None and given[:1] == ["predict"] and isinstance(e.code, int):
+            leave(e.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from fastnnunet.cli.parts import options
+from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError, printable
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ fastnnunet predict -i patient_0000.nii.gz -o liver.nii.gz -m liver_r4 --profile
 PROFILE_FILE = "fastnnunet_profile.json"
 
 
+@spread
 def predict(
     context: typer.Context,
     source: Annotated[
@@ -40,6 +42,7 @@ def predict(
         options.ask("-i --input", "Image, folder of images named CASE_0000, CASE_0001, ..., or of DICOM files."),
     ],
     output: Annotated[Path, options.ask("-o --output", "Folder, or a file for a single image.")],
+    outputs: options.Outputs,
     model: Annotated[
         Path | None,
         options.ask("-m --model", "Bundle of `fastnnunet export`, or nnU-Net model folder."),
@@ -58,8 +61,35 @@ def predict(
         options.ask("-f --fold", "Folds; default: 0 1 2 3 4, of a bundle all that it has."),
     ] = None,
     step_size: Annotated[
-        float | None, options.ask("-step_size --step_size", "Step between tiles / patch; default: 0.5.", options.MODEL)
+        float | None,
+        options.ask(
+            "-step_size --step_size",
+            "Step between tiles / patch, of nnU-Net's window; default: 0.5, or one pass where the bundle allows it.",
+            options.MODEL,
+        ),
     ] = None,
+    passes: Annotated[
+        int | None,
+        options.ask(
+            "--passes", "Instead of one pass: the mean of this many, shifted against the strides.", options.MODEL, min=1
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        options.ask(
+            "--memory-limit",
+            "Of one pass: memory of the network for a tile, such as 4G; default: 2G, or what the smallest needs.",
+            options.RUN,
+        ),
+    ] = None,
+    locate: Annotated[
+        bool,
+        options.ask(
+            "--locate/--no-locate",
+            "Predict within the box that the bundle's locator finds, if it has one; or everywhere.",
+            options.MODEL,
+        ),
+    ] = True,
     disable_tta: Annotated[bool, options.ask("--disable_tta", "No mirroring: faster, less accurate.")] = False,
     verbose: Annotated[
         bool, options.ask("--verbose", "A line for each case: its shapes and times.", options.OUTPUT)
@@ -127,12 +157,6 @@ def predict(
     series: Annotated[
         str | None, options.ask("--series", "SeriesInstanceUID, where a DICOM folder holds several.", options.OUTPUT)
     ] = None,
-    output_format: Annotated[
-        Literal["image", "dicom-seg"],
-        options.ask(
-            "--output-format", "image: the model's file ending; dicom-seg: CASE.dcm, for DICOM input.", options.OUTPUT
-        ),
-    ] = "image",
     keep_largest: options.KeepLargest = None,
     min_size: options.MinSize = None,
     fill_holes: options.FillHoles = None,
@@ -155,11 +179,13 @@ def predict(
     from fastnnunet.api import predict as run
     from fastnnunet.events import Event, Progress, Result
     from fastnnunet.images.output import RunArguments
+    from fastnnunet.outputs.spec import OutputSpec
 
     if name is not None:
         model_options = {"model", "dataset", "configuration", "plans", "trainer"}
         options.refuse_besides_name(context, {p.name for p in context.command.params} - model_options)
         model = find_bundle(name)
+    written = OutputSpec(**outputs)
     predicting = False
     with View(bars=not disable_progress_bar) as view:
 
@@ -183,6 +209,9 @@ def predict(
                 device=device,
                 step_size=step_size,
                 mirroring=not disable_tta,
+                passes=passes,
+                memory_limit=memory_limit,
+                locate=locate,
                 arguments=RunArguments(
                     num_processes_preprocessing=npp,
                     num_processes_segmentation_export=nps,
@@ -197,7 +226,7 @@ def predict(
                 fill_holes=fill_holes or (),
                 postprocessing_file=pp_pkl_file,
                 dicom_series=series,
-                dicom_seg=output_format == "dicom-seg",
+                outputs=written,
                 progress=show,
             )
         except KeyboardInterrupt:
@@ -207,7 +236,9 @@ def predict(
 
     done, total = prediction.done, len(prediction.cases)
     loaded = f"(model loaded in {prediction.load_s:.2f} s)"
-    print(f"{len(done)} case(s) predicted with {prediction.engine} into {output} {loaded}")
+    way = "" if prediction.described["way"] == "window" else f" in {prediction.described['way']}"
+    way += " in the locator's box" if prediction.described.get("locate") else ""
+    print(f"{len(done)} case(s) predicted with {prediction.engine}{way} into {output} {loaded}")
     if done:
         stages = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in _means(done).items())
         print(f"{1e3 * prediction.wall_s / total:.1f} ms per case; mean of its stages: {stages}")

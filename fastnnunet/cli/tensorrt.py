@@ -26,6 +26,12 @@ def tensorrt(
             "--batch", min=1, help="Batches of 1 to this many patches. Default: 4, for 2d 16, or what the bundle takes."
         ),
     ] = None,
+    tile: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tile", help="Largest tile of one pass, z y x (default: what 2G allow); smaller images take smaller ones."
+        ),
+    ] = None,
     library: Annotated[
         str | None, typer.Option("--library", help="tensorrt or tensorrt_rtx; default: the first that is installed.")
     ] = None,
@@ -52,6 +58,7 @@ def tensorrt(
         architectures=tuple(arch or ()),
         library_name=library,
         max_batch=batch,
+        largest_tile=tile or None,
         beside_bundle=not cache,
     )
     for engine in built:

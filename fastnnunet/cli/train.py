@@ -1,24 +1,26 @@
 """`fastnnunet train`: distil students from a cache."""
 
 import os
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
-from fastnnunet.cli.parts.fields import spread
+from fastnnunet.cli.parts.fields import Asked, spread
 from fastnnunet.errors import SpecError
 
 if TYPE_CHECKING:
     from fastnnunet.api.distil import Student
     from fastnnunet.distill.job import TrainingJob
+    from fastnnunet.specs.teacher import TeacherSpec
 
 # what a work folder has decided, or does not have
 DECIDED = (
     *("fold", "cache_root", "previous", "resume", "overwrite", "together", "validate", "name", "pretrained"),
-    *("unlabelled", "unlabelled_share", "pseudo_labels", "soft_labels"),
+    *("unlabelled", "unlabelled_share", "pseudo_labels", "soft_labels", "locator"),
 )
 
 
@@ -63,12 +65,22 @@ def train(
     validate: Annotated[
         bool, options.ask("--validate/--no-validate", "Predict and score the validation fold at the end.", options.RUN)
     ] = True,
+    locator: Annotated[
+        bool,
+        options.ask(
+            "--locator",
+            "Instead of students: a tiny network that finds where to predict, for `export onnx --locator`.",
+            options.STUDENT,
+        ),
+    ] = False,
     model: published.Model = None,
     scans: published.OptionalScans = None,
     work: published.Work = None,
     no_mirroring: published.NoMirroring = False,
 ) -> None:
-    """Distil students of one or several sizes from one soft-label cache. Never runs a teacher.
+    """Distil students of one or several sizes from one soft-label cache.
+
+    It runs a teacher for --online-teacher alone.
 
     The student is an ordinary nnU-Net model: `nnUNetv2_predict -p nnUNetPlans_r4_a0.3_T3 -f 0 ...` runs it.
 
@@ -86,6 +98,10 @@ def train(
     On scans that `fastnnunet cache build -m MODEL -i scans --work work` has labelled, without a data set:
 
       fastnnunet train -m MODEL -i scans --work work -r 4
+
+    A locator, in whose box alone a student then runs:
+
+      fastnnunet train -d 4 -c 3d_fullres -f 0 --locator
 
     On several GPUs: torchrun --nproc-per-node 2 -m fastnnunet train -d 4 ...
     """
@@ -121,6 +137,10 @@ def train(
         raise SpecError("which fold? give -f, the student's fold(s): 0 to 4, or all")
     if resume and overwrite:
         raise SpecError("--continue and --overwrite exclude each other; give one")
+    if locator:
+        run = {"threads": threads, "device": device, "augment_on": augment_on}
+        _train_locators(context, teacher_of(teacher, None), fold, training, resume, overwrite, run)
+        return
     place = None if cache_root is None else place_at(cache_root)
     recipe = recipe_of(spec, temperature)
     ensemble = teacher_of(teacher, teacher_folds, previous)
@@ -165,6 +185,28 @@ def train(
             check_job(job, resume=resume, overwrite=overwrite)
     for group in groups:
         run_jobs(group, resume=resume, overwrite=overwrite, validate=validate, name=name)
+
+
+def _train_locators(
+    context: typer.Context,
+    teacher: "TeacherSpec",
+    folds: list[str],
+    training: Asked,
+    resume: bool,
+    overwrite: bool,
+    run: dict[str, Any],
+) -> None:
+    """Train a locator for each fold. Raises SpecError for options that are of students alone."""
+    from fastnnunet.api import View, train_locator
+
+    allowed = {"locator", "fold", "dataset", "configuration", "plans", "resume", "overwrite", "allow_code", *training}
+    options.refuse_besides("--locator", "takes its network from the data set", context, {*allowed, *run})
+    given = published.given_on_command_line(context, training)
+    for fold in parse_folds(folds):
+        with View() as view:
+            trained = train_locator(teacher, fold, given, resume=resume, overwrite=overwrite, progress=view, **run)
+        print(f"locator: {trained.folder}")
+    print(f"use it with: fastnnunet export onnx ... --locator {shlex.quote(str(trained.folder.parent))}")
 
 
 def wait_passively() -> None:

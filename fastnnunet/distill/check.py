@@ -16,12 +16,19 @@ from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
 from fastnnunet.nnunet.files.model import ModelFolder, PlannedModel, build_network, model_folder_of, model_of
 from fastnnunet.nnunet.files.named import check_loadable
 from fastnnunet.nnunet.files.paths import nnunet_folder, resolve_dataset
-from fastnnunet.nnunet.files.plans import STOCK_TRAINER, architecture_of, configuration_of
+from fastnnunet.nnunet.files.plans import (
+    STOCK_TRAINER,
+    architecture_of,
+    configuration_of,
+    without_previous_stage,
+)
 from fastnnunet.nnunet.files.splits import split_of
-from fastnnunet.nnunet.student.fit import check_fit, check_network
+from fastnnunet.nnunet.student.coarse import coarse_dataset_json, coarse_plans
+from fastnnunet.nnunet.student.fit import check_fit, check_last_patch, check_network
 from fastnnunet.nnunet.student.plans import check_plans_name, student_plans
 from fastnnunet.nnunet.student.primus import stock_trainer_of
 from fastnnunet.specs.canonical import differences
+from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.teachers.maps.jobs import preprocessed_model
 
 log = logging.getLogger(__name__)
@@ -46,8 +53,14 @@ def resolve_device(requested: str) -> str:
 
 def described(job: TrainingJob, keep: Collection[int | str] = ()) -> ModelFolder | PlannedModel:
     """What a student is made from: the teacher's model folder, or with soft labels by name and random first weights
-    the plans beside the preprocessed cases. `keep` as of ModelFolder. Raises NotFoundError, MismatchError.
+    the plans beside the preprocessed cases; of a locator, these at a coarse spacing.
+
+    `keep` as of ModelFolder. Raises NotFoundError, MismatchError.
     """
+    if job.coarser is not None:
+        model = preprocessed_model(job.teacher)
+        coarse, dataset_json = coarse_plans(model, job.coarser), coarse_dataset_json(model.dataset_json)
+        return PlannedModel(plans=coarse, dataset_json=dataset_json, trainer=STOCK_TRAINER)
     if job.soft_labels is None:
         return model_folder_of(job.teacher, keep)
     if job.distill.start == "teacher" and job.pretrained is None:
@@ -70,7 +83,7 @@ def check_job(
     dataset_json, teacher_plans = files.dataset_json, files.plans
     check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(
-        teacher_plans,
+        without_previous_stage(teacher_plans, job.teacher.configuration) if job.alone else teacher_plans,
         job.teacher.configuration,
         job.student,
         job.distill,
@@ -79,7 +92,15 @@ def check_job(
     )
     if job.student.plans_name is not None:
         check_plans_name(resolve_dataset(job.teacher.dataset), job.student.plans_name)
-    check_fit(teacher_plans, plans, dataset_json, job.teacher.configuration)
+    if job.coarser is None:  # else its plans are made of those of its data
+        check_fit(teacher_plans, plans, dataset_json, job.teacher.configuration)
+    if job.distill.last_patch is not None:
+        check_last_patch(plans, job.teacher.configuration, job.distill.last_patch)
+    if job.distill.norm_statistics != DistillSpec().norm_statistics and job.student.norm != "batch":
+        raise MismatchError(
+            f"norm_statistics: got {job.distill.norm_statistics}, which is of batch norms, and a student without them\n"
+            "give --norm batch too, or leave out --norm-statistics"
+        )
     if job.student.is_explicit:
         check_network(model_of(plans, job.teacher.configuration, dataset_json))
     _check_split(job, plans)

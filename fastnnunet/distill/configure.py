@@ -29,12 +29,14 @@ def configure(
     unlabelled: "Unlabelled | None" = None,
 ) -> "StudentTrainer":
     from fastnnunet.distill.losses import DistillationObjective
-    from fastnnunet.nnunet.trainer.trainer import make_trainer, nnunet_quiet
+    from fastnnunet.nnunet.augment.last_patch import LastPatch
+    from fastnnunet.nnunet.quiet import nnunet_quiet
+    from fastnnunet.nnunet.trainer.make import make_trainer
 
     spec = job.distill
     trainer = make_trainer(plans, job.teacher.configuration, job.fold, dataset_json, device, resume)
     plans_manager, _ = configuration_of(plans, job.teacher.configuration)
-    if (previous := previous_folder(job.teacher, plans)) is not None:
+    if not job.alone and (previous := previous_folder(job.teacher, plans)) is not None:
         trainer.folder_with_segs_from_previous_stage = str(previous)
     trainer.num_epochs, trainer.hours = spec.epochs, spec.hours
     trainer.num_iterations_per_epoch = spec.iterations_per_epoch
@@ -46,6 +48,10 @@ def configure(
     trainer.store_mirroring = spec.mirroring
     trainer.augmentation = spec.augmentation
     trainer.mirror_augmentation = spec.mirror_augmentation
+    trainer.norm_statistics = spec.norm_statistics
+    trainer.knows_statistics = job.pretrained is not None
+    if spec.last_patch is not None:
+        trainer.last_patch = LastPatch(spec.last_patch, spec.last_share)
     on_device = {"auto": device.startswith("cuda"), "device": True, "loader": False}
     trainer.augment_on_device = on_device[job.augment_on]
     trainer.bf16 = device == "cpu" and resolve_precision(spec.precision) == "bf16"

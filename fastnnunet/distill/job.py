@@ -17,6 +17,7 @@ from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.version import __version__
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+COARSER = "coarser"  # of the provenance of a locator
 AUGMENT_ON = ("auto", "device", "loader")
 
 
@@ -36,6 +37,8 @@ class TrainingJob:
     cache_root: Place | None = None  # where to look for the cache; None = beside the preprocessed data
     soft_labels: str | None = None  # folder, URL or first digits of the key of a cache to take; None: the teacher's
     pretrained: Path | None = None  # nnU-Net checkpoint the student's weights start from
+    alone: bool = False  # of a cascade's second stage: the student sees the image alone, without the previous stage
+    coarser: tuple[int, ...] | None = None  # of a locator: voxels of the preprocessed cases that become one, z y x
 
     def __post_init__(self) -> None:
         if self.augment_on not in AUGMENT_ON:
@@ -47,6 +50,16 @@ class TrainingJob:
                 raise SpecError(
                     f"--soft-labels {self.soft_labels}: leave out --unlabelled, whose images the teacher labels"
                 )
+            if self.distill.online_teacher:
+                raise SpecError(
+                    f"--soft-labels {self.soft_labels}: leave out --online-teacher; who made them cannot be asked again"
+                )
+        if self.alone and self.distill.online_teacher:
+            raise SpecError(
+                f"--online-teacher: {self.teacher.configuration} needs labels of the stage before it, which "
+                "patches of a student that sees the scan alone do not have\n"
+                "leave it out, or use a configuration without a previous stage"
+            )
 
 
 def run_folder(job: TrainingJob) -> Path:
@@ -68,13 +81,18 @@ def reached_checkpoint(fold_folder: Path) -> Path | None:
 
 def provenance(job: TrainingJob, cache_key: str | None) -> dict[str, Any]:
     """What made a student; stored in its checkpoints."""
-    start = {}
+    start: dict[str, Any] = {}
     if job.pretrained is not None:
         start["pretrained_sha256"] = weights_digest(load_checkpoint(job.pretrained)["network_weights"])
+    if job.coarser is not None:
+        start[COARSER] = list(job.coarser)
+    if job.alone:  # then the previous stage is in the soft labels only, and the cache's key says which it was
+        start["alone"] = True
+    previous = None if job.alone else job.teacher.previous
     return {
         **start,
         "version": __version__,
-        "teacher": to_plain(replace(job.teacher, dataset=resolve_dataset(job.teacher.dataset))),
+        "teacher": to_plain(replace(job.teacher, dataset=resolve_dataset(job.teacher.dataset), previous=previous)),
         "student": to_plain(job.student),
         "distill": to_plain(job.distill),
         "cache_key": cache_key,

@@ -1,10 +1,13 @@
-"""Training one student: from names to a finished nnU-Net model folder. Never runs a teacher."""
+"""Training one student: from names to a finished nnU-Net model folder.
+
+Never runs a teacher: where one takes part in a training, whoever calls for it hands it in.
+"""
 
 import functools
 import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,8 @@ from fastnnunet.distill.job import FINAL, TrainingJob, reached_checkpoint, start
 from fastnnunet.distill.memory import keep_freed_memory
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.distill.unlabelled import unlabelled_for_training
-from fastnnunet.errors import SpecError
+from fastnnunet.engines.devices import parse_device
+from fastnnunet.errors import MismatchError, SpecError
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.model import ModelFolder, PlannedModel, model_of
 from fastnnunet.nnunet.files.paths import resolve_dataset
@@ -30,7 +34,11 @@ from fastnnunet.teachers.maps.jobs import named_cache
 
 if TYPE_CHECKING:
     from fastnnunet.nnunet.files.checkpoint import Weights
+    from fastnnunet.nnunet.trainer.online import PatchTeacher
     from fastnnunet.nnunet.trainer.trainer import StudentTrainer
+
+# loads the teacher beside a training: `teachers.online.online_teacher`
+OpenTeacher = Callable[..., "PatchTeacher"]
 
 log = logging.getLogger(__name__)
 
@@ -64,32 +72,41 @@ def train_students(
     resume: bool = False,
     overwrite: bool = False,
     validate: bool = True,
+    online: OpenTeacher | None = None,
     progress: Listener = ignore,
 ) -> list[Path]:
     """Train students on the same batches; returns fold folders (checkpoints, progress.png, validation/summary.json).
 
     Every student becomes what it would have become alone; loading and augmentation are paid once. The jobs differ in
-    their students only; device and threads are those of the first. Everything that can be refused is refused before
-    anything is written. Raises NotFoundError (data, teacher, cache), MismatchError (cache or plans do not fit; a run
-    exists and neither `resume` nor `overwrite` was given), SpecError (r leaves no channels; the students' batches
-    differ), BuildError (the loss became NaN; the last good checkpoint stays).
+    their students only; device and threads are those of the first. `online` loads the teacher of jobs that ask for
+    it in their last epochs. Everything that can be refused is refused before anything is written. Raises NotFoundError
+    (data, teacher, cache), MismatchError (cache or plans do not fit; a run exists and neither `resume` nor `overwrite`
+    was given), SpecError (r leaves no channels; the students' batches differ), BuildError (the loss became NaN; the
+    last good checkpoint stays).
     """
     from fastnnunet.nnunet.trainer.distributed import process_group
 
     require_versions(TRAINING)
     device = resolve_device(jobs[0].device)
     with process_group(device):
-        return _train_students(jobs, device, resume, overwrite, validate, progress)
+        return _train_students(jobs, device, resume, overwrite, validate, online, progress)
 
 
 def _train_students(
-    jobs: Sequence[TrainingJob], device: str, resume: bool, overwrite: bool, validate: bool, progress: Listener
+    jobs: Sequence[TrainingJob],
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    validate: bool,
+    online: OpenTeacher | None,
+    progress: Listener,
 ) -> list[Path]:
     import torch
 
     from fastnnunet.nnunet.trainer.distributed import is_first, wait_for_all
 
     first = jobs[0]
+    validate = validate and first.coarser is None  # nnU-Net's compares with the labels of the data set
     start = start_fold(first)
     files = described(first, keep=(start,) if first.distill.start == "teacher" else ())
     start_weights = functools.cache(partial(_start_weights, files, start))
@@ -135,6 +152,8 @@ def _train_students(
         finished = reached is not None and _resume(trainer, reached)
         if not finished:
             unfinished.append(trainer)
+    if unfinished and first.distill.online_teacher:
+        _ask_online(unfinished, first, files, online)
     del files, start_weights
     wait_for_all()  # before the first process changes what the others look at
     if overwrite and is_first():  # only now that nothing refuses any more
@@ -143,7 +162,7 @@ def _train_students(
     wait_for_all()
     if unfinished:
         _run_epochs(unfinished, [jobs[trainers.index(t)] for t in unfinished], progress)
-    if is_first():
+    if is_first() and first.coarser is None:  # nnU-Net compares those of one data set
         for job, (plans, _, _) in zip(jobs, checked, strict=True):
             publish_plans(resolve_dataset(job.teacher.dataset), plans)
     for trainer, (_, _, fold_folder) in zip(trainers, checked, strict=True):
@@ -172,6 +191,37 @@ def _cache(job: TrainingJob, files: ModelFolder | PlannedModel) -> Place:
         root=job.cache_root,
         spec_file=job.cache_spec_file,
     )
+
+
+def _ask_online(
+    trainers: "Sequence[StudentTrainer]",
+    job: TrainingJob,
+    files: ModelFolder | PlannedModel,
+    online: OpenTeacher | None,
+) -> None:
+    """Put the teacher beside trainings. Raises SpecError where there is none, MismatchError for other patches."""
+    import torch
+
+    from fastnnunet.nnunet.trainer.online import LastEpochs
+
+    share = job.distill.online_teacher
+    if online is None:
+        raise SpecError(f"online_teacher: got {share}, and no teacher was handed in\ntrain with fastnnunet.api.distil")
+    teacher = online(
+        job.teacher,
+        job.cache,
+        files,
+        temperature=job.distill.temperature,
+        threads=torch.get_num_threads(),
+        device=parse_device(str(trainers[0].device)),
+    )
+    for trainer in trainers:
+        if (patch := trainer.training_patch) != teacher.patch_size:
+            raise MismatchError(
+                f"--online-teacher: the student's patches are {list(patch)}, its teacher's {list(teacher.patch_size)}\n"
+                "leave it out"
+            )
+        trainer.online = LastEpochs(teacher, share)
 
 
 def _clear(folder: Path, keep: Path) -> None:
@@ -217,7 +267,7 @@ def _run_epochs(trainers: "list[StudentTrainer]", jobs: list[TrainingJob], progr
 
 
 def _validate(trainer: "StudentTrainer") -> None:
-    from fastnnunet.nnunet.trainer.trainer import nnunet_quiet
+    from fastnnunet.nnunet.quiet import nnunet_quiet
 
     with nnunet_quiet():
         trainer.perform_actual_validation()

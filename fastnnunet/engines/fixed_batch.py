@@ -8,10 +8,13 @@ from fastnnunet.engines.base import Array, Engine, Precision
 class FixedBatch:
     def __init__(self, engine: Engine, batch_size: int) -> None:
         self.name, self.precision = engine.name, engine.precision
+        self.overhead, self.largest_tile = engine.overhead, engine.largest_tile
         self._engine, self._batch_size = engine, batch_size
 
     name: str
     precision: Precision
+    overhead: float
+    largest_tile: tuple[int, ...] | None
 
     def run(self, batch_NCX: Array) -> Array:
         size, count = self._batch_size, len(batch_NCX)

@@ -4,7 +4,9 @@
 the one that came last, whatever the other one's metadata says, so the module itself is asked what it can do.
 """
 
+import math
 import threading
+import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +15,7 @@ import numpy as np
 
 from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
+from fastnnunet.engines.failures import batch_failed
 from fastnnunet.engines.model_files import model_path
 from fastnnunet.errors import BackendError
 from fastnnunet.specs.bundle import BundleSpec
@@ -23,8 +26,10 @@ _MEND = "install the one for GPUs alone: pip uninstall -y onnxruntime onnxruntim
 
 class OnnxRuntimeEngine:
     name = "onnxruntime"
+    overhead = 1.25
+    largest_tile: tuple[int, ...] | None = None
 
-    def __init__(self, model: Path | bytes, num_heads: int, settings: Settings) -> None:
+    def __init__(self, model: Path | bytes, num_heads: int, settings: Settings, *, shapes_vary: bool = False) -> None:
         import onnxruntime
 
         self.precision: Precision = settings.precision
@@ -33,6 +38,8 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # plans of memory, one for each shape, are kept: twice the memory from the second run of a large tile on
+        options.enable_mem_pattern = not shapes_vary
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.kind == "cuda":
             if (problem := why_no_cuda()) is not None:
@@ -58,16 +65,21 @@ class OnnxRuntimeEngine:
         self._input, self._output = self._session.get_inputs()[0].name, self._session.get_outputs()[0].name
         self._num_heads = num_heads
         self._apart = settings.apart
+        self._device = device
         self._calls = Calls(self.name, survives_fork=device.kind == "cpu")
         self._own = threading.local()  # logits_NHX of each thread
 
     @classmethod
     def of_bundle(cls, bundle_dir: Path, spec: BundleSpec, settings: Settings) -> Self:
-        return cls(model_path(bundle_dir, spec, settings.precision, cls.name), spec.num_heads, settings)
+        model = model_path(bundle_dir, spec, settings.precision, cls.name)
+        return cls(model, spec.num_heads, settings, shapes_vary=spec.one_pass is not None)
 
     @classmethod
     def of_network(cls, network: LiveNetwork, settings: Settings) -> Self:
         return cls(network.to_onnx(), network.num_heads, settings)
+
+    def on_device(self) -> "OnnxRuntimeOnDevice | None":
+        return None if self._device.kind == "cpu" else OnnxRuntimeOnDevice(self)
 
     def run(self, batch_NCX: Array) -> Array:
         """Logits in an array that the thread's next call writes to again: those of many classes are large."""
@@ -85,8 +97,66 @@ class OnnxRuntimeEngine:
                     binding.bind_output(self._output, "cpu", 0, np.float32, part.shape, part.ctypes.data)
                     self._session.run_with_iobinding(binding)
             except Exception as e:
-                raise BackendError(f"onnxruntime failed on a batch of shape {batch_NCX.shape}: {e}") from e
+                raise batch_failed("onnxruntime", batch_NCX.shape, e) from e
         return logits_NHX
+
+
+class OnnxRuntimeOnDevice:
+    """See `DeviceNetwork`. ONNX Runtime computes on a stream of its own and returns when it is done."""
+
+    most = 2**16
+
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        """Raises BackendError where cuda-python is missing."""
+        from fastnnunet.engines.trt.cuda import Cuda
+
+        self._engine = engine
+        self._cuda = Cuda(engine._device.index)
+        self._cuda.use_device()
+        self.device = engine._device.index
+        self.stream = self._cuda.new_stream()
+        self.turn = threading.RLock()
+        self._buffers: dict[str, tuple[int, int]] = {}  # address and bytes
+        weakref.finalize(self, _give_back, self._cuda, self.stream, self._buffers)
+
+    def addresses(self, shape_NCX: tuple[int, ...]) -> tuple[int, int]:
+        count, _, *space = shape_NCX
+        logits = (count, self._engine._num_heads, *space)
+        return self._at_least("batch", shape_NCX), self._at_least("logits", logits)
+
+    def run(self, shape_NCX: tuple[int, ...]) -> None:
+        engine = self._engine
+        batch, logits = self.addresses(shape_NCX)
+        self._cuda.synchronize(self.stream)  # the batch is there
+        with engine._calls:
+            try:
+                binding = engine._session.io_binding()
+                binding.bind_input(engine._input, "cuda", self.device, np.float32, shape_NCX, batch)
+                shape = (shape_NCX[0], engine._num_heads, *shape_NCX[2:])
+                binding.bind_output(engine._output, "cuda", self.device, np.float32, shape, logits)
+                engine._session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+            except Exception as e:  # the engine's exceptions share no base class but Exception
+                raise batch_failed("onnxruntime", shape_NCX, f"on the GPU: {e}") from e
+
+    def _at_least(self, name: str, shape: tuple[int, ...]) -> int:
+        needed = 4 * math.prod(shape)
+        address, size = self._buffers.get(name, (0, 0))
+        if size < needed:
+            if size:
+                self._cuda.synchronize(self.stream)
+                self._cuda.free(address)
+                del self._buffers[name]
+            address = self._cuda.allocate(needed)
+            self._buffers[name] = address, needed
+        return address
+
+
+def _give_back(cuda: Any, stream: int, buffers: dict[str, tuple[int, int]]) -> None:
+    cuda.use_device()
+    for address, _ in buffers.values():
+        cuda.free(address)
+    cuda.destroy_stream(stream)
 
 
 def why_no_cuda() -> str | None:

@@ -107,12 +107,27 @@ def engine_of_network(name: str, network: LiveNetwork, settings: Settings) -> En
 
 def _engine_class(name: str, settings: Settings) -> EngineClass:
     """Raises BackendError where the engine is not installed or computes in other precisions."""
-    check_installed(name)
+    _check_engine(name, settings.precision)
     entry = ENGINES[name]
-    if settings.precision not in entry.precisions:
-        known = " or ".join(entry.precisions)
-        raise BackendError(f"backend {name} computes in {known} only, got precision {settings.precision!r}")
     return cast(EngineClass, getattr(importlib.import_module(entry.module), entry.class_name))
+
+
+def check_engine(name: str, precision: Precision, device: str | None) -> str:
+    """Find out without loading anything that an engine could not be made. Returns its name, which was perhaps `auto`.
+
+    Raises SpecError and BackendError as `create_engine`.
+    """
+    chosen, _ = choose_engine(name, device)
+    _check_engine(chosen, precision)
+    return chosen
+
+
+def _check_engine(name: str, precision: Precision) -> None:
+    check_installed(name)
+    precisions = ENGINES[name].precisions
+    if precision not in precisions:
+        known = " or ".join(precisions)
+        raise BackendError(f"backend {name} computes in {known} only, got precision {precision!r}")
 
 
 def check_installed(name: str) -> None:

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
 from fastnnunet.engines.calls import Calls
+from fastnnunet.engines.failures import batch_failed
 from fastnnunet.errors import BackendError, CorruptError, MismatchError
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.specs.checks.networks import find_arguments, find_network
 
 # Deep supervision's heads at lower resolutions are built but not run at inference, so ONNX does not have them.
 _UNUSED_AT_INFERENCE = ("decoder.seg_layers.", "mask_token")  # and what Primus puts where patches were dropped
+_COUNTER = ".num_batches_tracked"  # of a batch norm, for training
 
 
 LARGEST_BATCH = 16  # rows a GPU sees at once; halved where its memory is too small
@@ -27,6 +29,8 @@ LARGEST_BATCH = 16  # rows a GPU sees at once; halved where its memory is too sm
 
 class TorchEngine:
     name = "torch"
+    overhead = 2.0
+    largest_tile: tuple[int, ...] | None = None
 
     def __init__(self, network: Any, settings: Settings) -> None:
         """`network`: a torch.nn.Module in float32, which is taken over."""
@@ -63,7 +67,7 @@ class TorchEngine:
                 with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
                     return self._in_parts(torch.from_numpy(batch_NCX).to(self._device))
             except RuntimeError as e:  # torch.OutOfMemoryError is one
-                raise BackendError(f"torch failed on a batch of shape {batch_NCX.shape}: {e}") from e
+                raise batch_failed("torch", batch_NCX.shape, e) from e
 
     def _in_parts(self, batch_NCX: Any) -> Array:
         torch = self._torch
@@ -170,7 +174,7 @@ def _sources(network: Any, weights: dict[str, npt.NDArray[Any]], model_file: Pat
     for names in aliases.values():
         source = next((n for n in names if n in weights), None)
         if source is None:
-            if not names[0].startswith(_UNUSED_AT_INFERENCE):
+            if not names[0].startswith(_UNUSED_AT_INFERENCE) and not names[0].endswith(_COUNTER):
                 problems.append(f"{names[0]} is missing")
         elif weights[source].shape != tuple(state[names[0]].shape):
             problems.append(f"{source} has shape {weights[source].shape}, expected {tuple(state[names[0]].shape)}")

@@ -21,8 +21,10 @@ teacher's labels: those whose centre is at most `border_mm` from the centre of a
 of another label. Without a spacing the unit is the voxel.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +98,27 @@ class CalibrationSummary:
     teacher_border: CalibrationScores
     labels: CalibrationScores | None
     labels_border: CalibrationScores | None
+
+
+def read_summary(record: Mapping[str, Any]) -> CalibrationSummary:
+    """What `write_json` made of a summary. Raises KeyError, TypeError or ValueError where it did not make it."""
+    return CalibrationSummary(
+        border_mm=float(record["border_mm"]),
+        teacher=_read_scores(record["teacher"]),
+        teacher_border=_read_scores(record["teacher_border"]),
+        labels=None if record["labels"] is None else _read_scores(record["labels"]),
+        labels_border=None if record["labels_border"] is None else _read_scores(record["labels_border"]),
+    )
+
+
+def _read_scores(record: Mapping[str, Any]) -> CalibrationScores:
+    means = {name: _number(record[name]) for name in ("brier", "nll", "target_entropy", "kl", "ece")}
+    bins = tuple((int(voxels), _number(q), _number(p)) for voxels, q, p in record["bins"])
+    return CalibrationScores(voxels=int(record["voxels"]), bins=bins, **means)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def case_calibration(

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError, printable
-from fastnnunet.images.picture import read_picture
+from fastnnunet.images.output import BESIDE, OF_FOLDER
+from fastnnunet.images.pictures.natural import read_picture
 from fastnnunet.images.sitk import read_itk
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.checks.listing import SIDE_FILES, passed_over, regular_files
@@ -113,8 +114,7 @@ def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) ->
 def _known(folder: Path, file_ending: str) -> set[str]:
     """Label files and what predicting leaves beside them."""
     names = regular_files(folder, file_ending)
-    beside = (".npz", ".pkl", ".json")
-    return {*names, *(name.removesuffix(file_ending) + ending for name in names for ending in beside)}
+    return {*names, *OF_FOLDER, *(name.removesuffix(file_ending) + ending for name in names for ending in BESIDE)}
 
 
 def files_read(folders: Iterable[Path], pairing: Pairing, file_ending: str) -> list[Path]:

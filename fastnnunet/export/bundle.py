@@ -8,32 +8,41 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastnnunet.errors import MismatchError, NotFoundError, printable
-from fastnnunet.events import Listener, Stage, ignore
-from fastnnunet.export.graph import dynamic_multiples, fix_batch, fold_constants, plans_for
+from fastnnunet.errors import MismatchError, NotFoundError, ParityError, printable
+from fastnnunet.events import Listener, Message, Stage, ignore
+from fastnnunet.export.fold import folding_of
+from fastnnunet.export.graph import fix_batch, fold_constants, plans_for
+from fastnnunet.export.one_pass import CASES as HALO_CASES
+from fastnnunet.export.one_pass import Proof, may_be_one_pass, one_pass_of, wider
 from fastnnunet.export.parity import ParityCheck, ParityReport
-from fastnnunet.export.patches import noise_patches, real_patches
+from fastnnunet.export.patches import noise_patches, real_images, real_patches
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix, weights_digest
-from fastnnunet.nnunet.files.model import Model, build_network, check_fits, model_of
+from fastnnunet.nnunet.files.model import Model, build_network, check_fits, check_stand_in, model_of
 from fastnnunet.nnunet.files.named import check_reproducible, resampling_of
 from fastnnunet.nnunet.files.plans import (
     architecture_of,
+    builder_of,
     intensity_properties,
     read_json,
 )
 from fastnnunet.nnunet.onnx import put_weights, to_onnx
 from fastnnunet.nnunet.student.fit import stride_products
 from fastnnunet.nnunet.student.primus import stock_architecture
-from fastnnunet.specs.bundle import MODEL_FILE, BundleSpec, write_bundle_json
-from fastnnunet.specs.canonical import sha256_of_file
+from fastnnunet.specs.bundle import MODEL_FILE, ONE_PASS_FORMAT, BundleSpec, write_bundle_json
+from fastnnunet.specs.canonical import sha256_of_file, to_plain
 from fastnnunet.specs.graph import GraphSpec
+from fastnnunet.specs.one_pass import OnePass
 from fastnnunet.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
 
 Fold = int | str
 PARITY_FILE = "parity.npz"
@@ -53,13 +62,14 @@ def export_bundle(
     """Export one fold of an nnU-Net model folder, or several as an ensemble, as a bundle at `out`.
 
     Without `needs_real_patches` noise takes the place of preprocessed cases that are not there.
-    `progress` gets a `Stage` before each stage of the work.
+    `progress` gets a `Stage` before each stage of the work, and a warning where the trainer is not installed and the
+    network in the plans, which the weights fit, stands in for its own.
     Raises NotFoundError (model, fold or preprocessed cases missing), MismatchError (`out` exists, plans do not fit, a
     network that ONNX cannot express), SpecError (the plans name what a bundle cannot reproduce), CorruptError
     (checkpoint), ParityError (the exported model computes something else); leaves nothing at `out` then.
     """
     folds = (folds,) if isinstance(folds, int | str) else tuple(folds)
-    _check_target(out, overwrite)
+    check_target(out, overwrite)
     plans, dataset_json = read_json(model_folder / "plans.json"), read_json(model_folder / "dataset.json")
     paths = [model_folder / f"fold_{fold}" / checkpoint for fold in folds]
     for path in paths:
@@ -73,10 +83,18 @@ def export_bundle(
     check_reproducible(plans, configuration)
     plans = plans_for(plans, configuration, graph)
     described = model_of(plans, configuration, dataset_json)
-    multiples = dynamic_multiples(described.config.configuration, graph)
     first = strip_prefix(stored["network_weights"])
-    check_fits(described, stored["trainer_name"], first, paths[0])
-    network = build_network(described, trainer=stored["trainer_name"]).eval()
+    stand_in = check_stand_in(described, stored["trainer_name"], first, paths[0])
+    trainer = builder_of(stored["trainer_name"])
+    if stand_in is None:
+        check_fits(described, trainer, first, paths[0])
+    else:
+        progress(Message(text=stand_in, level="warning"))
+    network = build_network(described, trainer=trainer).eval()
+    strides = stride_products(described.config.configuration)
+    tries_one_pass = may_be_one_pass(graph, strides, network)
+    multiples = strides if graph.dynamic_space or tries_one_pass else None
+    folding = folding_of(described, network)
     image_NCZYX, is_real = _patches(described, needs_real_patches)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,17 +105,21 @@ def export_bundle(
         reports, digests = [], {}
         stages.begin("writing its graph")
         load_weights(network, first, paths[0])
-        model = to_onnx(network, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
+        written = network if folding is None else folding.apply(network)
+        model = to_onnx(written, image_NCZYX.shape[1], image_NCZYX.shape[2:], multiples)
         if graph.simplify:
-            fold_constants(model, network)
+            fold_constants(model, written)
+        one_pass, proof = _one_pass(model, described, image_NCZYX[0], graph) if tries_one_pass else (None, None)
         parity = ParityCheck(network, image_NCZYX, is_real=is_real, has_regions=described.has_regions)
-        parity.choose_patches(model, stride_products(described.config.configuration))
+        parity.choose_patches(model, strides)
         for number, (fold, path, name) in enumerate(zip(folds, paths, model_files, strict=True)):
             weights = strip_prefix(load_checkpoint(path)["network_weights"]) if number else first
             load_weights(network, weights, path)
             digests[str(fold)] = weights_digest(weights)
             if number:
-                put_weights(model, network.state_dict())
+                put_weights(model, (network if folding is None else folding.apply(network)).state_dict())
+                if one_pass is not None:
+                    one_pass = wider(one_pass, _one_pass(model, described, image_NCZYX[0], graph)[0])
             (temporary / name).write_bytes(model.SerializeToString())
             begin = partial(stages.begin, of=f"fold {fold}, ")
             if number:
@@ -118,6 +140,7 @@ def export_bundle(
             "fold": " ".join(map(str, folds)),
             "checkpoint": checkpoint,
             "trainer": stored["trainer_name"],
+            **({} if stand_in is None else {"network_of": trainer}),
             "weights_sha256": digests,
             "training": stored.get("fastnnunet", {}),
             "parity": {
@@ -125,19 +148,17 @@ def export_bundle(
                 "max_abs_difference": report.max_abs_difference,
                 "label_agreement": min(r.label_agreement for r in reports),
             },
+            **({"one_pass": to_plain(proof)} if proof is not None else {}),
             "parameters": int(sum(p.numel() for p in network.parameters())),
         }
         files = {name: sha256_of_file(temporary / name) for name in (*model_files, PARITY_FILE)}
-        spec = _bundle_spec(described, stored, provenance, tuple(model_files), files, graph)
+        architecture = architecture_of(plans, configuration) if folding is None else folding.architecture
+        spec = _bundle_spec(described, architecture, stored, provenance, tuple(model_files), files, graph)
+        if one_pass is not None:
+            spec = replace(spec, one_pass=one_pass, format_version=ONE_PASS_FORMAT)
         write_bundle_json(spec, temporary / "bundle.json")
         temporary.chmod(0o755)
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        try:
-            os.replace(temporary, out)
-        except OSError:
-            _check_target(out, overwrite)  # somebody else was faster
-            raise
+        put_in_place(temporary, out, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -153,6 +174,23 @@ class _Stages:
     def begin(self, what: str, of: str = "") -> None:
         self._number += 1
         self._progress(Stage(what="export", done=self._number, total=self._total, unit="stages", note=of + what))
+
+
+def _one_pass(
+    model: "onnx.ModelProto", described: Model, patch_CX: np.ndarray, graph: GraphSpec
+) -> tuple[OnePass | None, Proof | None]:
+    """How a network is predicted in one pass, if it can be. Raises ParityError where it was asked for and cannot be."""
+    strides = stride_products(described.config.configuration)
+    assert strides is not None  # `may_be_one_pass` looked
+    images_CZYX = real_images(described.plans, described.configuration, _previous_labels(described), HALO_CASES)
+    # of a 2d network the middle plane of each
+    images_CX = (image if len(strides) == 3 else image[:, image.shape[1] // 2] for image in images_CZYX)
+    try:
+        return one_pass_of(model, patch_CX, strides, images_CX, has_regions=described.has_regions)
+    except ParityError as e:
+        if graph.one_pass:
+            raise ParityError(f"--one-pass: {e}\nleave it out; the bundle is then predicted in nnU-Net's window") from e
+        return None, None
 
 
 def _previous_labels(model: Model) -> tuple[int, ...]:
@@ -173,7 +211,19 @@ def _patches(model: Model, needs_real: bool) -> tuple[np.ndarray, bool]:
     return noise_patches(model.num_channels, model.patch_size, len(previous_labels)), False
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def put_in_place(bundle: Path, out: Path, overwrite: bool) -> None:
+    """Rename a finished bundle to its place. Raises MismatchError where something else has come there meanwhile."""
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    try:
+        os.replace(bundle, out)
+    except OSError:
+        check_target(out, overwrite)  # somebody else was faster
+        raise
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Refuse a place that is taken. Raises MismatchError."""
     if not out.exists():
         return
     if not overwrite:
@@ -199,6 +249,7 @@ def _without_nan(value: Any) -> Any:
 
 def _bundle_spec(
     model: Model,
+    architecture: dict[str, Any],
     checkpoint: dict[str, Any],
     provenance: dict[str, Any],
     model_files: tuple[str, ...],
@@ -232,7 +283,7 @@ def _bundle_spec(
         },
         mirror_axes=tuple(map(int, mirror_axes)) if mirror_axes else None,
         batch_size=graph.batch_size,
-        architecture=stock_architecture(architecture_of(model.plans, model.configuration)),
+        architecture=stock_architecture(architecture),
         plans=_without_nan(model.plans),
         dataset_json=_without_nan(dataset_json),
         model_files=model_files,

@@ -45,11 +45,6 @@ def plans_for(plans: dict[str, Any], configuration: str, graph: GraphSpec) -> di
     return with_configuration(plans, configuration, patch_size=patch_size)
 
 
-def dynamic_multiples(config: dict[str, Any], graph: GraphSpec) -> tuple[int, ...] | None:
-    """What dynamic spatial axes are multiples of; None where they are fixed."""
-    return stride_products(config) if graph.dynamic_space else None
-
-
 def larger_patches(image_NCX: np.ndarray, multiples: tuple[int, ...]) -> np.ndarray:
     """The patches continued periodically by one step along every axis: float32 (N, C, *larger)."""
     return np.pad(image_NCX, [(0, 0), (0, 0), *((0, m) for m in multiples)], mode="wrap")

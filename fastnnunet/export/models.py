@@ -22,11 +22,12 @@ from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError, Misma
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.images.io import image_io
 from fastnnunet.nnunet.files.paths import check_model_folder, trained_folds
-from fastnnunet.nnunet.files.plans import read_json
+from fastnnunet.nnunet.files.plans import read_json, unknown_trainer_text
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import FORMAT_VERSION, is_bundle
 from fastnnunet.specs.canonical import sha256_of, sha256_of_file
 from fastnnunet.specs.checks.json_text import read_json_object
+from fastnnunet.specs.graph import GraphSpec
 from fastnnunet.specs.home import local_home
 from fastnnunet.system.files import atomic_output
 
@@ -98,6 +99,7 @@ def cached_bundle(
     key = sha256_of(identity)[:16]
     bundle = home / key
     if is_bundle(bundle) and not again:
+        _tell_of_trainer(bundle, model_folder, progress)
         return bundle
     _check_export_possible(model_folder, folds)
     first_use = (
@@ -115,6 +117,7 @@ def cached_bundle(
                 bundle,
                 checkpoint=checkpoint,
                 overwrite=again,
+                graph=GraphSpec(one_pass=False),  # as nnU-Net predicts the model
                 needs_real_patches=False,
                 progress=progress,
             )
@@ -135,6 +138,16 @@ def cached_bundle(
     )
     progress(Message(text=equal))
     return bundle
+
+
+def _tell_of_trainer(bundle: Path, model_folder: Path, progress: Listener) -> None:
+    """Tell again what was told when a model of a trainer that is not installed was exported."""
+    try:
+        provenance = read_json_object(bundle / "bundle.json").get("provenance")
+    except CorruptError:
+        return  # which is found when it is loaded, and the bundle made again
+    if isinstance(provenance, dict) and "network_of" in provenance:
+        progress(Message(text=unknown_trainer_text(str(provenance.get("trainer")), model_folder), level="warning"))
 
 
 def _check_export_possible(model_folder: Path, folds: Sequence[Fold]) -> None:

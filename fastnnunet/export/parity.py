@@ -156,7 +156,7 @@ def small_patches(
     """
     spatial = image_NCX.ndim - 2
     fields = {tensor.name for tensor in model.graph.initializer if math.prod(tensor.dims[-spatial:]) > 1}
-    if multiples is None or not all(_is_local(node, fields) for node in model.graph.node):
+    if multiples is None or not all(is_local(node, fields) for node in model.graph.node):
         return None
     # eight voxels at least at the bottom of a U-Net: what an instance norm makes of one says nothing
     size = [min(whole, 2 * m) for whole, m in zip(image_NCX.shape[2:], multiples, strict=True)]
@@ -187,7 +187,7 @@ def _words(image_NCX: np.ndarray) -> str:
     return f"{count} patches of {size}" if count > 1 else f"a patch of {size}"
 
 
-def _is_local(node: "onnx.NodeProto", fields: set[str]) -> bool:
+def is_local(node: "onnx.NodeProto", fields: set[str]) -> bool:
     """`fields`: weights that are no single number for all places; what is not a convolution must not use them."""
     sized = any(a.name == "output_shape" or (a.name == "auto_pad" and a.s != b"NOTSET") for a in node.attribute)
     uses_field = node.op_type in _ELEMENTWISE and not fields.isdisjoint(node.input)

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastnnunet.errors import MismatchError, NotFoundError
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 
@@ -35,6 +36,18 @@ def real_patches(
         image_CZYX = network_input(cases, case_id, previous_labels)
         patches.append(_cut(image_CZYX, patch_size, (_MIDDLE,) * 3))
     return np.stack(patches)
+
+
+def real_images(
+    plans: dict[str, Any], configuration: str, previous_labels: tuple[int, ...] = (), count: int = 2
+) -> Iterator[np.ndarray]:
+    """What the network sees of the first preprocessed cases, float32 (C, Z, Y, X); nothing where there are none."""
+    try:
+        cases = open_cases(plans, configuration)
+    except (NotFoundError, MismatchError):
+        return
+    for case_id in cases.case_ids[:count]:
+        yield network_input(cases, case_id, previous_labels)
 
 
 def network_input(cases: PreprocessedCases, case_id: str, previous_labels: tuple[int, ...] = ()) -> np.ndarray:

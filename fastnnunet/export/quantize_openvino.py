@@ -11,6 +11,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastnnunet.engines.openvino import import_openvino, shared_core
 from fastnnunet.errors import BackendError, MismatchError
 from fastnnunet.events import Listener, ignore
 from fastnnunet.export.patches import CalibrationBatches, Patches
@@ -43,11 +44,10 @@ def quantize_openvino(
     os.environ.setdefault("NNCF_CI", "1")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # imported by it where there is a torch
     import nncf
-    import openvino
 
     batches = CalibrationBatches(patches_NCX, batch_size, progress)
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level changes handlers of others too
-    model = openvino.Core().read_model(str(model_file))
+    model = shared_core().read_model(str(model_file))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its own progress bar
             quantized = nncf.quantize(
@@ -58,4 +58,4 @@ def quantize_openvino(
             )
     except (RuntimeError, nncf.UnsupportedModelError, nncf.ValidationError, nncf.InternalError) as e:
         raise MismatchError(f"NNCF cannot quantise {model_file}: {e}") from e
-    openvino.save_model(quantized, str(out), compress_to_fp16=False)
+    import_openvino().save_model(quantized, str(out), compress_to_fp16=False)

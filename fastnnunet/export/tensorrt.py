@@ -1,8 +1,9 @@
 """Bundle -> TensorRT engines: the bundle's ONNX in the precision asked for, checked on a CPU, built and stored.
 
 Batches are dynamic from 1 to `max_batch`, or of one size where the bundle's model takes no other. Space is fixed to the
-patch, also of a model that takes any: a sliding window has one patch size, and kernels are chosen for it. An ensemble
-gets an engine for each fold. What a library cannot take, a graph that is not what it should be, or a precision that
+patch, also of a model that takes any: a sliding window has one patch size, and kernels are chosen for it. For one pass
+it is dynamic, from the product of the strides to the largest tile, for which kernels are chosen. An ensemble gets an
+engine for each fold. What a library cannot take, a graph that is not what it should be, or a precision that
 loses too much is one error, and nothing of that model file is stored.
 """
 
@@ -24,6 +25,8 @@ from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecEr
 from fastnnunet.export.quantized import prepare_quantized
 from fastnnunet.specs.bundle import BundleSpec, load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
+from fastnnunet.specs.checks.problems import MAX_AXIS
+from fastnnunet.specs.one_pass import DEFAULT_MEMORY_LIMIT
 
 if TYPE_CHECKING:
     import onnx
@@ -46,12 +49,14 @@ def export_engines(
     architectures: Sequence[str] = (),
     library_name: str | None = None,
     max_batch: int | None = None,
+    largest_tile: Sequence[int] | None = None,
     beside_bundle: bool = True,
 ) -> list[BuiltEngine]:
     """Build an engine of each model file of a bundle for each architecture, or take those that are there.
 
     `architectures` empty: the GPU of this machine for tensorrt; for tensorrt_rtx all it knows from sm80 on.
-    `max_batch` None: DEFAULT_BATCH, or what the bundle's model takes.
+    `max_batch` None: DEFAULT_BATCH (for one pass of volumes 1), or what the bundle's model takes.
+    `largest_tile`: of a bundle of one pass; None: what `DEFAULT_MEMORY_LIMIT` allows, axes as equal as they can be.
     `beside_bundle` False: below this machine's cache folder, for bundles that cannot be written to.
     Raises NotFoundError and CorruptError (bundle), BackendError (library), SpecError (architecture, batch),
     MismatchError (the graph is wrong or has what the library does not support), ParityError (the precision loses too
@@ -63,6 +68,7 @@ def export_engines(
             f"--batch {max_batch}: the model of {bundle} was exported for batches of exactly {spec.batch_size}\n"
             "leave --batch out here, or export the bundle again without it"
         )
+    tile = _largest_tile(spec, largest_tile)
     library = find_library(library_name)
     targets = tuple(architectures) or default_architectures(library)
     for architecture in targets:
@@ -71,7 +77,7 @@ def export_engines(
     folder = engine_folders(bundle)[0 if beside_bundle else 1]
     built: list[BuiltEngine] = []
     for fold, model_file in enumerate(model_files):
-        keys = [engine_key(spec, model_file, precision, library, target, max_batch) for target in targets]
+        keys = [engine_key(spec, model_file, precision, library, target, max_batch, tile) for target in targets]
         there = {key: stored for key in keys if (stored := find_engine(folder, key)) is not None}
         missing = [key for key in keys if key not in there]
         new: dict[EngineKey, StoredEngine] = {}
@@ -95,9 +101,12 @@ def engine_key(
     library: Library,
     architecture: str,
     max_batch: int | None,
+    largest_tile: tuple[int, ...] | None = None,
 ) -> EngineKey:
-    channels = len(spec.channel_names) + len(spec.previous_labels)
-    most = spec.batch_size or max_batch or DEFAULT_BATCH[len(spec.patch_size)]
+    """`largest_tile`: for one pass."""
+    channels, tile = len(spec.channel_names) + len(spec.previous_labels), largest_tile or spec.patch_size
+    default = 1 if largest_tile is not None and len(tile) == 3 else DEFAULT_BATCH[len(tile)]
+    most = spec.batch_size or max_batch or default
     return EngineKey(
         model_sha256=sha256_of_file(model_file),
         precision=precision,
@@ -106,9 +115,32 @@ def engine_key(
         architecture=architecture,
         max_batch=most,
         min_batch=spec.batch_size or 1,
-        input_shape=(channels, *spec.patch_size),
-        output_shape=(spec.num_heads, *spec.patch_size),
+        input_shape=(channels, *tile),
+        output_shape=(spec.num_heads, *tile),
+        smallest_tile=None if largest_tile is None or spec.one_pass is None else spec.one_pass.multiples,
     )
+
+
+def _largest_tile(spec: BundleSpec, wanted: Sequence[int] | None) -> tuple[int, ...] | None:
+    """None for a bundle of the window alone. Raises SpecError for tiles that cannot be."""
+    if spec.one_pass is None:
+        if wanted is not None:
+            raise SpecError(f"--tile: the bundle {spec.name} is predicted in nnU-Net's window alone; leave it out")
+        return None
+    patch, multiples, dims = spec.patch_size, spec.one_pass.multiples, len(spec.patch_size)
+    if wanted is None:
+        batch = 1 if dims == 3 else DEFAULT_BATCH[dims]
+        side = (DEFAULT_MEMORY_LIMIT / spec.one_pass.bytes_per_voxel / batch) ** (1 / dims)
+        return tuple(max(n, int(min(side, MAX_AXIS)) // m * m) for n, m in zip(patch, multiples, strict=True))
+    is_possible = len(wanted) == dims and all(
+        n >= p and n % m == 0 and n <= MAX_AXIS for n, p, m in zip(wanted, patch, multiples, strict=True)
+    )
+    if not is_possible:
+        raise SpecError(
+            f"--tile: got {list(wanted)}, expected {dims} multiples of {list(multiples)}, none below the patch's "
+            f"{list(patch)}"
+        )
+    return tuple(wanted)
 
 
 def make_graph(model_file: Path, spec: BundleSpec, precision: Precision) -> "onnx.ModelProto":
@@ -121,7 +153,8 @@ def make_graph(model_file: Path, spec: BundleSpec, precision: Precision) -> "onn
     except Exception as e:  # protobuf's DecodeError and onnx's own errors share no base class
         raise CorruptError(f"cannot read {model_file}: {e}") from e
     check_norms(model, spec)
-    _fix_space(model, spec.patch_size)
+    if spec.one_pass is None:
+        _fix_space(model, spec.patch_size)
     model = simplify(model)
     if precision == "fp16":
         return to_half(model)

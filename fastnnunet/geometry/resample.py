@@ -146,24 +146,4 @@ def resample_labels(
     """
     if plan is None:
         return labels_ZYX
-    in_plane = list(plan.shape_out)
-    if plan.separate_axis is not None:
-        in_plane[plan.separate_axis] = labels_ZYX.shape[plan.separate_axis]
-
-    def resampled(values: npt.NDArray[Any], shape: Sequence[int], orders: native.Orders) -> npt.NDArray[np.float64]:
-        """float64, in which nnU-Net compares the indicators"""
-        single = values[None].astype(np.float32)
-        return native.resample(single, shape, orders, dtype=np.float64, threads=threads)[0]
-
-    nearest = out = resampled(labels_ZYX, in_plane, (0, 0, 0))
-    if in_plane != list(labels_ZYX.shape):
-        best: npt.NDArray[np.float64] | None = None
-        for label in np.unique(labels_ZYX):
-            score = resampled(labels_ZYX == label, in_plane, plan.orders)
-            if best is None:
-                best, out = score, np.full(score.shape, label, np.float64)
-                continue
-            wins = (score > best) | ((score == best) & (nearest == label))
-            out[wins] = label
-            np.maximum(best, score, out=best)
-    return resampled(out, plan.shape_out, (0, 0, 0)).astype(labels_ZYX.dtype)
+    return native.resample_labels(labels_ZYX.astype(np.int32), plan, threads=threads).astype(labels_ZYX.dtype)

@@ -20,7 +20,7 @@ _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)  # a name m
 DICOM_SEG_ENDING = ".dcm"
 _IMAGE_ENDINGS = (
     *(".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff"),
-    DICOM_SEG_ENDING,
+    *(DICOM_SEG_ENDING, ".glb"),
 )
 _COMPANION_ENDINGS = (".json", ".raw", ".zraw", ".img", ".hdr")
 

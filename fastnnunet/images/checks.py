@@ -33,6 +33,8 @@ def stack_channels(files: Sequence[ImageSource], volumes: Sequence[npt.NDArray[A
         image_CZYX = np.vstack(volumes, dtype=np.float32, casting="unsafe")
     except MemoryError as e:
         raise no_memory(files[0], 4 * sum(volume.size for volume in volumes)) from e
+    if all(np.issubdtype(volume.dtype, np.integer) for volume in volumes):
+        return image_CZYX
     # float32 values cannot overflow a float64 sum, so it is finite exactly when every voxel is
     if math.isfinite(float(image_CZYX.sum(dtype=np.float64))):
         return image_CZYX

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from fastnnunet.errors import SpecError
 from fastnnunet.images.checks import ImageSource
 from fastnnunet.images.nibabel import NibabelIO
-from fastnnunet.images.picture import NaturalImage2DIO
+from fastnnunet.images.pictures.natural import NaturalImage2DIO
+from fastnnunet.images.pictures.tiff import Tiff3DIO
 from fastnnunet.images.sitk import SimpleITKIO
-from fastnnunet.images.tiff import Tiff3DIO
 
 
 class ImageIO(Protocol):
@@ -33,9 +33,6 @@ class ImageIO(Protocol):
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         """Write a label map with the geometry in `properties`; the file is whole or not there."""
-
-    def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:
-        """A label map in the axes (z, y, x) of the file or DICOM series that was read."""
 
 
 def image_io(reader_writer: str) -> ImageIO:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from fastnnunet.errors import ImageError
 from fastnnunet.images.checks import ImageSource, check_same, check_spacing, smallest_dtype, stack_channels
 from fastnnunet.images.dicom.series import DicomSeries, read_series
-from fastnnunet.images.nifti import is_nifti, read_nifti_voxels
-from fastnnunet.images.stored import no_memory
+from fastnnunet.images.nifti import is_nifti, read_nifti
+from fastnnunet.images.stored import new_gzip, no_memory
 from fastnnunet.system.files import atomic_image
 
 
@@ -51,11 +51,13 @@ class NibabelIO:
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         import nibabel
 
+        image = self._file_image(segmentation_ZYX, properties)
         with atomic_image(file) as partial:
-            nibabel.save(self._file_image(segmentation_ZYX, properties), partial)
-
-    def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:
-        return np.asarray(self._file_image(segmentation_ZYX, properties).dataobj).transpose(2, 1, 0)
+            if not file.name.lower().endswith(".nii.gz"):
+                nibabel.save(image, partial)
+                return
+            with new_gzip(partial) as packed:
+                image.to_stream(packed)
 
     def _file_image(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> Any:
         import nibabel
@@ -81,10 +83,10 @@ def _load(file: ImageSource) -> Any:
         raise ImageError(f"image not found: {file}")
     if not is_nifti(file):
         raise ImageError(f"{file}: this model reads NIfTI files (.nii, .nii.gz); convert the image first")
-    voxels_ZYX = read_nifti_voxels(file)
+    voxels_ZYX = read_nifti(file)[1]
     try:
         image = nibabel.load(file)
-        if voxels_ZYX is not None:
+        if voxels_ZYX is not None and voxels_ZYX.ndim == image.ndim == 3:
             image = type(image)(voxels_ZYX.transpose(2, 1, 0), image.affine, image.header)
     except (ImageFileError, HeaderDataError, OSError, ValueError) as e:
         raise ImageError(f"cannot read {file}: {e}\nexpected a NIfTI image") from e

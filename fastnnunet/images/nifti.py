@@ -1,13 +1,14 @@
 """The voxels of a NIfTI file, three times faster than ITK reads them, and checked to be all there and no more.
 
-What qform and sform mean stays ITK's business (or nibabel's), that they are numbers is made sure of here. Headers whose
+What qform and sform mean stays ITK's business (or nibabel's) unless it is plain (`images/plain.py`); that they are
+numbers is made sure of here. Headers whose
 pixdim or orientation is NaN would otherwise become 1 mm or an origin of NaN without a word.
 Formats: https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h, https://nifti.nimh.nih.gov/pub/dist/doc/nifti2.h
 """
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ _HEADER_BYTES = 348
 _NIFTI2_HEADER_BYTES = 540
 _NIFTI2_MAGIC = (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")
 _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_EXACT_IN_FLOAT32 = (2, 4, 16, 256, 512)
+_LEAST = 1e-6  # ITK and nibabel part where slopes and intercepts are next to nothing
+_PIECE_VOXELS = 1 << 18
 _FLOAT128 = 1536  # nibabel reads it where the machine can
 _NO_NUMBERS = {
     **dict.fromkeys((32, 1792, 2048), "complex numbers"),
@@ -30,9 +34,10 @@ _NO_NUMBERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Header:
+class Header:
     """What is read of either version; sizes and `pixdim` are those of the axes that dim[0] counts."""
 
+    version: int
     order: str  # of bytes, as struct writes it
     datatype: int
     sizes_xyz: tuple[int, ...]
@@ -43,6 +48,9 @@ class _Header:
     pixdim: tuple[float, ...]
     qform: tuple[float, ...] | None  # qfac, quaternion and offset; None: unused
     sform: tuple[float, ...] | None
+    units: int = 0  # xyzt_units
+    intent: int = 0
+    packed: bool = False
 
 
 def is_nifti(path: Path) -> bool:
@@ -55,10 +63,11 @@ def is_nifti_pair(path: Path) -> bool:
     return path.name.lower().endswith((".hdr", ".img", ".img.gz"))
 
 
-def read_nifti_voxels(path: Path) -> npt.NDArray[np.generic] | None:
-    """Voxels of a three-dimensional image in (z, y, x), in the file's own dtype.
+def read_nifti(path: Path) -> tuple[Header, npt.NDArray[np.generic] | None]:
+    """The header, and voxels of an image of two to four axes in (t, z, y, x): in the file's own dtype, or float32 where
+    they are rescaled.
 
-    None when the file uses what only ITK should interpret (rescaled values, other dimensions); it is
+    No voxels when the file uses what only ITK should interpret (more axes, rescaled numbers of many digits); it is
     checked all the same.
     Raises ImageError when the file is damaged, when its voxels are not as many as its header says, or no real numbers.
     """
@@ -67,9 +76,16 @@ def read_nifti_voxels(path: Path) -> npt.NDArray[np.generic] | None:
         with open_stored(header_path, detect=True) as stored:
             header = _read_header(stored, single=False)
         with open_stored(voxel_path, detect=True) as stored:
-            return _read_voxels(stored, header)
+            return header, _read_voxels(stored, header)
     with open_stored(path, detect=True) as stored:
-        return _read_voxels(stored, _read_header(stored, single=True))
+        header = _read_header(stored, single=True)
+        return replace(header, packed=stored.packed), _read_voxels(stored, header)
+
+
+def nifti_header(path: Path) -> Header:
+    """The header of a single-file image; its voxels are not looked for. Raises ImageError when it is damaged."""
+    with open_stored(path, detect=True) as stored:
+        return replace(_read_header(stored, single=True), packed=stored.packed)
 
 
 def _halves(path: Path) -> tuple[Path, Path]:
@@ -81,7 +97,7 @@ def _halves(path: Path) -> tuple[Path, Path]:
     return header, next((v for v in voxels if v.exists()), voxels[0])
 
 
-def _read_voxels(stored: Stored, header: _Header) -> npt.NDArray[np.generic] | None:
+def _read_voxels(stored: Stored, header: Header) -> npt.NDArray[np.generic] | None:
     """From where `stored` is; the file may be that of the header or another one."""
     path, datatype = stored.path, header.datatype
     voxels = math.prod(header.sizes_xyz)
@@ -94,15 +110,25 @@ def _read_voxels(stored: Stored, header: _Header) -> npt.NDArray[np.generic] | N
     stored.skip(header.start - stored.position)
     # ITK adds an intercept even where the slope says that nothing is rescaled
     slope, intercept = (value if math.isfinite(value) else 0.0 for value in (header.slope, header.intercept))
-    plain = (slope, intercept) in ((0.0, 0.0), (1.0, 0.0))
-    if len(header.sizes_xyz) != 3 or datatype not in _DTYPES or not plain:
+    is_plain = (slope, intercept) in ((0.0, 0.0), (1.0, 0.0))
+    is_rescaled = datatype in _EXACT_IN_FLOAT32 and all(_LEAST < abs(v) < 1 / _LEAST for v in (slope, intercept or 1.0))
+    if not 2 <= len(header.sizes_xyz) <= 4 or datatype not in _DTYPES or not (is_plain or is_rescaled):
         stored.check(need)
         return None
     flat = stored.voxels(voxels, f"{header.order}{_DTYPES[datatype]}")
-    return flat.reshape(header.sizes_xyz[::-1])
+    return (flat if is_plain else _rescaled(flat, slope, intercept)).reshape(header.sizes_xyz[::-1])
 
 
-def _read_header(stored: Stored, *, single: bool) -> _Header:
+def _rescaled(flat: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:
+    """As ITK and nibabel do: computed in float64, kept in float32."""
+    out = np.empty(flat.size, np.float32)
+    for start in range(0, flat.size, _PIECE_VOXELS):
+        piece = slice(start, start + _PIECE_VOXELS)
+        out[piece] = flat[piece].astype(np.float64) * slope + intercept
+    return out
+
+
+def _read_header(stored: Stored, *, single: bool) -> Header:
     """A header whose sizes are positive and whose geometry is finite. Raises ImageError."""
     path = stored.path
     content = stored.read(_HEADER_BYTES)
@@ -130,7 +156,7 @@ def _read_header(stored: Stored, *, single: bool) -> _Header:
     return header
 
 
-def _check(header: _Header, path: Path, *, at_least: int) -> None:
+def _check(header: Header, path: Path, *, at_least: int) -> None:
     sizes = header.sizes_xyz
     if not sizes or any(size < 1 for size in sizes) or header.start < at_least:
         raise ImageError(f"{path} has a damaged NIfTI header: dimensions {header.dim}, offset {header.start}")
@@ -162,7 +188,7 @@ def _sizes(dim: tuple[int, ...]) -> tuple[int, ...]:
     return (*dim[:3], *(n or 1 for n in dim[3:]))
 
 
-def _first_version(content: bytes, order: str) -> _Header:
+def _first_version(content: bytes, order: str) -> Header:
     def get(form: str, offset: int) -> tuple[Any, ...]:
         return struct.unpack_from(f"{order}{form}", content, offset)
 
@@ -172,7 +198,8 @@ def _first_version(content: bytes, order: str) -> _Header:
     qform_code, sform_code = get("2h", 252)
     is_nifti = content[344:346] == b"n+" or content[344:346] == b"ni"
     axes = dim[0] if 1 <= dim[0] <= 7 else 0
-    return _Header(
+    return Header(
+        version=1,
         order=order,
         datatype=datatype,
         sizes_xyz=_sizes(dim[1 : axes + 1]),
@@ -183,10 +210,12 @@ def _first_version(content: bytes, order: str) -> _Header:
         pixdim=pixdim[1 : axes + 1],
         qform=(pixdim[0], *get("6f", 256)) if is_nifti and qform_code > 0 else None,
         sform=get("12f", 280) if is_nifti and sform_code > 0 else None,
+        units=content[123],
+        intent=get("h", 68)[0],
     )
 
 
-def _second_version(content: bytes, order: str) -> _Header:
+def _second_version(content: bytes, order: str) -> Header:
     def get(form: str, offset: int) -> tuple[Any, ...]:
         return struct.unpack_from(f"{order}{form}", content, offset)
 
@@ -196,7 +225,8 @@ def _second_version(content: bytes, order: str) -> _Header:
     slope, intercept = get("2d", 176)
     qform_code, sform_code = get("2i", 344)
     axes = dim[0] if 1 <= dim[0] <= 7 else 0
-    return _Header(
+    return Header(
+        version=2,
         order=order,
         datatype=datatype,
         sizes_xyz=_sizes(dim[1 : axes + 1]),

@@ -14,6 +14,12 @@ from fastnnunet.system.files import atomic_output, make_folder
 from fastnnunet.version import __version__
 
 RUN_FILES = ("predict_from_raw_data_args.json", "dataset.json", "plans.json")
+# what predicting leaves beside a label map: of nnU-Net, and the other outputs; and in the folder as a whole
+BESIDE = (
+    *(".npz", ".pkl", ".json", "_statistics.json", "_statistics.csv", "_preview.png"),
+    *(".dcm", ".rtstruct.dcm", ".glb", "_stl"),
+)
+OF_FOLDER = ("statistics.csv", "report.html")
 _TIFF = (".tif", ".tiff")  # their spacing lies beside them
 
 

@@ -1,6 +1,7 @@
 """nnU-Net's SimpleITKIO and SimpleITKIOWithReorient."""
 
 import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from fastnnunet.errors import FastnnUNetError, ImageError
 from fastnnunet.images.checks import ImageSource, check_geometry, check_same, smallest_dtype, stack_channels
 from fastnnunet.images.dicom.series import DicomSeries, read_series
 from fastnnunet.images.itk import last_line
-from fastnnunet.images.nifti import is_nifti, is_nifti_pair, read_nifti_voxels
-from fastnnunet.images.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim, open_stored
+from fastnnunet.images.nifti import is_nifti, is_nifti_pair, read_nifti
+from fastnnunet.images.plain import HEADER_BYTES, LONGEST_AXIS, plain_geometry, plain_header
+from fastnnunet.images.stored import DEFLATE_RATIO, SMALL_BYTES, check_claim, new_gzip, open_stored
 from fastnnunet.images.text_headers import Layout, read_layout
 from fastnnunet.system.files import atomic_image
 
@@ -48,10 +50,10 @@ class SimpleITKIO:
         return self.read([file])
 
     def _read_one(self, file: ImageSource) -> tuple[npt.NDArray[Any], _Geometry]:
-        import SimpleITK as sitk
-
         image = None
         if isinstance(file, DicomSeries):
+            import SimpleITK as sitk
+
             image = read_series(file)
             voxels, geometry = sitk.GetArrayFromImage(image), _geometry_of(image)
             check_geometry(file, geometry)
@@ -64,6 +66,8 @@ class SimpleITKIO:
             )
         if self.orientation is None:
             return voxels, geometry
+        import SimpleITK as sitk
+
         image = image or _to_sitk(voxels, geometry)
         try:
             original = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(image.GetDirection())
@@ -73,25 +77,28 @@ class SimpleITKIO:
         return sitk.GetArrayFromImage(image), {**_geometry_of(image), "original_orientation": original}
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        labels, geometry = self._on_file_axes(segmentation_ZYX, properties)
         with atomic_image(file) as partial:
-            write_sitk(self._file_image(segmentation_ZYX, properties), partial, file)
+            if is_nifti(file) and max(labels.shape) <= LONGEST_AXIS:
+                _write_nifti(labels, geometry, partial, file)
+            else:
+                write_sitk(_to_sitk(labels, geometry), partial, file)
 
-    def to_file_axes(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> npt.NDArray[Any]:
-        import SimpleITK as sitk
-
-        return sitk.GetArrayFromImage(self._file_image(segmentation_ZYX, properties))
-
-    def _file_image(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> Any:
-        import SimpleITK as sitk
-
+    def _on_file_axes(
+        self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]
+    ) -> tuple[npt.NDArray[Any], _Geometry]:
         geometry = properties["sitk_stuff"]
         dimensions = len(geometry["spacing"])
         if dimensions == 4:
             # nnU-Net stops here; a multi-channel 4d input has a three-dimensional segmentation
             geometry = _first_three_dimensions(geometry)
-        labels = segmentation_ZYX[0] if dimensions == 2 else segmentation_ZYX
-        image = _to_sitk(smallest_dtype(labels), geometry)
-        return image if self.orientation is None else sitk.DICOMOrient(image, geometry["original_orientation"])
+        labels = smallest_dtype(segmentation_ZYX[0] if dimensions == 2 else segmentation_ZYX)
+        if self.orientation is None:
+            return labels, geometry
+        import SimpleITK as sitk
+
+        image = sitk.DICOMOrient(_to_sitk(labels, geometry), geometry["original_orientation"])
+        return sitk.GetArrayFromImage(image), _geometry_of(image)
 
 
 def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
@@ -100,17 +107,21 @@ def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
     What the header claims is compared with the file before memory is allocated.
     Raises ImageError when the file is missing, damaged, truncated or no scalar image, or its geometry is none.
     """
+    layout: Layout | str | None = None
+    voxels = None
+    if is_nifti(file) or is_nifti_pair(file):
+        header, voxels = read_nifti(file)
+        layout = "NiftiImageIO"
+        # what is packed and not named so, and endings of which only a part is in capitals, ITK does not read
+        is_named_so = file.name.endswith(".nii.gz" if header.packed else (".nii", ".nii.gz"))
+        if is_named_so and voxels is not None and (plain := plain_geometry(header)) is not None:
+            return voxels, plain
+    else:
+        layout = read_layout(file)
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
-    layout: Layout | str | None = None
-    voxels = None
-    if is_nifti(file) or is_nifti_pair(file):
-        voxels = read_nifti_voxels(file)
-        layout = "NiftiImageIO"
-    else:
-        layout = read_layout(file)
     if layout is not None:
         # spares ITK from asking every format whether the file is its own
         reader.SetImageIO(layout if isinstance(layout, str) else layout.image_io)
@@ -119,8 +130,10 @@ def read_itk(file: Path) -> tuple[npt.NDArray[Any], _Geometry]:
         dtype = _scalar_dtype(file, reader)
         if isinstance(layout, Layout) and layout.describes(reader.GetSize(), dtype):
             voxels = layout.read()
-        if voxels is not None and reader.GetSize() != voxels.shape[::-1]:
-            raise ImageError(f"{file}: size {reader.GetSize()} does not fit its voxels {voxels.shape[::-1]}")
+        if voxels is not None:
+            if math.prod(reader.GetSize()) != voxels.size:
+                raise ImageError(f"{file}: size {reader.GetSize()} does not fit its voxels {voxels.shape[::-1]}")
+            voxels = voxels.reshape(reader.GetSize()[::-1])
         if voxels is None:
             if layout is None:
                 _check_claim_of(file, reader, dtype)
@@ -196,6 +209,26 @@ def write_sitk(image: Any, partial: Path, file: Path) -> None:
         sitk.WriteImage(image, str(partial), True)
     except RuntimeError as e:
         raise FastnnUNetError(f"cannot write {file}: {last_line(e)}") from e
+
+
+def _write_nifti(labels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> None:
+    """The header that ITK writes, then the voxels. Raises FastnnUNetError, whose message is of `file`, and OSError."""
+    header = plain_header(labels, geometry)
+    if header is None:
+        header = _header_of_itk(labels, geometry, partial, file)
+    is_packed = file.name.lower().endswith(".gz")
+    with new_gzip(partial) if is_packed else partial.open("wb") as f:
+        f.write(header)
+        f.write(np.ascontiguousarray(labels, labels.dtype.newbyteorder("<")).data)
+
+
+def _header_of_itk(labels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> bytes:
+    """Of an image of one voxel, which ITK writes to `partial`, with the sizes of `labels`."""
+    write_sitk(_to_sitk(np.zeros((1,) * labels.ndim, labels.dtype), geometry), partial, file)
+    with open_stored(partial, detect=True) as stored:
+        header = bytearray(stored.read(HEADER_BYTES))
+    struct.pack_into(f"<{labels.ndim}h", header, 42, *labels.shape[::-1])
+    return bytes(header)
 
 
 def _spacing_zyx(spacing: Sequence[float]) -> list[float]:

@@ -1,28 +1,31 @@
 """The bytes of an image file, inflated where they are compressed, and never more of them than its header says.
 
 What a header claims is compared with the size of the file and with this machine's memory before anything is allocated.
+ISA-L inflates twice as fast as zlib, and deflates label maps ten times as fast.
 """
 
 import contextlib
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from isal import igzip, igzip_lib, isal_zlib
 
 from fastnnunet.errors import ImageError
 
 DEFLATE_RATIO = 1032  # deflate cannot make more than this out of a byte
 PICTURE_RATIO = 4096  # above what JPEG and the usual compressions of TIFF do
 SMALL_BYTES = 1 << 26  # so large an image may be made of any number of bytes, where a library alone knows the format
-_CHUNK_BYTES = 1 << 18
-_PIECE_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 18  # more than the header of a gzip member has, which ISA-L wants to see in one
+_PIECE_BYTES = 1 << 18  # so that what is copied is still in the processor's cache
 _PADDING_BYTES = 4096  # some writers fill the last block of a file, of whatever size that is, with zeros
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP, _ZLIB = 31, 15  # window bits as zlib counts them: 16 and 15 for a gzip header and its checksum
+_GZIP_LEVEL = 2  # of 0 to 3: as fast as 0 with half its size; 3 takes ten times as long for nothing
+_DecoderError: Any = igzip_lib.IsalError  # whose stub makes it an exception that was raised
 
 
 class Stored:
@@ -39,7 +42,7 @@ class Stored:
         self._file = file
         self._file.seek(start)
         self._bits = _GZIP if packing == "gzip" else _ZLIB
-        self._decoder: Any = zlib.decompressobj(self._bits) if self.packed else None
+        self._decoder: Any = isal_zlib.decompressobj(self._bits) if self.packed else None
 
     def read(self, count: int) -> bytes:
         """The next `count` bytes, fewer where the content ends. Raises ImageError when compressed data are damaged."""
@@ -96,7 +99,7 @@ class Stored:
         limit = min(limit, _PIECE_BYTES)
         try:
             piece = self._inflated(limit) if self.packed else self._file.read(limit)
-        except zlib.error as e:
+        except _DecoderError as e:
             raise ImageError(f"{self.path} is damaged ({e}); copy or export it again") from e
         except OSError as e:
             raise ImageError(f"cannot read {self.path}: {e}") from e
@@ -108,7 +111,7 @@ class Stored:
             if self._decoder.eof:
                 if (following := self._next_member()) is None:
                     return b""
-                self._decoder = zlib.decompressobj(self._bits)
+                self._decoder = isal_zlib.decompressobj(self._bits)
                 data = following
             else:
                 data = self._decoder.unconsumed_tail or self._file.read(_CHUNK_BYTES)
@@ -125,7 +128,7 @@ class Stored:
             data = more.lstrip(b"\0")
         if not data:
             return None
-        if len(data) < len(_GZIP_MAGIC):
+        if len(data) < _CHUNK_BYTES:
             data += self._file.read(_CHUNK_BYTES)
         if self._bits != _GZIP or not data.startswith(_GZIP_MAGIC):
             raise ImageError(
@@ -147,6 +150,16 @@ def open_stored(path: Path, *, start: int = 0, packing: str | None = None, detec
         if detect and file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
             packing = "gzip"
         yield Stored(file, path, start=start, packing=packing)
+
+
+@contextlib.contextmanager
+def new_gzip(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file whose content becomes a gzip file of one member at `path`. Raises OSError."""
+    with (
+        path.open("wb") as file,
+        igzip.IGzipFile(filename="", mode="wb", compresslevel=_GZIP_LEVEL, fileobj=file, mtime=0) as packed,
+    ):
+        yield packed
 
 
 def check_claim(path: Path, claimed_bytes: int, stored_bytes: int, *, ratio: int = 1, slack: int = 0) -> None:

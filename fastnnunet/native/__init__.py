@@ -2,8 +2,8 @@
 
 Arrays are C, Z, Y, X (or without C); whatever a function writes into may be a view whose last axis is contiguous, and
 what it reads is copied only where its last axis is not. Every function lets other Python threads run while it works and
-takes `threads`: None for all cores this process may use (or OMP_NUM_THREADS). A process forked after its parent used
-more than one thread works on one.
+takes `threads`, the most there may be: None for all cores this process may use (or OMP_NUM_THREADS). Results do not
+depend on their number. A process forked after its parent used more than one thread works on one.
 Raises ValueError and TypeError for arrays of wrong shapes and types, which are mistakes of the caller.
 """
 
@@ -24,25 +24,41 @@ except ImportError as error:
         "install the package (again): pip install . (or -e .) in its folder, which needs a C++ compiler"
     ) from error
 
-_INTERFACE = 4
+_INTERFACE = 8
 if _core.INTERFACE != _INTERFACE:
     raise BackendError(
         f"the compiled core of fastnnunet has interface {_core.INTERFACE}, these Python files need {_INTERFACE}\n"
         "install the package again: pip install . (or -e .) in its folder"
     )
 
+_FEW_VALUES = 2**19  # which one core passes over in a quarter of a millisecond
+
 Array = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 Logits = Array | HalfArray
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+LabelMap = npt.NDArray[np.int32]
 Shape = tuple[int, ...]
 Orders = tuple[int, int, int]  # of the spline along z, y, x
 Clip = Literal["none", "whole", "per_plane"]
 
-# Decisions of the core, without arrays: types and functions of `core/window.hpp` and `core/resample_plan.hpp`.
+# Decisions of the core, without arrays: types and functions of `core/window.hpp`, `core/tiles.hpp`,
+# `core/resample_plan.hpp`, `core/axis_operator.hpp` and `core/locate.hpp`.
+AxisOperator = _core.AxisOperator
 ChunkedWindow = _core.ChunkedWindow
+Cut = _core.Cut
+TileAxis = _core.TileAxis
+Tiling = _core.Tiling
 ResamplePlan = _core.ResamplePlan
+ImagePart = _core.ImagePart
+window_part = _core.window_part
+with_margin = _core.with_margin
+seen_box = _core.seen_box
+smaller_limit = _core.smaller_limit
+tells_no_memory = _core.tells_no_memory
+fewest_tiles = _core.fewest_tiles
+least_cost = _core.least_cost
 centre_padding = _core.centre_padding
 tile_starts = _core.tile_starts
 resampled_shape = _core.resampled_shape
@@ -58,6 +74,14 @@ class Part:
     shape_out: Shape  # of all the labels
     first_in: tuple[int, int]  # z and y of the first logit there is
     first_out: tuple[int, int]  # z and y of the first label wanted
+
+
+def _count(threads: int | None, values: npt.NDArray[Any], work: int = 1) -> int:
+    """Threads for a pass over values that takes `work` times as long as most; 0: all cores.
+
+    Threads that wait for each other keep cores from the network's.
+    """
+    return 1 if values.size * work <= _FEW_VALUES else threads or 0
 
 
 def resample(
@@ -126,7 +150,7 @@ def label_logits(
         torch,
         to_half,
         order,
-        threads or 0,
+        _count(threads, logits_HZYX),
     )
 
 
@@ -155,12 +179,12 @@ def label_head(
     values_ZYX: Array, head: int, best_ZYX: Array, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None
 ) -> None:
     """Where a head's value is above `best_ZYX` (-infinity at first), it becomes the best and `head` the label."""
-    _core.label_head(_readable(values_ZYX), to_half, head, best_ZYX, labels_ZYX, threads or 0)
+    _core.label_head(_readable(values_ZYX), to_half, head, best_ZYX, labels_ZYX, _count(threads, values_ZYX))
 
 
 def paint_head(values_ZYX: Array, label: int, labels_ZYX: Labels, *, to_half: bool, threads: int | None = None) -> None:
     """Write `label` where the sigmoid in float32 of a head's value is above 0.5."""
-    _core.paint_head(_readable(values_ZYX), to_half, label, labels_ZYX, threads or 0)
+    _core.paint_head(_readable(values_ZYX), to_half, label, labels_ZYX, _count(threads, values_ZYX))
 
 
 def add_weighted(
@@ -172,19 +196,21 @@ def add_weighted(
     threads: int | None = None,
 ) -> None:
     """sums = half(sums + logits * weights); `is_first`: half(logits * weights), whatever sums held."""
-    _core.add_weighted(_readable(logits_HZYX), _readable(weights_ZYX), sums_HZYX, is_first, threads or 0)
+    _core.add_weighted(
+        _readable(logits_HZYX), _readable(weights_ZYX), sums_HZYX, is_first, _count(threads, logits_HZYX)
+    )
 
 
 def add_halves(values_HZYX: HalfArray, sums_HZYX: HalfArray, *, threads: int | None = None) -> None:
     """sums = half(sums + values)"""
-    _core.add_halves(_readable(values_HZYX), sums_HZYX, threads or 0)
+    _core.add_halves(_readable(values_HZYX), sums_HZYX, _count(threads, values_HZYX))
 
 
 def divide(
     sums_HZYX: HalfArray, total_ZYX: HalfArray, *, threads: int | None = None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """sums = half(sums / total). Returns (lowest, highest) of the sums before and of the quotients; NaN if any is."""
-    return _core.divide(sums_HZYX, _readable(total_ZYX), threads or 0)
+    return _core.divide(sums_HZYX, _readable(total_ZYX), _count(threads, sums_HZYX, work=8))
 
 
 def round_to_half(values: Array, out: Array, *, threads: int | None = None) -> None:
@@ -192,55 +218,75 @@ def round_to_half(values: Array, out: Array, *, threads: int | None = None) -> N
 
     Magnitudes of 65520 and above, where float16 has only infinity, stay finite.
     """
-    _core.round_to_half(_rows(values), _rows(out), threads or 0)
+    _core.round_to_half(_rows(values), _rows(out), _count(threads, values))
 
 
 def limits(values: Array, *, threads: int | None = None) -> tuple[float, float]:
     """Lowest and highest of contiguous values; NaN if any is, infinities the wrong way round if there are none."""
-    return _core.limits(_rows(values), threads or 0)
+    return _core.limits(_rows(values), _count(threads, values))
 
 
 def moments(channel_ZYX: Array, mask_ZYX: Mask | None = None, *, threads: int | None = None) -> tuple[float, float]:
     """Mean and standard deviation (inside the mask) as NumPy computes them in float32."""
-    return _core.moments(*_memory_order(channel_ZYX, mask_ZYX), threads or 0)
+    return _core.moments(*_memory_order(channel_ZYX, mask_ZYX), _count(threads, channel_ZYX))
 
 
 def z_score(channel_ZYX: Array, mask_ZYX: Mask | None = None, *, threads: int | None = None) -> None:
     """In place: (value - mean) / max(std, 1e-8); with a mask of the voxels inside, the others left alone."""
-    _core.z_score(*_memory_order(channel_ZYX, mask_ZYX), threads or 0)
+    _core.z_score(*_memory_order(channel_ZYX, mask_ZYX), _count(threads, channel_ZYX))
 
 
 def clip_and_scale(
     channel_ZYX: Array, low: float, high: float, mean: float, std: float, *, threads: int | None = None
 ) -> None:
     """In place: (clip(value, low, high) - mean) / max(std, 1e-8), in float32."""
-    _core.clip_and_scale(_memory_order(channel_ZYX)[0], low, high, mean, std, threads or 0)
+    _core.clip_and_scale(_memory_order(channel_ZYX)[0], low, high, mean, std, _count(threads, channel_ZYX))
 
 
 def rescale_to_01(channel_ZYX: Array, *, threads: int | None = None) -> None:
     """In place: (value - lowest) / max(highest - lowest, 1e-8)."""
-    _core.rescale_to_01(_memory_order(channel_ZYX)[0], threads or 0)
+    _core.rescale_to_01(_memory_order(channel_ZYX)[0], _count(threads, channel_ZYX))
 
 
 def rgb_to_01(channel_ZYX: Array, *, threads: int | None = None) -> tuple[float, float]:
     """In place: value / 255 if all are from 0 to 255, else nothing. Returns the lowest and highest value before."""
-    return _core.rgb_to_01(_memory_order(channel_ZYX)[0], threads or 0)
+    return _core.rgb_to_01(_memory_order(channel_ZYX)[0], _count(threads, channel_ZYX))
 
 
 def nonzero_box(channels_CZYX: Array, *, threads: int | None = None) -> tuple[tuple[int, int], ...]:
     """Half-open (start, stop) per axis around what is not zero in any channel; the whole image where nothing is."""
-    axes = _axes_by_stride(channels_CZYX[0])
-    start, stop = _core.nonzero_box(_readable(channels_CZYX.transpose(0, *(a + 1 for a in axes))), threads or 0)
+    axes = axes_by_stride(channels_CZYX[0])
+    start, stop = _core.nonzero_box(
+        _readable(channels_CZYX.transpose(0, *(a + 1 for a in axes))), _count(threads, channels_CZYX)
+    )
     return tuple((start[axes.index(axis)], stop[axes.index(axis)]) for axis in range(3))
 
 
 def nonzero_mask(channels_CZYX: Array, *, threads: int | None = None) -> Mask:
     """True where any channel is not zero, in the axes of `channels_CZYX` and its order in memory."""
-    axes = _axes_by_stride(channels_CZYX[0])
+    axes = axes_by_stride(channels_CZYX[0])
     ordered = channels_CZYX.transpose(0, *(a + 1 for a in axes))
     mask = np.empty(ordered.shape[1:], np.bool_)
-    _core.nonzero_mask(_readable(ordered), mask, threads or 0)
+    _core.nonzero_mask(_readable(ordered), mask, _count(threads, channels_CZYX))
     return mask.transpose([axes.index(axis) for axis in range(3)])
+
+
+def softmax_heads(logits_HZYX: Array, *, threads: int | None = None) -> None:
+    """In place: exp(logit - largest) / sum over the heads, in float32."""
+    _core.softmax_heads(logits_HZYX, _count(threads, logits_HZYX, 4))
+
+
+def sigmoid_heads(logits_HZYX: Array, *, threads: int | None = None) -> None:
+    """In place: 1 / (1 + exp(-logit)), in float32."""
+    _core.sigmoid_heads(logits_HZYX, _count(threads, logits_HZYX, 4))
+
+
+def block_means(image_CZYX: Array, factor: Sequence[int], *, threads: int | None = None) -> Array:
+    """The mean of each block of `factor` (z, y, x) voxels, summed in float64; those at the end may be smaller."""
+    shape = (-(-n // size) for n, size in zip(image_CZYX.shape[1:], factor, strict=True))
+    means = np.empty((len(image_CZYX), *shape), np.float32)
+    _core.block_means(_readable(image_CZYX), tuple(factor), means, _count(threads, image_CZYX))
+    return means
 
 
 def label_components(
@@ -251,12 +297,41 @@ def label_components(
     `connectivity`: the most axes in which neighbours differ (1: 6 neighbours, 2: 18, 3: 26).
     """
     labels = np.empty(mask_ZYX.shape, np.int32)
-    return labels, _core.label_components(_readable(mask_ZYX), connectivity, labels, threads or 0)
+    return labels, _core.label_components(_readable(mask_ZYX), connectivity, labels, _count(threads, mask_ZYX))
 
 
 def fill_holes(mask_ZYX: Mask, *, threads: int | None = None) -> None:
     """In place: True where False voxels are enclosed (over faces), as scipy.ndimage.binary_fill_holes."""
-    _core.fill_holes(mask_ZYX.transpose(_axes_by_stride(mask_ZYX)), threads or 0)
+    _core.fill_holes(mask_ZYX.transpose(axes_by_stride(mask_ZYX)), _count(threads, mask_ZYX))
+
+
+def resample_labels(labels_ZYX: npt.NDArray[np.int32], plan: ResamplePlan, *, threads: int | None = None) -> LabelMap:
+    """A label map between the two shapes of a plan of order 1 and order_z 0 in the scipy convention, as nnU-Net does.
+
+    Every label's indicator is interpolated in plane and the largest wins, nearest between planes; of labels that tie
+    the nearest neighbour's is taken, else the lowest.
+    """
+    out = np.empty(plan.shape_out, np.int32)
+    _core.resample_labels(_readable(labels_ZYX), out, plan, threads or 0)
+    return out
+
+
+def keep_largest(labels_ZYX: Labels, wanted: Sequence[int], background: int = 0, *, threads: int | None = None) -> None:
+    """In place: of the voxels with any of the labels `wanted`, those outside the largest component become background.
+
+    Components hang together by faces, edges and corners; several of the largest size all stay.
+    """
+    _core.keep_largest(labels_ZYX, list(wanted), background, _count(threads, labels_ZYX))
+
+
+def remove_small(labels_ZYX: Labels, min_voxels: int, *, threads: int | None = None) -> None:
+    """In place: components of fewer voxels, each label by itself, become 0."""
+    _core.remove_small(labels_ZYX, min_voxels, _count(threads, labels_ZYX))
+
+
+def fill_label_holes(labels_ZYX: Labels, wanted: Sequence[int], *, threads: int | None = None) -> None:
+    """In place: zeros enclosed (over faces) by one of the labels `wanted` become it, the innermost where several do."""
+    _core.fill_label_holes(labels_ZYX, list(wanted), _count(threads, labels_ZYX))
 
 
 def sample(
@@ -325,11 +400,11 @@ def _rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return flat.reshape(1, -1, row) if flat.size and flat.size % row == 0 else flat.reshape(1, 1, -1)
 
 
-def _axes_by_stride(array: npt.NDArray[Any]) -> list[int]:
+def axes_by_stride(array: npt.NDArray[Any]) -> list[int]:
     """The axes so that neighbours along the last are neighbours in memory: what works per voxel need not care."""
     return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, -abs(array.strides[axis])))
 
 
 def _memory_order(array: npt.NDArray[Any], mask: Mask | None = None) -> tuple[npt.NDArray[Any], Mask | None]:
-    axes = _axes_by_stride(array)
+    axes = axes_by_stride(array)
     return array.transpose(axes), None if mask is None else _readable(mask.transpose(axes))

@@ -1,7 +1,5 @@
 // The core for Python: checks of arrays, no arithmetic. What works on arrays works without the interpreter's lock; arrays
 // are never copied.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -12,67 +10,27 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings_arrays.hpp"
 #include "core/accumulate.hpp"
 #include "core/axis_operator.hpp"
 #include "core/components.hpp"
 #include "core/half.hpp"
 #include "core/kl.hpp"
 #include "core/label.hpp"
+#include "core/label_maps.hpp"
 #include "core/nonzero.hpp"
 #include "core/normalize.hpp"
+#include "core/probabilities.hpp"
 #include "core/resample.hpp"
 #include "core/resample_plan.hpp"
 #include "core/sample.hpp"
 
-namespace nb = nanobind;
 using namespace fastnnunet;
 
 void bind_decisions(nb::module_& module);  // bindings_decisions.cpp
-
-template <>
-struct nanobind::detail::dtype_traits<Half> {
-    static constexpr dlpack::dtype value{static_cast<std::uint8_t>(dlpack::dtype_code::Float), 16, 1};
-    static constexpr auto name = const_name("float16");
-};
+void bind_locate(nb::module_& module);     // bindings_locate.cpp
 
 namespace {
-
-template <class T>
-using Array3 = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
-template <class T>
-using Array4 = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
-
-template <class T>
-using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-template <class A>
-void require_contiguous_rows(const A& array) {
-    const std::size_t last = array.ndim() - 1;
-    if (array.size() > 0 && array.shape(last) > 1 && array.stride(last) != 1) {
-        throw std::invalid_argument("the last axis of an array must be contiguous");
-    }
-}
-
-template <class T>
-Volume<T> volume(const Array3<T>& array) {
-    require_contiguous_rows(array);
-    const auto size = [&](int axis) { return static_cast<std::int64_t>(array.shape(axis)); };
-    return {array.data(), {size(0), size(1), size(2)}, {array.stride(0), array.stride(1)}};
-}
-
-template <class T>
-Volumes<T> volumes(const Array4<T>& array) {
-    require_contiguous_rows(array);
-    const auto size = [&](int axis) { return static_cast<std::int64_t>(array.shape(axis)); };
-    return {array.data(), size(0), array.stride(0), {size(1), size(2), size(3)}, {array.stride(1), array.stride(2)}};
-}
-
-// NumPy's booleans are bytes that are 0 or 1
-template <class Byte, class Bool>
-Volume<Byte> bytes(const Array3<Bool>& array) {
-    const Volume<Bool> booleans = volume(array);
-    return {reinterpret_cast<Byte*>(booleans.data), booleans.shape, booleans.stride};
-}
 
 std::optional<Mask> mask_of(const std::optional<Array3<const bool>>& array) {
     if (!array) return std::nullopt;
@@ -264,6 +222,21 @@ void bind_head_by_head(nb::module_& module) {
         nb::arg("threads"));
 }
 
+void bind_probabilities(nb::module_& module) {
+    const auto in_place = [&](const char* name, void (*function)(const Volumes<float>&, int)) {
+        module.def(
+            name,
+            [function](const Array4<float>& logits, int threads) {
+                const Volumes<float> values = volumes(logits);
+                const nb::gil_scoped_release unlocked;
+                function(values, threads);
+            },
+            nb::arg("logits").noconvert(), nb::arg("threads"));
+    };
+    in_place("softmax_heads", softmax_heads);
+    in_place("sigmoid_heads", sigmoid_heads);
+}
+
 void bind_accumulate(nb::module_& module) {
     module.def(
         "add_weighted",
@@ -419,17 +392,60 @@ void bind_masks(nb::module_& module) {
         nb::arg("mask").noconvert(), nb::arg("threads"));
 }
 
+void bind_resample_labels(nb::module_& module) {
+    module.def(
+        "resample_labels",
+        [](const Array3<const std::int32_t>& labels, const Array3<std::int32_t>& out, const ResamplePlan& plan,
+           int threads) {
+            const Volume<const std::int32_t> from = volume(labels);
+            const Volume<std::int32_t> to = volume(out);
+            const nb::gil_scoped_release unlocked;
+            resample_labels(from, to, plan, threads);
+        },
+        nb::arg("labels").noconvert(), nb::arg("out").noconvert(), nb::arg("plan"), nb::arg("threads"));
+}
+
+template <class Label>
+void bind_tidy(nb::module_& module) {
+    using Wanted = std::vector<std::int64_t>;
+    module.def(
+        "keep_largest",
+        [](const Array3<Label>& labels, const Wanted& wanted, std::int64_t background, int threads) {
+            const Volume<Label> map = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            keep_largest(map, wanted, background, threads);
+        },
+        nb::arg("labels").noconvert(), nb::arg("wanted"), nb::arg("background"), nb::arg("threads"));
+    module.def(
+        "remove_small",
+        [](const Array3<Label>& labels, std::int64_t min_voxels, int threads) {
+            const Volume<Label> map = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            remove_small(map, min_voxels, threads);
+        },
+        nb::arg("labels").noconvert(), nb::arg("min_voxels"), nb::arg("threads"));
+    module.def(
+        "fill_label_holes",
+        [](const Array3<Label>& labels, const Wanted& wanted, int threads) {
+            const Volume<Label> map = volume(labels);
+            const nb::gil_scoped_release unlocked;
+            fill_label_holes(map, wanted, threads);
+        },
+        nb::arg("labels").noconvert(), nb::arg("wanted"), nb::arg("threads"));
+}
+
 }  // namespace
 
 NB_MODULE(_fastnnunet_core, module) {
     // Raised whenever a function here changes, so that Python files never meet a library built from other sources.
-    module.attr("INTERFACE") = 4;
+    module.attr("INTERFACE") = 8;
     bind_kl_classes(module);
     bind_sample(module);
     bind_resample<float, float>(module);
     bind_resample<float, double>(module);
     bind_resample<Half, float>(module);
     bind_decisions(module);
+    bind_locate(module);
     bind_resample_planned<float>(module);
     bind_resample_planned<Half>(module);
     bind_label_logits<float, std::uint8_t>(module);
@@ -441,7 +457,11 @@ NB_MODULE(_fastnnunet_core, module) {
     bind_last_inputs(module);
     bind_head_by_head<std::uint8_t>(module);
     bind_head_by_head<std::uint16_t>(module);
+    bind_probabilities(module);
     bind_accumulate(module);
     bind_normalize(module);
     bind_masks(module);
+    bind_resample_labels(module);
+    bind_tidy<std::uint8_t>(module);
+    bind_tidy<std::uint16_t>(module);
 }

@@ -2,16 +2,21 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <memory>
 #include <optional>
 
+#include "core/axis_operator.hpp"
 #include "core/gaussian.hpp"
+#include "core/no_memory.hpp"
 #include "core/resample_plan.hpp"
+#include "core/tiles.hpp"
 #include "core/window.hpp"
 
 namespace nb = nanobind;
@@ -111,6 +116,31 @@ void bind_window(nb::module_& module) {
         .def("peak_voxels", &Window::peak_voxels, nb::arg("margin") = 0);
 }
 
+// The tables of an axis operator, for whoever applies it elsewhere
+void bind_axis_operator(nb::module_& module) {
+    using Operator = AxisOperator;
+    const auto table = [](const auto* values, std::int64_t count) {
+        return std::vector(values, values + count);
+    };
+    nb::class_<Operator>(module, "AxisOperator")
+        .def("__init__",
+             [](Operator* self, std::int64_t size_in, std::int64_t size_out, int order, bool torch) {
+                 new (self) Operator(size_in, size_out, order, torch ? Convention::torch : Convention::scipy);
+             },
+             nb::arg("size_in"), nb::arg("size_out"), nb::arg("order"), nb::arg("torch"))
+        .def_prop_ro("taps", &Operator::taps)
+        .def_prop_ro("is_identity", &Operator::is_identity)
+        .def_prop_ro("is_selection", &Operator::is_selection)
+        .def_prop_ro("poles", &Operator::poles)
+        .def_prop_ro("first", [=](const Operator& op) { return table(op.first(), op.size_out()); })
+        .def_prop_ro("weights", [=](const Operator& op) { return table(op.weights(), op.size_out() * op.taps()); })
+        .def_prop_ro("sample", [](const Operator& op) {
+            std::vector<std::int32_t> samples;
+            for (std::int64_t i = 0; i < op.size_out(); ++i) samples.push_back(op.sample(i));
+            return samples;
+        });
+}
+
 void bind_resample_plan(nb::module_& module) {
     using Plan = ResamplePlan;
     nb::class_<Plan>(module, "ResamplePlan")
@@ -119,6 +149,10 @@ void bind_resample_plan(nb::module_& module) {
         .def_prop_ro("shape_out", [](const Plan& plan) { return tuple_of(plan.shape_out); },
                      nb::sig("def shape_out(self) -> tuple[int, int, int]"))
         .def_ro("separate_axis", &Plan::separate_axis)
+        .def_prop_ro("clip",
+                     [](const Plan& plan) {
+                         return plan.clip == Clip::none ? "none" : plan.clip == Clip::whole ? "whole" : "per_plane";
+                     })
         .def_prop_ro("is_local", &Plan::is_local)
         .def_prop_ro("is_torch", [](const Plan& plan) { return plan.convention == Convention::torch; })
         .def_prop_ro("keeps_dtype", &Plan::keeps_type);
@@ -143,9 +177,61 @@ void bind_resample_plan(nb::module_& module) {
         nb::arg("spacing_out"));
 }
 
+void bind_tiles(nb::module_& module) {
+    nb::class_<Cut>(module, "Cut")
+        .def_ro("length", &Cut::length)
+        .def_ro("tile", &Cut::tile)
+        .def_prop_ro("starts", [](const Cut& cut) { return tuple_of(cut.starts); },
+                     nb::sig("def starts(self) -> tuple[int, ...]"))
+        .def_prop_ro("kept", [](const Cut& cut) { return tuple_of(cut.kept); },
+                     nb::sig("def kept(self) -> tuple[int, ...]"))
+        .def_prop_ro("before", [](const Cut& cut) { return tuple_of(cut.before); },
+                     nb::sig("def before(self) -> tuple[int, ...]"))
+        .def_prop_ro("computed", &Cut::computed);
+    nb::class_<TileAxis>(module, "TileAxis")
+        .def("__init__",
+             [](TileAxis* self, std::int64_t size, std::int64_t least, std::int64_t multiple, std::int64_t halo,
+                std::int64_t shifts, std::optional<std::int64_t> most) {
+                 new (self) TileAxis{size, least, multiple, halo, shifts, most};
+             },
+             nb::kw_only(), nb::arg("size"), nb::arg("least"), nb::arg("multiple"), nb::arg("halo"),
+             nb::arg("shifts") = 1, nb::arg("most") = nb::none())
+        .def_ro("halo", &TileAxis::halo)
+        .def_ro("least", &TileAxis::least)
+        .def_prop_ro("frame", &TileAxis::frame)
+        .def_prop_ro("before", [](const TileAxis& axis) { return tuple_of(axis.before()); },
+                     nb::sig("def before(self) -> tuple[int, ...]"))
+        .def("crop", &TileAxis::crop, nb::arg("begin"), nb::arg("end"))
+        .def("cuts", &TileAxis::cuts);
+    nb::class_<Tiling>(module, "Tiling")
+        .def_prop_ro("cuts", [](const Tiling& tiling) { return tuple_of(tiling.cuts); },
+                     nb::sig("def cuts(self) -> tuple[Cut, Cut, Cut]"))
+        .def_prop_ro("tile", [](const Tiling& tiling) { return tuple_of(tiling.tile()); },
+                     nb::sig("def tile(self) -> tuple[int, int, int]"))
+        .def_prop_ro("grid", [](const Tiling& tiling) { return tuple_of(tiling.grid()); },
+                     nb::sig("def grid(self) -> tuple[int, int, int]"))
+        .def_prop_ro("shifts", &Tiling::shifts)
+        .def("kept", [](const Tiling& tiling, const Index& number) { return slices_of(tiling.kept(number)); },
+             nb::arg("number"),
+             nb::sig("def kept(self, number: collections.abc.Sequence[int]) -> tuple[slice, slice, slice]"))
+        .def("origin",
+             [](const Tiling& tiling, const Index& number, std::int64_t shift) {
+                 return tuple_of(tiling.origin(number, shift));
+             },
+             nb::arg("number"), nb::arg("shift"),
+             nb::sig("def origin(self, number: collections.abc.Sequence[int], shift: int) -> tuple[int, int, int]"));
+    // a cost is given the lengths of a tile as a list
+    module.def("fewest_tiles", fewest_tiles, nb::arg("axes"), nb::arg("cost"), nb::arg("limit"));
+    module.def("tells_no_memory", tells_no_memory, nb::arg("message"));
+    module.def("smaller_limit", smaller_limit, nb::arg("axes"), nb::arg("cost"), nb::arg("limit"));
+    module.def("least_cost", least_cost, nb::arg("axes"), nb::arg("cost"));
+}
+
 }  // namespace
 
 void bind_decisions(nb::module_& module) {
+    bind_tiles(module);
+    bind_axis_operator(module);
     bind_resample_plan(module);
     bind_window(module);
 }

@@ -76,7 +76,9 @@ NAMES: dict[str, Theirs] = {
     "crop_to_nonzero": Theirs(module=f"{_NNUNET}.preprocessing.cropping.cropping"),
     "compute_new_shape": Theirs(module=f"{_NNUNET}.preprocessing.resampling.default_resampling"),
     "infer_dataset_class": Theirs(module=f"{_NNUNET}.training.dataloading.nnunet_dataset"),
-    "nnUNetDatasetBlosc2": Theirs(module=f"{_NNUNET}.training.dataloading.nnunet_dataset", has=("save_seg",)),
+    "nnUNetDatasetBlosc2": Theirs(
+        module=f"{_NNUNET}.training.dataloading.nnunet_dataset", has=("save_seg", "save_case")
+    ),
     "crop_and_pad_nd": Theirs(module="acvl_utils.cropping_and_padding.bounding_boxes", takes=("cast_cropped_to",)),
     # prediction, the reference
     "nnUNetPredictor": Theirs(

@@ -96,7 +96,7 @@ def auto_size(
     jobs = {student.tag: replace(job, student=student) for student in students}
     networks = {name: name for name in jobs}  # the student of the same network, whose time counts
     if control:
-        hard = replace(job, distill=replace(job.distill, alpha=0.0, anneal=False))
+        hard = replace(job, distill=replace(job.distill, alpha=0.0, anneal=False, online_teacher=0.0))
         twins = {f"{student.tag}_control": replace(hard, student=student) for student in students}
         networks |= dict(zip(twins, jobs, strict=True))
         jobs |= twins

@@ -240,4 +240,4 @@ def _commit(
 
 def _write(bundle: Path, spec: BundleSpec) -> None:
     with atomic_output(bundle / "bundle.json") as unfinished:
-        write_bundle_json(replace(spec, format_version=FORMAT_VERSION), unfinished)
+        write_bundle_json(replace(spec, format_version=max(spec.format_version, FORMAT_VERSION)), unfinished)

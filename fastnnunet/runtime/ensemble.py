@@ -1,4 +1,4 @@
-"""Logits of an ensemble: nnU-Net's sliding window once per fold, its float16 mean over the folds."""
+"""Logits of an ensemble: the whole image once per fold, nnU-Net's float16 mean over the folds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,22 +8,15 @@ import numpy as np
 from fastnnunet import native
 from fastnnunet.engines.base import Engine
 from fastnnunet.events import Event, Listener, Progress, ignore
-from fastnnunet.geometry.chunked_window import streamed_window
 from fastnnunet.geometry.half import check_half_limits
-from fastnnunet.runtime.sliding_window import (
-    Array,
-    HalfArray,
-    SlidingWindow,
-    TileSums,
-    finished_chunks,
-    sliding_window_logits,
-)
+from fastnnunet.runtime.arithmetic import Array, HalfArray
+from fastnnunet.runtime.ways import Way
 
 
 def ensemble_logits(
     data_CZYX: Array,
     backends: Sequence[Engine],
-    window: SlidingWindow,
+    way: Way,
     *,
     progress: Listener = ignore,
     threads: int | None = None,
@@ -32,18 +25,16 @@ def ensemble_logits(
 
     nnU-Net adds the float16 logits of a fold to the sum of those before it and divides the sum, rounding to float16
     after each step (`nnUNetPredictor.predict_logits_from_preprocessed_data`); so the order of the folds counts.
-    Beside the sum there is never more of a fold than what its window still works on.
-    Raises BackendError when the logits or their sum leave the range of float16.
+    Beside the sum there is never more of a fold than what its tiles still work on.
+    Raises SpecError as `way`, BackendError when the logits or their sum leave the range of float16.
     """
     first, *others = backends
-    total = sliding_window_logits(
-        data_CZYX, first.run, window, progress=_share(progress, 0, len(backends)), threads=threads
-    )
-    chunks = streamed_window(data_CZYX.shape[1:], window.patch_size, window.step_size)
+    share = share_of(progress, 0, len(backends))
+    _, ((_, total),) = way.begin(data_CZYX, first.run, whole=True, margin=0, progress=share, threads=threads)
     for number, backend in enumerate(others, 1):
-        sums = TileSums(chunks, window, threads=threads)
-        share = _share(progress, number, len(backends))
-        for chunk, logits in finished_chunks(data_CZYX, backend.run, window, sums, share):
+        share = share_of(progress, number, len(backends))
+        chunks, finished = way.begin(data_CZYX, backend.run, whole=False, margin=0, progress=share, threads=threads)
+        for chunk, logits in finished:
             native.add_halves(logits, total[:, *chunks.chunk_slices(chunk)], threads=threads)
     if others:
         count = np.full(total.shape[1:], len(backends), np.float16)
@@ -52,7 +43,7 @@ def ensemble_logits(
     return total
 
 
-def _share(progress: Listener, number: int, folds: int) -> Listener:
+def share_of(progress: Listener, number: int, folds: int) -> Listener:
     """Progress of one fold as part of that of all."""
 
     def share(event: Event) -> None:

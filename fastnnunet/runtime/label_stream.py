@@ -1,4 +1,4 @@
-"""Labels of an image while its sliding window still goes on: logits come chunk by chunk and are not kept.
+"""Labels of an image while its tiles still go through the network: logits come chunk by chunk and are not kept.
 
 A chunk is resampled to the voxels of the image that lie in it and labelled at once. Linear resampling reaches one plane
 and one row beyond the chunk, so those of the chunks before it are all that is kept.
@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.events import Listener, ignore
-from fastnnunet.geometry.chunked_window import Bounds, ChunkedWindow, Index, streamed_window
+from fastnnunet.geometry.chunked_window import Bounds, Index
 from fastnnunet.geometry.resample import ResamplePlan
-from fastnnunet.runtime.logits import LabelRule, label_locally
+from fastnnunet.runtime.arithmetic import Arithmetic, HostArithmetic
+from fastnnunet.runtime.logits import LabelRule
 from fastnnunet.runtime.preprocess import Preprocessed
-from fastnnunet.runtime.sliding_window import Network, SlidingWindow, TileSums, finished_chunks
+from fastnnunet.runtime.sliding_window import Network
 from fastnnunet.runtime.times import StageTimes
+from fastnnunet.runtime.ways import Chunks, Way
 
 MARGIN = 1  # planes and rows before a chunk that go with it
 
@@ -25,7 +27,7 @@ MARGIN = 1  # planes and rows before a chunk that go with it
 def stream_labels(
     case: Preprocessed,
     network: Network,
-    window: SlidingWindow,
+    way: Way,
     plan: ResamplePlan | None,
     rule: LabelRule,
     times: StageTimes,
@@ -35,13 +37,13 @@ def stream_labels(
 ) -> npt.NDArray[Any]:
     """The segmentation, of the image's shape before it was cropped; `postprocess` would give the same of the logits.
 
-    `plan`: None or one that is local. Raises BackendError as `finished_chunks`.
+    `plan`: None or one that is local. Raises SpecError and BackendError as `way`.
     """
     segmentation = np.zeros(case.shape_before_cropping, rule.dtype)
-    chunks = streamed_window(case.data_CZYX.shape[1:], window.patch_size, window.step_size)
-    sums = TileSums(chunks, window, margin=MARGIN, threads=threads)
+    chunks, finished = way.begin(
+        case.data_CZYX, network, whole=False, margin=MARGIN, progress=progress, threads=threads
+    )
     stream = LabelStream(chunks, plan, rule, segmentation[case.crop], threads)
-    finished = finished_chunks(case.data_CZYX, network, window, sums, progress)
     while True:
         with times.stage("infer"):
             chunk = next(finished, None)
@@ -57,44 +59,51 @@ class LabelStream:
 
     def __init__(
         self,
-        chunks: ChunkedWindow,
+        chunks: Chunks,
         plan: ResamplePlan | None,
         rule: LabelRule,
-        labels_ZYX: npt.NDArray[Any],
+        labels_ZYX: Any,
         threads: int | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        """`plan`: None or one that is local. `labels_ZYX` has the target's shape and is written to."""
+        """`plan`: None or one that is local. `labels_ZYX` has the target's shape and is written to.
+
+        `arithmetic`: of the chunks and labels; None: NumPy's, with so many `threads`.
+        """
         self._chunks, self._plan, self._rule, self._labels_ZYX = chunks, plan, rule, labels_ZYX
-        self._threads = threads
+        self._arithmetic = arithmetic or HostArithmetic(threads)
         self._ready = [self._ready_before(axis, bounds) for axis, bounds in enumerate(chunks.bounds[:2])]
-        self._planes: dict[int, native.HalfArray] = {}  # the last plane (H, Y, X) of a layer of chunks
-        self._rows: dict[int, native.HalfArray] = {}  # the last row (H, Z, X) of the latest chunk of a layer
+        self._planes: dict[int, Any] = {}  # the last plane (H, Y, X) of a layer of chunks
+        self._rows: dict[int, Any] = {}  # the last row (H, Z, X) of the latest chunk of a layer
 
     @property
     def held_bytes(self) -> int:
         """What is kept of earlier chunks."""
         return sum(kept.nbytes for kept in (*self._planes.values(), *self._rows.values()))
 
-    def add(self, number: Index, logits_HZYX: native.HalfArray) -> None:
+    def add(self, number: Index, logits_HZYX: Any) -> None:
         """Write the labels a chunk decides. Its margin, which belongs to the chunks before it, is filled in."""
         layer, band, _ = number
         rows = self._chunks.chunk_slices(number)[1]
+        assign = self._arithmetic.assign
         if layer > 0:
-            logits_HZYX[:, 0, MARGIN:] = self._planes[layer - 1][:, rows]
+            assign(logits_HZYX[:, 0, MARGIN:], self._planes[layer - 1][:, rows])
         if band > 0:
-            logits_HZYX[:, :, 0] = self._rows.pop(layer)
+            assign(logits_HZYX[:, :, 0], self._rows.pop(layer))
         self._label(layer, band, logits_HZYX)
         if layer + 1 < self._chunks.grid[0]:
             if layer not in self._planes:
                 shape = (len(logits_HZYX), *self._chunks.shape[1:])
-                self._planes[layer] = np.empty(shape, np.float16)
-            self._planes[layer][:, rows] = logits_HZYX[:, -1, MARGIN:]
+                self._planes[layer] = self._arithmetic.empty(shape)
+            assign(self._planes[layer][:, rows], logits_HZYX[:, -1, MARGIN:])
         if band + 1 < self._chunks.grid[1]:
-            self._rows[layer] = logits_HZYX[:, :, -1].copy()
+            last = logits_HZYX[:, :, -1]
+            self._rows[layer] = self._arithmetic.empty(last.shape)
+            assign(self._rows[layer], last)
         elif layer > 0:
             del self._planes[layer - 1]
 
-    def _label(self, layer: int, band: int, logits_HZYX: native.HalfArray) -> None:
+    def _label(self, layer: int, band: int, logits_HZYX: Any) -> None:
         (z_bounds, y_bounds, _), (z_ready, y_ready) = self._chunks.bounds, self._ready
         out_z, out_y = slice(z_ready[layer], z_ready[layer + 1]), slice(y_ready[band], y_ready[band + 1])
         before_z, before_y = MARGIN * (layer > 0), MARGIN * (band > 0)  # nothing lies before the first
@@ -105,7 +114,7 @@ class LabelStream:
             first_out=(out_z.start, out_y.start),
         )
         logits = logits_HZYX[:, MARGIN - before_z :, MARGIN - before_y :]
-        label_locally(logits, self._plan, self._rule, self._labels_ZYX[out_z, out_y], self._threads, part)
+        self._arithmetic.label(logits, self._plan, self._rule, self._labels_ZYX[out_z, out_y], part)
 
     def _ready_before(self, axis: int, bounds: Bounds) -> list[int]:
         """For each bound: how many voxels of the target need no logit from there on."""

@@ -87,9 +87,12 @@ def postprocess(
     if rule.regions_class_order is None:
         probabilities[0] = 1  # outside the crop is background
     for planes, logits in _resampled_slabs(logits_HZYX, plan, threads):
-        values = _sigmoid(logits) if rule.regions_class_order else _softmax(logits)
-        probabilities[(slice(None), *case.crop)][:, planes] = values
-        _label(logits if rule.regions_class_order else values, None, rule, cropped[planes], threads)
+        if rule.regions_class_order is None:
+            native.softmax_heads(logits, threads=threads)
+        _label(logits, None, rule, cropped[planes], threads)
+        if rule.regions_class_order is not None:
+            native.sigmoid_heads(logits, threads=threads)
+        probabilities[(slice(None), *case.crop)][:, planes] = logits
     return (
         segmentation.transpose(spec.transpose_backward),
         probabilities.transpose(0, *(axis + 1 for axis in spec.transpose_backward)),
@@ -172,14 +175,3 @@ def argmax_heads(values_HX: Array, out: npt.NDArray[Any], threads: int | None = 
     """Index of the largest head into `out` (unsigned, shape of one head); ties go to the lowest index."""
     shape = (1,) * (3 - out.ndim) + out.shape
     native.label_logits(values_HX.reshape(-1, *shape), out.reshape(shape), (0, 0, 0), to_half=False, threads=threads)
-
-
-def _softmax(logits_HX: Array) -> Array:
-    values = np.exp(logits_HX - logits_HX.max(axis=0))
-    values /= values.sum(axis=0)
-    return values
-
-
-def _sigmoid(logits_HX: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity, which gives the right 0
-        return np.float32(1) / (np.float32(1) + np.exp(-logits_HX))

@@ -40,7 +40,11 @@ def _rescale_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, 
 
 
 def _rgb_to_01(channel: Channel, mask: Mask | None, intensity: Mapping[str, Any], threads: Threads = None) -> None:
-    low, high = native.rgb_to_01(channel, threads=threads)
+    check_colours(*native.rgb_to_01(channel, threads=threads))
+
+
+def check_colours(low: float, high: float) -> None:
+    """Raise ImageError unless values from `low` to `high` are of colours."""
     if low < 0 or high > 255:
         raise ImageError(f"the model expects colour values from 0 to 255, got {low:g} to {high:g}")
 

@@ -73,9 +73,12 @@ def run_pipeline(
     gate: WriteGate,
     *,
     threaded: bool,
+    before_infer: Callable[[], object] = int,
 ) -> Generator[tuple[Item, Outcome[Finished]]]:
     """Each item with what `finish` made of it, or with the error that stopped it, in order.
 
+    `before_infer()` returns when `infer` can be called, and the first item is loaded meanwhile; what it raises ends the
+    run.
     `load` (and iterating over `items`) and `finish` run in a thread each. An exception of one item leaves the others
     alone; one that is no FastnnUNetError becomes one, and is logged with its traceback at level DEBUG. When the run
     ends early, by Ctrl-C, by an error of `items` or by closing the iterator, what has been through the network has two
@@ -88,6 +91,7 @@ def run_pipeline(
         return finish(item, inferred)
 
     if not threaded:
+        before_infer()
         for item in items:
             loaded = _attempt(load, item)
             inferred = loaded if isinstance(loaded, FastnnUNetError) else _attempt(infer, item, loaded)
@@ -101,11 +105,12 @@ def run_pipeline(
             return item, _attempt(load, item)
         return None
 
-    reader, writer = _Worker("read"), _Worker("write")
+    reader, writer = OneThread("read"), OneThread("write")
     behind: tuple[Item, Future[Finished]] | None = None
     ready: tuple[Item, Outcome[Inferred]] | None = None  # has been through the network and is not in `behind` yet
     try:
         ahead = reader.submit(load_next)
+        before_infer()
         while ahead.exception() is None and (following := ahead.result()) is not None:
             ahead = reader.submit(load_next)
             item, loaded = following
@@ -144,7 +149,7 @@ def _attempt(call: Callable[..., Finished], *arguments: Any) -> Outcome[Finished
         )
 
 
-class _Worker:
+class OneThread:
     """A thread that runs one call after another; a daemon, so that a process that is interrupted need not wait."""
 
     def __init__(self, name: str) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError
+from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, SpecError, printable
 from fastnnunet.events import Event, Listener, Progress, Result, ignore
 from fastnnunet.images.cases import (
     DICOM_SEG_ENDING,
@@ -27,7 +26,7 @@ from fastnnunet.images.cases import (
     take_part,
     with_output,
 )
-from fastnnunet.images.dicom.series import DicomSeries, is_dicom_file
+from fastnnunet.images.dicom.series import is_dicom_file
 from fastnnunet.images.finished import is_archive, is_pickle, is_segmentation
 from fastnnunet.images.io import image_io
 from fastnnunet.images.output import (
@@ -40,6 +39,9 @@ from fastnnunet.images.output import (
 )
 from fastnnunet.images.overlap import inputs_of, refuse_model_folder, refuse_overlap
 from fastnnunet.images.tidy.cleanup import Cleanup, clean
+from fastnnunet.outputs.labelled import LabelledImage, grid_of
+from fastnnunet.outputs.spec import OutputSpec
+from fastnnunet.outputs.write import OutputWriter, check_series, output_writer
 from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.preprocess import Preprocessed
@@ -54,10 +56,16 @@ class Planned:
     """A case to predict and what to do with it."""
 
     case: Case
-    output: Path | None  # None: into the result; as DICOM SEG if it ends in .dcm
+    output: Path | None  # None: into the result
     previous: Path | None = None  # the previous stage's segmentation
     save_probabilities: bool = False
     cleanup: Cleanup | None = None  # of the label map, not of probabilities
+    writer: OutputWriter | None = None  # None: an image, or a DICOM SEG if it ends in .dcm
+
+    @property
+    def needs_image(self) -> bool:
+        """The image as it was read is used again when the label map is written."""
+        return self.writer is not None and self.writer.needs_image
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,15 +85,7 @@ class CaseResult:
 class _Loaded:
     preprocessed: Preprocessed
     times: StageTimes
-
-
-def _check_series(output: Path, case: Case | None) -> DicomSeries | None:
-    """The series a DICOM SEG refers to; None for other outputs. Raises ImageError when there is none to refer to."""
-    if not output.name.endswith(DICOM_SEG_ENDING):
-        return None
-    if case is None or not case.series:
-        raise ImageError(f"{output.stem} is no DICOM series, which a DICOM SEG has to refer to")
-    return case.series[0]
+    image_CZYX: npt.NDArray[np.float32] | None = None  # where it is used again
 
 
 def _at_case(case_id: str, done: int, total: int) -> Progress:
@@ -118,11 +118,9 @@ class Predictor(LoadedBundle):
     def _load(self, plan: Planned) -> _Loaded:
         if plan.case.problem:
             raise ImageError(plan.case.problem)
-        if plan.output is not None and (series := _check_series(plan.output, plan.case)) is not None:
-            from fastnnunet.images.dicom.seg import check_dicom_seg
-
+        if plan.output is not None:
             # before hours of inference, not when writing
-            check_dicom_seg(series, labels=self.spec.labels, model=self.spec.name)
+            self._writer(plan).check(plan.case.case_id, next(iter(plan.case.series), None))
         io = image_io(self.spec.reader_writer)
         times = StageTimes()
         with times.stage("read"):
@@ -134,7 +132,8 @@ class Predictor(LoadedBundle):
                     raise ImageError(f"no previous segmentation of {plan.case.case_id}: {plan.previous} is missing")
                 previous_ZYX = io.read_segmentation(plan.previous)[0][0]
         with times.stage("preprocess"):
-            return _Loaded(self.preprocess(image_CZYX, properties, previous_ZYX), times)
+            prepared = self.prepare(image_CZYX, properties, previous_ZYX)
+            return _Loaded(prepared, times, image_CZYX if plan.needs_image else None)
 
     def _check_slices(self, case: Case, slices: int) -> None:
         """Raises ImageError where one DICOM file was given for a volume; of other formats one slice is nnU-Net's."""
@@ -169,7 +168,7 @@ class Predictor(LoadedBundle):
             prediction = Prediction(segmentation, probabilities, case.properties, times)
         else:
             with times.stage("write"), gate.writing():
-                self.write(segmentation, probabilities, case.properties, plan.output, plan.case)
+                self._write(plan, loaded, segmentation, probabilities)
         return CaseResult(
             case_id=plan.case.case_id,
             output=plan.output,
@@ -179,31 +178,68 @@ class Predictor(LoadedBundle):
             prediction=prediction,
         )
 
+    def _write(
+        self,
+        plan: Planned,
+        loaded: _Loaded,
+        segmentation_ZYX: npt.NDArray[Any],
+        probabilities_HZYX: npt.NDArray[np.float32] | None,
+    ) -> None:
+        output, properties, writer = plan.output, loaded.preprocessed.properties, self._writer(plan)
+        assert output is not None
+        make_folder(output.parent)
+        if probabilities_HZYX is not None:
+            write_probabilities(probabilities_HZYX, properties, output, writer.ending)
+        affine, in_patient = grid_of(properties)
+        labelled = LabelledImage(
+            case=plan.case.case_id,
+            labels_ZYX=segmentation_ZYX,
+            affine=affine,
+            in_patient=in_patient,
+            structures=writer.structures,
+            image_CZYX=loaded.image_CZYX,
+            channel_names=writer.channel_names,
+            series=next(iter(plan.case.series), None),
+            model=writer.model,
+        )
+        io = image_io(self.spec.reader_writer)
+        # the label map last: where it is, all other files of the case are
+        writer.write(labelled, output, lambda file: io.write(segmentation_ZYX, file, properties))
+
     def write(
         self,
         segmentation_ZYX: npt.NDArray[Any],
         probabilities_HZYX: npt.NDArray[np.float32] | None,
         properties: dict[str, Any],
         output: Path,
-        case: Case | None = None,
     ) -> None:
-        """Write what `postprocess` gave to the file `output` and, with probabilities, `.npz` and `.pkl` beside it.
-
-        A DICOM SEG (`.dcm`) refers to the series of its `case`.
-        """
-        io = image_io(self.spec.reader_writer)
+        """Write what `postprocess` gave to the file `output` and, with probabilities, `.npz` and `.pkl` beside it."""
         make_folder(output.parent)
         if probabilities_HZYX is not None:
-            write_probabilities(probabilities_HZYX, properties, output, self._ending(output))
+            write_probabilities(probabilities_HZYX, properties, output, self.spec.file_ending)
         # last: where a segmentation is, its probabilities are
-        if (series := _check_series(output, case)) is not None:
-            from fastnnunet.images.dicom.seg import write_dicom_seg
+        image_io(self.spec.reader_writer).write(segmentation_ZYX, output, properties)
 
-            on_slices_ZYX = io.to_file_axes(segmentation_ZYX, properties)
-            labels, model = self.spec.labels, self.spec.name
-            write_dicom_seg(on_slices_ZYX, series, output, labels=labels, model=model, checked=True)
-        else:
-            io.write(segmentation_ZYX, output, properties)
+    def writer(self, outputs: OutputSpec, bundle: Path | None = None) -> OutputWriter:
+        """What writes `outputs` of this model; `bundle`: its folder, which may have codes of its labels.
+
+        Raises SpecError, and ModuleNotFoundError without the extra `dicom` where it is needed.
+        """
+        spec = self.spec
+        return output_writer(
+            outputs,
+            labels=spec.labels,
+            file_ending=spec.file_ending,
+            channel_names=spec.channel_names,
+            model=spec.name,
+            bundle=bundle,
+        )
+
+    def _writer(self, plan: Planned) -> OutputWriter:
+        if plan.writer is not None:
+            return plan.writer
+        is_seg = plan.output is not None and plan.output.name.endswith(DICOM_SEG_ENDING)
+        return self.writer(OutputSpec(formats=("dicom-seg",) if is_seg else ("image",)))
 
     def predict_planned(
         self,
@@ -231,7 +267,9 @@ class Predictor(LoadedBundle):
         def finish(plan: Planned, inferred: tuple[_Loaded, Inferred]) -> CaseResult:
             return self._finish(plan, *inferred, gate)
 
-        for plan, outcome in run_pipeline(planned, self._load, infer, finish, gate, threaded=threaded):
+        for plan, outcome in run_pipeline(
+            planned, self._load, infer, finish, gate, threaded=threaded, before_infer=lambda: self.backends
+        ):
             if isinstance(outcome, FastnnUNetError):
                 outcome = CaseResult(case_id=plan.case.case_id, output=plan.output, error=plan.case.told(outcome))
             if plan is planned[-1]:
@@ -266,8 +304,9 @@ class Predictor(LoadedBundle):
         found: list[Path] = []
         for plan in planned:
             if plan.output is not None and not plan.case.problem:
-                ending = self._ending(plan.output)
-                found += files_of_case(plan.output, ending, save_probabilities=plan.save_probabilities)
+                writer = self._writer(plan)
+                found += files_of_case(plan.output, writer.ending, save_probabilities=plan.save_probabilities)
+                found += writer.files(plan.output)
         return found
 
     def predict_files(
@@ -281,15 +320,15 @@ class Predictor(LoadedBundle):
         previous: Path | None = None,
         cleanup: Cleanup | None = None,
         dicom_series: str | None = None,
-        dicom_seg: bool = False,
+        writer: OutputWriter | None = None,
         progress: Listener = ignore,
     ) -> list[CaseResult]:
         """Predict one image file or every case of a folder, with nnU-Net's names and side files.
 
         `previous`, which a cascade stage needs, is the folder of the previous segmentations, named as the cases.
         `arguments`: which part of a folder, and how many threads.
-        `cleanup` is done to every label map. `dicom_series` is the UID of one series of a DICOM folder; `dicom_seg`
-        writes DICOM SEG, which takes DICOM input.
+        `cleanup` is done to every label map. `dicom_series` is the UID of one series of a DICOM folder. `writer`
+        (see `writer`) says what is written of each case; without one an image.
         In a folder a case that fails is recorded in its result and the others go on; a single image raises, and so does
         a full disk.
         `progress`: see `predict_planned`.
@@ -297,29 +336,32 @@ class Predictor(LoadedBundle):
         arguments = arguments or RunArguments()
         self.check_previous(previous)
         image_io(self.spec.reader_writer)  # an unknown reader is the bundle's fault, not the first case's
-        if dicom_seg:
-            import_module("highdicom")  # what is not installed is said before anything is predicted
+        writer = writer or self.writer(OutputSpec())
         is_folder = not is_single_image(source, self.spec)
         if is_folder and dicom_series is not None:
             raise SpecError(f"--series chooses one series of one folder of DICOM files, {source} is none")
         cases = find_cases(source, self.spec) if is_folder else [single_case(source, self.spec, dicom_series)]
-        ending = DICOM_SEG_ENDING if dicom_seg else self.spec.file_ending
+        if writer.spec.of_series and cases and not any(case.series for case in cases):
+            check_series(writer.spec.of_series[0], printable(source), None)
         everything = []
         for case in cases:
-            file = output_file(source, output, case, self.spec, ending)
+            file = output_file(source, output, case, self.spec, writer.ending)
+            for written in (file, *writer.files(file)):
+                case = with_output(case, written)
             everything.append(
                 Planned(
-                    case=with_output(case, file),
+                    case=case,
                     output=file,
                     previous=None if previous is None else previous / f"{case.case_id}{self.spec.file_ending}",
                     save_probabilities=save_probabilities,
                     cleanup=cleanup,
+                    writer=writer,
                 )
             )
         planned = [
             plan
             for plan in take_part(everything, arguments.part_id, arguments.num_parts)
-            if plan.output is not None and (overwrite or not self.is_done(plan.output, save_probabilities))
+            if plan.output is not None and (overwrite or not self.is_done(plan.output, save_probabilities, writer))
         ]
         for plan in planned:
             if plan.output is not None:
@@ -336,7 +378,7 @@ class Predictor(LoadedBundle):
         with closing(
             self.predict_planned(
                 planned,
-                threaded=is_folder and arguments.threaded,
+                threaded=arguments.threaded and (is_folder or self.is_loading),  # an image by itself meanwhile
                 before_first=None if is_file else write_side_files,
                 progress=progress,
             )
@@ -345,16 +387,22 @@ class Predictor(LoadedBundle):
                 if result.error is not None and (not is_folder or isinstance(result.error, DiskSpaceError)):
                     raise result.error
                 results.append(result)
+        if writer.spec.statistics and any(result.error is None for result in results):
+            writer.write_table(output)
         return results
 
-    def is_done(self, file: Path, save_probabilities: bool) -> bool:
+    def is_done(self, file: Path, save_probabilities: bool, writer: OutputWriter | None = None) -> bool:
         """Whether a case was predicted: its segmentation is there and whole, and so are its probabilities if wanted.
+
+        What else `writer` writes must be there.
 
         Other programs, and computers that crash, leave empty files and beginnings of files.
         """
         if not file.is_file():
             return False
-        ending = self._ending(file)
+        ending = self.spec.file_ending if writer is None else writer.ending
+        if writer is not None and not all(beside.is_file() for beside in writer.beside(file).values()):
+            return False
         wanted = [(file, partial(is_segmentation, image_io(self.spec.reader_writer), file))]
         if save_probabilities:
             archive, properties = sibling(file, ending, ".npz"), sibling(file, ending, ".pkl")
@@ -366,6 +414,3 @@ class Predictor(LoadedBundle):
                 _log.warning("%s is damaged or not complete: its case is predicted again", path)
                 return False
         return True
-
-    def _ending(self, output: Path) -> str:
-        return DICOM_SEG_ENDING if output.name.endswith(DICOM_SEG_ENDING) else self.spec.file_ending

@@ -14,7 +14,14 @@ import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.errors import ImageError
-from fastnnunet.geometry.resample import ResampleSpec, plan_resampling, resample, resample_labels, resampled_shape
+from fastnnunet.geometry.resample import (
+    ResamplePlan,
+    ResampleSpec,
+    plan_resampling,
+    resample,
+    resample_labels,
+    resampled_shape,
+)
 from fastnnunet.images.stored import memory_bytes
 from fastnnunet.runtime.normalize import SCHEMES
 from fastnnunet.specs.bundle import BundleSpec
@@ -27,7 +34,7 @@ _FEW_VOXELS = 1 << 24
 class Preprocessed:
     """What the network sees, and what is needed to put its answer back into the image."""
 
-    data_CZYX: npt.NDArray[np.float32]
+    data_CZYX: npt.NDArray[np.float32]  # or what stands for it on a GPU, see `runtime/device/`
     spacing_mm: tuple[float, ...]  # of the image, transposed
     target_spacing_mm: tuple[float, ...]
     shape_before_cropping: tuple[int, ...]
@@ -41,6 +48,15 @@ class Preprocessed:
     @property
     def crop(self) -> tuple[slice, ...]:
         return tuple(slice(start, stop) for start, stop in self.bbox)
+
+
+def _in_rows(data_CZYX: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A copy where no two voxels are neighbours in memory, as the core wants them: colours side by side are not, nor is
+    what a crop leaves of one plane.
+    """
+    if any(n > 1 and s == data_CZYX.itemsize for n, s in zip(data_CZYX.shape[1:], data_CZYX.strides[1:], strict=True)):
+        return data_CZYX
+    return np.ascontiguousarray(data_CZYX)
 
 
 def preprocess(
@@ -60,6 +76,30 @@ def preprocess(
     it; its labels follow the image as one-hot channels.
     Raises ImageError when the number of channels or dimensions is not the model's, or the segmentation does not fit.
     """
+    check_image(image_CZYX, previous_ZYX, spec)
+    data = _in_rows(image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward)))
+    bbox = nonzero_bbox(data, threads)
+    geometry = plan_geometry(spec, resample_spec, properties, data.shape[1:], bbox)
+    data = _in_rows(data[(slice(None), *(slice(start, stop) for start, stop in bbox))])
+    previous = None
+    if previous_ZYX is not None:
+        previous = previous_ZYX.transpose(spec.transpose_forward)[tuple(slice(*limits) for limits in bbox)]
+        # as nnU-Net's crop_to_nonzero: what was predicted outside the non-zero region counts as inside
+        inside = _filled_nonzero_mask(data, threads)
+        previous = np.where((previous == 0) & ~inside, -1, previous.astype(np.int32))
+    _normalize(data, spec, None if previous is None else previous >= 0, threads)
+    data = resample(data, geometry.plan, threads=threads)
+    if previous is not None and resample_seg is not None:
+        spacing, target = geometry.spacing_mm, geometry.target_spacing_mm
+        plan = plan_resampling(resample_seg, geometry.cropped_shape, data.shape[1:], spacing, target)
+        previous = resample_labels(previous, plan, threads=threads)
+        one_hot = np.stack([previous == label for label in spec.previous_labels])
+        data = np.concatenate([data, one_hot.astype(np.float32)])
+    return preprocessed(data, geometry, properties)
+
+
+def check_image(image_CZYX: npt.NDArray[np.float32], previous_ZYX: npt.NDArray[Any] | None, spec: BundleSpec) -> None:
+    """Raises ImageError, see `preprocess`."""
     expected = len(spec.channel_names)
     if image_CZYX.ndim != 4 or image_CZYX.shape[0] != expected:
         raise ImageError(
@@ -69,26 +109,36 @@ def preprocess(
     if 0 in image_CZYX.shape:
         raise ImageError(f"the image is empty: shape {image_CZYX.shape}")
     _check_previous(previous_ZYX, image_CZYX.shape[1:], spec)
-    data = image_CZYX.transpose(0, *(axis + 1 for axis in spec.transpose_forward))
-    if not any(n > 1 and s == data.itemsize for n, s in zip(data.shape[1:], data.strides[1:], strict=True)):
-        data = np.ascontiguousarray(
-            data
-        )  # colours side by side in memory, for one; the core wants neighbouring voxels so
-    spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
-    shape_before_cropping = data.shape[1:]
-    bbox = nonzero_bbox(data, threads)
-    data = data[(slice(None), *(slice(start, stop) for start, stop in bbox))]
-    cropped_shape = data.shape[1:]
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseGeometry:
+    """What becomes of the grid of an image. Axes in nnU-Net's internal order."""
+
+    spacing_mm: tuple[float, ...]
+    target_spacing_mm: tuple[float, ...]
+    shape_before_cropping: tuple[int, ...]
+    bbox: tuple[tuple[int, int], ...]  # half open
+    shape: tuple[int, ...]  # as the network sees it
+    plan: ResamplePlan | None
+
+    @property
+    def cropped_shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.bbox)
+
+
+def plan_geometry(
+    spec: BundleSpec,
+    resample_spec: ResampleSpec,
+    properties: dict[str, Any],
+    shape_before_cropping: tuple[int, ...],
+    bbox: tuple[tuple[int, int], ...],
+) -> CaseGeometry:
+    """Of an image that is not zero in `bbox`. Raises ImageError when nothing would be left, or far too much."""
+    spacing = tuple(properties["spacing"][axis] for axis in spec.transpose_forward)
+    cropped_shape = tuple(stop - start for start, stop in bbox)
     # a 2d configuration leaves the distance between slices alone
     target = (*spacing[: len(spacing) - len(spec.spacing_mm)], *spec.spacing_mm)
-    previous = None
-    if previous_ZYX is not None:
-        previous = previous_ZYX.transpose(spec.transpose_forward)[tuple(slice(*limits) for limits in bbox)]
-        # as nnU-Net's crop_to_nonzero: what was predicted outside the non-zero region counts as inside
-        inside = _filled_nonzero_mask(data, threads)
-        previous = np.where((previous == 0) & ~inside, -1, previous.astype(np.int32))
-    _normalize(data, spec, None if previous is None else previous >= 0, threads)
     shape = resampled_shape(cropped_shape, spacing, target)
     if 0 in shape:
         raise ImageError(
@@ -97,25 +147,31 @@ def preprocess(
         )
     plan = plan_resampling(resample_spec, cropped_shape, shape, spacing, target)
     if plan is not None:
-        voxel_bytes = data.itemsize * (len(data) + len(spec.previous_labels))
+        voxel_bytes = 4 * (len(spec.channel_names) + len(spec.previous_labels))
         _check_growth(cropped_shape, plan.shape_out, spacing, target, voxel_bytes=voxel_bytes)
-    data = resample(data, plan, threads=threads)
-    if previous is not None and resample_seg is not None:
-        plan = plan_resampling(resample_seg, cropped_shape, data.shape[1:], spacing, target)
-        previous = resample_labels(previous, plan, threads=threads)
-        one_hot = np.stack([previous == label for label in spec.previous_labels])
-        data = np.concatenate([data, one_hot.astype(np.float32)])
-    return Preprocessed(
-        data_CZYX=data,
+    return CaseGeometry(
         spacing_mm=spacing,
         target_spacing_mm=target,
         shape_before_cropping=shape_before_cropping,
         bbox=bbox,
+        shape=shape if plan is None else plan.shape_out,
+        plan=plan,
+    )
+
+
+def preprocessed(data_CZYX: Any, geometry: CaseGeometry, properties: dict[str, Any]) -> Preprocessed:
+    """`data_CZYX`: an array, or what stands for one on a GPU."""
+    return Preprocessed(
+        data_CZYX=data_CZYX,
+        spacing_mm=geometry.spacing_mm,
+        target_spacing_mm=geometry.target_spacing_mm,
+        shape_before_cropping=geometry.shape_before_cropping,
+        bbox=geometry.bbox,
         properties={
             **properties,
-            "shape_before_cropping": shape_before_cropping,
-            "bbox_used_for_cropping": [list(limits) for limits in bbox],
-            "shape_after_cropping_and_before_resampling": cropped_shape,
+            "shape_before_cropping": geometry.shape_before_cropping,
+            "bbox_used_for_cropping": [list(limits) for limits in geometry.bbox],
+            "shape_after_cropping_and_before_resampling": geometry.cropped_shape,
         },
     )
 

@@ -8,29 +8,27 @@ Axes: C channel, H head, N tile in a batch, Z Y X space; 2d patches are tiles of
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastnnunet import native
 from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.errors import BackendError
 from fastnnunet.events import Listener, Progress, ignore
-from fastnnunet.geometry.chunked_window import ChunkedWindow, Index, chunked_window
-from fastnnunet.geometry.gaussian import gaussian_weights
+from fastnnunet.geometry.chunked_window import ChunkedWindow, Index, chunked_window, streamed_window
 from fastnnunet.geometry.grid import tile_slices
-from fastnnunet.geometry.half import check_half_limits
-from fastnnunet.geometry.padding import centre_padding, inner_slices, pad_spatial
+from fastnnunet.geometry.padding import centre_padding, pad_spatial
+from fastnnunet.runtime.arithmetic import Arithmetic, Array, HalfArray, HostArithmetic, Weighting
 
-Array = npt.NDArray[np.float32]
-HalfArray = npt.NDArray[np.float16]
 Tile = tuple[int | slice, ...]
 Network = Callable[[Array], Array]
+# Logits (N, H, Z, Y, X) of tiles of one shape that begin at these voxels of the image in hand, zeros around it. They
+# are used before it is called again.
+Predict = Callable[[Sequence[Sequence[int]], Sequence[int]], Any]
 # Small (2d) patches go through the network several at a time; a 3d patch fills the machine by itself.
-_BATCH_VOXELS = 2**17
-_MAX_BATCH = 16
+BATCH_VOXELS = 2**17
+MAX_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +41,67 @@ class SlidingWindow:
     mirror_axes: tuple[int, ...] | None  # spatial axes counted from 0
     use_gaussian: bool = True
 
+    def describe(self) -> dict[str, Any]:
+        """For records."""
+        return {"way": "window", "step_size": self.step_size, "use_gaussian": self.use_gaussian}
+
+    def crop(self, shape_zyx: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[tuple[int, int]]:
+        """See `Way`: at least a patch, or the axis where that is shorter."""
+        part = native.window_part(shape_zyx, self.patch_size, (begin, end))
+        return list(zip(part.origin, part.size, strict=True))
+
+    def smaller(self, shape_zyx: Sequence[int]) -> None:
+        """See `Way`: tiles are patches."""
+
+    def begin(
+        self,
+        data_CZYX: Array,
+        network: Network,
+        *,
+        whole: bool,
+        margin: int = 0,
+        progress: Listener = ignore,
+        threads: int | None = None,
+    ) -> tuple[ChunkedWindow, Iterator[tuple[Index, HalfArray]]]:
+        """See `Way`."""
+        shape = data_CZYX.shape[1:]
+        if whole:
+            chunks = chunked_window(shape, self.patch_size, self.step_size, shape)
+        else:
+            chunks = streamed_window(shape, self.patch_size, self.step_size)
+        sums = TileSums(chunks, self, margin=margin, threads=threads)
+        return chunks, finished_chunks(data_CZYX, network, self, sums, progress)
+
+    def batch_size(self, tiles: int) -> int:
+        """How many tiles of so many go through the network at once."""
+        return max(1, min(MAX_BATCH, BATCH_VOXELS // int(np.prod(self.patch_size)), tiles))
+
+    def begin_tiles(
+        self,
+        shape: tuple[int, ...],
+        predict: Predict,
+        *,
+        whole: bool,
+        margin: int = 0,
+        progress: Listener = ignore,
+        arithmetic: Arithmetic,
+    ) -> tuple[ChunkedWindow, Iterator[tuple[Index, Any]]]:
+        """See `Way`."""
+        if whole:
+            chunks = chunked_window(shape, self.patch_size, self.step_size, shape)
+        else:
+            chunks = streamed_window(shape, self.patch_size, self.step_size)
+        return chunks, self._finished(predict, TileSums(chunks, self, margin=margin, arithmetic=arithmetic), progress)
+
+    def _finished(self, predict: Predict, sums: "TileSums", progress: Listener) -> Iterator[tuple[Index, Any]]:
+        tiles = sums.chunks.tiles
+        size = self.batch_size(len(tiles))
+        for first in range(0, len(tiles), size):
+            batch = predict(tiles[first : first + size], sums.chunks.tile)
+            for number, logits in enumerate(batch, first):
+                yield from sums.add(number, logits)
+                progress(Progress(what="tiles", done=number + 1, total=len(tiles), unit="tiles"))
+
 
 def sliding_window_logits(
     data_CZYX: Array,
@@ -53,9 +112,7 @@ def sliding_window_logits(
     threads: int | None = None,
 ) -> HalfArray:
     """Logits (H, Z, Y, X) of the data's shape, in one piece; see `finished_chunks`."""
-    shape = data_CZYX.shape[1:]
-    whole = chunked_window(shape, window.patch_size, window.step_size, shape)
-    ((_, logits),) = finished_chunks(data_CZYX, network, window, TileSums(whole, window, threads=threads), progress)
+    _, ((_, logits),) = window.begin(data_CZYX, network, whole=True, progress=progress, threads=threads)
     return logits
 
 
@@ -82,24 +139,34 @@ class TileSums:
     """float16 sums of weighted tiles, each chunk from its first tile to its last."""
 
     def __init__(
-        self, chunks: ChunkedWindow, window: SlidingWindow, *, margin: int = 0, threads: int | None = None
+        self,
+        chunks: ChunkedWindow,
+        window: SlidingWindow,
+        *,
+        margin: int = 0,
+        threads: int | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        """`margin`: planes and rows before each chunk that are allocated with it and left to its receiver."""
+        """`margin`: planes and rows before each chunk that are allocated with it and left to its receiver.
+
+        `arithmetic`: of the arrays that are added; None: NumPy's, with so many `threads`.
+        """
         self.chunks = chunks
         self.margin = margin
         self.peak_bytes = 0  # of all sums held at once so far
         self._held_bytes = 0
-        self._threads = threads
+        self._arithmetic = arithmetic or HostArithmetic(threads)
         self._num_heads = window.num_heads
-        self._weights_ZYX = _tile_weights(window.patch_size, window.use_gaussian).reshape(chunks.tile)
-        padding = centre_padding(chunks.shape, chunks.tile)
-        padded_shape = tuple(n + below + above for n, (below, above) in zip(chunks.shape, padding, strict=True))
-        total = _summed_weights(padded_shape, window.patch_size, window.step_size, window.use_gaussian)
-        self._total_ZYX = total[inner_slices(chunks.shape, padding)]
+        weighting = Weighting(
+            patch_size=window.patch_size, step_size=window.step_size, use_gaussian=window.use_gaussian
+        )
+        weights_ZYX, total_ZYX = self._arithmetic.weights(chunks, weighting)
+        self._weights_ZYX: Any = weights_ZYX
+        self._total_ZYX: Any = total_ZYX
         self._left = chunks.tiles_per_chunk
-        self._sums: dict[Index, HalfArray] = {}
+        self._sums: dict[Index, Any] = {}
 
-    def add(self, tile_number: int, logits_HX: Array) -> Iterator[tuple[Index, HalfArray]]:
+    def add(self, tile_number: int, logits_HX: Any) -> Iterator[tuple[Index, Any]]:
         """Add a tile's logits (H, *patch); yields the chunks it completes, which are then the caller's.
 
         Every tile must be added once, in order. Raises BackendError when the logits leave the range of float16.
@@ -111,13 +178,9 @@ class TileSums:
             # a chunk of which every voxel is written need not be zero before
             is_first = number not in self._sums and weights.shape == self._shape_of(number)
             if number not in self._sums:
-                self._sums[number] = self._allocate(number, np.empty if is_first else np.zeros)
-            native.add_weighted(
-                logits_HZYX[:, *in_tile],
-                weights,
-                self._inside(self._sums[number])[:, *in_chunk],
-                is_first=is_first,
-                threads=self._threads,
+                self._sums[number] = self._allocate(number, zero=not is_first)
+            self._arithmetic.add_weighted(
+                logits_HZYX[:, *in_tile], weights, self._inside(self._sums[number])[:, *in_chunk], is_first=is_first
             )
             self._left[number] -= 1
             if self._left[number] == 0:
@@ -126,27 +189,24 @@ class TileSums:
     def _shape_of(self, number: Index) -> tuple[int, ...]:
         return tuple(s.stop - s.start for s in self.chunks.chunk_slices(number))
 
-    def _allocate(self, number: Index, new: Callable[[tuple[int, ...], type[np.float16]], HalfArray]) -> HalfArray:
+    def _allocate(self, number: Index, *, zero: bool) -> Any:
         depth, height, width = self._shape_of(number)
-        sums = new((self._num_heads, depth + self.margin, height + self.margin, width), np.float16)
+        sums = self._arithmetic.empty((self._num_heads, depth + self.margin, height + self.margin, width), zero=zero)
         self._held_bytes += sums.nbytes
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
         return sums
 
-    def _inside(self, sums_HZYX: HalfArray) -> HalfArray:
+    def _inside(self, sums_HZYX: Any) -> Any:
         return sums_HZYX[:, self.margin :, self.margin :]
 
-    def _finish(self, number: Index) -> HalfArray:
+    def _finish(self, number: Index) -> Any:
         sums = self._sums.pop(number)
         self._held_bytes -= sums.nbytes
-        total = self._total_ZYX[self.chunks.chunk_slices(number)]
-        sum_limits, quotient_limits = native.divide(self._inside(sums), total, threads=self._threads)
-        check_half_limits(sum_limits, "the weighted logits")
-        check_half_limits(quotient_limits, "the logits")
+        self._arithmetic.divide(self._inside(sums), self._total_ZYX[self.chunks.chunk_slices(number)])
         return sums
 
 
-def _volumes(values_HX: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _volumes(values_HX: Any) -> Any:
     """(H, Z, Y, X) of a tile of two or three axes."""
     return values_HX[:, None] if values_HX.ndim == 3 else values_HX
 
@@ -161,7 +221,7 @@ def _predict_tiles(
 ) -> Iterator[Array]:
     """Logits (N, H, *patch) of successive batches of tiles, averaged over mirrors."""
     patch_size = window.patch_size
-    size = max(1, min(_MAX_BATCH, _BATCH_VOXELS // int(np.prod(patch_size)), len(tiles)))
+    size = window.batch_size(len(tiles))
     batch = np.empty((size, padded_CZYX.shape[0], *patch_size), np.float32)
     for first in range(0, len(tiles), size):
         chosen = tiles[first : first + size]
@@ -172,27 +232,3 @@ def _predict_tiles(
         if logits.shape != (expected := (len(chosen), window.num_heads, *patch_size)):
             raise BackendError(f"the network returned logits of shape {logits.shape}, expected {expected}")
         yield logits
-
-
-def _tile_weights(patch_size: tuple[int, ...], use_gaussian: bool) -> Array:
-    return gaussian_weights(patch_size) if use_gaussian else np.ones(patch_size, np.float32)
-
-
-@lru_cache(maxsize=2)
-def _half_weights(patch_size: tuple[int, ...], use_gaussian: bool) -> HalfArray:
-    weights = _tile_weights(patch_size, use_gaussian).astype(np.float16)  # exact
-    weights.setflags(write=False)
-    return weights
-
-
-@lru_cache(maxsize=2)
-def _summed_weights(
-    image_shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float, use_gaussian: bool
-) -> HalfArray:
-    """The sum of the weights of all tiles at every voxel, rounded after each one."""
-    weights = _half_weights(patch_size, use_gaussian)
-    total = np.zeros((1, *image_shape), np.float16)
-    for tile in tile_slices(image_shape, patch_size, step_size):
-        native.add_halves(_volumes(weights[None]), _volumes(total[:, *tile]))
-    total.setflags(write=False)
-    return total[0]

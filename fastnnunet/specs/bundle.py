@@ -6,6 +6,7 @@ BUNDLE/
                 an ensemble has one for each fold instead: model_0.onnx, model_1.onnx, ...
   bundle.json   this spec, with the SHA-256 of every other file and of itself
   parity.npz    `image` (N, C, *patch) patches and `logits` (N, heads, *patch) expected in fp32, the folds' mean
+  locator.onnx  of a bundle with a locator: its network, at a coarse spacing, two heads (see `specs/locator.py`)
 after `fastnnunet export quantize`, for each model file:
   model_int8.onnx             quantised with Q/DQ nodes, for ONNX Runtime and TensorRT
   model_int8.xml, .bin        quantised for OpenVINO
@@ -13,7 +14,7 @@ after `fastnnunet export quantize`, for each model file:
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,12 @@ from fastnnunet.specs.checks.problems import (
     transpose_problems,
 )
 from fastnnunet.specs.load import build_spec
+from fastnnunet.specs.locator import FOREGROUND, Locator, locator_problems
+from fastnnunet.specs.one_pass import OnePass, one_pass_problems
 
 FORMAT_VERSION = 2  # 2: ensembles (model_files, folds)
+ONE_PASS_FORMAT = 3  # of bundles that say how they are predicted in one pass, which earlier versions could not
+LOCATOR_FORMAT = 4  # of bundles with a locator
 MODEL_FILE = "model.onnx"
 INPUT, OUTPUT = "image", "logits"  # of a model file
 SMALLEST_STEP = 0.01  # of a patch; nnU-Net's is 0.5, and tiles grow with its inverse cubed
@@ -76,6 +81,8 @@ class BundleSpec:
     step_size: float = 0.5
     mirror_axes: tuple[int, ...] | None = None
     batch_size: int | None = None  # the model takes exactly so many patches at once; None: any number
+    one_pass: OnePass | None = None  # how it is predicted without overlapping tiles; None: it cannot be
+    locator: Locator | None = None  # finds the box in which alone it is predicted; None: everywhere
     architecture: dict[str, Any]  # network_class_name, arch_kwargs, _kw_requires_import: for the torch backend
     plans: dict[str, Any]  # the student's whole plans.json, copied beside predictions as nnU-Net does
     dataset_json: dict[str, Any]
@@ -96,15 +103,45 @@ class BundleSpec:
             found = found.get(key) if isinstance(found, dict) else None
         return found if isinstance(found, dict) else None
 
+    def of_locator(self) -> "BundleSpec":
+        """The locator as a bundle of its own in the same folder, for engines. Only where there is one."""
+        locator = self.locator
+        assert locator is not None
+        factor = locator.factor
+        return replace(
+            self,
+            name=f"locator of {self.name}",
+            labels=FOREGROUND,
+            regions_class_order=None,
+            num_heads=len(FOREGROUND),
+            spacing_mm=tuple(s * f for s, f in zip(self.spacing_mm, factor, strict=True)),
+            patch_size=locator.patch_size,
+            mirror_axes=None,
+            batch_size=None,
+            one_pass=locator.one_pass,
+            locator=None,
+            architecture=locator.architecture,
+            model_files=(locator.model_file,),
+            folds=(),
+        )
+
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder claims to be a bundle."""
     return (folder / "bundle.json").is_file()
 
 
+def bundle_digest(folder: Path) -> str:
+    """The digest of a bundle that `load_bundle_spec` takes, over all its files. Raises NotFoundError, CorruptError."""
+    return str(read_json_object(folder / "bundle.json")["self_sha256"])
+
+
 def write_bundle_json(spec: BundleSpec, path: Path) -> None:
     """Write `bundle.json` with its own digest (`self_sha256`, over the canonical JSON of everything else)."""
     raw = to_plain(spec)
+    for name in ("one_pass", "locator"):
+        if raw[name] is None:
+            del raw[name]  # a field that earlier versions do not know
     raw["self_sha256"] = sha256_of(raw)
     # keys keep their order: dataset.json and plans.json are copied from here, and nnU-Net's regions are ordered
     path.write_text(json.dumps(raw, indent=1))
@@ -130,9 +167,9 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
     declared, version = raw.pop("self_sha256", None), raw.get("format_version")
     if declared is None or not isinstance(version, int):
         raise CorruptError(f"{path} is damaged (self_sha256 or format_version is missing); export the bundle again")
-    if version > FORMAT_VERSION:
+    if version > LOCATOR_FORMAT:
         raise NewerFormatError(
-            f"{path} has format version {str(version)[:20]}, this fastnnunet reads up to {FORMAT_VERSION}\n"
+            f"{path} has format version {str(version)[:20]}, this fastnnunet reads up to {LOCATOR_FORMAT}\n"
             "update it: pip install --upgrade fastnnunet, or export the bundle again with this version"
         )
     if sha256_of(raw) != declared:
@@ -153,7 +190,8 @@ def load_bundle_spec(folder: Path) -> BundleSpec:
                 f"  got      sha256 {got}\n  expected sha256 {digest}\nexport the bundle again"
             )
         if name.endswith(".onnx"):
-            _check_model(file, spec)
+            is_locator = spec.locator is not None and name == spec.locator.model_file
+            _check_model(file, spec.of_locator() if is_locator else spec)
     return spec
 
 
@@ -205,10 +243,20 @@ def _field_problems(spec: BundleSpec) -> list[str]:
         problems.append(f"mirror_axes: got {shown(axes)}, expected each axis of {dims} at most once, counted from 0")
     if spec.batch_size is not None and not 1 <= spec.batch_size <= 2**10:
         problems.append(f"batch_size: got {spec.batch_size}, expected 1 to {2**10}")
+    if spec.one_pass is not None:
+        has_format = spec.format_version >= ONE_PASS_FORMAT
+        problems += one_pass_problems(spec.one_pass, spec.patch_size, spec.batch_size, has_format)
+    if spec.locator is not None:
+        if spec.format_version < LOCATOR_FORMAT:
+            problems.append("locator: bundles of this format version have none")
+        problems += locator_problems(spec.locator, dims, bool(spec.previous_labels), "ignore" in spec.labels)
     for kind in ("data", "probabilities", *(["seg"] if spec.previous_labels else [])):
         problems += resampling_problems(spec.resampling.get(kind), f"resampling.{kind}")
     wrong = architecture_problems(spec.architecture, spec.patch_size)
-    return problems + (wrong or unet_problems(spec.architecture, spec.patch_size))
+    wrong = wrong or unet_problems(spec.architecture, spec.patch_size)
+    if spec.one_pass is not None and not problems and not wrong:
+        wrong = unet_problems(spec.architecture, spec.one_pass.multiples, "one_pass.multiples")
+    return problems + wrong
 
 
 def _file_problems(spec: BundleSpec) -> list[str]:
@@ -234,6 +282,10 @@ def _file_problems(spec: BundleSpec) -> list[str]:
         for name in spec.model_files
         if not name.endswith(".onnx")
     ]
+    if spec.locator is not None:
+        name = spec.locator.model_file
+        if name not in {*spec.files} - {*spec.model_files} or not name.endswith(".onnx"):
+            problems.append(f"locator.model_file: got {shown(name)}, expected an ONNX file in files, no model file")
     problems += [
         f"files: {shown(name)} has no digest for its weights, {shown(name[:-4] + '.bin')}"
         for name in spec.files
@@ -251,9 +303,10 @@ def _check_model(file: Path, spec: BundleSpec) -> None:
     """
     model = read_onnx_file(file)
     channels = len(spec.channel_names) + len(spec.previous_labels)
+    space: tuple[int | None, ...] = spec.patch_size if spec.one_pass is None else (None,) * len(spec.patch_size)
     expected = {
-        "input": (model.inputs, (spec.batch_size, channels, *spec.patch_size)),
-        "output": (model.outputs, (spec.batch_size, spec.num_heads, *spec.patch_size)),
+        "input": (model.inputs, (spec.batch_size, channels, *space)),
+        "output": (model.outputs, (spec.batch_size, spec.num_heads, *space)),
     }
     for what, (values, shape) in expected.items():
         if len(values) != 1 or not _fits(values[0], shape):

@@ -17,7 +17,7 @@ SCANS_TRAINING: dict[str, Any] = {
     "soft_deep_supervision": True,
     "optimizer": "adamw",
     "batch_size": 2,
-    "epochs": 20,
+    "epochs": 40,
     "iterations_per_epoch": 100,
     "val_iterations_per_epoch": 5,
 }
@@ -89,6 +89,24 @@ class DistillSpec:
     mirror_augmentation: Annotated[
         bool, Option("--mirror-augmentation/--no-mirror-augmentation", "Train on mirrored patches too.")
     ] = True
+    # for students that are to see whole images at once
+    last_patch: Annotated[
+        tuple[int, ...] | None, Option("--last-patch", "Larger patches for the last part of the training, z y x.")
+    ] = None
+    last_share: Annotated[float, Option("--last-share", "That part, as a share of the epochs.")] = 0.2
+    # all its folds are in memory then, beside the student
+    online_teacher: Annotated[
+        float,
+        Option("--online-teacher", "Share of the epochs, the last, with the teacher's own answers on their patches."),
+    ] = 0.0
+    # of students with --norm batch; a batch of two patches says little
+    norm_statistics: Annotated[
+        Literal["frozen", "running", "precise"],
+        Option(
+            "--norm-statistics",
+            "Batch norms end with: frozen, for the last fifth; running means; precise, measured anew.",
+        ),
+    ] = "frozen"
     # the teacher has an opinion there
     soft_on_ignored: Annotated[
         bool, Option("--soft-on-ignored/--no-soft-on-ignored", "Soft loss where the label says ignore too.")
@@ -133,9 +151,33 @@ class DistillSpec:
             problems.append(f"sharpen_power: got {self.sharpen_power}, expected a number above 1, or inf")
         elif self.sharpen_power != 2.0 and self.sharpen_above == 1:
             problems.append("sharpen_power: without sharpen_above nothing is sharpened, expected sharpen_above below 1")
-        problems += self._unlabelled_problems()
+        problems += self._unlabelled_problems() + self._last_problems() + self._online_problems()
         if problems:
             raise SpecError("; ".join(problems))
+
+    def _last_problems(self) -> list[str]:
+        problems = []
+        if self.last_patch is not None and min(self.last_patch, default=0) < 1:
+            problems.append(f"last_patch: got {self.last_patch}, expected whole numbers of at least 1")
+        if not 0 < self.last_share <= 1:
+            problems.append(f"last_share: got {self.last_share}, expected a number above 0, at most 1")
+        elif self.last_share != 0.2 and self.last_patch is None:
+            problems.append(f"last_share: got {self.last_share} without last_patch, expected both")
+        return problems
+
+    def _online_problems(self) -> list[str]:
+        if not 0 <= self.online_teacher <= 1:
+            return [f"online_teacher: got {self.online_teacher}, expected a number from 0 (never) to 1"]
+        if self.online_teacher == 0:
+            return []
+        problems = []
+        if self.alpha == 0:
+            problems.append("online_teacher: at alpha 0 nobody listens to it, expected alpha above 0")
+        if self.hours is not None:  # the first epoch, which they are planned by, would take a fraction of the last
+            problems.append("online_teacher: got it beside hours, expected epochs or steps")
+        if self.last_patch is not None:
+            problems.append("online_teacher: got it beside last_patch, expected patches of the teacher's size")
+        return problems
 
     def _schedule_problems(self) -> list[str]:
         others = {"epochs": self.epochs != EPOCHS, "iterations_per_epoch": self.iterations_per_epoch != ITERATIONS}
@@ -233,6 +275,14 @@ class DistillSpec:
             words.append("unmirrored")
         if not self.soft_on_ignored:
             words.append("unignored")
+        if self.last_patch is not None:
+            words.append(f"last{'x'.join(map(str, self.last_patch))}")
+        if self.last_share != default.last_share:
+            words.append(f"share{self.last_share:g}")
+        if self.online_teacher:
+            words.append(f"online{self.online_teacher:g}")
+        if self.norm_statistics != default.norm_statistics:
+            words.append(self.norm_statistics)
         if self.mirroring:
             words.append("mirrored")
         if self.pseudo_labels:

@@ -20,6 +20,10 @@ class GraphSpec:
     simplify: Annotated[
         bool, Option("--simplify", "Fold constants, which need neither input nor weights (matters for Primus).")
     ] = False
+    one_pass: Annotated[  # None: where it can be
+        bool | None,
+        Option("--one-pass/--no-one-pass", "Predict without overlapping tiles (default: where the network can)."),
+    ] = None
     batch_size: Annotated[int | None, Option("--batch", "Fixed batch size (default: any).")] = None
 
     def __post_init__(self) -> None:

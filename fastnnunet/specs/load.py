@@ -7,8 +7,6 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from fastnnunet.errors import NotFoundError, SpecError
 from fastnnunet.specs.checks.json_text import check_tree
 
@@ -17,52 +15,34 @@ MAX_YAML_BYTES = 2**18  # a recipe or a student has a hundredth of it
 _MAX_INTEGER = 2**63
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML as far as JSON goes: no dates, sets or bytes, and no key twice."""
-
-    yaml_constructors: typing.ClassVar = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (
-            None,
-            *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")),
-        )
-    }
-
-    def flatten_mapping(self, node: Any) -> None:
-        """Called for every mapping, before `<<` puts in the keys of others, which its own may replace."""
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # a list or mapping, which nothing here takes as a key
-            name = key.value if key.tag.endswith(":merge") else self.construct_object(key)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(name)
-        super().flatten_mapping(node)
-
-
 def load_yaml_spec(cls: type[T], path: Path) -> T:
     """Read `path` as a mapping and build `cls` from it; unknown keys and wrong types are errors, all listed at once."""
+    return build_spec(cls, read_yaml_mapping(path, "cache_specs/default.yaml"), where=str(path))
+
+
+def read_yaml_mapping(path: Path, example: str = "") -> dict[str, Any]:
+    """A YAML file of names and what they mean. Raises NotFoundError without it, SpecError for anything else."""
     if not path.is_file():
-        raise NotFoundError(f"spec file not found: {path}\nexpected a YAML file such as cache_specs/default.yaml")
+        such_as = f" such as {example}" if example else ""
+        raise NotFoundError(f"spec file not found: {path}\nexpected a YAML file{such_as}")
+    from fastnnunet.specs.yaml_text import parse_yaml  # reading a bundle takes no YAML
+
     try:
         with path.open("rb") as f:
             text = f.read(MAX_YAML_BYTES + 1)
         if len(text) > MAX_YAML_BYTES:
             raise ValueError(f"it has more than {MAX_YAML_BYTES} bytes")
-        raw = yaml.load(text.decode(), _UniqueKeys)
+        raw = parse_yaml(text.decode())
         check_tree(raw)
     except RecursionError:
         raise SpecError(f"{path} is not valid YAML: it is nested too deep") from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: also numbers that Python does not take
+    except ValueError as e:  # ValueError: also numbers that Python does not take
         raise SpecError(f"{path} is not valid YAML: {e}") from e
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise SpecError(f"{path}: expected a mapping of fields, got {type(raw).__name__}")
-    return build_spec(cls, raw, where=str(path))
+    return raw
 
 
 def build_spec(cls: type[T], raw: dict[str, Any], where: str = "spec") -> T:
@@ -119,6 +99,13 @@ def _coerce(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"got {_shown(value)}, expected a mapping")
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise TypeError(f"got {_shown(value)}, expected a mapping")
+        try:
+            return build_spec(hint, value, where=hint.__name__)
+        except SpecError as e:
+            raise ValueError(str(e).replace("\n", " ")) from e
     if isinstance(value, int) and not -_MAX_INTEGER <= value < _MAX_INTEGER:
         raise ValueError("got a number of more than 64 bits")
     if isinstance(value, float) and not math.isfinite(value):

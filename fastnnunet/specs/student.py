@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Blocks = Literal["auto", "reduce", "keep", "increase", "adaptive"]
 Architecture = Literal["same", "plain", "residual"]
 Family = Literal["auto", "width", "lite"]
+Norm = Literal["same", "batch"]
 Size = Literal["S", "B", "M", "L"]
 
 
@@ -24,7 +25,8 @@ class StudentSpec:
 
     Derived: every stage is `r` times narrower (`narrower`), `blocks` says how deep its stages are (`fewer_blocks`),
     `architecture` turns a residual encoder into a plain one and back, `family: lite` thins the full-resolution stage
-    (auto does so for U-Nets narrower than the teacher, `width` does not),
+    (auto does so for U-Nets narrower than the teacher, `width` does not), `norm: batch` normalises with what training
+    has seen rather than with each patch, so that it is a constant at prediction and folds into the convolutions,
     `size` takes the Primus that stock nnU-Net has under this name and leaves `r` unused.
     """
 
@@ -38,6 +40,9 @@ class StudentSpec:
     family: Annotated[
         Family, Option("--family", "lite (thin full-resolution stage), width, or auto: lite where r > 1.")
     ] = "auto"
+    norm: Annotated[
+        Norm, Option("--norm", "same as the teacher's, or batch: constant at prediction, folded away at export.")
+    ] = "same"
     size: Annotated[Size | None, Option("-ts --size", "A stock Primus: S, B, M or L.")] = None
     network_class_name: str | None = None
     arch_kwargs: dict[str, Any] | None = None
@@ -58,13 +63,15 @@ class StudentSpec:
         if self.network_class_name is not None or self.arch_kwargs is not None:
             problems += [
                 f"{field}: got {getattr(self, field)!r}, which a network written out in arch_kwargs cannot have"
-                for field in ("r", "round_to", "blocks", "architecture", "family", "size")
+                for field in ("r", "round_to", "blocks", "architecture", "family", "norm", "size")
                 if getattr(self, field) != _DEFAULTS[field]
             ]
         elif self.name is not None:
             problems.append(f"name: got {self.name!r}, expected only with network_class_name and arch_kwargs")
-        if self.size is not None and (self.architecture != "same" or self.family != "auto" or self.blocks != "auto"):
-            problems.append(f"size: got {self.size!r} with architecture, family or blocks, expected size alone")
+        if self.size is not None and any(
+            getattr(self, field) != _DEFAULTS[field] for field in ("architecture", "family", "blocks", "norm")
+        ):
+            problems.append(f"size: got {self.size!r} with architecture, family, blocks or norm, expected size alone")
         for field in ("name", "plans_name"):
             value = getattr(self, field)
             if value is not None and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or "__" in value):
@@ -81,8 +88,8 @@ class StudentSpec:
     def tag(self) -> str:
         """The part of a run's name that says which student it is: `r4`, then whatever is not the default.
 
-        `r4_width`, `r4_m8` (widths in multiples of 8), `r4_keep`, `r4_plain`, `r4_f16` (at least 16 features),
-        `primusS`, or the `name` of a student that is written out.
+        `r4_width`, `r4_bn` (batch norm), `r4_m8` (widths in multiples of 8), `r4_keep`, `r4_plain`, `r4_f16` (at least
+        16 features), `primusS`, or the `name` of a student that is written out.
         """
         if self.is_explicit:
             return self.name or "custom"
@@ -93,6 +100,8 @@ class StudentSpec:
             words.append(self.architecture)
         if self.family != "auto":
             words.append(self.family)
+        if self.norm == "batch":
+            words.append("bn")
         if self.round_to > 1:
             words.append(f"m{self.round_to}")
         if self.min_features != _DEFAULTS["min_features"]:
@@ -142,6 +151,7 @@ _DEFAULTS: dict[str, Any] = {
     "blocks": "auto",
     "architecture": "same",
     "family": "auto",
+    "norm": "same",
     "size": None,
 }
 

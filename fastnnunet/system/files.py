@@ -145,7 +145,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_under_way.clear)  # they are the parent's
 
 
-def check_output_folder(folder: Path) -> None:
+def check_output_folder(folder: Path, called: str = "output folder") -> None:
     """Find out before any work that nothing can be written into a folder, which need not exist yet.
 
     Raises FastnnUNetError saying why.
@@ -154,16 +154,16 @@ def check_output_folder(folder: Path) -> None:
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not os.path.isdir(existing):
         what = "a file" if os.path.exists(existing) else "a link that leads nowhere"
-        raise FastnnUNetError(f"cannot create the output folder {folder}: {existing} is {what}; give another one")
+        raise FastnnUNetError(f"cannot create the {called} {folder}: {existing} is {what}; give another one")
     limit = longest_name(existing)
     for name in folder.absolute().parts[len(existing.parts) :]:
         if len(os.fsencode(name)) > limit:
             raise FastnnUNetError(
-                f"cannot create the output folder {folder}: a name in it has {len(os.fsencode(name))} bytes, the file "
+                f"cannot create the {called} {folder}: a name in it has {len(os.fsencode(name))} bytes, the file "
                 f"system takes {limit}; give another one"
             )
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise FastnnUNetError(f"cannot write to the output folder {folder}: no permission; give another one")
+        raise FastnnUNetError(f"cannot write to the {called} {folder}: no permission; give another one")
 
 
 def longest_name(folder: Path) -> int:

@@ -65,7 +65,16 @@ class UnlabelledJob:
         self, processes: int, progress: Listener = ignore, threads: int | None = None
     ) -> "UnlabelledCases | UnlabelledCascadeCases":
         """See `preprocess_images`, and `label_first`, which has `threads`, for a cascade."""
-        cases = preprocess_images(self.target, self.images, self.labelled, processes, progress)
+        return self.label_first(self.preprocess_alone(processes, progress), threads, progress)
+
+    def preprocess_alone(self, processes: int, progress: Listener = ignore) -> UnlabelledCases:
+        """The images without the labels of a cascade's first stage; see `preprocess_images`."""
+        return preprocess_images(self.target, self.images, self.labelled, processes, progress)
+
+    def label_first(
+        self, cases: UnlabelledCases, threads: int | None = None, progress: Listener = ignore
+    ) -> "UnlabelledCases | UnlabelledCascadeCases":
+        """What the teacher sees of preprocessed images; of a cascade see `label_first` of `stages`."""
         return cases if self.first is None else label_first(self.target, self.images, self.first, threads, progress)
 
     def finished(self) -> "UnlabelledCases | UnlabelledCascadeCases":

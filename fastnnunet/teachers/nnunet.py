@@ -13,15 +13,21 @@ import numpy as np
 
 from fastnnunet.cache.seen import FoldTally
 from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
+from fastnnunet.engines.devices import Device
 from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.mirrors import mirrored
 from fastnnunet.engines.registry import ENGINES, engine_of_network
-from fastnnunet.errors import MismatchError, printable
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window, own_part
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
 from fastnnunet.nnunet.files.checkpoint import load_weights
-from fastnnunet.nnunet.files.model import ModelFolder, build_network, check_fits, network_class_name
+from fastnnunet.nnunet.files.model import (
+    ModelFolder,
+    build_network,
+    check_fits,
+    check_stand_in,
+    network_class_name,
+)
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.nnunet.reference import fold_reference
 from fastnnunet.specs.cache import CacheSpec
@@ -115,9 +121,15 @@ class NnUNetTeacher:
         """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
         return self.files.facts(self.folds[0]).mirror_axes if self.mirroring else ()
 
-    def load(self, threads: int) -> "LoadedTeacher":
-        """Take all folds into engines. Raises BackendError, CorruptError, MismatchError."""
-        settings = Settings(threads=threads, precision=self.precision, device=resolve_device(self.engine), apart=True)
+    def load(self, threads: int, device: Device | None = None) -> "LoadedTeacher":
+        """Take all folds into engines. `device`: which GPU, where the engine computes on one; None: the first.
+
+        Raises BackendError, CorruptError, MismatchError.
+        """
+        place = resolve_device(self.engine)
+        if device is not None and device.kind == place.kind:
+            place = device
+        settings = Settings(threads=threads, precision=self.precision, device=place, apart=True)
         model = self.files.model
         engines: dict[Fold, Engine] = {}
         for fold in self.folds:
@@ -289,15 +301,4 @@ def unknown_trainer(files: ModelFolder, fold: Fold) -> str | None:
     facts = files.facts(fold)
     if facts.trainer == facts.trained_by:
         return None
-    try:
-        check_fits(files.model, facts.trainer, files.take_weights(fold), files.path(fold))
-    except MismatchError as e:
-        raise MismatchError(
-            f"trainer {printable(facts.trained_by)} of {files.path(fold)} is not installed, and its network is not the "
-            f"one in the plans: {e}\nput the trainer into nnunetv2, or name its folder in nnUNet_extTrainer"
-        ) from e
-    return (
-        f"trainer {printable(facts.trained_by)} of {files.folder} is not installed: the network is built from the "
-        "plans, which its weights fit. Whatever else the trainer changes is not known here\n"
-        "to have it used, put it into nnunetv2, or name its folder in nnUNet_extTrainer"
-    )
+    return check_stand_in(files.model, facts.trained_by, files.take_weights(fold), files.path(fold))

@@ -25,15 +25,17 @@ _USUAL_FOLDS = 5  # of nnU-Net's cross-validation
 _OPTIONS = (("trainer", "-tr"), ("plans", "-p"), ("configuration", "-c"))
 
 
-def open_published(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore) -> NnUNetTeacher:
+def open_published(
+    spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore, *, takes_folds: bool = True
+) -> NnUNetTeacher:
     """The teacher in a folder or zip; reads every fold's checkpoint and keeps none.
 
     `progress` is told, as messages, what is not as one would expect: folds that are missing, another checkpoint than
-    the final one, a trainer that is not installed.
+    the final one, a trainer that is not installed. `takes_folds`: whether -f chooses its folds, for advice in errors.
     Raises NotFoundError, SpecError (several models and none named; a cascade stage), CorruptError, MismatchError,
     DiskSpaceError.
     """
-    teacher = open_model(spec, recipe, progress)
+    teacher = open_model(spec, recipe, progress, takes_folds=takes_folds)
     if (stage := teacher.files.model.config.previous_stage_name) is not None:
         raise SpecError(
             f"{spec.path}: {teacher.files.configuration} is a cascade stage and needs predictions of {stage}, which "
@@ -42,11 +44,13 @@ def open_published(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = 
     return teacher
 
 
-def open_model(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore) -> NnUNetTeacher:
+def open_model(
+    spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ignore, *, takes_folds: bool = True
+) -> NnUNetTeacher:
     """As `open_published`, also for the second stage of a cascade, whose images have the channels of its first."""
     files, folds = find_model(spec, progress)
     check_loadable(files.plans, files.configuration)
-    _check_folds(files, folds)
+    _check_folds(files, folds, takes_folds)
     if (said := unknown_trainer(files, folds[0])) is not None:
         progress(Message(text=said, level="warning"))
     return make_teacher(files, folds, recipe, unseen={})
@@ -176,7 +180,7 @@ def _trained_for(checkpoint: Path) -> str:
     return str(load_checkpoint(checkpoint)["init_args"]["configuration"])
 
 
-def _check_folds(files: ModelFolder, folds: Sequence[Fold]) -> None:
+def _check_folds(files: ModelFolder, folds: Sequence[Fold], takes_folds: bool) -> None:
     """Raise what is wrong with a checkpoint now, and say how to do without it."""
     for fold in folds:
         try:
@@ -184,7 +188,8 @@ def _check_folds(files: ModelFolder, folds: Sequence[Fold]) -> None:
         except CorruptError as e:
             if not (others := [other for other in folds if other != fold]):
                 raise
-            raise CorruptError(f"{e}\nor leave fold {fold} out: -f {_words(others)}") from e
+            how = f": -f {_words(others)}" if takes_folds else f", by taking {files.path(fold).parent} away"
+            raise CorruptError(f"{e}\nor leave fold {fold} out{how}") from e
 
 
 def _words(folds: Sequence[Fold]) -> str:

@@ -1,5 +1,6 @@
 """Published cascades: both stages found in one folder or zip, and images labelled by the first for the second."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +48,7 @@ def open_stages(spec: PublishedSpec, recipe: CacheSpec, progress: Listener = ign
     stage = teacher.files.model.config.previous_stage_name
     if stage is None:
         return Stages(teacher=teacher, first=None)
-    first = open_published(_first_stage(spec, teacher.files, stage, progress), recipe, progress)
+    first = open_published(_first_stage(spec, teacher.files, stage, progress), recipe, progress, takes_folds=False)
     check_stages(first.files.model, teacher.files.model)
     return Stages(teacher=teacher, first=first)
 
@@ -85,7 +86,7 @@ def label_first(
     make_folder(folder)
     known = _read_known(folder)
     wanted = {case: {name: sha for name, (_, _, sha) in stamps.items()} for case, stamps in record.cases.items()}
-    todo = [c for c in wanted if known.get(c) != wanted[c] or not (folder / f"{c}{_ENDING}").is_file()]
+    todo = [c for c in wanted if _images_of(known, c) != wanted[c] or not (folder / f"{c}{_ENDING}").is_file()]
     if todo:
         loaded = first.load(threads or available_cores())
         second = model_of(target.plans, target.configuration, target.dataset_json)
@@ -98,8 +99,9 @@ def label_first(
                 configuration=first.files.configuration,
                 dataset_json=first.files.dataset_json,
             )
+            begin = time.perf_counter()
             _label(task, loaded, second, target)
-            known[case] = wanted[case]
+            known[case] = {"images": wanted[case], "seconds": time.perf_counter() - begin}
             with atomic_output(_known_file(folder)) as partial:
                 partial.write_text(canonical_json(known))
             what = f"labelling by {first.files.configuration}"
@@ -146,15 +148,28 @@ def first_stage_folder(target: ImageSet, first: NnUNetTeacher) -> Path:
     return target.folder / f"{target.data_identifier}.{files.configuration}.{key[:16]}"
 
 
+def first_stage_seconds(target: ImageSet, first: NnUNetTeacher) -> dict[str, float]:
+    """Case -> how long the first stage took, from reading the image to writing its label map. Raises CorruptError."""
+    known = _read_known(first_stage_folder(target, first))
+    return {case: float(entry["seconds"]) for case, entry in known.items()}
+
+
 def _known_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.images")
 
 
+def _images_of(known: dict[str, Any], case: str) -> Any:
+    return known[case]["images"] if case in known else None
+
+
 def _read_known(folder: Path) -> dict[str, Any]:
-    """Case -> names and digests of the files that its label map was made of."""
+    """Case -> `images`, names and digests of the files that its label map was made of, and `seconds` that it took."""
     file = _known_file(folder)
     try:
-        return read_json_object(file)
+        known = read_json_object(file)
+        if not all(isinstance(entry, dict) and entry.keys() >= {"images", "seconds"} for entry in known.values()):
+            raise CorruptError(f"{file}: expected images and seconds of every case")
+        return known
     except FileNotFoundError:
         return {}
     except CorruptError as e:

@@ -8,7 +8,10 @@ from typing import Any
 from fastnnunet.bench.benchmark import prediction_folder
 from fastnnunet.bench.job import ENSEMBLE, SINGLE
 from fastnnunet.bench.report.headline import Record, fastest, headline, students
-from fastnnunet.bench.report.html import (
+from fastnnunet.bench.report.numbers import NONE, dice, percent, seconds, size, times
+from fastnnunet.bench.report.page_plots import dice_plot, stage_plot, total_plot
+from fastnnunet.bench.report.slices import CasePictures, case_pictures, legend
+from fastnnunet.outputs.page.html import (
     box,
     document,
     entries,
@@ -19,9 +22,6 @@ from fastnnunet.bench.report.html import (
     section,
     write_document,
 )
-from fastnnunet.bench.report.numbers import NONE, dice, percent, seconds, size, times
-from fastnnunet.bench.report.page_plots import dice_plot, stage_plot, total_plot
-from fastnnunet.bench.report.slices import CasePictures, case_pictures, legend
 from fastnnunet.runtime.times import STAGES
 
 MOST_LABELS = 12  # columns of the table of labels, entries of a legend

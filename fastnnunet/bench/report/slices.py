@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from fastnnunet.errors import ImageError
 from fastnnunet.evaluate.segmentations import read_segmentation
+from fastnnunet.outputs.colours import colour_of, rgb_of
 
-# Okabe and Ito, https://jfly.uni-koeln.de/color/: told apart by colour-blind readers too
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#f0e442")
 _ALPHA = 0.55
 _INCHES, _DPI = 3.0, 120
 
@@ -79,11 +78,6 @@ def read_grey(path: Path) -> NDArray[np.float32]:
     return array[None] if array.ndim == 2 else array
 
 
-def colour_of(value: int) -> str:
-    """Of a label value; they repeat."""
-    return COLOURS[(value - 1) % len(COLOURS)]
-
-
 def draw_slice(
     axes: Any,
     grey_YX: NDArray[Any],
@@ -103,7 +97,7 @@ def overlay(labels_YX: NDArray[Any]) -> NDArray[np.float32]:
     """RGBA (y, x, 4) from 0 to 1 of a label map; background is transparent."""
     rgba = np.zeros((*labels_YX.shape, 4), np.float32)
     for value in np.unique(labels_YX[labels_YX > 0]):
-        red_green_blue = [int(colour_of(int(value))[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red_green_blue = [part / 255 for part in rgb_of(colour_of(int(value)))]
         rgba[labels_YX == value] = (*red_green_blue, _ALPHA)
     return rgba
 

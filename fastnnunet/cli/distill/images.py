@@ -47,6 +47,12 @@ def images(
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
     keep_all: published.KeepAll = False,
+    no_calibration: Annotated[
+        bool,
+        options.ask(
+            "--no-calibration", "Leave probabilities as trained; else one temperature is fitted to the teacher's."
+        ),
+    ] = False,
     student_file: options.StudentFile = None,
     temperature: options.Temperature = None,
     spec: options.SpecFile = None,
@@ -90,6 +96,7 @@ def images(
             training=published.given_on_command_line(context, training),
             held_out=hold_out,
             keep_all=keep_all,
+            calibrate=not no_calibration,
             workers=workers,
             threads=threads,
             device=device,

@@ -1,17 +1,14 @@
 """What `fastnnunet cache` shows: tables and sums."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fastnnunet.api.view import View
-from fastnnunet.cache.build import CasesFailedError
 from fastnnunet.cache.find import case_differences
 from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL
 from fastnnunet.cache.leftover import Leftover
@@ -31,17 +28,6 @@ TABLE_WIDTH = 200  # where there is no terminal and hence no width to fit into
 def cache_view() -> View:
     """Events on standard output, where the results of these commands go."""
     return View(console=console)
-
-
-@contextlib.contextmanager
-def labelling_view() -> Iterator[View]:
-    """`cache_view` of a command that labels: cases that failed, beside others that are stored, end it with code 1."""
-    try:
-        with cache_view() as view:
-            yield view
-    except CasesFailedError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from e
 
 
 def print_preprocessing(folder: Path, missing: int, cases: int, size_bytes: int) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from fastnnunet.cli.parts.fields import Asked, Group, ask, option
 from fastnnunet.errors import SpecError
+from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.specs.checks.networks import allow_code
 from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.graph import GraphSpec
@@ -88,6 +89,9 @@ AllowCode = Annotated[
 Threads = Annotated[int | None, ask("--threads", "CPU threads (default: all).", RUN, min=1)]
 Overwrite = Annotated[bool, ask("--overwrite", "Replace what is there already.", RUN)]
 
+# what is written
+Outputs = Annotated[Asked, Group(OutputSpec, OUTPUT)]
+
 # tidying of label maps
 _WORDS = "'all' (the foreground as one structure), 'each', names or numbers of labels, a+b for both as one"
 KeepLargest = Annotated[
@@ -110,12 +114,17 @@ PostprocessingFile = Annotated[
 
 def refuse_besides_name(context: typer.Context, allowed: Collection[str | None]) -> None:
     """Refuse what stands on the command line beside `--name`, which says it already. Raises SpecError."""
+    refuse_besides(f"--name {context.params['name']}", "says which model", context, {"name", *allowed})
+
+
+def refuse_besides(option: str, does: str, context: typer.Context, allowed: Collection[str | None]) -> None:
+    """Refuse what stands on the command line beside an option that leaves no room for it. Raises SpecError."""
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name not in {"name", *allowed}
+        if parameter.name not in allowed
         and (source := context.get_parameter_source(parameter.name or "")) is not None
         and source.name == "COMMANDLINE"
     ]
     if given:
-        raise SpecError(f"--name {context.params['name']} says which model; leave out {' '.join(given)}")
+        raise SpecError(f"{option} {does}; leave out {' '.join(given)}")

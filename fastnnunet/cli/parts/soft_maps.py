@@ -44,10 +44,10 @@ def import_maps(
     """
     from fastnnunet.api.soft_maps import import_maps as make
     from fastnnunet.cache.store.storage import place_at
-    from fastnnunet.cli.parts.cache_view import labelling_view, print_summary
+    from fastnnunet.cli.parts.cache_view import cache_view, print_summary
 
     recipe = recipe_of(spec, temperature)
-    with labelling_view() as view:
+    with cache_view() as view:
         made = make(
             folders,
             TeacherSpec(**data),

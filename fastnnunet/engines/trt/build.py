@@ -128,13 +128,14 @@ def build_plan(graph: "onnx.ModelProto", key: EngineKey, library: Library) -> by
 
 
 def builder_config(builder: Any, key: EngineKey, library: Library) -> Any:
-    """Target, range of batches and what little of precision is not in the graph."""
+    """Target, range of batches and tiles, and what little of precision is not in the graph."""
     config = builder.create_builder_config()
     library.set_target(config, key.architecture)
     if key.precision == "fp32":
         config.clear_flag(library.module.BuilderFlag.TF32)  # on by default; rounds factors of convolutions to 11 bits
     profile = builder.create_optimization_profile()
-    smallest, largest = (key.min_batch, *key.input_shape), (key.max_batch, *key.input_shape)
+    channels, *patch = key.input_shape
+    smallest, largest = (key.min_batch, channels, *(key.smallest_tile or patch)), (key.max_batch, channels, *patch)
     profile.set_shape(INPUT, smallest, largest, largest)
     config.add_optimization_profile(profile)
     return config
@@ -144,12 +145,12 @@ def _check_network(network: Any, graph: "onnx.ModelProto", key: EngineKey, modul
     """What the parser made of the graph: inputs and outputs of the bundle, norms still norms and in float32."""
     problems = []
     batch = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or -1
-    for kind, got, name, shape in (
-        ("inputs", [network.get_input(i) for i in range(network.num_inputs)], INPUT, key.input_shape),
-        ("outputs", [network.get_output(i) for i in range(network.num_outputs)], OUTPUT, key.output_shape),
+    for kind, got, name, channels in (
+        ("inputs", [network.get_input(i) for i in range(network.num_inputs)], INPUT, key.input_shape[0]),
+        ("outputs", [network.get_output(i) for i in range(network.num_outputs)], OUTPUT, key.output_shape[0]),
     ):
         found = [(t.name, tuple(t.shape), t.dtype) for t in got]
-        if found != (expected_here := [(name, (batch, *shape), module.float32)]):
+        if found != (expected_here := [(name, (batch, channels, *key.space), module.float32)]):
             problems.append(f"{kind} are {found}, expected {expected_here}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     norms = [layer for layer in layers if layer.type == module.LayerType.NORMALIZATION]

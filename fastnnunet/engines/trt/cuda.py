@@ -23,6 +23,10 @@ class Cuda:
         self._runtime = _import_runtime()
         self._device = device
 
+    @property
+    def device(self) -> int:
+        return self._device
+
     def why_no_device(self) -> str | None:
         """None when there is a GPU that can be used, else CUDA's reason."""
         error, count = self._runtime.cudaGetDeviceCount()

@@ -47,17 +47,26 @@ class EngineKey:
     min_batch: int = 1
     input_shape: tuple[int, ...]  # (C, *patch)
     output_shape: tuple[int, ...]  # (heads, *patch)
+    smallest_tile: tuple[int, ...] | None = None  # for one pass: of any tile from this to the patch; None: of the patch
 
     @property
     def folder_name(self) -> str:
+        known = {name: value for name, value in to_plain(self).items() if value is not None}
         return (
             f"{self.precision}_{self.architecture}_b{self.max_batch}_{self.library}-{self.library_version}"
-            f"_{sha256_of(self)[:12]}"
+            f"_{sha256_of(known)[:12]}"
         )
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The patch, -1 for every axis that may be shorter."""
+        patch = self.input_shape[1:]
+        return patch if self.smallest_tile is None else (-1,) * len(patch)
 
     def __str__(self) -> str:
         batch = f"{self.min_batch}-{self.max_batch}" if self.min_batch < self.max_batch else f"{self.max_batch}"
-        return f"{self.precision} {self.architecture} {self.library} {self.library_version} batch {batch}"
+        tile = "" if self.smallest_tile is None else f" tiles up to {' x '.join(map(str, self.input_shape[1:]))}"
+        return f"{self.precision} {self.architecture} {self.library} {self.library_version} batch {batch}{tile}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

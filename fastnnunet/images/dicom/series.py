@@ -198,7 +198,7 @@ def _choose(series: DicomSeries, found: Mapping[str, Mapping[Path, Head]]) -> tu
     listing = "\n".join(f"  {_describe(uid, heads)}" for uid, heads in found.items())
     if uid is not None:
         if uid not in found:
-            raise ImageError(f"{folder} holds no series {printable(uid)}, expected one of\n{listing}")
+            raise ImageError(f"{folder} holds no series {printable(uid)}, expected one of:\n{listing}")
         return uid, []
     volumes = [uid for uid, heads in found.items() if not all(head.is_localizer for head in heads.values())]
     if len(found) > 1 and len(volumes) != 1:

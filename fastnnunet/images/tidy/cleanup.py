@@ -1,7 +1,7 @@
 """Tidying a label map: largest components, small pieces, holes. Nothing of it happens unless it is asked for.
 
 Components hang together by faces, edges and corners (as in nnU-Net's postprocessing); holes are closed off by faces.
-Axes Z Y X; labels are non-negative integers, 0 is background.
+Axes Z Y X; labels are integers from 0 to 65535, 0 is background. The work is done in `native/core/label_maps.hpp`.
 """
 
 import math
@@ -38,61 +38,14 @@ class Cleanup:
 
 def clean(labels_ZYX: Labels, cleanup: Cleanup, spacing_zyx_mm: Sequence[float]) -> Labels:
     """A tidied copy of a label map; `spacing_zyx_mm` is used only where a size is in mm3."""
-    labels_ZYX = labels_ZYX.copy()
+    small = labels_ZYX.dtype in (np.uint8, np.uint16)
+    cleaned = labels_ZYX.copy() if small else labels_ZYX.astype(np.uint16, order="C")
     for step in cleanup.keep_largest:
-        keep_largest(labels_ZYX, step)
+        native.keep_largest(cleaned, step.labels, step.background)
     if cleanup.min_size > 0:
         voxel = math.prod(spacing_zyx_mm) if cleanup.min_size_unit == "mm3" else 1.0
         # the tolerance: a size that is a whole number of voxels must not fail by a rounding of the spacing
-        remove_small(labels_ZYX, math.ceil(cleanup.min_size / voxel * (1 - 1e-6)))
+        native.remove_small(cleaned, math.ceil(cleanup.min_size / voxel * (1 - 1e-6)))
     if cleanup.fill_holes:
-        fill_holes(labels_ZYX, cleanup.fill_holes)
-    return labels_ZYX
-
-
-def keep_largest(labels_ZYX: Labels, step: KeepLargest) -> None:
-    """In place. Several components of the largest size all stay, as nnU-Net leaves them."""
-    mask = np.isin(labels_ZYX, step.labels)
-    components, sizes = _components(mask)
-    if len(sizes) > 1:
-        labels_ZYX[mask & (sizes < sizes.max())[components - 1]] = step.background
-
-
-def remove_small(labels_ZYX: Labels, min_voxels: int) -> None:
-    """Components of fewer voxels, each label by itself, become background. In place."""
-    for label, box in _boxes(labels_ZYX):
-        inside = labels_ZYX[box]
-        mask = inside == label
-        components, sizes = _components(mask)
-        inside[mask & (sizes < min_voxels)[components - 1]] = 0
-
-
-def fill_holes(labels_ZYX: Labels, labels: Sequence[int]) -> None:
-    """Background enclosed by a label becomes that label; what another label covers stays. In place.
-
-    Enclosed: no way out of the label by steps across faces; the border of the image is out. Where structures lie
-    inside each other a hole goes to the innermost, whose bounding box is the smallest, so the order of `labels` does
-    not matter.
-    """
-    is_picture = labels_ZYX.shape[0] == 1
-    wanted = [(box, label) for label, box in _boxes(labels_ZYX) if label in labels]
-    for box, label in sorted(wanted, key=lambda item: math.prod(s.stop - s.start for s in item[0])):
-        inside = labels_ZYX[box]
-        filled = inside == label
-        if is_picture:  # above and below it is no way out
-            filled = np.pad(filled, ((1, 1), (0, 0), (0, 0)), constant_values=True)
-        native.fill_holes(filled)
-        inside[(filled[1:2] if is_picture else filled) & (inside == 0)] = label
-
-
-def _components(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]:
-    """Component numbers from 1 (0 outside) and the size of each."""
-    components, sizes = native.label_components(mask, connectivity=3)
-    return components, np.array(sizes, np.intp)
-
-
-def _boxes(labels_ZYX: Labels) -> list[tuple[int, tuple[slice, ...]]]:
-    """Foreground labels that occur, each with its bounding box."""
-    from scipy import ndimage
-
-    return [(i + 1, box) for i, box in enumerate(ndimage.find_objects(labels_ZYX.astype(np.int32))) if box is not None]
+        native.fill_label_holes(cleaned, cleanup.fill_holes)
+    return cleaned if small else cleaned.astype(labels_ZYX.dtype)

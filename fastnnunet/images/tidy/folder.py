@@ -10,7 +10,7 @@ from typing import Any
 from fastnnunet.errors import DiskSpaceError, FastnnUNetError, ImageError, NotFoundError, SpecError, printable
 from fastnnunet.events import Listener, Result, ignore
 from fastnnunet.images.io import ImageIO, image_io
-from fastnnunet.images.output import files_of_case, sibling
+from fastnnunet.images.output import BESIDE, OF_FOLDER, files_of_case, sibling
 from fastnnunet.images.overlap import refuse_overlap
 from fastnnunet.images.tidy.cleanup import Cleanup, clean
 from fastnnunet.specs.checks.json_text import read_json_object
@@ -28,6 +28,7 @@ class LabelSource:
     labels: dict[str, Any]  # as in dataset.json
     file_ending: str
     reader_writer: str
+    channel_names: tuple[str, ...] = ()
 
 
 def read_label_source(folder: Path, plans_json: Path | None = None, dataset_json: Path | None = None) -> LabelSource:
@@ -42,6 +43,7 @@ def read_label_source(folder: Path, plans_json: Path | None = None, dataset_json
             labels=dict(dataset["labels"]),
             file_ending=str(dataset["file_ending"]),
             reader_writer=str(plans["image_reader_writer"]),
+            channel_names=tuple(map(str, dict(dataset.get("channel_names") or {}).values())),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise SpecError(
@@ -70,7 +72,7 @@ def postprocess_folder(
     names = regular_files(folder, source.file_ending) if os.path.isdir(folder) else []
     files = [folder / name for name in names]
     beside = {file.name for name in names for file in _files_beside(folder / name, source.file_ending)}
-    others = passed_over(folder, {*names, *beside}, source.file_ending) if os.path.isdir(folder) else []
+    others = passed_over(folder, {*names, *beside, *OF_FOLDER}, source.file_ending) if os.path.isdir(folder) else []
     if not files:
         found = "; ".join(others) or "nothing"
         raise NotFoundError(f"no label map in {folder}: expected files ending in {source.file_ending}, found {found}")
@@ -95,8 +97,8 @@ def postprocess_folder(
 
 
 def _files_beside(label_map: Path, file_ending: str) -> list[Path]:
-    """What predicting leaves beside a label map: probabilities, and the spacing of a TIFF file."""
-    return [sibling(label_map, file_ending, ending) for ending in (".npz", ".pkl", ".json")]
+    """What predicting leaves beside a label map: probabilities, the spacing of a TIFF file, other outputs."""
+    return [sibling(label_map, file_ending, ending) for ending in BESIDE]
 
 
 def _clean_file(io: ImageIO, file: Path, output: Path, cleanup: Cleanup) -> None:

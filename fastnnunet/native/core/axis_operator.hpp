@@ -25,6 +25,7 @@ public:
     bool is_selection() const { return taps_ == 1; }      // every output is one input
     bool is_local() const { return poles_.empty(); }      // every output depends on two inputs at most
     int taps() const { return taps_; }
+    const std::vector<double>& poles() const { return poles_; }  // of the recursions of `prefilter`
 
     // Output i is the sum over t of weight(i)[t] * samples[first(i) + t]. A spline's samples are its coefficients, with
     // `padding` of them before the first input.

@@ -1,5 +1,6 @@
 """nnU-Net's own commands, as messages print them: ready to run, with the data set by its number where it wants that."""
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -7,7 +8,15 @@ from fastnnunet.specs.teacher import TeacherSpec
 
 
 def preprocess_command(dataset_name: str, plans_name: str, configuration: str) -> str:
-    """`nnUNetv2_preprocess` of one configuration; its `-d` takes a number only."""
+    """`nnUNetv2_preprocess` of one configuration; its `-d` takes a number only. Coarse cases, which a locator learns
+    from, are made anew by training it.
+    """
+    if coarse := re.fullmatch(r"(.+)_coarse\d+(x\d+)*", plans_name):
+        folder = _command("rm", "-r", f"{dataset_name}/{plans_name}_{configuration}")
+        names = ("-d", _number(dataset_name), "-c", configuration, "-p", coarse[1])
+        return (
+            f"cd $nnUNet_preprocessed && {folder} && " + _command("fastnnunet", "train", "--locator", *names) + " ..."
+        )
     return _command("nnUNetv2_preprocess", "-d", _number(dataset_name), "-plans_name", plans_name, "-c", configuration)
 
 

@@ -13,6 +13,7 @@ from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.checks.pickles import RefusedTypeError
 from fastnnunet.specs.checks.problems import is_list, shown
 from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.student import StudentSpec
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +160,12 @@ def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> No
     Settings that the checkpoint does not know were added later and were at their default then. The version of this
     package may change.
     """
-    settings = {**to_plain(DistillSpec()), **there.get("distill", {})}
-    changed = differences({**there, "distill": settings, "version": now.get("version")}, now)
+    settings = {
+        name: {**to_plain(default), **there.get(name, {})}
+        for name, default in (("distill", DistillSpec()), ("student", StudentSpec()))
+        if name in there
+    }
+    changed = differences({**there, **settings, "version": now.get("version")}, now)
     if changed:
         raise MismatchError(
             f"--continue: {path} was trained differently (there -> now):\n"

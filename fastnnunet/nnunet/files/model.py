@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import MismatchError
+from fastnnunet.errors import MismatchError, printable
 from fastnnunet.nnunet.files.checkpoint import Weights, load_checkpoint, load_weights, strip_prefix, weights_digest
 from fastnnunet.nnunet.files.paths import teacher_folder
 from fastnnunet.nnunet.files.plans import (
@@ -21,6 +21,7 @@ from fastnnunet.nnunet.files.plans import (
     num_input_channels,
     read_json,
     trainer_class,
+    unknown_trainer_text,
 )
 from fastnnunet.specs.checks.architecture import unet_problems
 from fastnnunet.specs.teacher import Fold, TeacherSpec
@@ -103,6 +104,25 @@ def check_fits(model: Model, trainer: str, weights: Weights, where: Path) -> Non
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that loading into a tensor without memory does nothing
         load_weights(build_network(model, trainer=trainer), weights, where)
+
+
+def check_stand_in(model: Model, trained_by: str, weights: Weights, where: Path) -> str | None:
+    """What to tell of the checkpoint `where` if the network in the plans has to stand in for that of a trainer that is
+    not installed; None where it is.
+
+    Raises MismatchError where the weights do not fit that network, NotFoundError for what is no name of a trainer.
+    """
+    trainer = builder_of(trained_by)
+    if trainer == trained_by:
+        return None
+    try:
+        check_fits(model, trainer, weights, where)
+    except MismatchError as e:
+        raise MismatchError(
+            f"trainer {printable(trained_by)} of {where} is not installed, and its network is not the "
+            f"one in the plans: {e}\nput the trainer into nnunetv2, or name its folder in nnUNet_extTrainer"
+        ) from e
+    return unknown_trainer_text(trained_by, where.parent.parent)
 
 
 def network_class_name(model: Model, trainer: str) -> str:

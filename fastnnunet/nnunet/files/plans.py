@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError, printable
 from fastnnunet.nnunet.files.plans_checks import is_class_name
 from fastnnunet.nnunet.files.trust import check_labels, check_trusted
 from fastnnunet.specs.checks.json_text import read_json_object
@@ -59,6 +59,11 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> "tuple[PlansM
         ) from e
 
 
+def has_configuration(plans: dict[str, Any], configuration: str) -> bool:
+    """Whether a `plans.json` as it is read names that configuration."""
+    return configuration in plans.get("configurations", {})
+
+
 def resolved(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """A configuration as nnU-Net resolves it, a copy: what it inherits, and always an `architecture`.
 
@@ -82,6 +87,13 @@ def with_configuration(plans: dict[str, Any], configuration: str, **changes: Any
     for config in written.values():
         config.pop("inherits_from", None)
     out["configurations"] |= written
+    return out
+
+
+def without_previous_stage(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """A copy of the plans in which a cascade's second stage sees the image alone; see `with_configuration`."""
+    out = with_configuration(plans, configuration)
+    out["configurations"][configuration].pop("previous_stage", None)
     return out
 
 
@@ -174,3 +186,12 @@ def builder_of(trainer: str) -> str:
             raise
         return STOCK_TRAINER
     return trainer
+
+
+def unknown_trainer_text(trainer: str, folder: Path) -> str:
+    """What to tell of a model in `folder` whose trainer is not installed and whose weights fit its plans."""
+    return (
+        f"trainer {printable(trainer)} of {folder} is not installed: the network is built from the plans, which its "
+        "weights fit. Whatever else the trainer changes is not known here\n"
+        "to have it used, put it into nnunetv2, or name its folder in nnUNet_extTrainer"
+    )

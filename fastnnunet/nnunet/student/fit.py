@@ -4,7 +4,7 @@ import contextlib
 import math
 from typing import Any
 
-from fastnnunet.errors import MismatchError, NotFoundError
+from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.model import Model, build_network
 from fastnnunet.nnunet.files.paths import nnunet_folder
 from fastnnunet.nnunet.files.plans import configuration_of, read_json, resolved
@@ -31,6 +31,21 @@ def check_network(student: Model) -> None:
 
     with torch.device("meta"):
         build_network(student)
+
+
+def check_last_patch(plans: dict[str, Any], configuration: str, size: tuple[int, ...]) -> None:
+    """Refuse patches of another size that the student cannot be trained on. Raises SpecError."""
+    config = resolved(plans, configuration)
+    trained = config["patch_size"]
+    if is_primus(config["architecture"]):
+        raise SpecError(f"--last-patch: a Primus computes on patches of {trained} only; leave it out")
+    problems = (
+        [f"got {list(size)}, expected {len(trained)} numbers, as in {trained}"]
+        if len(size) != len(trained)
+        else patch_problems({**config, "patch_size": list(size)})
+    )
+    if problems:
+        raise SpecError("--last-patch: " + "; ".join(problems))
 
 
 def patch_problems(config: dict[str, Any]) -> list[str]:

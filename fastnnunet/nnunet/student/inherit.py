@@ -79,7 +79,7 @@ def inherit(teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Ten
         new = {f"{layer.name}.weight": _sliced(layer, weight, chosen, widths)}
         parts = [layer.name] if layer.norm is None else [layer.name, layer.norm]
         for name in [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")][1:]:
-            if name in teacher:
+            if name in teacher and not (name == f"{layer.name}.bias" and name not in student):  # which norms take away
                 new[name] = teacher[name][chosen[layer.writes]]
         if all(name in student and student[name].shape == tensor.shape for name, tensor in new.items()):
             taken |= {name: tensor.to(student[name].dtype) for name, tensor in new.items()}

@@ -24,6 +24,8 @@ from fastnnunet.specs.student import StudentSpec, student_plans_name
 UNETS = "dynamic_network_architectures.architectures.unet."
 PLAIN, RESIDUAL = UNETS + "PlainConvUNet", UNETS + "ResidualEncoderUNet"
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6)  # of nnU-Net's ResEnc planners, 1 in each decoder stage
+# momentum: the statistics follow about the last fifty batches, since one of two patches says little
+BATCH_NORM: dict[str, Any] = {"eps": 1e-5, "affine": True, "momentum": 0.02}
 PLAIN_CONVOLUTIONS = 2  # of nnU-Net's default planner, in every stage of both sides
 STUDENT_MARK = "fastnnunet_student"  # in plans beside the preprocessed data
 NNUNET_FILES = ("dataset", "dataset_fingerprint", "splits_final")  # that nnU-Net keeps there
@@ -115,7 +117,22 @@ def _unet(architecture: dict[str, Any], student: StudentSpec) -> dict[str, Any]:
         kwargs["n_blocks_per_stage"] = student.fewer_blocks(blocks, features, kwargs["features_per_stage"])
     if student.is_lite:
         _thin(kwargs, stages)
+    if student.norm == "batch":
+        if kwargs.get("norm_op") is None:
+            raise SpecError(
+                f"--norm batch: the teacher's {architecture['network_class_name']} has no normalisation that its plans "
+                "name (norm_op); leave it out"
+            )
+        kwargs["norm_op"] = f"torch.nn.modules.batchnorm.BatchNorm{_axes(kwargs)}d"
+        kwargs["norm_op_kwargs"] = dict(BATCH_NORM)
+        kwargs["conv_bias"] = False  # a norm takes it away again, and its gradient is a twelfth of a training step
+        imported = architecture["_kw_requires_import"]
+        architecture["_kw_requires_import"] = [*imported, *({"norm_op"} - set(imported))]
     return architecture
+
+
+def _axes(kwargs: dict[str, Any]) -> int:
+    return 2 if "2d" in str(kwargs.get("conv_op")) else 3
 
 
 def _thin(kwargs: dict[str, Any], stages: int) -> None:
@@ -125,7 +142,7 @@ def _thin(kwargs: dict[str, Any], stages: int) -> None:
     0.399, one [1, 3, 3] 0.294, one [1, 1, 1] 0.237 (measure/train/lite_student.py). [1, 3, 3] halves the time and
     still sees its neighbours in the plane. A two-dimensional network keeps its kernel.
     """
-    axes = 2 if "2d" in str(kwargs.get("conv_op")) else 3
+    axes = _axes(kwargs)
     kernels = [[k] * axes if isinstance(k, int) else list(k) for k in _per_stage(kwargs["kernel_sizes"], stages)]
     if len(kernels[0]) == 3:
         kernels[0] = [1, *kernels[0][1:]]

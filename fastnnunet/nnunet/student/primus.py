@@ -81,6 +81,10 @@ def narrower_primus(teacher: dict[str, Any], student: StudentSpec) -> dict[str, 
         raise SpecError(f"-r {student.r} leaves no attention head: the teacher has {heads}\nexpected at most {heads}")
     if student.family == "lite" or student.round_to > 1:
         raise SpecError("a Primus student has neither a lite family nor rounded widths\nleave out --family, --round-to")
+    if student.norm != "same":
+        raise SpecError(
+            f"--norm {student.norm}: a Primus normalises each token (LayerNorm), which nothing replaces; leave it out"
+        )
     kept = heads // student.r
     embed_dim = kept * (width // heads)
     depth = teacher["eva_depth"]

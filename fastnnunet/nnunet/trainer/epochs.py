@@ -11,6 +11,7 @@ import torch
 
 from fastnnunet.errors import BuildError, SpecError
 from fastnnunet.nnunet.trainer.distributed import least_of_processes
+from fastnnunet.nnunet.trainer.norms import PRECISE_BATCHES, START_BATCHES, measure
 from fastnnunet.nnunet.trainer.trainer import StudentTrainer
 
 WARM_STEPS = 8  # more than the loaders keep ready
@@ -43,7 +44,10 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
     for trainer in (leader, *followers):
         trainer.start(load=trainer is leader)
     try:
+        fresh = [t for t in trainers if t.current_epoch == 0 and not t.knows_statistics]
+        measure(fresh, leader.batches_to_measure(), START_BATCHES)
         while (epoch := leader.current_epoch) < leader.num_epochs:
+            leader.renew_loaders()
             active = [n for n, t in enumerate(trainers) if t.current_epoch == epoch]
             for n in active:
                 trainers[n].on_epoch_start()
@@ -52,6 +56,8 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
             ends = [monotonic()]  # of the steps
             for iteration in range(leader.num_iterations_per_epoch):
                 batch = next(leader.dataloader_train)
+                if leader.online is not None and leader.online.is_due(epoch, leader.num_epochs):
+                    batch = leader.online.answered(batch)
                 for n in active:
                     losses[n].append(step := trainers[n].train_step(batch, iteration))
                     _require_finite(trainers[n], step, iteration, batch["keys"])
@@ -62,6 +68,9 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
                 if not all(bool(torch.isfinite(p).all()) for p in trainers[n].network.parameters()):
                     raise _diverged(trainers[n], "weights became nan or inf", iteration)
                 trainers[n].on_train_epoch_end(losses[n])
+            if epoch == leader.num_epochs - 1:
+                precise = [trainers[n] for n in active if trainers[n].norm_statistics == "precise"]
+                measure(precise, leader.dataloader_train, PRECISE_BATCHES)
             _validate_epoch(leader, [trainers[n] for n in active])
             if not leader.is_planned:
                 _plan(trainers, planned_epochs(leader, began, ends, monotonic()))
@@ -71,9 +80,7 @@ def run_epochs(trainers: Sequence[StudentTrainer], report: StepReport | None = N
         for trainer in trainers:
             trainer.finish()
     finally:
-        for loader in (leader.dataloader_train, leader.dataloader_val):
-            if hasattr(loader, "_finish"):  # stops the loader's processes; a single-threaded loader has none
-                loader._finish()
+        leader.stop_loaders()
         for trainer in trainers:
             trainer.close()
 

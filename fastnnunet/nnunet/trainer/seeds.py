@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-TRAINING, VALIDATION, STEP = range(3)  # streams of random numbers that never meet
+TRAINING, VALIDATION, STEP, STATISTICS = range(4)  # streams of random numbers that never meet
 
 
 def seed_generators(*numbers: int, device_type: str = "cpu") -> None:

@@ -35,8 +35,9 @@ def train_teacher(
     import torch
 
     from fastnnunet.engines.labelling import resolve_precision
+    from fastnnunet.nnunet.quiet import nnunet_quiet
     from fastnnunet.nnunet.trainer.epochs import run_epochs
-    from fastnnunet.nnunet.trainer.trainer import make_trainer, nnunet_quiet
+    from fastnnunet.nnunet.trainer.make import make_trainer
 
     dataset_name = resolve_dataset(dataset)
     base = nnunet_folder("nnUNet_preprocessed") / dataset_name

@@ -5,8 +5,6 @@ Choice of samples, augmentation, deep supervision, optimiser, schedule, logging 
 Shapes: N batch, C channels, S stored soft-label channels, ZYX space.
 """
 
-import contextlib
-import io
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -19,31 +17,31 @@ import torch
 from fastnnunet.errors import BuildError, FastnnUNetError
 from fastnnunet.nnunet.augment.batches import AugmentedBatches, DrawnSamples
 from fastnnunet.nnunet.augment.device import DeviceAugmentation, device_augmentation
-from fastnnunet.nnunet.augment.soft_samples import (
-    SampleTransforms,
-    SoftLabels,
-)
+from fastnnunet.nnunet.augment.last_patch import LastPatch, patches_of
+from fastnnunet.nnunet.augment.soft_samples import SampleTransforms, SoftLabels
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cases import made_by
 from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, load_weights, strip_prefix
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged, write_checkpoint
+from fastnnunet.nnunet.quiet import nnunet_quiet
 from fastnnunet.nnunet.trainer.batches import SampledBatches, Samples
 from fastnnunet.nnunet.trainer.cases import JoinedDataset, SoftLabelDataset, WritableCases
 from fastnnunet.nnunet.trainer.distributed import (
     LossOverValidVoxels,
     average_gradients,
     is_first,
-    local_device,
     loss_weight,
     mean_over_processes,
     prepare_loss,
     share,
     valid_share,
 )
-from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.loaders.ordered import ordered_batches
 from fastnnunet.nnunet.trainer.loading_errors import Repairs, reading
 from fastnnunet.nnunet.trainer.mixing import Unlabelled
-from fastnnunet.nnunet.trainer.seeds import STEP, TRAINING, VALIDATION, seed_generators
+from fastnnunet.nnunet.trainer.norms import freeze, is_frozen, synchronise
+from fastnnunet.nnunet.trainer.online import LastEpochs
+from fastnnunet.nnunet.trainer.seeds import STATISTICS, STEP, TRAINING, VALIDATION, seed_generators
 from fastnnunet.nnunet.trainer.step_losses import Objective, labelled, valid_mask
 from fastnnunet.nnunet.trainer.tensorboard import TensorBoardLogger
 from fastnnunet.nnunet.v2 import (
@@ -84,6 +82,11 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     _output_weights: tuple[float, ...] = (1.0,)  # of the network's outputs in nnU-Net's loss, finest first
     network_lr: float | None = None  # what the network is trained with unless another rate is asked for
     gradient_clip = 12.0
+    last_patch: LastPatch | None = None
+    online: LastEpochs | None = None  # with a teacher beside it
+    _loaded_patch: tuple[int, ...] = ()  # that training batches have
+    norm_statistics = "running"  # of batch norms: running, frozen or precise
+    knows_statistics = False  # whether the first weights came with them
     hours: float | None = None  # to train for; `num_epochs` follows from the first epoch
     provenance: dict[str, Any]  # what made this student; stored in its checkpoints and compared on resume
 
@@ -99,6 +102,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             self._output_weights = tuple(map(float, self.loss.weight_factors))
         if self.is_ddp:
             prepare_loss(self.loss, self.batch_size, self.configuration_manager.batch_dice)
+            synchronise(self.network)
             if self.label_manager.has_ignore_label:
                 self.loss = LossOverValidVoxels(self.loss, partial(labelled, labels=self.label_manager))
         self._loss_weight = loss_weight(self.batch_size)
@@ -152,31 +156,50 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
             unlabelled = unlabelled and SoftLabelDataset(unlabelled, unlabelled.soft_labels)
         return training if unlabelled is None else JoinedDataset(training, unlabelled), validation
 
+    @property
+    def training_patch(self) -> tuple[int, ...]:
+        """Of this epoch."""
+        if self.last_patch is not None and self.last_patch.is_due(self.current_epoch, self.num_epochs):
+            return self.last_patch.size
+        return tuple(self.configuration_manager.patch_size)
+
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Seeded, numbered batches in the place of nnU-Net's loaders, from the first of `current_epoch` on."""
         num_processes = get_allowed_n_proc_DA()
-        patch = self.configuration_manager.patch_size
-        _, _, loaded_for_training, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         training_cases, validation_cases = self.get_tr_and_val_datasets()
-        training: Any = self._batches(
-            TRAINING,
-            training_cases,
-            loaded_for_training,
-            self._training_samples(),
-            self.num_iterations_per_epoch,
-            num_processes,
-        )
-        if self.device_augmentation is not None:
-            training = AugmentedBatches(training, self.device_augmentation, self.device, self.stacked_channels)
-        validation = self._batches(
-            VALIDATION,
-            validation_cases,
-            patch,
-            SampleTransforms(self._validation_transforms()),
-            self.num_val_iterations_per_epoch,
-            min(num_processes, max(1, num_processes // 2)),
-        )
+        self._loaded_patch = self.training_patch
+        training = self._training_batches(TRAINING, training_cases, num_processes)
+        samples, patch = SampleTransforms(self._validation_transforms()), self.configuration_manager.patch_size
+        iterations, some = self.num_val_iterations_per_epoch, min(num_processes, max(1, num_processes // 2))
+        validation = self._batches(VALIDATION, validation_cases, patch, samples, iterations, some)
         return training, validation
+
+    def _training_batches(self, stream: int, cases: Any, num_processes: int) -> Any:
+        with patches_of(self.configuration_manager, self.training_patch):
+            _, _, loaded, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            if self.device_augmentation is not None:
+                self.device_augmentation = device_augmentation(self._training_transforms().transforms)
+            samples, iterations = self._training_samples(), self.num_iterations_per_epoch
+            batches = self._batches(stream, cases, loaded, samples, iterations, num_processes)
+        if self.device_augmentation is None:
+            return batches
+        return AugmentedBatches(batches, self.device_augmentation, self.device, self.stacked_channels)
+
+    def batches_to_measure(self) -> Iterator[Any]:
+        """Batches like those of training, which are not trained on."""
+        yield from self._training_batches(STATISTICS, self.get_tr_and_val_datasets()[0], num_processes=0)
+
+    def renew_loaders(self) -> None:
+        """Load patches of another size from this epoch on, if it is the first to have them."""
+        if self.training_patch != self._loaded_patch:
+            self.stop_loaders()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+
+    def stop_loaders(self) -> None:
+        """End the loaders' processes; a loader in this one has none."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if hasattr(loader, "_finish"):
+                loader._finish()
 
     def _batches(
         self, stream: int, cases: Any, loaded: Any, samples: Samples, batches_per_epoch: int, num_processes: int
@@ -332,6 +355,17 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
         losses = {"loss": loss, "hard": hard * self._loss_weight, "soft": soft * self._loss_weight}
         return {name: mean_over_processes(value).item() for name, value in losses.items()} | {"gradient": gradient}
 
+    def look_at(self, batch: dict[str, Any]) -> None:
+        """Pass a batch through the network, for what its norms see of it."""
+        seed_generators(self.seed, STATISTICS, device_type=self.device.type)  # of dropout
+        with self._autocast():
+            self.plain_network(self._to_device(batch["data"]))
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.norm_statistics == "frozen" and is_frozen(self.current_epoch, self.num_epochs):
+            freeze(self.plain_network)
+
     def on_train_start(self) -> None:
         """As nnU-Net's, which stops where there is no fingerprint to copy; all it does after that is done here."""
         try:
@@ -368,7 +402,7 @@ class StudentTrainer(nnUNetTrainer):  # type: ignore[misc]
     def batch_description(self) -> dict[str, Any]:
         """What decides what a batch looks like; the same for trainers that can share their batches."""
         return {
-            "patch size": list(self.configuration_manager.patch_size),
+            "patch size": (list(self.configuration_manager.patch_size), self.last_patch),
             "batch size": self.batch_size,
             "deep supervision": self._get_deep_supervision_scales(),
             "fold": self.fold,
@@ -462,36 +496,3 @@ StudentTrainer.__name__ = "nnUNetTrainer"
 
 def _outputs_to_float32(_module: Any, _inputs: Any, outputs: Any) -> Any:
     return [o.float() for o in outputs] if isinstance(outputs, list | tuple) else outputs.float()
-
-
-@contextlib.contextmanager
-def nnunet_quiet() -> Iterator[None]:
-    """nnU-Net prints to standard output from everywhere; its log file keeps what matters."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def make_trainer(
-    plans: dict[str, Any],
-    configuration: str,
-    fold: int | str,
-    dataset_json: dict[str, Any],
-    device: str,
-    resuming: bool,
-) -> StudentTrainer:
-    """A trainer whose folder is `$nnUNet_results/<dataset>/<trainer>__<plans>__<configuration>/fold_<fold>`.
-
-    The trainer is nnU-Net's own name for it: `nnUNetTrainer`, or that of a stock Primus.
-    """
-    from fastnnunet.nnunet.files.plans import architecture_of
-    from fastnnunet.nnunet.student.primus import primus_trainer
-
-    kind = primus_trainer(StudentTrainer, architecture_of(plans, configuration)) or StudentTrainer
-    with nnunet_quiet():
-        trainer = kind(
-            {**plans, "continue_training": resuming}, configuration, fold, dataset_json, torch.device(device)
-        )
-    trainer.device = local_device(device)  # nnU-Net takes a GPU for granted where there are several processes
-    if trainer.device.type != "cuda":
-        trainer.grad_scaler = None
-    return trainer

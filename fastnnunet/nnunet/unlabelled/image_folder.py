@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastnnunet.errors import ImageError, NotFoundError, printable
-from fastnnunet.images.picture import read_picture
+from fastnnunet.images.pictures.natural import read_picture
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.checks.listing import examples, passed_over, regular_files
 

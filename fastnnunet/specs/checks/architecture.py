@@ -107,17 +107,22 @@ def _listed(name: str, value: Any, count: int | None, fits: Callable[[Any], bool
     return []
 
 
-def unet_problems(architecture: dict[str, Any], patch_size: list[int] | tuple[int, ...]) -> list[str]:
-    """Axes that the strides of a U-Net do not divide, as its skip connections need them. `architecture` is checked."""
+def unet_problems(
+    architecture: dict[str, Any], sizes: list[int] | tuple[int, ...], what: str = "patch_size"
+) -> list[str]:
+    """Axes that the strides of a U-Net do not divide, as its skip connections need them. `architecture` is checked.
+
+    `what`: the sizes are.
+    """
     strides = architecture["arch_kwargs"].get("strides")
     if architecture["network_class_name"].rpartition(".")[2] not in _UNETS or not is_list(strides):
         return []
-    total = [1] * len(patch_size)
+    total = [1] * len(sizes)
     for stride in strides or ():
         each = stride if is_list(stride) else [stride] * len(total)
         total = [t * s for t, s in zip(total, each, strict=True)]
     return [
-        f"patch_size axis {axis}: got {n}, expected a multiple of {t} (the product of the strides)"
-        for axis, (n, t) in enumerate(zip(patch_size, total, strict=True))
+        f"{what} axis {axis}: got {n}, expected a multiple of {t} (the product of the strides)"
+        for axis, (n, t) in enumerate(zip(sizes, total, strict=True))
         if n % t
     ]

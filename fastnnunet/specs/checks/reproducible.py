@@ -57,7 +57,11 @@ def resolve_inheritance(configurations: Mapping[str, Any], name: str) -> dict[st
 def stated(plans: Mapping[str, Any], configuration: str, field: str) -> Any:
     """What a configuration says of a field, itself or through `inherits_from`; None where nothing does.
 
-    For plans in a bundle, where nnU-Net's own managers are not installed. Raises MismatchError.
+    For plans in a bundle, where nnU-Net's own managers are not installed; what is no object there says nothing.
+    Raises MismatchError.
     """
-    configurations = plans.get("configurations", {})
-    return resolve_inheritance(configurations, configuration).get(field) if configuration in configurations else None
+    found = plans.get("configurations")
+    if not isinstance(found, Mapping) or configuration not in found:
+        return None
+    configurations = {name: config if isinstance(config, Mapping) else {} for name, config in found.items()}
+    return resolve_inheritance(configurations, configuration).get(field)

@@ -26,21 +26,21 @@ from fastnnunet.errors import BuildError, CorruptError, MismatchError, SpecError
 from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.named import check_reproducible
-from fastnnunet.nnunet.files.plans import intensity_properties
+from fastnnunet.nnunet.files.plans import intensity_properties, without_previous_stage
 from fastnnunet.nnunet.unlabelled.sets import ImageSet
 from fastnnunet.nnunet.world import world_in
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, sha256_of, to_plain
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.provenance import write_json
-from fastnnunet.specs.teacher import PublishedSpec, TeacherSpec
+from fastnnunet.specs.teacher import Fold, PublishedSpec, TeacherSpec
 from fastnnunet.system.files import atomic_output, check_output_folder, make_folder
 from fastnnunet.system.locks import locked
 from fastnnunet.teachers.data_set import cache_root
 from fastnnunet.teachers.images import UnlabelledJob
-from fastnnunet.teachers.nnunet import make_teacher
-from fastnnunet.teachers.published import open_published
+from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
 from fastnnunet.teachers.scans.found import Scans, as_files, find_scans, hold_out, require_known_intensities
+from fastnnunet.teachers.stages import first_stage_folder, first_stage_seconds, open_stages
 
 DATASET, FINGERPRINT = "Dataset001_Images", "dataset_fingerprint.json"
 SET = "scans"
@@ -57,6 +57,7 @@ class Work:
     teacher: TeacherSpec  # the model by its names in this world
     scans: Scans
     recipe: CacheSpec
+    first: NnUNetTeacher | None = None  # of a cascade: the teacher of its first stage
 
     @property
     def base(self) -> Path:
@@ -121,12 +122,28 @@ class Work:
             spec=self.recipe,
             root=cache_root(DATASET, self.teacher.plans, self.teacher.configuration),
             command=f"fastnnunet cache build {self.options()}",
+            first=self.first,
         )
 
+    def taught_by(self, files: ModelFolder) -> TeacherSpec:
+        """The teacher of a training, of a cascade with what its first stage saw. `files`: as of `unlabelled`."""
+        if self.first is None:
+            return self.teacher
+        target = self.unlabelled(files, self.folder).target
+        return replace(self.teacher, previous=str(first_stage_folder(target, self.first)))
+
+    def first_stage_s(self, files: ModelFolder) -> dict[str, float]:
+        """Case -> seconds of a cascade's first stage; empty for other models. `files`: as of `unlabelled`."""
+        if self.first is None:
+            return {}
+        return first_stage_seconds(self.unlabelled(files, self.folder).target, self.first)
+
     def prepared(self, files: ModelFolder) -> CacheJob:
-        """The cache of the scans as they were preprocessed. Raises NotFoundError when they were not yet."""
+        """The cache of the scans as the teacher sees them. Raises NotFoundError when they are not preprocessed yet, or
+        not labelled by a cascade's first stage.
+        """
         job = self.unlabelled(files, self.folder)
-        return job.cache_job(job.target.cases)
+        return job.cache_job(job.finished())
 
     def _link_model(self) -> ModelFolder:
         """The model under its names in this world; its checkpoints stay where they are."""
@@ -168,9 +185,10 @@ def open_work(
     """
     recipe = replace(recipe, policy="ensemble")
     check_output_folder(folder)
-    published = open_published(model, recipe, progress)
-    files = published.files
-    check_reproducible(files.plans, files.configuration)  # or there could be no bundle
+    stages = open_stages(model, recipe, progress)
+    published, files = stages.teacher, stages.teacher.files
+    plans = without_previous_stage(files.plans, files.configuration)  # students see the scan alone
+    check_reproducible(plans, files.configuration)  # or there could be no bundle
     found = find_scans(scans, files.model)
     hold_out(list(found.cases), held_out)
     work = Work(
@@ -187,6 +205,7 @@ def open_work(
         ),
         scans=found,
         recipe=recipe,
+        first=stages.first,
     )
     _require_same(work, record := _record(work))
     if not (folder / "work.json").is_file():
@@ -196,18 +215,25 @@ def open_work(
 
 
 def _record(work: Work) -> dict[str, Any]:
-    files = work.source
+    first = {} if work.first is None else {"first": _recognised(work.first.files, work.first.folds)}
     return {
         "format_version": VERSION,
         "model": {
-            "configuration": files.configuration,
-            "plans": sha256_of(files.plans),
-            "labels": sha256_of(files.dataset_json),
-            "checkpoints": {str(fold): files.digest(fold) for fold in work.teacher.folds},
+            **_recognised(work.source, work.teacher.folds),
+            **first,
             "mirroring": work.recipe.mirroring,
             "step_size": work.recipe.step_size,
         },
         "scans": work.scans.sizes(),
+    }
+
+
+def _recognised(files: ModelFolder, folds: tuple[Fold, ...]) -> dict[str, Any]:
+    return {
+        "configuration": files.configuration,
+        "plans": sha256_of(files.plans),
+        "labels": sha256_of(files.dataset_json),
+        "checkpoints": {str(fold): files.digest(fold) for fold in folds},
     }
 
 

@@ -9,7 +9,7 @@ from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.events import Listener, ignore
 from fastnnunet.nnunet.files.cases import PreprocessedCases
-from fastnnunet.nnunet.files.model import Model, ModelFolder
+from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.unlabelled.parallel import finish_each
 from fastnnunet.nnunet.unlabelled.teacher_labels import (
     is_labelled,
@@ -17,7 +17,7 @@ from fastnnunet.nnunet.unlabelled.teacher_labels import (
     write_labelled,
     write_scan_label,
 )
-from fastnnunet.teachers.images import reader_at_any, teacher_label
+from fastnnunet.teachers.images import reader_at_any
 
 LEAST = 0.5 / 255  # what a stored probability of 0 stands for, as a logit
 
@@ -64,21 +64,23 @@ def write_labels(
 def _write(task: _LabelTask) -> None:
     model = task.files.model
     task.file.unlink(missing_ok=True)  # the map comes last, and says that both are there
-    label_ZYX = teacher_label(task.cache, task.case_id, model.labels)
+    reader = reader_at_any(task.cache)
+    probabilities = reader.to_probabilities(reader.read_case(task.case_id))
+    label_ZYX = model.labels.convert_probabilities_to_segmentation(probabilities)
     write_labelled(task.images, task.case_id, task.folder, label_ZYX, task.key, model)
-    write_scan_label(task.images, task.case_id, task.file, teacher_logits(task.cache, task.case_id, model), model)
+    temperature = reader.temperature or reader.cache.spec.temperature
+    logits = as_logits(probabilities, temperature, regions=model.has_regions)
+    del probabilities, label_ZYX  # resampling needs the room
+    write_scan_label(task.images, task.case_id, task.file, logits, model)
 
 
-def teacher_logits(cache: Place, case_id: str, model: Model) -> np.ndarray:
-    """Logits float32 (heads, Z, Y, X) with the stored soft labels, up to what all classes of a voxel have in common.
+def as_logits(probabilities: np.ndarray, temperature: float, *, regions: bool) -> np.ndarray:
+    """Logits float32 (heads, Z, Y, X) with these soft labels, up to what all classes of a voxel have in common.
 
     nnU-Net resamples logits, not probabilities, and what is common to all classes stays so when they are resampled.
     """
-    reader = reader_at_any(cache)
-    temperature = reader.temperature or reader.cache.spec.temperature
-    probabilities = reader.to_probabilities(reader.read_case(case_id))
     logits: np.ndarray = np.log(np.maximum(probabilities, np.float32(LEAST)))
-    if model.has_regions:
+    if regions:
         logits -= np.log(np.maximum(1 - probabilities, np.float32(LEAST)))
     logits *= np.float32(temperature)
     return logits

@@ -20,7 +20,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5
 
 from fastnnunet.distill.job import TrainingJob
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.nnunet.trainer.loading import ordered_batches
+from fastnnunet.nnunet.trainer.loaders.ordered import ordered_batches
 from fastnnunet.nnunet.trainer.seeds import TRAINING, BatchNumber
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec

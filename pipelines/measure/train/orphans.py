@@ -74,14 +74,20 @@ def trial(number: int, folder: Path, environment: dict[str, str]) -> dict[str, A
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=default_signals,
         )  # fmt: skip
+    counts = [0]  # of its processes, when it was looked for them; some live for an instant
+
+    def count() -> int:
+        counts.append(len(alive(mark)))
+        return counts[-1]
+
     reached = {
-        MOMENTS[0]: lambda: len(alive(mark)) > 1,
-        MOMENTS[1]: lambda: len(alive(mark)) > LOADERS,
+        MOMENTS[0]: lambda: count() > 1,
+        MOMENTS[1]: lambda: count() > LOADERS,
         MOMENTS[2]: lambda: "epoch 2/" in log.read_text(),
     }[moment]
     if until(lambda: reached() or process.poll() is not None, PATIENCE_S) is None or process.poll() is not None:
         raise RuntimeError(f"the training did not get as far as this: {moment}\n{log.read_text()[-2000:]}")
-    processes = len(alive(mark))
+    processes = max(count(), counts[-2])
     (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
     process.wait(PATIENCE_S)
     seconds = until(lambda: not alive(mark), GONE_WITHIN_S)

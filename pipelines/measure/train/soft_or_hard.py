@@ -9,11 +9,13 @@ Three steps, each resumed by the same command. `nnUNet_results` holds the teache
 
 `test` preprocesses the test images and labels them by the whole ensemble. `labels` makes a preprocessed data set of the
 training scans whose labels are the teacher's (argmax of the soft labels of the recipe's cache), as if nobody had ever
-labelled them. `train` trains every arm, an arm being fields of DistillSpec, from subsets of the scans (drawn by the
-seed, smaller ones inside larger ones) and judges it on the test images in preprocessed space: Dice against the true
-labels, fidelity (Dice against the teacher's labels), and its probabilities, everywhere and within two voxels of the
-borders of the teacher's labels. These also at the one temperature that brings them closest to the teacher's on these
-very images, which favours students that were not taught probabilities. `--labels true` trains on the true labels.
+labelled them. `train` trains every arm, an arm being fields of DistillSpec (and of StudentSpec: `student.norm=batch`),
+from subsets of the scans (drawn by the seed, smaller ones inside larger ones) and judges it on the test images in
+preprocessed space: Dice against the true labels, fidelity (Dice against the teacher's), and its probabilities,
+everywhere and within two voxels of the borders of the teacher's labels. These also at the one temperature that brings
+them closest to the teacher's on these very images, which favours students that were not taught probabilities. Students
+with batch norm are also judged in one pass over each image, and in two and four shifted ones. `--labels true`
+trains on the true labels.
 """
 
 import json
@@ -150,8 +152,7 @@ def train_arms(
     teacher: TeacherSpec,
     recipe: CacheSpec,
     spec_file: Path | None,
-    arms: dict[str, DistillSpec],
-    student: StudentSpec,
+    arms: dict[str, tuple[DistillSpec, StudentSpec]],
     scans: int,
     seed: int,
     threads: int,
@@ -162,16 +163,18 @@ def train_arms(
     from fastnnunet.distill.check import check_job
     from fastnnunet.distill.configure import configure
     from fastnnunet.distill.job import FINAL, TrainingJob, run_folder, start_fold
+    from fastnnunet.distill.memory import keep_freed_memory
     from fastnnunet.distill.soft_labels import CachedSoftLabels
     from fastnnunet.nnunet.files.model import model_folder_of
     from fastnnunet.nnunet.trainer.epochs import run_epochs
     from fastnnunet.teachers.jobs import cache_for_training
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
     fold = seed * 1000 + scans  # a name for the subset
     jobs = {
         name: TrainingJob(teacher=teacher, student=student, distill=spec, cache=recipe, fold=fold, device="cpu")
-        for name, spec in arms.items()
+        for name, (spec, student) in arms.items()
     }
     folders = {name: run_folder(job) for name, job in jobs.items()}
     todo = {name: job for name, job in jobs.items() if not (folders[name] / FINAL).is_file()}
@@ -206,10 +209,42 @@ def student_probabilities(folder: Path, configuration: str, threads: int) -> Any
     return lambda image_CZYX, _: probabilities(loaded, image_CZYX, (fold,))
 
 
+def one_pass_probabilities(folder: Path, configuration: str, passes: int) -> Any:
+    """image -> probabilities of a student in a fold folder on the whole image at once, padded to whole strides.
+
+    The k-th of several passes is shifted by k / passes of the largest stride; their logits are averaged.
+    """
+    import torch
+
+    from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix
+    from fastnnunet.nnunet.files.model import ModelFolder, build_network
+    from fastnnunet.nnunet.student.fit import stride_products
+
+    files = ModelFolder(folder.parent, configuration, "checkpoint_final.pth")
+    network = build_network(files.model).eval()
+    path = folder / "checkpoint_final.pth"
+    load_weights(network, strip_prefix(load_checkpoint(path)["network_weights"]), path)
+    strides = stride_products(files.model.config.configuration)
+
+    def run(image_CZYX: np.ndarray, _: np.ndarray) -> np.ndarray:
+        shape, total = image_CZYX.shape[1:], np.zeros(())
+        for number in range(passes):
+            front = [n * number // passes for n in strides]
+            pads = [(f, -(n + f) % m) for f, n, m in zip(front, shape, strides, strict=True)]
+            with torch.inference_mode():
+                padded = torch.from_numpy(np.pad(image_CZYX, [(0, 0), *pads]))[None]
+                logits = network(padded)[0].numpy()
+            inside = (slice(f, f + n) for f, n in zip(front, shape, strict=True))
+            total = total + logits[(slice(None), *inside)]
+        return np.asarray(softmax(total / passes, axis=0), np.float32)
+
+    return run
+
+
 def arm(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """NAME FIELD=VALUE ..."""
     name, *pairs = words
-    return name, {k: json.loads(v) if v[:1] in "0123456789tf." else v for k, v in (p.split("=", 1) for p in pairs)}
+    return name, {k: json.loads(v) if v[:1] in "0123456789tf.[" else v for k, v in (p.split("=", 1) for p in pairs)}
 
 
 def main() -> None:
@@ -247,7 +282,6 @@ def main() -> None:
     if "teacher" not in record:
         record["teacher"] = judge(lambda _, p: p, work)
         print(f"teacher: Dice {record['teacher']['dice']:.4f}", flush=True)
-    student = StudentSpec(r=args.r, family=args.family)
     for seed in args.seeds:
         for scans in args.scans:
             key = {"labels": args.labels, "scans": scans, "seed": seed, "r": args.r, "steps": args.steps}
@@ -266,10 +300,18 @@ def main() -> None:
                     "temperature": 1.0,
                 }
                 if name not in done:
-                    arms[name] = build_spec(DistillSpec, common | fields, where="--arm")
-            folders = train_arms(teacher, recipe, args.spec, arms, student, scans, seed, args.threads)
+                    of_student = {k.removeprefix("student."): v for k, v in fields.items() if k.startswith("student.")}
+                    own = {k: v for k, v in fields.items() if not k.startswith("student.")}
+                    student = build_spec(StudentSpec, {"r": args.r, "family": args.family} | of_student, where="--arm")
+                    arms[name] = build_spec(DistillSpec, common | own, where="--arm"), student
+            folders = train_arms(teacher, recipe, args.spec, arms, scans, seed, args.threads)
             for name, folder in folders.items():
                 found = judge(student_probabilities(folder, args.c, args.threads), work)
+                if given[name].get("student.norm") == "batch":
+                    found["one_pass"] = {
+                        passes: judge(one_pass_probabilities(folder, args.c, passes), work) for passes in (1, 2, 4)
+                    }
+                    print(*(f"{k} passes {v['dice']:.4f}" for k, v in found["one_pass"].items()), flush=True)
                 record["rows"].append({**key, "arm": name, "fields": given[name], **found})
                 write_json(args.o, record)
                 near = found["calibration"]["labels_border"]

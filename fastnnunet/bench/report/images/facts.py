@@ -20,6 +20,7 @@ class ReportedStudent:
     fidelity: Fidelity
     seconds_per_case: float | None = None  # median, from image file to label file
     calibration: CalibrationSummary | None = None
+    temperature: float = 1.0  # folded into its last layer
     curve: tuple[tuple[float, float], ...] = ()  # of the training: (epoch or step, value), see `ImagesFacts.curve_axes`
 
 

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fastnnunet.bench.report.html import (
+from fastnnunet.bench.report.images.facts import ImagesFacts, LeftOutScan, ReportedStudent
+from fastnnunet.bench.report.images.pictures import OTHER_LABEL, STUDENT_ONLY, TEACHER_ONLY, JudgedCase
+from fastnnunet.bench.report.images.plots import MOST_STUDENTS, case_plot, curve_plot, reliability_plot
+from fastnnunet.bench.report.numbers import NONE, dice, seconds, size, times
+from fastnnunet.bench.report.slices import legend
+from fastnnunet.evaluate.bootstrap import CONFIDENCE, Interval
+from fastnnunet.evaluate.calibration import CalibrationScores
+from fastnnunet.outputs.page.html import (
     box,
     document,
     entries,
@@ -16,13 +23,6 @@ from fastnnunet.bench.report.html import (
     section,
     write_document,
 )
-from fastnnunet.bench.report.images.facts import ImagesFacts, LeftOutScan, ReportedStudent
-from fastnnunet.bench.report.images.pictures import OTHER_LABEL, STUDENT_ONLY, TEACHER_ONLY, JudgedCase
-from fastnnunet.bench.report.images.plots import MOST_STUDENTS, case_plot, curve_plot, reliability_plot
-from fastnnunet.bench.report.numbers import NONE, dice, seconds, size, times
-from fastnnunet.bench.report.slices import legend
-from fastnnunet.evaluate.bootstrap import CONFIDENCE, Interval
-from fastnnunet.evaluate.calibration import CalibrationScores
 
 MOST_LABELS = 12  # columns of a table, entries of a legend
 MOST_OPEN_ROWS = 20  # a longer table of cases is folded
@@ -206,6 +206,9 @@ def _calibration(students: Sequence[ReportedStudent]) -> str:
         "confidence to the probability that its teacher gives to the same class. Near borders: at most "
         f"{border_mm:g} mm (of pictures: pixels) from a border of the teacher's labels."
     )
+    folded = ", ".join(f"{s.tag} by {s.temperature:.3g}" for s in students if s.temperature != 1)
+    if folded:
+        text += f" Logits were divided ({folded}), fitted on scans that were learnt from; it changes no label."
     plot = plot_box(reliability_plot(students))
     return section("Calibration", box(_table(headings, rows)), plot, note(text))
 

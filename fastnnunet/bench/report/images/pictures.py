@@ -5,7 +5,6 @@ Slices are those of the first array axis, shown as radiologists hang them (the p
 head above) where ITK knows directions, else as stored. RGB arrays are (y, x, 3) uint8.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnnunet.bench.report.slices import Picture, colour_of
+from fastnnunet.bench.report.slices import Picture
 from fastnnunet.errors import MismatchError
 from fastnnunet.evaluate.fidelity import Fidelity
 from fastnnunet.images.checks import ImageSource
 from fastnnunet.images.io import image_io
+from fastnnunet.outputs.colours import colour_of, rgb_of
+from fastnnunet.outputs.picture import edges, grey_bytes, grey_window, png_of
 
 TEACHER_ONLY, STUDENT_ONLY, OTHER_LABEL = "#2f9bff", "#ff5147", "#c98bff"  # no label has one of them
 MOST_STUDENTS = 3  # with contours of their own
 _PIXELS = 480  # of the longer side
 _MARGIN, _LEAST_MARGIN_PIXELS = 0.3, 16  # around what is labelled
-_CT_AROUND_HU, _CT_WINDOW_HU = 100.0, (-160.0, 240.0)  # soft tissue where nothing is labelled
-_SAMPLED_VOXELS = 2_000_000
 _ALPHA = 0.7
 
 
@@ -143,10 +142,10 @@ class _View:
 
     def with_contours(self, base_YX3: NDArray[np.float32], labels_YX: NDArray[np.integer]) -> bytes:
         rgb, labels = self._resized(base_YX3, labels_YX)
-        at_border = (labels > 0) & _changes(labels)
+        at_border = (labels > 0) & edges(labels)
         for value in np.unique(labels[at_border]):
-            rgb[at_border & (labels == value)] = _rgb(colour_of(int(value)))
-        return _png(rgb)
+            rgb[at_border & (labels == value)] = rgb_of(colour_of(int(value)))
+        return png_of(rgb)
 
     def with_differences(
         self, base_YX3: NDArray[np.float32], teacher_YX: NDArray[np.integer], student_YX: NDArray[np.integer]
@@ -156,9 +155,9 @@ class _View:
         )  # 0 none, 1 teacher alone, 2 student alone, 3 another label
         rgb, kinds = self._resized(base_YX3, kinds_YX)
         for kind, colour in enumerate((TEACHER_ONLY, STUDENT_ONLY, OTHER_LABEL), start=1):
-            mixed = (1 - _ALPHA) * rgb[kinds == kind] + _ALPHA * np.array(_rgb(colour))
+            mixed = (1 - _ALPHA) * rgb[kinds == kind] + _ALPHA * np.array(rgb_of(colour))
             rgb[kinds == kind] = mixed.astype(np.uint8)
-        return _png(rgb)
+        return png_of(rgb)
 
     def _resized(
         self, base_YX3: NDArray[np.float32], labels_YX: NDArray[np.integer]
@@ -166,9 +165,8 @@ class _View:
         """Grey values in the window and labels, in the pixels of the picture."""
         from PIL import Image
 
-        low, high = self.window
         base_YX3, labels_YX = base_YX3[self.turned], labels_YX[self.turned]
-        grey = (255 * ((base_YX3 - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
+        grey = grey_bytes(base_YX3, self.window)
         rows, columns = labels_YX.shape
         height, width = rows * self.aspect, float(columns)
         scale = _PIXELS / max(height, width)
@@ -195,7 +193,7 @@ class _Scan:
         y, x = (abs(float(s)) for s in self.properties["spacing"][-2:])
         direction = np.reshape(self.geometry.get("direction", ()), -1)
         turned = _hung(direction.reshape(3, 3)) if direction.size == 9 else (slice(None), slice(None))
-        return _View(_window(self.base_ZYX3, seen_ZYX, is_ct), y / x, turned)
+        return _View(grey_window(self.base_ZYX3[..., 0], seen_ZYX, is_ct), y / x, turned)
 
 
 def _read_image(channels: Sequence[ImageSource], reader_writer: str) -> _Scan:
@@ -234,19 +232,6 @@ def _hung(direction: NDArray[np.float64]) -> tuple[slice, slice]:
     return turned[0], turned[1]
 
 
-def _window(base_ZYX3: NDArray[np.float32], seen_ZYX: NDArray[np.bool_], is_ct: bool) -> tuple[float, float]:
-    """CT: most of what is labelled and 100 HU around it. Others: all but the darkest and brightest half percent."""
-    values = base_ZYX3[..., 0].ravel()
-    if is_ct:
-        inside = base_ZYX3[..., 0][seen_ZYX]
-        if not inside.size:
-            return _CT_WINDOW_HU
-        low, high = np.percentile(inside, (5, 95))
-        return float(low) - _CT_AROUND_HU, float(high) + _CT_AROUND_HU
-    low, high = np.percentile(values[:: max(1, values.size // _SAMPLED_VOXELS)], (0.5, 99.5))
-    return float(low), float(high)
-
-
 def _around(seen_YX: NDArray[np.bool_]) -> tuple[slice, slice]:
     """The rows and columns of what is labelled with a margin, the same in both; all of them where nothing is."""
     if not seen_YX.any():
@@ -255,29 +240,3 @@ def _around(seen_YX: NDArray[np.bool_]) -> tuple[slice, slice]:
     (top, bottom), (left, right) = ((int(along[0]), int(along[-1])) for along in (rows, columns))
     margin = max(_LEAST_MARGIN_PIXELS, round(_MARGIN * max(bottom - top, right - left)))
     return slice(max(0, top - margin), bottom + margin + 1), slice(max(0, left - margin), right + margin + 1)
-
-
-def _changes(labels_YX: NDArray[np.integer], width: int = 2) -> NDArray[np.bool_]:
-    """Pixels with another label at most `width` to a side; lines of that width inside of every label."""
-    found = np.zeros(labels_YX.shape, bool)
-    for by in range(1, width + 1):
-        for axis in (0, 1):
-            low, high = ([slice(None)] * 2 for _ in range(2))
-            low[axis], high[axis] = slice(None, -by), slice(by, None)
-            differ = labels_YX[tuple(low)] != labels_YX[tuple(high)]
-            found[tuple(low)] |= differ
-            found[tuple(high)] |= differ
-    return found
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return red, green, blue
-
-
-def _png(rgb: NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(rgb).save(file, format="png", optimize=True)
-    return file.getvalue()

@@ -1,0 +1,96 @@
+"""Images in a watched folder, and whether they still change. Nothing is told by the system: the folder is looked at."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fastnnunet.errors import FastnnUNetError
+from fastnnunet.images.cases import Case, dicom_cases, single_case
+from fastnnunet.specs.bundle import BundleSpec
+from fastnnunet.specs.canonical import sha256_of
+from fastnnunet.specs.checks.listing import regular_files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """An image with what its files are: another mark says that they are others."""
+
+    case: Case
+    mark: str
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """The images of a folder that have been left alone for a while."""
+
+    source: Path
+    spec: BundleSpec
+    settle_s: float
+    clock: Callable[[], float] = time.monotonic
+    _since: dict[str, tuple[str, float]] = field(default_factory=dict)  # case -> its mark, and since when it has that
+
+    def look(self) -> tuple[list[Arrival], bool]:
+        """The images that are complete, by name, and whether there are others that may become so.
+
+        Complete: no file of it was added, removed, or changed in size or time since it was seen first so, `settle_s`
+        before. Raises OSError where the folder cannot be read.
+        """
+        now = self.clock()
+        seen: dict[str, tuple[str, float]] = {}
+        complete = []
+        for case in found_cases(self.source, self.spec):
+            mark = _mark(case)
+            if mark is None:  # a file went away while it was looked at
+                continue
+            before, since = self._since.get(case.case_id, (None, now))
+            seen[case.case_id] = mark, since if before == mark else now
+            if now - seen[case.case_id][1] >= self.settle_s:
+                complete.append(Arrival(case=case, mark=mark))
+        self._since = seen
+        return complete, len(complete) < len(seen)
+
+
+def found_cases(source: Path, spec: BundleSpec) -> list[Case]:
+    """Images of the model's file ending and folders of DICOM files, one case each, sorted by name.
+
+    Of several channels those in files or folders named CASE_0000, CASE_0001, ...; one with fewer is not there yet.
+    """
+    channels = len(spec.channel_names)
+    found: dict[str, Case] = {}
+    images = [source / name for name in regular_files(source, spec.file_ending)]
+    for case in [*_of_files(images, spec), *dicom_cases(source, channels)]:
+        if channels > 1 and not case.problem and len(case.channels) < channels:
+            continue
+        if case.case_id in found:
+            problem = f"two images are called {case.case_id}; rename one of them"
+            case = replace(found[case.case_id], problem=problem, files=(*found[case.case_id].files, *case.files))
+        found[case.case_id] = case
+    return [found[name] for name in sorted(found)]
+
+
+def _of_files(images: Sequence[Path], spec: BundleSpec) -> list[Case]:
+    cases = []
+    for image in images:
+        stem = image.name[: len(image.name) - len(spec.file_ending)]
+        is_channel = len(stem) > 5 and stem[-5] == "_" and stem[-4:].isascii() and stem[-4:].isdigit()
+        if len(spec.channel_names) > 1 and is_channel and stem[-4:] != "0000":
+            continue  # of another's case
+        try:
+            cases.append(single_case(image, spec))
+        except FastnnUNetError as e:  # of its name
+            cases.append(Case(stem, (image,), str(e)))
+    return cases
+
+
+def _mark(case: Case) -> str | None:
+    """Names, sizes and times of all files of a case; None where one is gone."""
+    try:
+        places = [*case.files, *(series.folder for series in case.series)]
+        files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+        stats = [(file, os.stat(file)) for file in files]
+    except OSError:
+        return None
+    # no inodes: some network drives give others each time they are mounted
+    return sha256_of([[f"{f.parent.name}/{f.name}", s.st_size, s.st_mtime_ns] for f, s in stats])

@@ -1,0 +1,54 @@
+// Opening the plugins that run networks, and choosing among them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backends/backend.h"
+#include "bundle/bundle.hpp"
+
+namespace fastnnunet::engine {
+
+struct BackendChoice {
+    std::string name = "auto";  // the fastest there is
+    std::string precision = "fp32";
+    std::string device;   // empty: where the backend computes
+    std::string plugins;  // their folder; empty: beside this library
+    int threads = 0;      // 0: all cores
+};
+
+// A network of one model file. `run` may be called from several threads at once.
+class Network {
+public:
+    Network(const fastnnunet_backend& backend, fastnnunet_network* network, const Bundle& bundle);
+    ~Network();
+    Network(const Network&) = delete;
+    Network& operator=(const Network&) = delete;
+
+    // Logits (count, heads, tile) of a contiguous batch (count, channels, tile). Throws BackendError.
+    void run(const float* batch, std::int64_t count, const Sizes& tile, float* logits) const;
+
+    std::string name() const { return backend_.name; }
+    std::string precision() const { return backend_.precision(network_); }
+    std::string library() const { return backend_.library(network_); }
+    double overhead() const { return backend_.overhead(network_); }
+    Sizes largest_tile() const;  // empty: any
+
+private:
+    void run_exactly(const float* batch, std::int64_t count, const Sizes& tile, float* logits) const;
+
+    const fastnnunet_backend& backend_;
+    fastnnunet_network* network_;
+    std::int64_t channels_, heads_, batch_size_;
+    std::size_t dims_;
+};
+
+// One network for each model file of a bundle, all of one kind. Throws SpecError for an unknown name, BackendError when
+// a plugin or what it needs is missing, or it cannot load the model.
+std::vector<std::unique_ptr<Network>> load_networks(const Bundle& bundle, const BackendChoice& choice);
+
+// For each backend its name and "" where it can be used, else what to install.
+std::vector<std::pair<std::string, std::string>> list_backends(const std::string& plugins);
+
+}  // namespace fastnnunet::engine

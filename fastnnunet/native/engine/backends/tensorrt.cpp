@@ -1,0 +1,342 @@
+// TensorRT, or TensorRT for RTX: an engine of `fastnnunet export tensorrt`, found by the same keys as
+// fastnnunet/engines/trt/store.py. Compiled only where the headers are; the library and the CUDA driver are opened at
+// run time. One batch is on the device at a time.
+#include <NvInferRuntime.h>
+
+#include <cstring>
+#include <mutex>
+
+#include "backends/library.hpp"
+#include "bundle/digest.hpp"
+#include "bundle/file.hpp"
+#include "bundle/json.hpp"
+
+namespace fs = std::filesystem;
+using namespace fastnnunet::engine;
+
+namespace {
+
+#ifdef FASTNNUNET_TENSORRT_RTX
+constexpr const char *kLibrary = "tensorrt_rtx", *kStem = "libtensorrt_rtx", *kPackage = "tensorrt_rtx_libs";
+#else
+constexpr const char *kLibrary = "tensorrt", *kStem = "libnvinfer", *kPackage = "tensorrt_libs";
+#endif
+
+using Address = unsigned long long;  // CUdeviceptr
+
+// What is used of the driver, whose functions with _v2 are those of every CUDA from 3.2 on.
+struct Driver {
+    int (*cuInit)(unsigned);
+    int (*cuDeviceGetCount)(int*);
+    int (*cuDeviceGet)(int*, int);
+    int (*cuDeviceGetAttribute)(int*, int, int);
+    int (*cuDevicePrimaryCtxRetain)(void**, int);
+    int (*cuCtxSetCurrent)(void*);
+    int (*cuStreamCreate)(void**, unsigned);
+    int (*cuStreamSynchronize)(void*);
+    int (*cuMemAlloc)(Address*, std::size_t);
+    int (*cuMemFree)(Address);
+    int (*cuMemcpyHtoDAsync)(Address, const void*, std::size_t, void*);
+    int (*cuMemcpyDtoHAsync)(void*, Address, std::size_t, void*);
+    int (*cuGetErrorString)(int, const char**);
+
+    Driver() {
+        void* open = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (open == nullptr)
+            throw Missing("backend tensorrt needs an NVIDIA GPU with a current driver\nuse another --backend");
+        look_up(open, "cuInit", cuInit);
+        look_up(open, "cuDeviceGetCount", cuDeviceGetCount);
+        look_up(open, "cuDeviceGet", cuDeviceGet);
+        look_up(open, "cuDeviceGetAttribute", cuDeviceGetAttribute);
+        look_up(open, "cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain);
+        look_up(open, "cuCtxSetCurrent", cuCtxSetCurrent);
+        look_up(open, "cuStreamCreate", cuStreamCreate);
+        look_up(open, "cuStreamSynchronize", cuStreamSynchronize);
+        look_up(open, "cuMemAlloc_v2", cuMemAlloc);
+        look_up(open, "cuMemFree_v2", cuMemFree);
+        look_up(open, "cuMemcpyHtoDAsync_v2", cuMemcpyHtoDAsync);
+        look_up(open, "cuMemcpyDtoHAsync_v2", cuMemcpyDtoHAsync);
+        look_up(open, "cuGetErrorString", cuGetErrorString);
+        check(cuInit(0), "the driver starts");
+    }
+
+    void check(int status, const char* what) const {
+        if (status == 0) return;
+        const char* reason = nullptr;
+        cuGetErrorString(status, &reason);
+        throw std::runtime_error(std::string("CUDA fails where ") + what + ": " +
+                                 (reason == nullptr ? std::to_string(status) : reason));
+    }
+};
+
+class Logger : public nvinfer1::ILogger {
+public:
+    void log(Severity severity, const char* message) noexcept override {
+        if (severity > Severity::kERROR) return;
+        const std::lock_guard lock(turn_);
+        try {
+            errors_ += (errors_.empty() ? "" : "; ") + std::string(message);
+        } catch (...) {
+            errors_.clear();
+        }
+    }
+
+    std::string take() {
+        const std::lock_guard lock(turn_);
+        std::string errors;
+        std::swap(errors, errors_);
+        return errors.empty() ? "the library gave no reason" : errors;
+    }
+
+private:
+    std::mutex turn_;
+    std::string errors_;
+};
+
+struct Library {
+    Driver driver;
+    Logger logger;
+    std::string version;
+    nvinfer1::IRuntime* runtime = nullptr;
+
+    Library() {
+        const std::string package = std::string(kLibrary) == "tensorrt" ? "fastnnunet[gpu]" : "fastnnunet[rtx]";
+        void* open =
+            open_library({"FASTNNUNET_TENSORRT", kPackage, kStem}, "backend tensorrt needs " + std::string(kLibrary) +
+                                                                       "\ninstall it: pip install '" + package + "'");
+        std::int32_t (*version_of)() = nullptr;
+        void* (*create)(void*, std::int32_t) = nullptr;
+        look_up(open, "getInferLibVersion", version_of);
+        look_up(open, "createInferRuntime_INTERNAL", create);
+        const std::int32_t number = version_of();  // as NV_TENSORRT_VERSION: 10 000, 100 and 1
+        const std::int32_t major = number / 10000, minor = number / 100 % 100, patch = number % 100;
+        version = std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch);
+        if (major != NV_TENSORRT_MAJOR) {
+            throw Missing(std::string(kLibrary) + " " + version + " is installed, this plugin was compiled for " +
+                          std::to_string(NV_TENSORRT_MAJOR) + ".x\ninstall that, or build the engine with its headers");
+        }
+        runtime = static_cast<nvinfer1::IRuntime*>(create(&logger, NV_TENSORRT_VERSION));
+        if (runtime == nullptr) throw std::runtime_error(std::string(kLibrary) + " does not start: " + logger.take());
+    }
+};
+
+Library& library() {
+    static Library* one = new Library;  // never torn down
+    return *one;
+}
+
+// What an engine was built for; see EngineKey.
+struct Stored {
+    std::string path, plan_sha256, precision, library, library_version, architecture;
+    std::int64_t max_batch = 0;
+    std::vector<std::int64_t> input, output, smallest_tile;  // (C, *patch), (heads, *patch); empty: of the patch
+
+    std::string text() const {
+        return precision + " " + architecture + " " + library + " " + library_version + " batch " +
+               std::to_string(max_batch);
+    }
+};
+
+std::vector<std::int64_t> numbers(const Json* list) {
+    std::vector<std::int64_t> made;
+    if (list == nullptr) return made;
+    for (const Json& item : list->items()) made.push_back(item.integer().value_or(0));
+    return made;
+}
+
+// Every engine of a model file, beside the bundle and in this machine's folder; unreadable ones are passed over.
+std::vector<Stored> list_engines(const fastnnunet_network_spec& spec) {
+    std::vector<Stored> found;
+    for (const std::string& folder : {joined(spec.bundle, "engines"), joined(local_home(), "engines")}) {
+        std::error_code error;
+        for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+            const std::string file = (entry->path() / "engine.json").string();
+            if (entry->path().filename().string()[0] == '.' || !is_regular_file(file)) continue;
+            try {
+                const MappedFile content(file);
+                const Json info = parse_json(content.bytes(), file);
+                const Json *key = info.find("key"), *digest = info.find("plan_sha256");
+                if (key == nullptr || digest == nullptr) continue;
+                const auto text = [&](const char* name) {
+                    return key->find(name) == nullptr ? "" : key->find(name)->text();
+                };
+                if (text("model_sha256") != spec.file_digest || text("recipe") != "1") continue;
+                found.push_back({entry->path().string(), digest->text(), text("precision"), text("library"),
+                                 text("library_version"), text("architecture"),
+                                 key->find("max_batch") == nullptr ? 0 : key->find("max_batch")->integer().value_or(0),
+                                 numbers(key->find("input_shape")), numbers(key->find("output_shape")),
+                                 numbers(key->find("smallest_tile"))});
+            } catch (const std::exception&) {
+                continue;
+            }
+        }
+    }
+    return found;
+}
+
+class TensorRT {
+public:
+    explicit TensorRT(const fastnnunet_network_spec& spec) : precision_(spec.precision) {
+        use_device(spec.device);
+        choose(spec);
+        const MappedFile plan((fs::path(stored_.path) / "engine.plan").string());
+        if (sha256_hex(plan.bytes()) != stored_.plan_sha256) {
+            throw std::runtime_error(stored_.path + " was changed after it was built\nremove it and export again");
+        }
+        engine_ = library().runtime->deserializeCudaEngine(plan.bytes().data(), plan.bytes().size());
+        if (engine_ == nullptr) {
+            throw std::runtime_error(std::string(kLibrary) + " " + library().version + " cannot load " + stored_.path +
+                                     ": " + library().logger.take() + "\nremove it and export again on this machine");
+        }
+        context_ = engine_->createExecutionContext();
+        if (context_ == nullptr) throw std::runtime_error("no execution context: " + library().logger.take());
+        for (std::int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
+            const char* name = engine_->getIOTensorName(i);
+            (engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT ? input_ : output_) = name;
+        }
+        const auto bytes = [&](const std::vector<std::int64_t>& shape) {
+            std::size_t size = sizeof(float) * static_cast<std::size_t>(stored_.max_batch);
+            for (const std::int64_t one : shape) size *= static_cast<std::size_t>(one);
+            return size;
+        };
+        check(driver().cuStreamCreate(&stream_, 0), "a stream is made");
+        check(driver().cuMemAlloc(&in_, bytes(stored_.input)), "memory is taken for a batch");
+        check(driver().cuMemAlloc(&out_, bytes(stored_.output)), "memory is taken for logits");
+    }
+
+    ~TensorRT() {
+        delete context_;
+        delete engine_;
+        if (in_ != 0) driver().cuMemFree(in_);
+        if (out_ != 0) driver().cuMemFree(out_);
+    }
+
+    TensorRT(const TensorRT&) = delete;
+    TensorRT& operator=(const TensorRT&) = delete;
+
+    void run(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits) {
+        const std::size_t dims = stored_.input.size() - 1;
+        std::size_t voxels = 1;
+        for (std::size_t i = 0; i < dims; ++i) {
+            const std::int64_t most = stored_.input[i + 1];
+            const std::int64_t least = stored_.smallest_tile.empty() ? most : stored_.smallest_tile[i];
+            if (tile[i] < least || tile[i] > most)
+                throw std::runtime_error("the engine was not built for tiles of that size");
+            voxels *= static_cast<std::size_t>(tile[i]);
+        }
+        const std::size_t in = static_cast<std::size_t>(stored_.input[0]) * voxels;
+        const std::size_t out = static_cast<std::size_t>(stored_.output[0]) * voxels;
+        const std::lock_guard lock(turn_);
+        check(driver().cuCtxSetCurrent(device_), "the device is chosen");
+        for (std::int64_t first = 0; first < count; first += stored_.max_batch) {
+            const std::int64_t now = std::min(stored_.max_batch, count - first);
+            nvinfer1::Dims shape{};
+            shape.nbDims = static_cast<std::int32_t>(dims) + 2;
+            shape.d[0] = now;
+            shape.d[1] = stored_.input[0];
+            for (std::size_t i = 0; i < dims; ++i) shape.d[i + 2] = tile[i];
+            const auto rows = static_cast<std::size_t>(now), at = static_cast<std::size_t>(first);
+            check(driver().cuMemcpyHtoDAsync(in_, batch + at * in, rows * in * sizeof(float), stream_),
+                  "a batch is copied");
+            if (!context_->setInputShape(input_.c_str(), shape) ||
+                !context_->setTensorAddress(input_.c_str(), reinterpret_cast<void*>(in_)) ||
+                !context_->setTensorAddress(output_.c_str(), reinterpret_cast<void*>(out_)) ||
+                !context_->enqueueV3(static_cast<cudaStream_t>(stream_))) {
+                throw std::runtime_error("inference failed: " + library().logger.take());
+            }
+            check(driver().cuMemcpyDtoHAsync(logits + at * out, out_, rows * out * sizeof(float), stream_),
+                  "logits are copied");
+            check(driver().cuStreamSynchronize(stream_), "the device computes");
+        }
+    }
+
+    std::int32_t largest_tile(std::int64_t* tile) const {
+        std::copy(stored_.input.begin() + 1, stored_.input.end(), tile);
+        return 1;
+    }
+
+    const char* precision() const { return precision_.c_str(); }
+
+private:
+    static const Driver& driver() { return library().driver; }
+    static void check(int status, const char* what) { driver().check(status, what); }
+
+    void use_device(const std::string& name) {
+        const std::size_t colon = name.find(':');
+        const int index = colon == std::string::npos ? 0 : std::atoi(name.c_str() + colon + 1);
+        int count = 0, device = 0, major = 0, minor = 0;
+        check(driver().cuDeviceGetCount(&count), "devices are counted");
+        if (index >= count) {
+            throw std::runtime_error("-device " + name + ": this process sees " + std::to_string(count) +
+                                     " GPU(s)\nCUDA_VISIBLE_DEVICES decides which they are");
+        }
+        check(driver().cuDeviceGet(&device, index), "the device is found");
+        check(driver().cuDeviceGetAttribute(&major, 75, device), "the device is asked");  // compute capability
+        check(driver().cuDeviceGetAttribute(&minor, 76, device), "the device is asked");
+        check(driver().cuDevicePrimaryCtxRetain(&device_, device), "the device is opened");
+        check(driver().cuCtxSetCurrent(device_), "the device is chosen");
+        architecture_ = "sm" + std::to_string(10 * major + minor);
+    }
+
+    void choose(const fastnnunet_network_spec& spec) {
+        std::string there;
+        for (const Stored& one : list_engines(spec)) {
+            there += "\n  - " + one.text();
+            const bool fits =
+                one.library == kLibrary && (one.library_version + ".").rfind(library().version + ".", 0) == 0 &&
+                one.precision == spec.precision && one.architecture == architecture_ && one.max_batch > 0 &&
+                one.input.size() == static_cast<std::size_t>(spec.dims) + 1 && one.output.size() == one.input.size() &&
+                one.input[0] == spec.channels && one.output[0] == spec.heads;
+            if (fits && one.max_batch > stored_.max_batch) stored_ = one;
+        }
+        if (stored_.max_batch > 0) return;
+        throw std::runtime_error("no engine of " + std::string(spec.bundle) + " fits this machine: needed " +
+                                 spec.precision + " " + architecture_ + " " + kLibrary + " " + library().version +
+                                 "\nengines of this model that were found:" + (there.empty() ? "\n  - none" : there) +
+                                 "\nmake one with: fastnnunet export tensorrt " + spec.bundle + " --arch " +
+                                 architecture_ + " --precision " + spec.precision);
+    }
+
+    std::string precision_, architecture_, input_, output_;
+    Stored stored_;
+    nvinfer1::ICudaEngine* engine_ = nullptr;
+    nvinfer1::IExecutionContext* context_ = nullptr;
+    void *device_ = nullptr, *stream_ = nullptr;
+    Address in_ = 0, out_ = 0;
+    std::mutex turn_;
+};
+
+TensorRT* of(fastnnunet_network* network) { return reinterpret_cast<TensorRT*>(network); }
+const TensorRT* of(const fastnnunet_network* network) { return reinterpret_cast<const TensorRT*>(network); }
+
+std::int32_t find(fastnnunet_failure* failure) {
+    return guarded(failure, [] { library(); });
+}
+
+std::int32_t load(const fastnnunet_network_spec* spec, fastnnunet_network** network, fastnnunet_failure* failure) {
+    return guarded(failure, [&] { *network = reinterpret_cast<fastnnunet_network*>(new TensorRT(*spec)); });
+}
+
+std::int32_t run(fastnnunet_network* network, const float* batch, std::int64_t count, const std::int64_t* tile,
+                 float* logits, fastnnunet_failure* failure) {
+    return guarded(failure, [&] { of(network)->run(batch, count, tile, logits); });
+}
+
+const fastnnunet_backend kBackend{
+    FASTNNUNET_BACKEND_INTERFACE,
+    "tensorrt",
+    "fp32 fp16 int8",
+    "cuda",
+    find,
+    load,
+    run,
+    [](fastnnunet_network* network) { delete of(network); },
+    [](const fastnnunet_network*) { return 1.2; },
+    [](const fastnnunet_network* network, std::int64_t* tile) { return of(network)->largest_tile(tile); },
+    [](const fastnnunet_network* network) { return of(network)->precision(); },
+    [](const fastnnunet_network*) { return library().version.c_str(); },
+};
+
+}  // namespace
+
+extern "C" FASTNNUNET_PLUGIN const fastnnunet_backend* fastnnunet_backend_entry_1(void) { return &kBackend; }

@@ -1,0 +1,242 @@
+"""Requests as jobs: what is asked, what became of it, and the folder that holds it until it is fetched or too old.
+
+WORK/jobs/ID/input/     what was uploaded, under names of our own
+WORK/jobs/ID/partial/   what is being written
+WORK/jobs/ID/result/    what was predicted, one file: renamed to this when it is whole
+WORK/jobs/ID/job.json   of a job that its client may come back to; written when it is taken on and when it is over
+
+A folder without `job.json` belongs to nobody once the service has ended. A job that was not over then is lost, and says
+so.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastnnunet.errors import CorruptError, FastnnUNetError
+from fastnnunet.service.refusals import RefusedError
+from fastnnunet.specs.checks.json_text import read_json_object
+from fastnnunet.system.files import atomic_output, check_output_folder, make_folder
+from fastnnunet.system.locks import locked
+
+State = Literal["waiting", "running", "done", "failed", "cancelled", "lost"]
+OVER = ("done", "failed", "cancelled", "lost")
+_ID_BYTES = 16
+_MOST_EVENTS = 1000  # of one job: the latest
+_RECORD = "job.json"
+_CLOCK_S = 60.0  # that the clock of the machine may be set back
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One image for one model. Times are seconds since 1970."""
+
+    id: str
+    model: str
+    answers: tuple[str, ...]
+    folder: Path
+    is_kept: bool  # its client may come back to it
+    size_bytes: int  # of the work folder, taken or set aside
+    inputs: tuple[tuple[Path, str], ...] = ()  # file and kind of each channel
+    series_uid: str | None = None
+    state: State = "waiting"
+    created: float = field(default_factory=time.time)
+    began: float | None = None
+    over: float | None = None
+    status: int = 200
+    error: str = ""
+    result: Path | None = None
+    media_type: str = ""
+    times_s: dict[str, float] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    told: int = 0  # events so far
+    finished: "Future[None]" = field(default_factory=Future)
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def tell(self, kind: str, **content: Any) -> None:
+        """Add an event for whoever listens."""
+        self.events.append({"number": self.told, "kind": kind, **content})
+        self.told += 1
+        if len(self.events) > _MOST_EVENTS:
+            del self.events[0]
+
+    def record(self) -> dict[str, Any]:
+        """What `job.json` holds."""
+        return {
+            **{name: getattr(self, name) for name in ("id", "model", "answers", "state", "created", "over")},
+            **{name: getattr(self, name) for name in ("status", "error", "media_type", "times_s")},
+            "result": None if self.result is None else self.result.name,
+            "result_bytes": None if self.result is None else self.result.stat().st_size,
+        }
+
+
+class JobStore:
+    """All jobs of a work folder, which one service at a time may use. Any thread may call."""
+
+    def __init__(self, folder: Path, *, room_bytes: int, keep_s: float) -> None:
+        self.folder, self.room_bytes, self.keep_s = folder, room_bytes, keep_s
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._held = ExitStack()
+
+    def open(self) -> None:
+        """Take the folder, and see what an earlier service left. Raises FastnnUNetError."""
+        check_output_folder(self.folder, "work folder (--work)")
+        make_folder(self.folder / "jobs")
+        os.chmod(self.folder / "jobs", 0o700)  # images of patients, no business of other users
+        try:
+            self._held.enter_context(locked(self.folder))
+        except BlockingIOError as e:
+            raise FastnnUNetError(
+                f"another service is at work in {self.folder}\nstop it, or name another folder with --work"
+            ) from e
+        for place in sorted((self.folder / "jobs").iterdir()):
+            job = self._recovered(place)
+            if job is None:
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                self._jobs[job.id] = job
+        self.clean()
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._held.close()
+
+    def _recovered(self, place: Path) -> Job | None:
+        """A job as an earlier service left it; None for what nobody will ask for."""
+        try:
+            record = read_json_object(place / _RECORD)
+            job = Job(
+                id=str(record["id"]),
+                model=str(record["model"]),
+                answers=tuple(map(str, record["answers"])),
+                folder=place,
+                is_kept=True,
+                size_bytes=0,
+                state=record["state"],
+                created=float(record["created"]),
+                over=None if record["over"] is None else float(record["over"]),
+                status=int(record["status"]),
+                error=str(record["error"]),
+                media_type=str(record["media_type"]),
+                times_s={str(name): float(value) for name, value in record["times_s"].items()},
+            )
+        except (OSError, CorruptError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+        if job.id != place.name or (job.state not in OVER and job.state not in ("waiting", "running")):
+            return None
+        job.finished.set_result(None)
+        if job.state == "done":
+            result = place / "result" / str(record["result"])
+            is_there = result.parent.parent == place and result.is_file()
+            if is_there and result.stat().st_size == record["result_bytes"]:
+                job.result, job.size_bytes = result, result.stat().st_size
+                return job
+        if job.state in ("failed", "cancelled", "lost"):
+            return job
+        job.state, job.status, job.over = "lost", 410, time.time()
+        job.error = "the service was ended before this job was over; send the image again"
+        for name in ("input", "result", "partial"):
+            shutil.rmtree(place / name, ignore_errors=True)
+        _write(job)
+        return job
+
+    def new(self, model: str, answers: Sequence[str], size_bytes: int, *, is_kept: bool) -> Job:
+        """A job with a folder, for an upload of at most `size_bytes`. Raises RefusedError where there is no room."""
+        name = secrets.token_hex(_ID_BYTES)
+        job = Job(
+            id=name,
+            model=model,
+            answers=tuple(answers),
+            folder=self.folder / "jobs" / name,
+            is_kept=is_kept,
+            size_bytes=size_bytes,
+        )
+        with self._lock:
+            self._require(size_bytes)
+            self._jobs[name] = job
+        try:
+            (job.folder / "input").mkdir(parents=True)
+        except OSError as e:
+            self.remove(job)
+            raise RefusedError(507, "the service has no room left on its disk") from e
+        return job
+
+    def grow(self, job: Job, size_bytes: int) -> None:
+        """Set more room aside for a job. Raises RefusedError where there is none."""
+        with self._lock:
+            self._require(size_bytes)
+            job.size_bytes += size_bytes
+
+    def _require(self, size_bytes: int) -> None:
+        if sum(job.size_bytes for job in self._jobs.values()) + size_bytes > self.room_bytes:
+            raise RefusedError(503, "the work folder of the service is full; try again later", retry_after_s=60)
+
+    def keep(self, job: Job) -> None:
+        """From now on the job is known on disk. Raises FastnnUNetError."""
+        if job.is_kept:
+            _write(job)
+
+    def get(self, name: str) -> Job:
+        """The job that a client may come back to. Raises RefusedError."""
+        job = self._jobs.get(name)
+        if job is None or not job.is_kept:
+            raise RefusedError(404, f"no such job; results are kept for {self.keep_s:.0f} s")
+        return job
+
+    def jobs(self) -> list[Job]:
+        """All there are."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    def end(self, job: Job, state: State, *, refusal: RefusedError | None = None, result: Path | None = None) -> None:
+        """What became of a job; its input is removed."""
+        shutil.rmtree(job.folder / "input", ignore_errors=True)
+        shutil.rmtree(job.folder / "partial", ignore_errors=True)
+        if state != "done":
+            shutil.rmtree(job.folder / "result", ignore_errors=True)
+        with self._lock:
+            job.result = result if state == "done" else None
+            job.size_bytes = 0 if job.result is None else job.result.stat().st_size
+            job.over = time.time()
+            if refusal is not None:
+                job.status, job.error = refusal.status, refusal.sentence
+            job.state = state
+        try:
+            self.keep(job)
+        except FastnnUNetError:  # a full disk: the answer is there for who waits, and lost where the service ends
+            log.error("a job's record cannot be written")
+        job.tell("state", state=state, status=job.status, error=job.error)
+        job.finished.set_result(None)
+        if job.is_cancelled.is_set() and not job.is_kept:  # its client is gone
+            self.remove(job)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job and all its files."""
+        with self._lock:
+            self._jobs.pop(job.id, None)
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Remove what is older than it need be."""
+        now = time.time()
+        for job in self.jobs():
+            if job.over is not None and not -_CLOCK_S <= now - job.over <= self.keep_s:
+                self.remove(job)
+
+
+def _write(job: Job) -> None:
+    with atomic_output(job.folder / _RECORD) as partial:
+        partial.write_text(json.dumps(job.record()))

@@ -1,0 +1,42 @@
+"""What a client is told: one sentence and a status, never more."""
+
+from pathlib import Path
+
+from fastnnunet.errors import (
+    BackendError,
+    CorruptError,
+    DiskSpaceError,
+    FastnnUNetError,
+    ImageError,
+    MismatchError,
+    SpecError,
+)
+
+_ON_COMMAND_LINE = "send a zip of one whole series, or choose one with ?series=UID"
+
+
+class RefusedError(Exception):
+    """An answer that is none: `status` as HTTP counts, and why."""
+
+    def __init__(self, status: int, sentence: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.retry_after_s = status, sentence, retry_after_s
+
+
+def refusal_of(error: FastnnUNetError, folder: Path) -> RefusedError:
+    """An error of the library as a refusal: the image's fault, or ours. Names of our own files are left out."""
+    if isinstance(error, DiskSpaceError):
+        return RefusedError(507, "the service has no room left on its disk")
+    if isinstance(error, BackendError | CorruptError | MismatchError):
+        return RefusedError(500, "the model cannot predict this image; the log of the service says more")
+    if isinstance(error, ImageError | SpecError):
+        return RefusedError(422, sentence(str(error), folder))
+    return RefusedError(500, "the prediction failed; the log of the service says more")
+
+
+def sentence(text: str, folder: Path) -> str:
+    """A message as one line without the places of our files."""
+    text = text.replace(f"{folder}/", "").replace(str(folder), "the upload")
+    parts = [_ON_COMMAND_LINE if "-i FOLDER" in part else part.strip() for part in text.splitlines() if part.strip()]
+    line = "; ".join(parts).replace(":; ", ": ")  # a list that begins in the next line
+    return "".join(c for c in line if c.isprintable())[:1000]

@@ -1,0 +1,190 @@
+"""The child process that has the models: it opens what clients sent, predicts, and writes the answers.
+
+It is handed one task at a time through a pipe and says through it how the task goes. Nothing it prints is seen, since
+libraries print values of DICOM headers.
+"""
+
+import gc
+import logging
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError
+from fastnnunet.events import Event, Message, Progress
+from fastnnunet.service.refusals import RefusedError, refusal_of
+
+if TYPE_CHECKING:
+    from fastnnunet.api.resident import ResidentModel
+
+_TOLD_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How models are loaded; see `ResidentModel`."""
+
+    backend: str
+    precision: str
+    threads: int | None
+    device: str | None
+    most_voxels: int
+    most_bytes: int  # of an unpacked zip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One image to predict."""
+
+    bundle: Path
+    inputs: tuple[tuple[Path, str], ...]  # file and kind of each channel
+    series_uid: str | None
+    answers: tuple[str, ...]
+    folder: Path  # of the job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """`result` is whole."""
+
+    result: Path
+    media_type: str
+    times_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Why there is no result: what the client is told, and what the log is."""
+
+    status: int
+    sentence: str
+    logged: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """Forget models; those of these bundles."""
+
+    bundles: tuple[Path, ...]
+
+
+class _Cancelled(BaseException):
+    """Nobody wants the result any more. No Exception, so that nothing on the way takes it for one of an image's."""
+
+
+def work(connection: Connection, loading: Loading) -> None:
+    """Serve tasks until the other end of the pipe is closed."""
+    _be_silent()
+    import fastnnunet.api.resident  # noqa: F401  # before the first image comes
+
+    models: dict[Path, ResidentModel] = {}
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            return
+        if isinstance(message, Unload):
+            for bundle in message.bundles:
+                models.pop(bundle, None)
+            gc.collect()
+        elif isinstance(message, Task):
+            connection.send(_outcome(message, models, loading, connection))
+
+
+def _be_silent() -> None:
+    logging.getLogger().addHandler(logging.NullHandler())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _outcome(
+    task: Task, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection
+) -> Done | Failed:
+    try:
+        return _predict(task, models, loading, connection)
+    except _Cancelled:
+        return Failed(status=499, sentence="the job was cancelled")
+    except RefusedError as e:
+        return Failed(status=e.status, sentence=e.sentence)
+    except FastnnUNetError as e:
+        refusal = refusal_of(e, task.folder / "input")
+        logged = _frames(e) if refusal.status == 500 else ""
+        if isinstance(e, BackendError | CorruptError):  # of the model or the machine, not of an image
+            logged = f"{e}\n{logged}"
+        return Failed(status=refusal.status, sentence=refusal.sentence, logged=logged)
+    except Exception as e:  # said without its message, which may hold what the image says of a patient
+        return Failed(status=500, sentence="the prediction failed; the log of the service says more", logged=_frames(e))
+
+
+def _frames(error: BaseException) -> str:
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
+
+
+def _predict(task: Task, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection) -> Done:
+    from fastnnunet.api.resident import ResidentModel
+    from fastnnunet.service.answers import output_spec, put_answers
+
+    begin = time.perf_counter()
+    last_told = 0.0
+
+    def listen(event: Event) -> None:
+        nonlocal last_told
+        if connection.poll():
+            connection.recv()  # there is one word to say while a task goes on
+            raise _Cancelled
+        now = time.perf_counter()
+        is_worth_it = isinstance(event, Progress) and (event.done == event.total or now - last_told >= _TOLD_EVERY_S)
+        if is_worth_it or isinstance(event, Message):
+            last_told = now
+            connection.send(event)
+
+    if task.bundle not in models:
+        connection.send(Message(text="loading the model"))
+        models[task.bundle] = ResidentModel(
+            task.bundle,
+            backend=loading.backend,
+            precision=loading.precision,  # type: ignore[arg-type]  # checked by the spec
+            threads=loading.threads,
+            device=loading.device,
+            most_voxels=loading.most_voxels,
+        )
+    model, loaded = models[task.bundle], time.perf_counter()
+    partial = task.folder / "partial"
+    partial.mkdir()
+    image = model.predict(
+        [_opened(file, kind, loading.most_bytes) for file, kind in task.inputs],
+        partial / "image",
+        output_spec(task.answers, model.spec.file_ending),
+        series_uid=task.series_uid,
+        progress=listen,
+    )
+    file, media_type = put_answers(task.answers, image.files, partial / "result")
+    result = task.folder / "result"
+    (partial / "result").rename(result)
+    end = time.perf_counter()
+    times: dict[str, Any] = {name.removesuffix("_s"): value for name, value in asdict(image.times).items()}
+    times |= {"load": loaded - begin, "total": end - begin}
+    return Done(result=result / file.name, media_type=media_type, times_s=times)
+
+
+def _opened(file: Path, kind: str, most_bytes: int) -> Path:
+    """What a reader is given: the file itself, or a folder of slices. Raises RefusedError."""
+    from fastnnunet.service.uploads.archives import unpack
+
+    if kind not in ("zip", "dicom"):
+        return file
+    folder = file.parent / f"series-{file.stem}"
+    if kind == "zip":
+        unpack(file, folder, most_bytes=most_bytes)
+        file.unlink()
+    else:
+        folder.mkdir()
+        file.rename(folder / "slice-00001.dcm")
+    return folder
