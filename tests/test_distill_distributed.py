@@ -40,13 +40,17 @@ def torchrun(world, *options):
 
 
 def two_processes(world, *options):
-    """As torchrun, of processes that have imported everything: forked. Their exit codes and what they said."""
+    """As torchrun, without its agent. Their exit codes and what they said.
+
+    They are not forked: autograd refuses to run in the fork of a process whose own autograd has started threads, which
+    tests before this one may have.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork, files = multiprocessing.get_context("fork"), [world / f"said_{rank}" for rank in range(2)]
+    spawn, files = multiprocessing.get_context("spawn"), [world / f"said_{rank}" for rank in range(2)]
     processes = [
-        fork.Process(target=one_of_two, args=(rank, port, words_of(world, *options), file))
+        spawn.Process(target=one_of_two, args=(rank, port, words_of(world, *options), file))
         for rank, file in enumerate(files)
     ]
     for process in processes:

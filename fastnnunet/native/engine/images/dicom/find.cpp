@@ -58,7 +58,7 @@ std::string choose(const std::string& folder, const std::string& uid,
         for (const auto& entry : found) {
             if (entry.first == uid) return uid;
         }
-        throw ImageError(folder + " holds no series " + uid + ", expected one of\n" + listing);
+        throw ImageError(folder + " holds no series " + uid + ", expected one of:\n" + listing);
     }
     std::vector<std::string> volumes, scouts;
     for (const auto& [id, heads] : found) {
