@@ -294,6 +294,16 @@ def test_one_file_has_everything_beside_it(predicted: Path) -> None:
     assert row["case"] == "a"
 
 
+def test_one_file_of_another_format_is_refused(predicted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = next(predicted.glob("**/bundle.json")).parent
+    image, file = predicted / "in" / "a_0000.nii.gz", predicted / "stl" / "liver.stl"
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, ("predict", "-i", image, "-o", file, "-m", bundle)), "--output-format", "mesh"])
+    assert end.value.code == 2
+    assert "this run writes .glb files" in capsys.readouterr().err
+    assert not file.parent.exists()
+
+
 def test_a_table_leaves_out_what_is_no_record(predicted: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = predicted / "strangers"
     folder.mkdir()

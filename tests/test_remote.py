@@ -119,6 +119,8 @@ def test_a_dicom_series_is_sent_as_a_zip_without_names(running: Serving, bundle:
         ({"--url": "http://127.0.0.1:9"}, "nothing listens there"),
         ({"-i": "gone.nii.gz"}, "no image at gone.nii.gz"),
         ({"--answer": "poem"}, "--answer: got poem, expected some of labels"),
+        ({"-o": "out/labels.dcm"}, "-o: got labels.dcm, expected a name ending in .nii .* for --answer labels"),
+        ({"--answer": "mesh", "-o": "out/labels.nii.gz"}, "got labels.nii.gz, expected a name ending in .glb for"),
         ({"token": "another-0123456789"}, f"refuses (401): a token is needed.*{TOKEN}"),
         ({"token": ""}, f"refuses (401): a token is needed.*{TOKEN}"),
         ({"content": b"no image"}, "refuses (415)"),
@@ -137,7 +139,8 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
     if "content" in changes:
         image = tmp_path / "bad.nii.gz"
         image.write_bytes(changes.pop("content"))
-    given = {"--url": running.url, "-m": "bundle", "-i": str(image), "-o": str(tmp_path / "out"), **changes}
+    given = {"--url": running.url, "-m": "bundle", "-i": str(image), "-o": "out", **changes}
+    given["-o"] = str(tmp_path / given["-o"])
     run("predict", *(word for pair in given.items() for word in pair), code=2)
     said = capfd.readouterr().err.replace("\n", " ")
     before, _, after = words.partition(".*")

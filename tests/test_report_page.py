@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from fastnnunet.cli.main import main
-from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, NotFoundError, SpecError
 from fastnnunet.evaluate.segmentations import pair_cases
 from fastnnunet.images.tidy.folder import postprocess_folder, read_label_source
 from fastnnunet.images.tidy.rules import cleanup_from_words
@@ -133,8 +133,9 @@ def test_images_make_pictures_and_intensities(folder: Path, capsys: pytest.Captu
     assert [a == b for a, b in zip(with_images, without, strict=True)] == [True, True, False, False, False, True]
     image.SetSpacing((1, 2, 4))
     sitk.WriteImage(image, str(images / "c_0000.nii.gz"))
-    with pytest.raises(MismatchError, match="does not lie on the grid of its image"):
-        write_report(folder, images=images)
+    done = write_report(folder, images=images)
+    assert list(done.failed) == ["c"]
+    assert "does not lie on the grid of its image" in done.failed["c"]
 
 
 def test_statistics_alone_are_enough(folder: Path) -> None:
@@ -159,19 +160,27 @@ def test_what_is_no_folder_of_predictions(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="--images"):
         write_report(folder, images=tmp_path / "nowhere")
     (folder / "a_statistics.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"a_statistics\.json is no record"):
+    for file in [*folder.glob("*.nii.gz"), *folder.glob("[bf]_*")]:
+        file.unlink()
+    with pytest.raises(CorruptError, match=r"a_statistics\.json is no record"):  # of the only case
         write_report(folder)
     assert not (folder / "report.html").exists()
 
 
-def test_a_damaged_picture_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_cases_are_named_beside_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a_preview.png").write_text("no picture")
+    (folder / "c.nii.gz").write_bytes(b"\x1f\x8b cut off")
     with pytest.raises(SystemExit) as ended:
         main(["report", str(folder)])
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     told = capsys.readouterr().err
-    assert "a_preview.png is damaged, expected a PNG" in told
-    assert not (folder / "report.html").exists()
+    html = (folder / "report.html").read_text()
+    for reason in ("a_preview.png is damaged, expected a PNG", "c.nii.gz"):
+        assert reason in told
+        assert reason in html
+    found = Reader(html)
+    assert len(found.pictures) == 4
+    assert not {"a", "c"} & {row[0] for row in found.rows}
 
 
 def test_volumes_that_are_all_the_same_stand_out_when_one_is_not(folder: Path) -> None:

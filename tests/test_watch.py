@@ -18,7 +18,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-from fastnnunet.connect.watch.arrivals import Arrivals, found_cases
+from fastnnunet.connect.watch.arrivals import Arrivals, found_cases, left_over
 from fastnnunet.connect.watch.ledger import FOLDER, MOST_CRASHES, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
 from fastnnunet.connect.watch.watcher import IMAGE, Watched, watch
@@ -113,6 +113,12 @@ def test_channels_are_waited_for_and_names_are_of_one_image(toy: ToyModel, folde
     (source / "c.nii.gz").touch()
     assert [(case.case_id, case.problem) for case in found_cases(source, two)] == []
     (source / "a_0001.nii.gz").touch()
+    (source / "notes.txt").touch()
+    assert left_over(source, two) == [
+        "1 file(s) that do not end in .nii.gz: notes.txt",
+        "2 of images that lack some of 2 channels, NAME_0000 and on: b_0001.nii.gz, c.nii.gz",
+    ]
+    assert left_over(source, toy.spec) == ["1 file(s) that do not end in .nii.gz: notes.txt"]
     (case,) = found_cases(source, two)
     assert (case.case_id, [file.name for file in case.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     write_series(source / "c", np.zeros((1, 2, 2)))
@@ -143,9 +149,10 @@ def test_every_image_is_predicted_once_and_a_bad_one_is_remembered(toy: ToyModel
     assert sorted(file.name for file in output.iterdir()) == ["a.nii.gz", "ct.nii.gz", FOLDER]
 
     times = {file: file.stat().st_mtime_ns for file in output.iterdir()}
+    (source / "a.txt").touch()
     watched, said = once(toy, folders)
     assert watched == Watched()
-    assert len(said) == 1  # what is watched
+    assert said[1:] == [f"{source}: not predicted: 1 file(s) that do not end in .nii.gz: a.txt"]  # [0]: what is watched
     assert {file: file.stat().st_mtime_ns for file in output.iterdir()} == times
     write_image(source / "bad.nii.gz")
     write_image(image, seed=5)

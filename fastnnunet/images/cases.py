@@ -22,6 +22,7 @@ _IMAGE_ENDINGS = (
     *(".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff"),
     *(DICOM_SEG_ENDING, ".glb"),
 )
+_FILE_ENDINGS = (*_IMAGE_ENDINGS, ".stl", ".gltf", ".jpg", ".jpeg", ".npz", ".json", ".zip")  # no folder is named so
 _COMPANION_ENDINGS = (".json", ".raw", ".zraw", ".img", ".hdr")
 
 
@@ -69,7 +70,7 @@ def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
         raise NotFoundError(f"input {what}: {printable(source)}\nexpected an image file or a folder of images")
     if names := regular_files(source, spec.file_ending):
         cases = _by_case(source, names, spec.file_ending, numbered=True)
-        _tell(source, passed_over(source, {*names, *_companions(source, names, cases, spec)}, spec.file_ending))
+        _tell(source, passed_over(source, {*names, *companions(source, names, cases, spec)}, spec.file_ending))
         return cases
     cases = dicom_cases(source, len(spec.channel_names))
     if not cases:
@@ -147,7 +148,7 @@ def _deeper(source: Path, taken: Sequence[str]) -> list[str]:
     ]
 
 
-def _companions(source: Path, names: list[str], cases: list[Case], spec: BundleSpec) -> set[str]:
+def companions(source: Path, names: list[str], cases: list[Case], spec: BundleSpec) -> set[str]:
     """Files that belong to images without being one: the voxels of a header, the spacing of a TIFF file."""
     stems = [name[: len(name) - len(spec.file_ending)] for name in names]
     return {stem + ending for stem in (*stems, *(case.case_id for case in cases)) for ending in _COMPANION_ENDINGS}
@@ -219,7 +220,7 @@ def output_file(source: Path, output: Path, case: Case, spec: BundleSpec, ending
     Raises SpecError when one file is asked for a folder of images, or one with another ending.
     """
     ending = ending or spec.file_ending
-    if output.is_dir() or not output.name.lower().endswith(_IMAGE_ENDINGS):
+    if output.is_dir() or not output.name.lower().endswith(_FILE_ENDINGS):
         return output / f"{case.case_id}{ending}"
     if not is_single_image(source, spec):
         raise SpecError(f"output {output} is a file name but the input {source} is a folder; give a folder with -o")

@@ -1,5 +1,6 @@
 """`fastnnunet report`: a page of a folder of predictions."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ def report(
     """One page of a folder of predictions: volumes of every label and case, pictures, and what stands out.
 
     It is one file that needs no other and opens no connection. What `predict --statistics --preview` left is shown as
-    it is, the rest is made of the label maps.
+    it is, the rest is made of the label maps. Exit code 1 where some cases cannot be read; the page names them.
 
     Examples:
 
@@ -33,3 +34,7 @@ def report(
     print(f"{done.cases} case(s) in {printable(done.page)}")
     for (case, label), what in sorted(done.outliers.items()):
         print(f"{printable(case)}: {printable(label)} is {what}")
+    for reason in done.failed.values():
+        print(printable(reason, keep="\n"), file=sys.stderr)
+    if done.failed:
+        raise typer.Exit(1)

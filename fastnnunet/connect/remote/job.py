@@ -13,6 +13,11 @@ from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.system.files import atomic_output, check_output_folder, make_folder
 
 LARGEST_BYTES = 1 << 33  # of a result
+_ENDINGS = {
+    "nifti": ".nii.gz",
+    **dict.fromkeys(("dicom-seg", "dicom-seg-labelmap", "rtstruct"), ".dcm"),
+    **{"mesh": ".glb", "stl": ".zip", "statistics": ".json", "preview": ".png"},
+}
 
 
 def predict_remotely(
@@ -28,7 +33,7 @@ def predict_remotely(
 ) -> Path:
     """Predict an image, given as a file or folder of DICOM slices for each channel, and return the file written.
 
-    `output`: a folder, or a file; one whose ending is not that of the result gets it as well. `answers`: the formats
+    `output`: a folder, or a file; to a name without the ending of the result it is added. `answers`: the formats
     asked for, a zip where there are several. `series`: SeriesInstanceUID, where a folder holds several.
     Interrupted, it cancels the job. Raises NotFoundError for an image or model that is not there, SpecError for what
     does not fit the model, ServerError.
@@ -42,7 +47,7 @@ def predict_remotely(
     if not is_folder:
         _refuse_present(output, overwrite)
     found = service.model(model)
-    _check(found, images, answers)
+    _check(found, images, answers, None if is_folder else output)
     if service.server.is_open_to_others:
         progress(
             Message(
@@ -80,7 +85,7 @@ def _refuse_present(file: Path, overwrite: bool) -> None:
         raise SpecError(f"{file} is there already; give --overwrite, or another -o")
 
 
-def _check(model: RemoteModel, images: Sequence[Path], answers: Sequence[str]) -> None:
+def _check(model: RemoteModel, images: Sequence[Path], answers: Sequence[str], file: Path | None) -> None:
     """Raises SpecError with all that does not fit."""
     problems = []
     if len(images) != len(model.channels):
@@ -92,5 +97,15 @@ def _check(model: RemoteModel, images: Sequence[Path], answers: Sequence[str]) -
         is_taken = any(image.name.lower().endswith(ending) for ending in model.accepts) and image.is_file()
         if not is_taken and not (image.is_dir() and ".zip" in model.accepts):
             problems.append(f"{image.name} is none of what {model.id} takes: {', '.join(model.accepts)}")
+    if file is not None and not problems:
+        of_images = tuple(ending for ending in model.accepts if ending not in (".zip", ".dcm"))
+        single = of_images if answers[0] == "labels" else (_ENDINGS.get(answers[0], ""),)
+        expected = single if len(answers) == 1 else (".zip",)
+        is_other = file.name.lower().endswith((*of_images, *_ENDINGS.values())) and not file.name.endswith(expected)
+        if is_other:
+            asked = ", ".join(answers)
+            problems.append(
+                f"-o: got {file.name}, expected a name ending in {' or '.join(expected)} for --answer {asked}"
+            )
     if problems:
         raise SpecError("\n".join(problems))

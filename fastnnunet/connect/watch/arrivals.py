@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.images.cases import Case, dicom_cases, single_case
+from fastnnunet.images.cases import Case, companions, dicom_cases, single_case
 from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.specs.canonical import sha256_of
-from fastnnunet.specs.checks.listing import regular_files
+from fastnnunet.specs.checks.listing import examples, passed_over, regular_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +57,38 @@ def found_cases(source: Path, spec: BundleSpec) -> list[Case]:
 
     Of several channels those in files or folders named CASE_0000, CASE_0001, ...; one with fewer is not there yet.
     """
-    channels = len(spec.channel_names)
     found: dict[str, Case] = {}
-    images = [source / name for name in regular_files(source, spec.file_ending)]
-    for case in [*_of_files(images, spec), *dicom_cases(source, channels)]:
-        if channels > 1 and not case.problem and len(case.channels) < channels:
+    for case in _all_cases(source, spec):
+        if _lacks_channels(case, spec):
             continue
         if case.case_id in found:
             problem = f"two images are called {case.case_id}; rename one of them"
             case = replace(found[case.case_id], problem=problem, files=(*found[case.case_id].files, *case.files))
         found[case.case_id] = case
     return [found[name] for name in sorted(found)]
+
+
+def left_over(source: Path, spec: BundleSpec) -> list[str]:
+    """What in the folder is no image of the model, a phrase for each kind; hidden entries are left out."""
+    cases, names = _all_cases(source, spec), regular_files(source, spec.file_ending)
+    folders = {series.folder.name for case in cases for series in case.series}
+    whole = [case for case in cases if not _lacks_channels(case, spec)]
+    of_whole = {place.name for case in whole for place in (*case.files, *(series.folder for series in case.series))}
+    partial = sorted({*names, *folders} - of_whole)
+    found = passed_over(source, {*names, *companions(source, names, cases, spec), *folders}, spec.file_ending)
+    if partial:
+        what = f"of images that lack some of {len(spec.channel_names)} channels, NAME_0000 and on"
+        found.append(f"{len(partial)} {what}: {examples(partial)}")
+    return found
+
+
+def _all_cases(source: Path, spec: BundleSpec) -> list[Case]:
+    images = [source / name for name in regular_files(source, spec.file_ending)]
+    return [*_of_files(images, spec), *dicom_cases(source, len(spec.channel_names))]
+
+
+def _lacks_channels(case: Case, spec: BundleSpec) -> bool:
+    return not case.problem and len(case.channels) < len(spec.channel_names) > 1
 
 
 def _of_files(images: Sequence[Path], spec: BundleSpec) -> list[Case]:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from fastnnunet.api.resident.kept import KeptModel
-from fastnnunet.connect.watch.arrivals import Arrival, Arrivals
+from fastnnunet.connect.watch.arrivals import Arrival, Arrivals, left_over
 from fastnnunet.connect.watch.ledger import MOST_CRASHES, Entry, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
 from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, printable
@@ -63,18 +63,24 @@ def watch(
             Message(text=f"watching {printable(spec.source)} for {kept.spec.file_ending} images and DICOM folders")
         )
         one = _One(kept, ledger, spec, stop, progress)
+        told: set[str] = set()
         settled: dict[str, str] = {}  # case -> the mark with which nothing is left to do
         trouble = ""
         while not stop.is_set():
             try:
                 complete, is_more_to_come = arrivals.look()
+                kinds = [] if is_more_to_come else left_over(spec.source, kept.spec)
                 trouble = ""
             except OSError as e:  # a network drive that is gone for a while, a folder removed while it was looked at
                 if spec.once:
                     raise NotFoundError(f"{spec.source} cannot be read: {e.strerror}") from e
                 if str(e) != trouble:
                     progress(Message(text=f"{printable(e)}: waiting until it can be read", level="warning"))
-                complete, is_more_to_come, trouble = [], True, str(e)
+                complete, is_more_to_come, kinds, trouble = [], True, [], str(e)
+            for kind in kinds:
+                if kind not in told:
+                    progress(Message(text=f"{printable(spec.source)}: not predicted: {kind}", level="warning"))
+            told.update(kinds)
             for arrival in complete:
                 name, mark = arrival.case.case_id, arrival.mark
                 if stop.is_set() or settled.get(name) == mark:

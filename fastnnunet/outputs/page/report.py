@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
-from fastnnunet.errors import CorruptError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, FastnnUNetError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Progress, ignore
 from fastnnunet.images.tidy.folder import LabelSource, read_label_source
 from fastnnunet.outputs.labelled import LabelledImage, read_labelled
@@ -46,6 +47,7 @@ class Reported:
     page: Path
     cases: int
     outliers: dict[tuple[str, str], str]  # case and label -> what stands out
+    failed: dict[str, str]  # case -> why it cannot be read
 
 
 def write_report(
@@ -54,8 +56,8 @@ def write_report(
     """Write the page of a folder of predictions, by default into it.
 
     `images`: the folder that was predicted, for pictures and intensities of cases that have none yet.
-    Raises NotFoundError where there is nothing to show, CorruptError, ImageError and MismatchError for what cannot be
-    read, SpecError for an `output` that is no page.
+    Cases that cannot be read are named on the page. Raises NotFoundError where there is nothing to show, the first
+    case's error where none can be read, SpecError for an `output` that is no page.
     """
     page = output or folder / PAGE_FILE
     if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
@@ -66,14 +68,18 @@ def write_report(
     check_output_folder(page.parent)
     if images is not None and not images.is_dir():
         raise NotFoundError(f"--images: {images} is no folder; give the folder that was predicted")
-    cases = read_cases(folder, images, progress)
-    found = outliers([case.found for case in cases])
-    write_document(report(folder.resolve().name, cases, found), page)
-    return Reported(page=page, cases=len(cases), outliers=found)
+    cases, failed = read_cases(folder, images, progress)
+    if not cases:
+        raise next(iter(failed.values()))
+    found, reasons = outliers([case.found for case in cases]), {case: str(e) for case, e in failed.items()}
+    write_document(report(folder.resolve().name, cases, found, reasons), page)
+    return Reported(page=page, cases=len(cases), outliers=found, failed=reasons)
 
 
-def read_cases(folder: Path, images: Path | None = None, progress: Listener = ignore) -> list[ReportedCase]:
-    """All cases of a folder by name; see `write_report`."""
+def read_cases(
+    folder: Path, images: Path | None = None, progress: Listener = ignore
+) -> tuple[list[ReportedCase], dict[str, FastnnUNetError]]:
+    """All cases of a folder by name, and those that cannot be read with the reason; see `write_report`."""
     known = {name.removesuffix(ENDING): folder / name for name in regular_files(folder, ENDING)}
     source = None
     files_of_run = [folder / "dataset.json", folder / "plans.json"]
@@ -88,25 +94,42 @@ def read_cases(folder: Path, images: Path | None = None, progress: Listener = ig
     maps = {}
     if source is not None:
         files = regular_files(folder, source.file_ending)
-        maps = {file.removesuffix(source.file_ending): file for file in files}
+        maps = {file.removesuffix(source.file_ending): folder / file for file in files}
     names = sorted({*known, *maps})
     if not names:
         raise NotFoundError(f"no prediction in {folder}\nexpected label maps, or the files of predict --statistics")
-    found = []
+    found: list[ReportedCase] = []
+    failed: dict[str, FastnnUNetError] = {}
     for number, name in enumerate(names):
         progress(Progress(what="cases", done=number, total=len(names), unit="cases", note=name))
         picture = folder / f"{name}{PREVIEW_ENDING}"
-        labelled = None
-        if source is not None and name in maps and not (name in known and picture.is_file()):
-            labelled = _labelled(folder / maps[name], name, source, images)
-        if name in known:
-            stored = read_statistics(known[name])
-        elif labelled is not None:
-            stored = statistics(labelled)
-        png = picture.read_bytes() if picture.is_file() else b"" if labelled is None else preview(labelled)
-        found.append(ReportedCase(found=stored, picture=_smaller(png, picture) if png else b""))
+        try:
+            found.append(_read_case(name, known.get(name), picture, maps.get(name), source, images))
+        except FastnnUNetError as e:
+            failed[name] = e
     progress(Progress(what="cases", done=len(names), total=len(names), unit="cases"))
-    return found
+    return found, failed
+
+
+def _read_case(
+    name: str,
+    known: Path | None,
+    picture: Path,
+    label_map: Path | None,
+    source: LabelSource | None,
+    images: Path | None,
+) -> ReportedCase:
+    """`known`: its statistics, if there are some; `label_map`: where there is one, of `source`."""
+    labelled = None
+    if source is not None and label_map is not None and not (known is not None and picture.is_file()):
+        labelled = _labelled(label_map, name, source, images)
+    if known is not None:
+        stored = read_statistics(known)
+    else:
+        assert labelled is not None, "a case has statistics or a label map"
+        stored = statistics(labelled)
+    png = picture.read_bytes() if picture.is_file() else b"" if labelled is None else preview(labelled)
+    return ReportedCase(found=stored, picture=_smaller(png, picture) if png else b"")
 
 
 def _labelled(label_map: Path, name: str, source: LabelSource, images: Path | None) -> LabelledImage:
@@ -174,14 +197,22 @@ def _size(entry: StructureStatistics) -> float:
     return entry.voxels if entry.volume_ml is None else entry.volume_ml
 
 
-def report(title: str, cases: Sequence[ReportedCase], found: Mapping[tuple[str, str], str]) -> str:
-    """The HTML text; names are text, whatever is in them."""
+def report(
+    title: str,
+    cases: Sequence[ReportedCase],
+    found: Mapping[tuple[str, str], str],
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The HTML text; names are text, whatever is in them. `failed`: cases that cannot be read, and why."""
     anchors = {case.found.case: f"case-{number}" for number, case in enumerate(cases)}
     labels = _by_label([case.found for case in cases])
     unit = "ml" if all(e.volume_ml is not None for case in cases for e in case.found.structures) else "voxels"
     lead = f"{len(cases)} case(s), {len(labels)} label(s). "
     lead += f"{len(found)} of their volumes stand out." if found else "No volume stands out."
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
+    if failed:
+        reasons = (f"<li>{escape(case)}: {escape(reason)}</li>" for case, reason in sorted(failed.items()))
+        parts.append(section("Cannot be read", f'<ul class="odd">{"".join(reasons)}</ul>'))
     if found:
         items = (
             f'<li><a href="#{anchors[case]}">{escape(case)}</a>: {escape(label)} is {escape(what)}</li>'
