@@ -35,12 +35,12 @@ class Installed:
 
 
 @cache
-def base_install() -> list[Installed]:
-    """This package and, through their requirements, all it needs without any extra."""
-    waiting, found = [(NAME, frozenset())], {}
+def base_install(*extras: str) -> list[Installed]:
+    """This package and, through their requirements, all it needs without any extra, or with those that are named."""
+    waiting, found = [(NAME, frozenset(extras))], {}
     while waiting:
-        name, extras = waiting.pop()
-        key = canonicalize_name(name), extras
+        name, wanted = waiting.pop()
+        key = canonicalize_name(name), wanted
         if key in found:
             continue
         distribution = metadata.distribution(name)
@@ -48,7 +48,7 @@ def base_install() -> list[Installed]:
         for line in distribution.requires or ():
             requirement = Requirement(line)
             if requirement.marker is None or any(
-                requirement.marker.evaluate({"extra": extra}) for extra in (extras or {""})
+                requirement.marker.evaluate({"extra": extra}) for extra in (wanted or {""})
             ):
                 waiting.append((requirement.name, frozenset(requirement.extras)))
     by_name = {name: distribution for (name, _), distribution in found.items()}

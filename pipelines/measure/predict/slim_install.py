@@ -1,27 +1,33 @@
-"""Size of the base install and seconds of `fastnnunet --help` in it.
+"""Size of the base install, alone or with extras, and seconds of `fastnnunet --help` in it.
 
-The base install is made of what is installed here (`tests/slim.py`): the distributions that `pip install .` needs, with
-the compiled files pip leaves beside them, in a virtual environment without pip. Seconds are those of a new process from
-start to end, and of the processor in it; the first process is not counted.
+The base install is made of what is installed here (`tests/slim.py`): the distributions that `pip install .` needs, in a
+virtual environment without pip. What pip compiles is counted by compiling it, since it may not have been here.
+Seconds are those of a new process from start to end, and of the processor in it; the first process is not counted.
 
     python -m pipelines.measure.predict.slim_install -o record.json
+    python -m pipelines.measure.predict.slim_install --extra serve -o record.json
 """
 
+import marshal
 import resource
 import statistics
 import subprocess
 import tempfile
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.measure.head import arguments, header, put
 from tests.slim import base_install, make_environment
 
+_PYC_HEADER = 16  # bytes
 
-def measure(rounds: int = 11) -> dict[str, Any]:
+
+def measure(rounds: int = 11, extras: Sequence[str] = ()) -> dict[str, Any]:
     """The record."""
-    installed = base_install()
+    installed = base_install(*extras)
     with tempfile.TemporaryDirectory() as work:
         python = make_environment(Path(work) / "slim", installed)
         seconds, cpu_seconds = [], []
@@ -30,14 +36,28 @@ def measure(rounds: int = 11) -> dict[str, Any]:
             subprocess.run([python, "-I", "-m", "fastnnunet", "--help"], check=True, capture_output=True)
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(_cpu_s() - cpu_begin)
+    files = {place: file for d in installed for place, file in d.files.items() if place.suffix != ".pyc"}
+    size_bytes_of = {d.name: sum(f.stat().st_size for p, f in d.files.items() if p in files) for d in installed}
+    compiled_bytes = sum(_compiled_bytes(file) for file in files.values() if file.suffix == ".py")
     return {
         **header("the base install: bytes on disk by distribution, seconds of `fastnnunet --help`"),
-        "size_bytes": sum(d.size_bytes for d in installed),
-        "size_bytes_of": {d.name: d.size_bytes for d in installed},
+        "extras": list(extras),
+        "size_bytes": sum(size_bytes_of.values()) + compiled_bytes,
+        "size_bytes_of": size_bytes_of,
+        "compiled_bytes": compiled_bytes,
         "help_median_s": statistics.median(seconds[1:]),
         "help_s": seconds[1:],
         "help_cpu_median_s": statistics.median(cpu_seconds[1:]),
     }
+
+
+def _compiled_bytes(file: Path) -> int:
+    """Of its .pyc; 0 for templates and the like, which pip cannot compile either."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return _PYC_HEADER + len(marshal.dumps(compile(file.read_bytes(), file, "exec")))
+    except (SyntaxError, ValueError):
+        return 0
 
 
 def _cpu_s() -> float:
@@ -49,8 +69,9 @@ def _cpu_s() -> float:
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--extra", action="append", default=[])
     args = parser.parse_args()
-    record = measure(args.rounds)
+    record = measure(args.rounds, args.extra)
     put(record, args.o)
     help_s, cpu_s = record["help_median_s"], record["help_cpu_median_s"]
     print(f"{record['size_bytes'] / 1e6:.0f} MB; --help {help_s:.3f} s, of the processor {cpu_s:.3f} s, medians")

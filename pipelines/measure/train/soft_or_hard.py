@@ -182,7 +182,10 @@ def train_arms(
     for job in todo.values():
         files = model_folder_of(teacher)
         plans, dataset_json, _ = check_job(job, resume=False, overwrite=True, files=files)
-        soft = CachedSoftLabels(cache_for_training(teacher, recipe, spec_file=spec_file), job.distill.temperature)
+        soft = None
+        if job.distill.alpha > 0:
+            cache = cache_for_training(teacher, recipe, spec_file=spec_file)
+            soft = CachedSoftLabels(cache, job.distill.temperature)
         torch.manual_seed(seed)
         start = partial(files.take_weights, start_fold(job))
         trainer = configure(job, plans, dataset_json, soft, False, "cpu", start)
