@@ -1,5 +1,6 @@
 """The base install by itself, in a virtual environment of its own: what it can do, what it lacks, how large it is."""
 
+import py_compile
 import subprocess
 from pathlib import Path
 
@@ -62,11 +63,16 @@ def test_has_nothing_of_the_extras_and_says_which_one_is_missing(python: Path) -
     assert subprocess.run([python, "-I", "-m", "fastnnunet", *command], capture_output=True).returncode == 2
 
 
-def test_size_on_disk_and_help() -> None:
-    record = slim_install.measure(rounds=1)
+def test_size_on_disk_and_help(tmp_path: Path) -> None:
+    record = slim_install.measure(rounds=1, count_compiled=False)
     sizes = record["size_bytes_of"]
     assert {"fastnnunet", "numpy", "scipy", "simpleitk", "onnxruntime", "typer", "rich", "pyyaml"} <= set(sizes)
     assert not {"torch", "nnunetv2", "zarr", "openvino"} & set(sizes)
     assert sizes["numpy"] > 20e6
     assert record["size_bytes"] == sum(sizes.values()) < LIMIT_BYTES
     assert record["help_median_s"] > 0
+    compiled = Path(py_compile.compile(slim_install.__file__, tmp_path / "compiled.pyc", doraise=True))
+    assert slim_install.size_compiled(Path(slim_install.__file__)) == compiled.stat().st_size
+    (tmp_path / "template.py").write_text("import {{ name }")
+    assert slim_install.size_compiled(tmp_path / "template.py") == 0
+    assert {"fastapi", "uvicorn"} <= {one.name for one in base_install("serve")} - set(sizes)

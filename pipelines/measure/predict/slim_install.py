@@ -25,8 +25,8 @@ from tests.slim import base_install, make_environment
 _PYC_HEADER = 16  # bytes
 
 
-def measure(rounds: int = 11, extras: Sequence[str] = ()) -> dict[str, Any]:
-    """The record."""
+def measure(rounds: int = 11, extras: Sequence[str] = (), *, count_compiled: bool = True) -> dict[str, Any]:
+    """The record; counting what is compiled takes most of the time."""
     installed = base_install(*extras)
     with tempfile.TemporaryDirectory() as work:
         python = make_environment(Path(work) / "slim", installed)
@@ -38,7 +38,8 @@ def measure(rounds: int = 11, extras: Sequence[str] = ()) -> dict[str, Any]:
             cpu_seconds.append(_cpu_s() - cpu_begin)
     files = {place: file for d in installed for place, file in d.files.items() if place.suffix != ".pyc"}
     size_bytes_of = {d.name: sum(f.stat().st_size for p, f in d.files.items() if p in files) for d in installed}
-    compiled_bytes = sum(_compiled_bytes(file) for file in files.values() if file.suffix == ".py")
+    python_files = [file for file in files.values() if file.suffix == ".py" and count_compiled]
+    compiled_bytes = sum(map(size_compiled, python_files))
     return {
         **header("the base install: bytes on disk by distribution, seconds of `fastnnunet --help`"),
         "extras": list(extras),
@@ -51,8 +52,8 @@ def measure(rounds: int = 11, extras: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def _compiled_bytes(file: Path) -> int:
-    """Of its .pyc; 0 for templates and the like, which pip cannot compile either."""
+def size_compiled(file: Path) -> int:
+    """Bytes of its .pyc; 0 for templates and the like, which pip cannot compile either."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return _PYC_HEADER + len(marshal.dumps(compile(file.read_bytes(), file, "exec")))
