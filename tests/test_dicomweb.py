@@ -336,6 +336,14 @@ def test_what_is_asked_for_is_checked_at_once() -> None:
     assert not WebServer(url="http://127.0.0.1:8042/dicom-web").is_open_to_others
 
 
+def test_a_model_of_pictures_is_refused_before_the_archive_is_asked(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_toy_model(Toy(reader_writer="NaturalImage2DIO"), tmp_path).bundle
+    said = refused(capfd, "http://127.0.0.1:9", bundle, "--study", STUDY)
+    assert "a model of pictures (NaturalImage2DIO), which takes no DICOM" in said
+
+
 def test_an_identity_is_of_what_was_made_of_what() -> None:
     made = [
         identity_of("dicom-seg", *known)

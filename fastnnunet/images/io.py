@@ -17,6 +17,8 @@ from fastnnunet.images.pictures.natural import NaturalImage2DIO
 from fastnnunet.images.pictures.tiff import Tiff3DIO
 from fastnnunet.images.sitk import SimpleITKIO
 
+WITHOUT_GEOMETRY = frozenset({"NaturalImage2DIO", "Tiff3DIO"})  # these take no DICOM
+
 
 class ImageIO(Protocol):
     """What a reader class of the plans does."""

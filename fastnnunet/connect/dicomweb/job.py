@@ -13,6 +13,7 @@ from fastnnunet.connect.dicomweb.spec import DicomWebSpec, StoredKind
 from fastnnunet.connect.http import WebServer, authorization_from
 from fastnnunet.errors import FastnnUNetError, ServerError, SpecError
 from fastnnunet.events import Listener, Message, ignore
+from fastnnunet.images.io import WITHOUT_GEOMETRY
 from fastnnunet.outputs.spec import OutputSpec, SegmentationType
 from fastnnunet.specs.bundle import bundle_digest, load_bundle_spec
 from fastnnunet.specs.canonical import sha256_of_file
@@ -66,6 +67,8 @@ def predict_study(
     bundle = load_bundle_spec(model.bundle)
     if bundle.previous_labels:
         raise SpecError(f"{model.bundle} is a cascade stage, which needs segmentations of another model")
+    if bundle.reader_writer in WITHOUT_GEOMETRY:
+        raise SpecError(f"{model.bundle} is a model of pictures ({bundle.reader_writer}), which takes no DICOM")
     import_module("highdicom")
     outputs = OutputSpec(formats=spec.store, label_codes=label_codes, segmentation_type=segmentation_type)
     archive = archive or archive_of(spec)
