@@ -17,7 +17,6 @@ from fastnnunet.errors import BackendError
 # Two blocks of 256 threads fit the 65536 registers of a multiprocessor: what reads memory all the time needs no more.
 MOST_REGISTERS = 128
 MOST_SHARED = 8 * 1024  # of a block; sm_75 has 64 KB a multiprocessor
-ARCHITECTURES = re.search(r'CUDA_ARCHS "([\d;]+)"', (code.SOURCES / "CMakeLists.txt").read_text())[1].split(";")
 NVCC = shutil.which("nvcc")  # of PyPI: nvidia-cuda-nvcc, -crt, -runtime and -cccl with nvidia-nvvm
 
 
@@ -59,8 +58,9 @@ def test_the_report_is_read() -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_registers_spills_and_shared_memory(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [75, 90, 103, 121])
+def test_registers_spills_and_shared_memory(tmp_path: Path, architecture: int) -> None:
+    """The oldest, the newest, and two between that differ most; `make kernels` compiles all."""
     known = subprocess.run([str(NVCC), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     if f"sm_{architecture}" not in known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
