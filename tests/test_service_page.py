@@ -3,6 +3,8 @@
 import colorsys
 import gzip
 import io
+import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from PIL import Image
 
 from tests.browsers import chromium
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
-from tests.serving import Serving, serving
+from tests.dicom_files import write_series
+from tests.serving import Serving, serving, until
 
 PATIENCE_MS = 60_000
 SOFTWARE = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
@@ -28,7 +31,10 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def serve(where: Path) -> Iterator[Serving]:
     two = make_toy_model(Toy(channels=2), where / "two").bundle
+    flat = Toy(dims=2, channels=3, spacing=(1.0, 1.0), file_ending=".png", reader_writer="NaturalImage2DIO")
+    pictures = make_toy_model(flat, where / "pictures").bundle
     bundles = [make_toy_model(Toy(), where).bundle, two.rename(two.with_name("two"))]
+    bundles.append(pictures.rename(pictures.with_name("pictures")))
     with serving(bundles, work=where / "work") as found:
         yield found
 
@@ -69,15 +75,23 @@ class Page:
         )
         return {name: float(volume) for name, volume in rows}
 
+    def canvas(self) -> np.ndarray:
+        """What is drawn, (y, x, RGB)."""
+        self.page.wait_for_timeout(300)
+        return np.asarray(Image.open(io.BytesIO(self.page.locator("#canvas").screenshot())).convert("RGB"))
+
     def drawn(self, colour: str) -> int:
         """Pixels of the canvas in the hue of a colour."""
-        self.page.wait_for_timeout(300)
-        picture = Image.open(io.BytesIO(self.page.locator("#canvas").screenshot())).convert("HSV")
+        return int(self.hue(colour).sum())
+
+    def hue(self, colour: str) -> np.ndarray:
+        """Which pixels of the canvas are of the hue of a colour, (y, x)."""
+        picture = Image.fromarray(self.canvas()).convert("HSV")
         hue, saturation, value = (band.astype(int) for band in np.moveaxis(np.asarray(picture), -1, 0))
         red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
         wanted = round(255 * colorsys.rgb_to_hsv(red, green, blue)[0])
         distance = np.abs(hue - wanted)
-        return int(((np.minimum(distance, 255 - distance) < 8) & (saturation > 60) & (value > 40)).sum())
+        return (np.minimum(distance, 255 - distance) < 8) & (saturation > 60) & (value > 40)
 
 
 @pytest.fixture
@@ -87,23 +101,22 @@ def opened(serve: Serving, browser: Any) -> Iterator[Page]:
     page.context.close()
 
 
-def viewed(serve: Serving) -> str:
-    """The answer that the page asks for first, and hands out without another prediction."""
-    answers = serve.client.get("/models/bundle").json()["answers"]
-    return "nifti" if "nifti" in answers else "labels"
-
-
 def test_an_example_is_predicted_drawn_and_counted(opened: Page, serve: Serving) -> None:
     page = opened.page
     page.click("#example")
     opened.until("shown")
-    content = gzip.decompress(opened.downloaded(viewed(serve)))
+    content = gzip.decompress(opened.downloaded("nifti"))
     labels = np.asarray(nibabel.Nifti1Image.from_bytes(content).dataobj)
     structures = serve.client.get("/models/bundle").json()["labels"]
     expected = {one["name"]: (labels == one["value"]).sum() / 1000 for one in structures}  # voxels of 1 mm
     assert min(expected.values()) > 0
     assert opened.volumes() == {name: pytest.approx(volume, abs=0.006) for name, volume in expected.items()}
-    assert {"read", "infer", "total"} <= set(page.inner_text("#times").split())
+    stages = page.inner_text("#times").split()
+    seconds = {name: float(value) for name, value in zip(stages[::2], stages[1::2], strict=True)}
+    assert list(seconds) == [
+        *("upload", "queued", "load", "read", "preprocess", "infer", "postprocess", "write", "total")
+    ]
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.05 + 0.05 * sum(seconds.values()))
     for one in structures:
         before = opened.drawn(one["colour"])
         page.uncheck(f"#shown-{one['value']}")
@@ -118,7 +131,13 @@ def test_an_example_is_predicted_drawn_and_counted(opened: Page, serve: Serving)
     assert opened.problems == []
     assert any(url.endswith("/events") for url in opened.requests)
     assert all(url.startswith((serve.url, "data:", "blob:")) for url in opened.requests), "nothing from elsewhere"
-    assert serve.service.store.jobs() == [], "what was fetched is not kept"
+    (job,) = serve.service.store.jobs()  # further answers are asked of it
+    page.click("#example")
+    page.wait_for_function("document.body.dataset.state === 'busy'")
+    opened.until("shown")
+    assert job not in serve.service.store.jobs()
+    page.goto("about:blank")
+    until(lambda: serve.service.store.jobs() == [])  # nobody will ask for it any more
 
 
 def test_files_of_several_channels_and_what_is_handed_out(opened: Page, serve: Serving, tmp_path: Path) -> None:
@@ -140,9 +159,74 @@ def test_files_of_several_channels_and_what_is_handed_out(opened: Page, serve: S
     offered = page.locator("#downloads button").all_inner_texts()
     known = serve.client.get("/models/two").json()["answers"]
     assert offered == [answer for answer in known if answer not in ("dicom-seg", "dicom-seg-labelmap", "rtstruct")]
-    for answer in (viewed(serve), "labels"):
+    before = len([url for url in opened.requests if url.endswith("/events")])
+    for answer in ("nifti", "labels", "image", "mesh", "statistics"):
         expected = serve.client.post("/models/two/predict", files=send, params={"answer": answer}).content
         assert opened.downloaded(answer) == expected
+    assert len([url for url in opened.requests if url.endswith("/events")]) == before, "predicted again"
+    assert opened.problems == []
+
+
+def box(mask: np.ndarray) -> np.ndarray:
+    """First and last row and column of a mask, without single pixels at its border."""
+    return np.array([np.flatnonzero(mask.sum(axis=axis) > 3)[[0, -1]] for axis in (1, 0)]).ravel()
+
+
+def test_a_zip_of_a_series_is_drawn_with_its_labels_in_place(opened: Page, serve: Serving, tmp_path: Path) -> None:
+    stored = (300 + 100 * smooth_noise((12, 16, 18), 5)).astype(np.int16)
+    with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
+        for file in write_series(tmp_path / "series", stored, spacing_zyx=(1.0, 1.0, 1.0)):
+            archive.write(file, file.name)
+    page = opened.page
+    page.set_input_files("#files", tmp_path / "series.zip")
+    page.click("#predict")
+    opened.until("shown")
+    scan, labels = (
+        nibabel.Nifti1Image.from_bytes(gzip.decompress(opened.downloaded(name))) for name in ("image", "nifti")
+    )
+    assert np.array_equal(np.asarray(scan.dataobj), stored.transpose(2, 1, 0) - 1024)  # the intercept of these files
+    assert np.array_equal(scan.affine, labels.affine)
+    page.click("#views button:text-is('Axial')")
+    structures = serve.client.get("/models/bundle").json()["labels"]
+    page.fill("#opacity", "1")
+    of_labels = box(sum(opened.hue(one["colour"]) for one in structures) > 0)
+    for one in structures:
+        page.uncheck(f"#shown-{one['value']}")
+    shown = opened.canvas().astype(int)
+    assert np.ptp(shown[shown.max(axis=2) > 40], axis=1).max() < 130  # grey but for the cross and its words
+    of_scan = box((shown.max(axis=2) > 40) & (np.ptp(shown, axis=2) < 20))
+    voxel = (of_scan[1] - of_scan[0]) / 16
+    assert np.abs(of_labels - of_scan).max() < 1.5 * voxel
+    if place := os.environ.get("SCREENSHOTS"):
+        page.fill("#opacity", "0.5")
+        for one in structures:
+            page.check(f"#shown-{one['value']}")
+        page.click("#views button:text-is('Planes and 3D')")
+        page.wait_for_timeout(500)
+        page.screenshot(path=f"{place}/series.png", full_page=True)
+    assert opened.problems == []
+
+
+def test_a_picture_is_drawn_as_it_is_stored(opened: Page, tmp_path: Path) -> None:
+    pixels = np.full((60, 80, 3), 128, np.uint8)
+    pixels[5:20, 10:30] = (255, 0, 0)
+    pixels[40:55, 50:70] = (0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    page = opened.page
+    page.select_option("#model", "pictures")
+    page.set_input_files("#files", tmp_path / "a.png")
+    page.click("#predict")
+    opened.until("shown")
+    if place := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(500)
+        page.screenshot(path=f"{place}/picture.png", full_page=True)
+    page.fill("#opacity", "0")
+    red, blue = (np.argwhere(opened.hue(colour)).mean(axis=0) for colour in ("#ff0000", "#0000ff"))
+    assert (red < blue).all(), "upside down or mirrored"
+    assert page.locator("#views button").all_inner_texts() == ["Axial"]
+    page.fill("#opacity", "1")
+    shown = sum(opened.drawn(colour) for colour in ("#e69f00", "#56b4e9"))
+    assert shown > 1000
     assert opened.problems == []
 
 

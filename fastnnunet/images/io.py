@@ -5,7 +5,7 @@ Every reader also takes a DICOM series in place of a file, except those of forma
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,14 @@ class ImageIO(Protocol):
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         """Write a label map with the geometry in `properties`; the file is whole or not there."""
+
+
+@runtime_checkable
+class PlacedIO(ImageIO, Protocol):
+    """A reader whose format knows where voxels lie in the patient."""
+
+    def write_channel(self, channel_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        """Write one channel of an image as NIfTI, voxel for voxel on the grid on which `write` puts its label map."""
 
 
 def image_io(reader_writer: str) -> ImageIO:

@@ -49,9 +49,15 @@ class NibabelIO:
         return self.read([file])
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        self._write(smallest_dtype(segmentation_ZYX), file, properties)
+
+    def write_channel(self, channel_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        self._write(channel_ZYX, file, properties)
+
+    def _write(self, volume_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
         import nibabel
 
-        image = self._file_image(segmentation_ZYX, properties)
+        image = self._file_image(volume_ZYX, properties)
         with atomic_image(file) as partial:
             if not file.name.lower().endswith(".nii.gz"):
                 nibabel.save(image, partial)
@@ -59,13 +65,13 @@ class NibabelIO:
             with new_gzip(partial) as packed:
                 image.to_stream(packed)
 
-    def _file_image(self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> Any:
+    def _file_image(self, volume_ZYX: npt.NDArray[Any], properties: dict[str, Any]) -> Any:
         import nibabel
         from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
         affines = properties["nibabel_stuff"]
         affine = affines["reoriented_affine" if self.reorient else "original_affine"]
-        image = nibabel.Nifti1Image(smallest_dtype(segmentation_ZYX.transpose(2, 1, 0)), affine=affine)
+        image = nibabel.Nifti1Image(volume_ZYX.transpose(2, 1, 0), affine=affine)
         if not self.reorient:
             return image
         return image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), io_orientation(affines["original_affine"])))

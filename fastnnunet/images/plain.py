@@ -1,4 +1,4 @@
-"""Geometries of NIfTI files whose axes run along the patient's, and the headers of label maps with such a one.
+"""Geometries of NIfTI files whose axes run along the patient's, and the headers of volumes with such a one.
 
 Most images have one, and ITK need not be loaded for it. No cosine is computed there, so what ITK 5.3 and 5.4 make of it
 is known to the last bit. Where qform and sform differ, an axis is oblique or two are exchanged, ITK has the word.
@@ -29,7 +29,7 @@ _LEAST_MM, _MOST_MM = 1e-3, 1e3  # beyond, ITK takes some matrices for singular
 _RAS = (-1.0, -1.0, 1.0)
 _MM_AND_S = 10
 _SCANNER = 1
-_DATATYPES = {"uint8": (2, 8), "uint16": (512, 16)}
+_DATATYPES = {"uint8": (2, 8), "uint16": (512, 16), "int16": (4, 16), "float32": (16, 32)}
 
 
 def plain_geometry(header: Header) -> dict[str, Any] | None:
@@ -53,15 +53,15 @@ def plain_geometry(header: Header) -> dict[str, Any] | None:
     }
 
 
-def plain_header(labels_ZYX: npt.NDArray[Any], geometry: dict[str, Any]) -> bytes | None:
-    """What ITK 5.4 writes before the voxels of a label map of this geometry; None where that is not plain.
+def plain_header(voxels_ZYX: npt.NDArray[Any], geometry: dict[str, Any]) -> bytes | None:
+    """What ITK 5.4 writes before the voxels of a volume of this geometry; None where that is not plain.
 
-    `labels_ZYX`: uint8 or uint16. A zero may have the other sign.
+    `voxels_ZYX`: uint8, uint16, int16 or float32. A zero may have the other sign.
     """
     spacing, direction = tuple(geometry["spacing"]), tuple(geometry["direction"])
     signs = [cosine * ras for cosine, ras in zip(direction[::4], _RAS, strict=False)]
     is_straight = len(spacing) == 3 and all(abs(s) == 1 for s in signs) and direction == _diagonal(direction[::4])
-    if not is_straight or not all(_LEAST_MM <= s <= _MOST_MM for s in spacing) or max(labels_ZYX.shape) > LONGEST_AXIS:
+    if not is_straight or not all(_LEAST_MM <= s <= _MOST_MM for s in spacing) or max(voxels_ZYX.shape) > LONGEST_AXIS:
         return None
     offsets = [ras * o for ras, o in zip(_RAS, geometry["origin"], strict=True)]
     qfac = math.prod(signs)  # -1: a mirror image, whose third axis is turned before the rest is a rotation
@@ -74,8 +74,8 @@ def plain_header(labels_ZYX: npt.NDArray[Any], geometry: dict[str, Any]) -> byte
     for form, at, values in (
         ("i", 0, [HEADER_BYTES - 4]),
         ("B", 38, b"r"),
-        ("8h", 40, (3, *labels_ZYX.shape[::-1], 1, 1, 1, 1)),
-        ("2h", 70, _DATATYPES[labels_ZYX.dtype.name]),
+        ("8h", 40, (3, *voxels_ZYX.shape[::-1], 1, 1, 1, 1)),
+        ("2h", 70, _DATATYPES[voxels_ZYX.dtype.name]),
         ("4f", 76, (qfac, *spacing)),
         ("2f", 108, (HEADER_BYTES, 1.0)),  # where voxels begin, and their slope
         ("B", 123, [_MM_AND_S]),

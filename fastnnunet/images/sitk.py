@@ -77,27 +77,33 @@ class SimpleITKIO:
         return sitk.GetArrayFromImage(image), {**_geometry_of(image), "original_orientation": original}
 
     def write(self, segmentation_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
-        labels, geometry = self._on_file_axes(segmentation_ZYX, properties)
+        self._write(smallest_dtype(segmentation_ZYX), file, properties)
+
+    def write_channel(self, channel_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        self._write(channel_ZYX, file, properties)
+
+    def _write(self, volume_ZYX: npt.NDArray[Any], file: Path, properties: dict[str, Any]) -> None:
+        voxels, geometry = self._on_file_axes(volume_ZYX, properties)
         with atomic_image(file) as partial:
-            if is_nifti(file) and max(labels.shape) <= LONGEST_AXIS:
-                _write_nifti(labels, geometry, partial, file)
+            if is_nifti(file) and max(voxels.shape) <= LONGEST_AXIS:
+                _write_nifti(voxels, geometry, partial, file)
             else:
-                write_sitk(_to_sitk(labels, geometry), partial, file)
+                write_sitk(_to_sitk(voxels, geometry), partial, file)
 
     def _on_file_axes(
-        self, segmentation_ZYX: npt.NDArray[Any], properties: dict[str, Any]
+        self, volume_ZYX: npt.NDArray[Any], properties: dict[str, Any]
     ) -> tuple[npt.NDArray[Any], _Geometry]:
         geometry = properties["sitk_stuff"]
         dimensions = len(geometry["spacing"])
         if dimensions == 4:
             # nnU-Net stops here; a multi-channel 4d input has a three-dimensional segmentation
             geometry = _first_three_dimensions(geometry)
-        labels = smallest_dtype(segmentation_ZYX[0] if dimensions == 2 else segmentation_ZYX)
+        voxels = volume_ZYX[0] if dimensions == 2 else volume_ZYX
         if self.orientation is None:
-            return labels, geometry
+            return voxels, geometry
         import SimpleITK as sitk
 
-        image = sitk.DICOMOrient(_to_sitk(labels, geometry), geometry["original_orientation"])
+        image = sitk.DICOMOrient(_to_sitk(voxels, geometry), geometry["original_orientation"])
         return sitk.GetArrayFromImage(image), _geometry_of(image)
 
 
@@ -211,23 +217,23 @@ def write_sitk(image: Any, partial: Path, file: Path) -> None:
         raise FastnnUNetError(f"cannot write {file}: {last_line(e)}") from e
 
 
-def _write_nifti(labels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> None:
+def _write_nifti(voxels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> None:
     """The header that ITK writes, then the voxels. Raises FastnnUNetError, whose message is of `file`, and OSError."""
-    header = plain_header(labels, geometry)
+    header = plain_header(voxels, geometry)
     if header is None:
-        header = _header_of_itk(labels, geometry, partial, file)
+        header = _header_of_itk(voxels, geometry, partial, file)
     is_packed = file.name.lower().endswith(".gz")
     with new_gzip(partial) if is_packed else partial.open("wb") as f:
         f.write(header)
-        f.write(np.ascontiguousarray(labels, labels.dtype.newbyteorder("<")).data)
+        f.write(np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("<")).data)
 
 
-def _header_of_itk(labels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> bytes:
-    """Of an image of one voxel, which ITK writes to `partial`, with the sizes of `labels`."""
-    write_sitk(_to_sitk(np.zeros((1,) * labels.ndim, labels.dtype), geometry), partial, file)
+def _header_of_itk(voxels: npt.NDArray[Any], geometry: _Geometry, partial: Path, file: Path) -> bytes:
+    """Of an image of one voxel, which ITK writes to `partial`, with the sizes of `voxels`."""
+    write_sitk(_to_sitk(np.zeros((1,) * voxels.ndim, voxels.dtype), geometry), partial, file)
     with open_stored(partial, detect=True) as stored:
         header = bytearray(stored.read(HEADER_BYTES))
-    struct.pack_into(f"<{labels.ndim}h", header, 42, *labels.shape[::-1])
+    struct.pack_into(f"<{voxels.ndim}h", header, 42, *voxels.shape[::-1])
     return bytes(header)
 
 

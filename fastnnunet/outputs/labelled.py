@@ -17,7 +17,7 @@ from fastnnunet.errors import ImageError, MismatchError
 from fastnnunet.images.dicom.series import DicomSeries
 from fastnnunet.outputs.colours import colour_of
 
-_TO_LPS = np.diag((-1.0, -1.0, 1.0, 1.0))  # from NIfTI's RAS, or back
+TO_RAS = np.diag((-1.0, -1.0, 1.0, 1.0))  # of LPS, or back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def grid_of(properties: Mapping[str, Any]) -> tuple[npt.NDArray[np.float64], boo
     affine = np.eye(4)
     if "nibabel_stuff" in properties:
         affines = properties["nibabel_stuff"]
-        return _TO_LPS @ np.asarray(affines.get("reoriented_affine", affines["original_affine"]), np.float64), True
+        return TO_RAS @ np.asarray(affines.get("reoriented_affine", affines["original_affine"]), np.float64), True
     if "sitk_stuff" in properties:
         geometry = properties["sitk_stuff"]
         spacing, origin = (np.asarray(geometry[name], np.float64) for name in ("spacing", "origin"))

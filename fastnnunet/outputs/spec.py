@@ -28,6 +28,7 @@ class OutputSpec:
         bool, Option("--statistics", "Volumes, places and intensities: CASE_statistics.json, statistics.csv.")
     ] = False
     preview: Annotated[bool, Option("--preview", "CASE_preview.png: three planes with the labels in colour.")] = False
+    scan: bool = False  # CASE_scan.nii.gz: the image on the grid of its label map, see `outputs/scan.py`
     label_codes: Annotated[
         Path | None,
         Option("--label-codes", "YAML of codes for DICOM (default: label_codes.yaml in the bundle, then a table)."),
@@ -49,6 +50,11 @@ class OutputSpec:
             problems.append(f"--segmentation-type: got {self.segmentation_type!r}, expected one of {expected}")
         if problems:
             raise SpecError("; ".join(problems))
+
+    @property
+    def needs_image(self) -> bool:
+        """Some of it is made of the image as it was read."""
+        return self.statistics or self.preview or self.scan
 
     @property
     def of_series(self) -> tuple[str, ...]:

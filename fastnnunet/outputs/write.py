@@ -1,6 +1,6 @@
 """A case in every format: which files there are of it, what is refused beforehand, and the writing itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,12 +10,15 @@ import numpy as np
 
 from fastnnunet.errors import ImageError, SpecError
 from fastnnunet.images.dicom.series import DicomSeries
+from fastnnunet.images.io import ImageIO
 from fastnnunet.images.output import sibling
 from fastnnunet.outputs.dicom.codes import BUNDLE_FILE, LabelCodes, label_codes
 from fastnnunet.outputs.labelled import LabelledImage, Structure, structures_of
 from fastnnunet.outputs.mesh.files import ENDING as MESH_ENDING
 from fastnnunet.outputs.mesh.files import stl_files, write_mesh
 from fastnnunet.outputs.preview import preview
+from fastnnunet.outputs.scan import ENDING as SCAN_ENDING
+from fastnnunet.outputs.scan import write_scan
 from fastnnunet.outputs.spec import Kind, OutputSpec, SegmentationType
 from fastnnunet.outputs.statistics import ENDING as STATISTICS_ENDING
 from fastnnunet.outputs.statistics import (
@@ -138,7 +141,7 @@ class OutputWriter:
     @property
     def needs_image(self) -> bool:
         """The image has to be kept until the label map is there."""
-        return self.spec.statistics or self.spec.preview
+        return self.spec.needs_image
 
     def beside(self, output: Path) -> dict[str, Path]:
         """What is written beside `output`, which is of the first format: what it is -> its file."""
@@ -148,6 +151,8 @@ class OutputWriter:
             found["statistics"] = sibling(output, self.ending, STATISTICS_ENDING)
         if self.spec.preview:
             found["preview"] = sibling(output, self.ending, PREVIEW_ENDING)
+        if self.spec.scan:
+            found["scan"] = sibling(output, self.ending, SCAN_ENDING)
         return found
 
     def files(self, output: Path) -> list[Path]:
@@ -178,10 +183,10 @@ class OutputWriter:
                 segmentation_type=self.spec.segmentation_type,
             )
 
-    def write(self, labelled: LabelledImage, output: Path, write_image: Callable[[Path], None]) -> None:
+    def write(self, labelled: LabelledImage, output: Path, io: ImageIO, properties: dict[str, Any]) -> None:
         """Everything beside `output`, then `output` itself: where it is, all is.
 
-        `write_image`: as the reader of the model writes label maps.
+        `io`: the reader of the model, with the `properties` that it gave of the image.
         """
         for what, file in [*self.beside(output).items(), (self.spec.formats[0], output)]:
             if what == "statistics":
@@ -190,8 +195,10 @@ class OutputWriter:
                 picture = preview(labelled)
                 with atomic_output(file) as partial:
                     partial.write_bytes(picture)
+            elif what == "scan":
+                write_scan(labelled, file, io, properties, self.file_ending)
             elif what == "image" or (what == "nifti" and labelled.in_patient):
-                write_image(file)
+                io.write(labelled.labels_ZYX, file, properties)
             else:
                 _write(labelled, cast(Kind, what), file, self.codes, self.spec.segmentation_type, checked=True)
 

@@ -132,8 +132,8 @@ class Predictor(LoadedBundle):
                     raise ImageError(f"no previous segmentation of {plan.case.case_id}: {plan.previous} is missing")
                 previous_ZYX = io.read_segmentation(plan.previous)[0][0]
         with times.stage("preprocess"):
-            prepared = self.prepare(image_CZYX, properties, previous_ZYX)
-            return _Loaded(prepared, times, image_CZYX if plan.needs_image else None)
+            as_read = image_CZYX.copy() if plan.needs_image else None  # `prepare` may change it in place
+            return _Loaded(self.prepare(image_CZYX, properties, previous_ZYX), times, as_read)
 
     def _check_slices(self, case: Case, slices: int) -> None:
         """Raises ImageError where one DICOM file was given for a volume; of other formats one slice is nnU-Net's."""
@@ -204,7 +204,7 @@ class Predictor(LoadedBundle):
         )
         io = image_io(self.spec.reader_writer)
         # the label map last: where it is, all other files of the case are
-        writer.write(labelled, output, lambda file: io.write(segmentation_ZYX, file, properties))
+        writer.write(labelled, output, io, properties)
 
     def write(
         self,

@@ -19,7 +19,7 @@ _MEDIA_TYPES = {
     **{".nii.gz": "application/gzip", ".png": "image/png", ".tif": "image/tiff", ".bmp": "image/bmp"},
     **{".dcm": "application/dicom", ".json": "application/json", ".glb": "model/gltf-binary"},
 }
-_SWITCHES = ("statistics", "preview")
+_SWITCHES = ("statistics", "preview", "scan")
 _FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can tell: the same answers are the same bytes
 
 
@@ -41,6 +41,7 @@ ANSWERS: Mapping[str, Answer] = {
     "rtstruct": Answer(output="rtstruct", needs="highdicom"),
     "mesh": Answer(output="mesh"),  # glTF, one file
     "stl": Answer(output="mesh", file="stl"),  # a file of each structure
+    "image": Answer(output="scan"),
     "statistics": Answer(output="statistics"),
     "preview": Answer(output="preview"),
 }
@@ -73,14 +74,21 @@ def refuse_without_series(names: Sequence[str], kinds: Sequence[str]) -> None:
         )
 
 
-def output_spec(names: Sequence[str], file_ending: str) -> "OutputSpec":
+def made_of_image(names: Sequence[str]) -> list[str]:
+    """The answers among `names` that are made of the image too, not of its label map alone."""
+    specs = {name: output_spec([name], "") for name in names}
+    return [name for name, spec in specs.items() if spec.needs_image or spec.of_series]
+
+
+def output_spec(names: Sequence[str], file_ending: str, *, keep_labels: bool = False) -> "OutputSpec":
     """What is to be written. A format that nobody asked for may be among it, since there has to be one.
 
-    `file_ending`: the model's. Where it is .nii.gz, `labels` and `nifti` are one file.
+    `file_ending`: the model's. Where it is .nii.gz, `labels` and `nifti` are one file. `keep_labels`: the label map in
+    the model's own format is among it.
     """
     from fastnnunet.api import OutputSpec
 
-    outputs = [ANSWERS[name].output for name in names]
+    outputs = [*(["image"] if keep_labels else []), *(ANSWERS[name].output for name in names)]
     if "image" in outputs and file_ending == ".nii.gz":
         outputs = [output for output in outputs if output != "nifti"]
     formats = tuple(dict.fromkeys(output for output in outputs if output not in _SWITCHES))
@@ -89,6 +97,7 @@ def output_spec(names: Sequence[str], file_ending: str) -> "OutputSpec":
         formats=formats or ("image",),  # type: ignore[arg-type]  # which it checks itself
         statistics="statistics" in outputs,
         preview="preview" in outputs,
+        scan="scan" in outputs,
         segmentation_type=types[0] if types else "binary",
     )
 

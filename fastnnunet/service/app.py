@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -117,6 +117,15 @@ _Answers = Annotated[
     ),
 ]
 _USUAL = [USUAL]
+_More = Annotated[
+    list[str],
+    Query(
+        alias="answer",
+        description="Formats in place of those that the job was made with; nothing is predicted for them.",
+        json_schema_extra={"items": {"type": "string", "enum": sorted(ANSWERS)}},
+    ),
+]
+_AS_ASKED: list[str] = []
 _Series = Annotated[
     str | None,
     Query(description="SeriesInstanceUID, where a zip holds several series.", pattern=r"^[0-9.]{1,64}$"),
@@ -127,7 +136,7 @@ def create_app(service: Service, token: str | None = None) -> Guard:
     """The ASGI application; `service` must have been entered."""
     app = FastAPI(
         title="FastnnUNet", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
-        redirect_slashes=False,
+        redirect_slashes=False, dependencies=[Depends(_refuse_unknown)],
     )  # fmt: skip
     _add_refusals(app)
     _add_models(app, service)
@@ -135,6 +144,14 @@ def create_app(service: Service, token: str | None = None) -> Guard:
     monai.add(app, service, _refused(*_UPLOAD), finished)
     _add_page(app)
     return Guard(app, spec=service.spec, token=token)
+
+
+async def _refuse_unknown(request: Request) -> None:
+    """Raises RefusedError for a name in the query that the address does not have."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    if unknown := sorted(set(request.query_params) - known):
+        there = f"there are {', '.join(sorted(known))}" if known else "this address has none"
+        raise RefusedError(400, f"no such parameter: {', '.join(map(repr, unknown))[:200]}; {there}")
 
 
 def _add_refusals(app: FastAPI) -> None:
@@ -281,14 +298,22 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/jobs/{job}/result",
-        responses={**_RESULT, **_refused(*_ALWAYS, 404, 408, 409, 410, 413, 415, 422, 500, 504, 507)},
+        responses={**_RESULT, **_refused(*_ALWAYS, 404, 408, 409, 410, 413, 415, 422, 500, 503, 504, 507)},
         response_class=FileResponse,
     )
-    async def job_result(job: str) -> FileResponse:
-        """The result of a job that is done."""
+    async def job_result(request: Request, job: str, answers: _More = _AS_ASKED) -> FileResponse:
+        """The result of a job that is done: as it was asked for, or other answers of what was predicted then."""
         found = store.get(job)
         refuse_unfinished(found)
-        return _result(found)
+        if not answers or chosen(found.model, answers) == found.answers:
+            return _result(found)
+        more = service.take_on_more(found, chosen(found.model, answers))
+        try:
+            await finished(service, more, request)
+        except RefusedError:
+            store.get(job)  # which says so where it was forgotten meanwhile
+            raise
+        return _result(more, BackgroundTask(store.remove, more))
 
     @app.get(
         "/jobs/{job}/events",

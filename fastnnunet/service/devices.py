@@ -5,15 +5,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from fastnnunet.events import Event, Progress
 from fastnnunet.service.jobs import Job, JobStore
+from fastnnunet.service.models import Served
 from fastnnunet.service.refusals import RefusedError
-from fastnnunet.service.worker import Done, Failed, Loading, Task, Unload, work
+from fastnnunet.service.worker import Done, Failed, Loading, Predicted, Task, Unload, work
 from fastnnunet.system.children import ChildProcess, Children, stop
 
 _LOOK_S = 0.05  # how often a running job is looked at for a cancellation or its time
@@ -99,14 +99,14 @@ class DeviceThread(threading.Thread):
         self,
         waiting: Waiting,
         store: JobStore,
-        bundles: Mapping[str, Path],
+        served: Served,
         loading: Loading,
         *,
         idle_s: float,
         time_limit_s: float,
     ) -> None:
         super().__init__(name=f"device {loading.device or 'auto'}", daemon=True)
-        self._waiting, self._store, self._bundles, self._loading = waiting, store, bundles, loading
+        self._waiting, self._store, self._served, self._loading = waiting, store, served, loading
         self._idle_s, self.time_limit_s = idle_s, time_limit_s
         self._child: tuple[ChildProcess, Connection] | None = None
         self._used: dict[str, float] = {}  # models that are loaded -> when they were used last
@@ -148,7 +148,7 @@ class DeviceThread(threading.Thread):
         if idle and self._child is not None:
             log.info("idle: %s unloaded", ", ".join(idle))
             if self._used:
-                self._child[1].send(Unload(bundles=tuple(self._bundles[name] for name in idle)))
+                self._child[1].send(Unload(bundles=tuple(self._served.bundles[name] for name in idle)))
             else:
                 self._end_child()  # which gives all memory back
 
@@ -162,10 +162,11 @@ class DeviceThread(threading.Thread):
             log.error("a job failed with %s", type(e).__name__)
             self._end_child()
             outcome = Failed(status=500, sentence="the prediction failed; the log of the service says more")
-        self._waiting.took(time.monotonic() - begin)
+        if job.source is None:
+            self._waiting.took(time.monotonic() - begin)
         if isinstance(outcome, Done):
-            job.times_s = {**outcome.times_s, "queued": job.began - job.created}
-            job.media_type = outcome.media_type
+            job.times_s = {**job.times_s, "queued": job.began - job.created, **outcome.times_s}
+            job.media_type, job.label_map = outcome.media_type, outcome.label_map
             self._store.end(job, "done", result=outcome.result)
             return
         if outcome.logged:
@@ -176,11 +177,13 @@ class DeviceThread(threading.Thread):
     def _outcome(self, job: Job) -> Done | Failed:
         child, connection = self._ready_child()
         task = Task(
-            bundle=self._bundles[job.model],
+            bundle=self._served.bundles[job.model],
             inputs=job.inputs,
             series_uid=job.series_uid,
             answers=job.answers,
             folder=job.folder,
+            keep_labels=job.is_kept,
+            predicted=None if job.source is None else self._predicted(job.source),
         )
         connection.send(task)
         deadline, given_up, told = time.monotonic() + self.time_limit_s, None, False
@@ -195,7 +198,8 @@ class DeviceThread(threading.Thread):
                     status=500, sentence="the process that read this image ended: it is damaged, or memory was short"
                 )
             if isinstance(message, Done | Failed):
-                self._used[job.model] = time.monotonic()
+                if job.source is None:  # else there was no need of the model
+                    self._used[job.model] = time.monotonic()
                 return given_up or message
             if message is not None:
                 _tell(job, message)
@@ -213,6 +217,10 @@ class DeviceThread(threading.Thread):
             elif now > deadline:
                 self._end_child()
                 return given_up
+
+    def _predicted(self, source: Job) -> Predicted:
+        assert source.label_map is not None  # who asks for more of a job sees to that
+        return Predicted(label_map=source.label_map, spec=self._served.specs[source.model])
 
     def _ready_child(self) -> tuple[ChildProcess, Connection]:
         if self._child is not None and self._child[0].is_alive():

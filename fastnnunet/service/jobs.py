@@ -3,12 +3,15 @@
 WORK/jobs/ID/input/     what was uploaded, under names of our own
 WORK/jobs/ID/partial/   what is being written
 WORK/jobs/ID/result/    what was predicted, one file: renamed to this when it is whole
-WORK/jobs/ID/job.json   of a job that its client may come back to; written when it is taken on and when it is over
+WORK/jobs/ID/labels/    of a job that its client may come back to: the label map in the model's own format
+WORK/jobs/ID/job.json   of such a job; written when it is taken on and when it is over
 
-A folder without `job.json` belongs to nobody once the service has ended. A job that was not over then is lost, and says
-so.
+Such a job keeps `input` and `labels`, of which further answers are made, as long as its result; where room is short,
+the inputs of the oldest go first. A folder without `job.json` belongs to nobody once the service has ended. A job that
+was not over then is lost, and says so.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -49,7 +52,10 @@ class Job:
     folder: Path
     is_kept: bool  # its client may come back to it
     size_bytes: int  # of the work folder, taken or set aside
-    inputs: tuple[tuple[Path, str], ...] = ()  # file and kind of each channel
+    inputs: tuple[tuple[Path, str], ...] = ()  # file and kind of each channel; none where they are gone
+    label_map: Path | None = None  # of what was predicted, where it is kept
+    source: "Job | None" = None  # whose label map and inputs this one's answers are made of
+    users: int = 0  # jobs that are not over and have this one as their source
     series_uid: str | None = None
     state: State = "waiting"
     created: float = field(default_factory=time.time)
@@ -76,7 +82,9 @@ class Job:
         """What `job.json` holds."""
         return {
             **{name: getattr(self, name) for name in ("id", "model", "answers", "state", "created", "over")},
-            **{name: getattr(self, name) for name in ("status", "error", "media_type", "times_s")},
+            **{name: getattr(self, name) for name in ("status", "error", "media_type", "times_s", "series_uid")},
+            "inputs": [[file.name, kind] for file, kind in self.inputs],
+            "label_map": None if self.label_map is None else self.label_map.name,
             "result": None if self.result is None else self.result.name,
             "result_bytes": None if self.result is None else self.result.stat().st_size,
         }
@@ -132,6 +140,9 @@ class JobStore:
                 error=str(record["error"]),
                 media_type=str(record["media_type"]),
                 times_s={str(name): float(value) for name, value in record["times_s"].items()},
+                series_uid=record.get("series_uid"),
+                inputs=tuple((place / "input" / Path(file).name, str(kind)) for file, kind in record.get("inputs", [])),
+                label_map=place / "labels" / Path(record.get("label_map") or "gone").name,
             )
         except (OSError, CorruptError, KeyError, TypeError, ValueError, AttributeError):
             return None
@@ -142,7 +153,13 @@ class JobStore:
             result = place / "result" / str(record["result"])
             is_there = result.parent.parent == place and result.is_file()
             if is_there and result.stat().st_size == record["result_bytes"]:
-                job.result, job.size_bytes = result, result.stat().st_size
+                job.result = result
+                if job.label_map is not None and not job.label_map.is_file():
+                    job.label_map = None
+                if not (place / "input").is_dir():  # they made room for others
+                    job.inputs = ()
+                shutil.rmtree(place / "partial", ignore_errors=True)
+                job.size_bytes = _size_of(place)
                 return job
         if job.state in ("failed", "cancelled", "lost"):
             return job
@@ -164,9 +181,33 @@ class JobStore:
             is_kept=is_kept,
             size_bytes=size_bytes,
         )
+        return self._added(job)
+
+    def new_of(self, source: Job, answers: Sequence[str]) -> Job:
+        """A job for further answers of one that is done, which keeps what they are made of meanwhile.
+
+        Raises RefusedError.
+        """
+        name = secrets.token_hex(_ID_BYTES)
+        job = Job(
+            id=name,
+            model=source.model,
+            answers=tuple(answers),
+            folder=self.folder / "jobs" / name,
+            is_kept=False,
+            size_bytes=0,
+            inputs=source.inputs,
+            series_uid=source.series_uid,
+            source=source,
+        )
+        return self._added(job)
+
+    def _added(self, job: Job) -> Job:
         with self._lock:
-            self._require(size_bytes)
-            self._jobs[name] = job
+            self._require(job.size_bytes)
+            self._jobs[job.id] = job
+            if job.source is not None:
+                job.source.users += 1
         try:
             (job.folder / "input").mkdir(parents=True)
         except OSError as e:
@@ -181,7 +222,19 @@ class JobStore:
             job.size_bytes += size_bytes
 
     def _require(self, size_bytes: int) -> None:
-        if sum(job.size_bytes for job in self._jobs.values()) + size_bytes > self.room_bytes:
+        """Make room, of inputs that are only kept; of what needs none of them, nothing is given up."""
+        missing = sum(job.size_bytes for job in self._jobs.values()) + size_bytes - self.room_bytes
+        kept = [job for job in self._jobs.values() if job.state == "done" and job.inputs and not job.users]
+        for job in sorted(kept, key=lambda job: job.over or 0.0):
+            if missing <= 0:
+                break
+            before, job.inputs = job.size_bytes, ()
+            with contextlib.suppress(OSError):  # a part of a series would be taken for all of it
+                (job.folder / "input").rename(job.folder / "partial")
+            shutil.rmtree(job.folder / "partial", ignore_errors=True)
+            job.size_bytes = _size_of(job.folder)
+            missing -= before - job.size_bytes
+        if missing > 0:
             raise RefusedError(503, "the work folder of the service is full; try again later", retry_after_s=60)
 
     def keep(self, job: Job) -> None:
@@ -202,14 +255,17 @@ class JobStore:
             return list(self._jobs.values())
 
     def end(self, job: Job, state: State, *, refusal: RefusedError | None = None, result: Path | None = None) -> None:
-        """What became of a job; its input is removed."""
-        shutil.rmtree(job.folder / "input", ignore_errors=True)
-        shutil.rmtree(job.folder / "partial", ignore_errors=True)
-        if state != "done":
-            shutil.rmtree(job.folder / "result", ignore_errors=True)
+        """What became of a job; what nobody will come back to is removed."""
+        may_be_asked = state == "done" and job.is_kept
+        gone = ["partial", *([] if may_be_asked else ["input", "labels"]), *([] if state == "done" else ["result"])]
+        for name in gone:
+            shutil.rmtree(job.folder / name, ignore_errors=True)
         with self._lock:
             job.result = result if state == "done" else None
-            job.size_bytes = 0 if job.result is None else job.result.stat().st_size
+            if not may_be_asked:
+                job.inputs, job.label_map = (), None
+            job.size_bytes = _size_of(job.folder)
+            self._leave_source(job)
             job.over = time.time()
             if refusal is not None:
                 job.status, job.error = refusal.status, refusal.sentence
@@ -227,14 +283,24 @@ class JobStore:
         """Forget a job and all its files."""
         with self._lock:
             self._jobs.pop(job.id, None)
+            self._leave_source(job)
         shutil.rmtree(job.folder, ignore_errors=True)
+
+    def _leave_source(self, job: Job) -> None:
+        if job.source is not None:
+            job.source.users -= 1
+            job.source = None
 
     def clean(self) -> None:
         """Remove what is older than it need be."""
         now = time.time()
         for job in self.jobs():
-            if job.over is not None and not -_CLOCK_S <= now - job.over <= self.keep_s:
+            if job.over is not None and not job.users and not -_CLOCK_S <= now - job.over <= self.keep_s:
                 self.remove(job)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _write(job: Job) -> None:

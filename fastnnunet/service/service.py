@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.concurrency import run_in_threadpool
 
 from fastnnunet.errors import FastnnUNetError
-from fastnnunet.service.answers import refuse_without_series
+from fastnnunet.service.answers import made_of_image, refuse_without_series
 from fastnnunet.service.devices import DeviceThread, Waiting
 from fastnnunet.service.jobs import OVER, Job, JobStore
 from fastnnunet.service.models import Served
@@ -40,7 +40,7 @@ class Service:
             DeviceThread(
                 self.waiting,
                 self.store,
-                served.bundles,
+                served,
                 Loading(
                     backend=spec.backend,
                     precision=spec.precision,
@@ -99,6 +99,7 @@ class Service:
 
         Raises RefusedError, also that of `check`, which gets the other fields of the form.
         """
+        begin = time.time()
         name = self.served.require(model)
         size = announced_bytes(request, self.spec)
         with self.waiting.place():
@@ -115,7 +116,10 @@ class Service:
                     most_files=len(self.served.specs[name].channel_names),
                 )
                 check(others)
-                refuse_without_series(answers, [kind for _, kind in job.inputs])
+                kinds = [kind for _, kind in job.inputs]
+                refuse_without_series(answers, kinds)
+                if series_uid is not None and not set(kinds) <= {"zip", "dicom"}:
+                    raise RefusedError(422, "series: this image is no DICOM series, there is none to choose")
                 job.series_uid = series_uid
                 await run_in_threadpool(self.store.keep, job)
             except FastnnUNetError as e:
@@ -125,6 +129,26 @@ class Service:
                 self.store.remove(job)
                 raise
             job.created = time.time()
+            job.times_s = {"upload": job.created - begin}
+            self.waiting.put(job)
+        return job
+
+    def take_on_more(self, source: Job, answers: Sequence[str]) -> Job:
+        """Put further answers of a job that is done into the queue; nothing is predicted for them.
+
+        Raises RefusedError, also where what they are made of is gone.
+        """
+        if source.label_map is None:
+            raise RefusedError(410, "the label map of this job is gone; send the image again")
+        if not source.inputs and (needing := made_of_image(answers)):
+            raise RefusedError(
+                410,
+                f"answer: {' and '.join(needing)} is made of the image, which the service had no room to keep; send it "
+                "again, or ask for another answer",
+            )
+        refuse_without_series(answers, [kind for _, kind in source.inputs])
+        with self.waiting.place():
+            job = self.store.new_of(source, answers)
             self.waiting.put(job)
         return job
 

@@ -13,14 +13,15 @@ import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError
 from fastnnunet.events import Event, Message, Progress
 from fastnnunet.service.refusals import RefusedError, refusal_of
+from fastnnunet.specs.bundle import BundleSpec
 
 if TYPE_CHECKING:
-    from fastnnunet.api.resident import ResidentModel
+    from fastnnunet.api.resident import PredictedImage, ResidentModel
 
 _TOLD_EVERY_S = 0.1
 
@@ -38,23 +39,34 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """A label map of an earlier task, and the bundle's own description."""
+
+    label_map: Path
+    spec: BundleSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One image to predict."""
+    """One image to predict, or to write further answers of."""
 
     bundle: Path
-    inputs: tuple[tuple[Path, str], ...]  # file and kind of each channel
+    inputs: tuple[tuple[Path, str], ...]  # file and kind of each channel; there may be none of one that was predicted
     series_uid: str | None
     answers: tuple[str, ...]
     folder: Path  # of the job
+    keep_labels: bool = False
+    predicted: Predicted | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """`result` is whole."""
+    """`result` is whole, and so is the label map in the model's own format, where it was to be kept."""
 
     result: Path
     media_type: str
     times_s: dict[str, float]
+    label_map: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +120,14 @@ def _outcome(
     task: Task, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection
 ) -> Done | Failed:
     try:
-        return _predict(task, models, loading, connection)
+        return _answered(task, models, loading, connection)
     except _Cancelled:
         return Failed(status=499, sentence="the job was cancelled")
     except RefusedError as e:
         return Failed(status=e.status, sentence=e.sentence)
     except FastnnUNetError as e:
-        refusal = refusal_of(e, task.folder / "input")
+        of_label_map = None if task.predicted is None else task.predicted.label_map.parent.parent
+        refusal = refusal_of(e, of_label_map or task.folder / "input")
         logged = _frames(e) if refusal.status == 500 else ""
         if isinstance(e, BackendError | CorruptError):  # of the model or the machine, not of an image
             logged = f"{e}\n{logged}"
@@ -127,11 +140,59 @@ def _frames(error: BaseException) -> str:
     return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
-def _predict(task: Task, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection) -> Done:
-    from fastnnunet.api.resident import ResidentModel
-    from fastnnunet.service.answers import output_spec, put_answers
+def _answered(task: Task, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection) -> Done:
+    from fastnnunet.api.resident import keep_label_map
+    from fastnnunet.service.answers import put_answers
 
     begin = time.perf_counter()
+    model = None if task.predicted is not None else _loaded(task.bundle, models, loading, connection)
+    loaded = time.perf_counter()
+    partial = task.folder / "partial"
+    partial.mkdir()
+    channels = [_opened(file, kind, loading.most_bytes) for file, kind in task.inputs]
+    opened = time.perf_counter()
+    image = _written(task, model, channels, partial / "image", connection)
+    written = time.perf_counter()
+    label_map = None
+    if task.keep_labels and model is not None:
+        label_map = keep_label_map(image.files["image"], model.spec, task.folder / "labels")
+    file, media_type = put_answers(task.answers, image.files, partial / "result")
+    result = task.folder / "result"
+    (partial / "result").rename(result)
+    end = time.perf_counter()
+    stages = {name.removesuffix("_s"): value for name, value in asdict(image.times).items()}
+    stages |= {"read": stages["read"] + opened - loaded, "write": stages["write"] + end - written}
+    if task.predicted is not None:
+        stages = {name: stages[name] for name in ("read", "write")}  # nothing else was done
+    times_s = {**({"load": loaded - begin} if model is not None else {}), **stages, "total": end - begin}
+    return Done(result=result / file.name, media_type=media_type, times_s=times_s, label_map=label_map)
+
+
+def _loaded(
+    bundle: Path, models: "dict[Path, ResidentModel]", loading: Loading, connection: Connection
+) -> "ResidentModel":
+    from fastnnunet.api.resident import ResidentModel
+
+    if bundle not in models:
+        connection.send(Message(text="loading the model"))
+        models[bundle] = ResidentModel(
+            bundle,
+            backend=loading.backend,
+            precision=loading.precision,  # type: ignore[arg-type]  # checked by the spec
+            threads=loading.threads,
+            device=loading.device,
+            most_voxels=loading.most_voxels,
+        )
+    return models[bundle]
+
+
+def _written(
+    task: Task, model: "ResidentModel | None", channels: list[Path], output: Path, connection: Connection
+) -> "PredictedImage":
+    """Everything that is asked for, by prediction or, without a model, of the label map that there is."""
+    from fastnnunet.api.resident import write_again
+    from fastnnunet.service.answers import output_spec
+
     last_told = 0.0
 
     def listen(event: Event) -> None:
@@ -145,42 +206,34 @@ def _predict(task: Task, models: "dict[Path, ResidentModel]", loading: Loading, 
             last_told = now
             connection.send(event)
 
-    if task.bundle not in models:
-        connection.send(Message(text="loading the model"))
-        models[task.bundle] = ResidentModel(
+    if model is None:
+        assert task.predicted is not None
+        spec = task.predicted.spec
+        return write_again(
+            spec,
             task.bundle,
-            backend=loading.backend,
-            precision=loading.precision,  # type: ignore[arg-type]  # checked by the spec
-            threads=loading.threads,
-            device=loading.device,
-            most_voxels=loading.most_voxels,
+            task.predicted.label_map,
+            channels,
+            output,
+            output_spec(task.answers, spec.file_ending),
+            series_uid=task.series_uid,
         )
-    model, loaded = models[task.bundle], time.perf_counter()
-    partial = task.folder / "partial"
-    partial.mkdir()
-    image = model.predict(
-        [_opened(file, kind, loading.most_bytes) for file, kind in task.inputs],
-        partial / "image",
-        output_spec(task.answers, model.spec.file_ending),
-        series_uid=task.series_uid,
-        progress=listen,
-    )
-    file, media_type = put_answers(task.answers, image.files, partial / "result")
-    result = task.folder / "result"
-    (partial / "result").rename(result)
-    end = time.perf_counter()
-    times: dict[str, Any] = {name.removesuffix("_s"): value for name, value in asdict(image.times).items()}
-    times |= {"load": loaded - begin, "total": end - begin}
-    return Done(result=result / file.name, media_type=media_type, times_s=times)
+    outputs = output_spec(task.answers, model.spec.file_ending, keep_labels=task.keep_labels)
+    return model.predict(channels, output, outputs, series_uid=task.series_uid, progress=listen)
 
 
 def _opened(file: Path, kind: str, most_bytes: int) -> Path:
-    """What a reader is given: the file itself, or a folder of slices. Raises RefusedError."""
+    """What a reader is given: the file itself, or a folder of slices, of which the upload becomes one.
+
+    Raises RefusedError.
+    """
     from fastnnunet.service.uploads.archives import unpack
 
     if kind not in ("zip", "dicom"):
         return file
     folder = file.parent / f"series-{file.stem}"
+    if folder.is_dir():  # made when the image was predicted
+        return folder
     if kind == "zip":
         unpack(file, folder, most_bytes=most_bytes)
         file.unlink()

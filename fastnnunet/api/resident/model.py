@@ -18,6 +18,7 @@ from fastnnunet.images.claims import claimed_voxels
 from fastnnunet.images.dicom.series import DicomSeries
 from fastnnunet.outputs.mesh.files import stl_folder
 from fastnnunet.outputs.spec import OutputSpec
+from fastnnunet.outputs.write import OutputWriter
 from fastnnunet.runtime.predict import Planned, Predictor
 from fastnnunet.runtime.preprocess import Preprocessed
 from fastnnunet.runtime.times import StageTimes
@@ -26,6 +27,7 @@ from fastnnunet.specs.bundle import BundleSpec
 if TYPE_CHECKING:
     from fastnnunet.engines.base import Precision
 
+CASE = "image"  # as statistics and DICOM objects name it
 _HAVE_HEADERS = (".nii", ".nii.gz", ".nrrd", ".mha")  # which say how many voxels there are
 
 
@@ -71,6 +73,32 @@ class PredictedImage:
 
     files: Mapping[str, Path]
     times: StageTimes
+
+
+def image_case(spec: BundleSpec, channels: Sequence[Path], series_uid: str | None) -> Case:
+    """One image of a file, or folder of the slices of a DICOM series, for each channel; of pictures for several.
+
+    Raises ImageError.
+    """
+    expected = len(spec.channel_names)
+    may_hold_several = spec.reader_writer == "NaturalImage2DIO" and 0 < len(channels) < expected  # colours, in one file
+    if len(channels) != expected and not may_hold_several:
+        raise ImageError(
+            f"got {len(channels)} image(s), expected one for each of the model's {expected} channel(s): "
+            f"{', '.join(spec.channel_names)}"
+        )
+    series = tuple(DicomSeries(folder=place, uid=series_uid) for place in channels if place.is_dir())
+    if series and len(series) < expected:
+        raise ImageError("some channels are DICOM series and others are files, expected all of one kind")
+    return Case(CASE, () if series else tuple(channels), series=series)
+
+
+def written_files(writer: OutputWriter, file: Path) -> dict[str, Path]:
+    """What a writer wrote beside `file`, that included, as a `PredictedImage` calls it."""
+    files = {str(writer.spec.formats[0]): file, **writer.beside(file)}
+    if "mesh" in files:
+        files["stl"] = stl_folder(files["mesh"])
+    return files
 
 
 class ResidentModel:
@@ -120,16 +148,7 @@ class ResidentModel:
         Raises ImageError, before voxels are read where a header claims more of them than `most_voxels`, and the errors
         of the stages; ModuleNotFoundError without the extra that `outputs` takes.
         """
-        expected = len(self.spec.channel_names)
-        if len(channels) != expected:
-            raise ImageError(
-                f"got {len(channels)} image(s), expected one for each of the model's {expected} channel(s): "
-                f"{', '.join(self.spec.channel_names)}"
-            )
-        series = tuple(DicomSeries(folder=place, uid=series_uid) for place in channels if place.is_dir())
-        if series and len(series) < expected:
-            raise ImageError("some channels are DICOM series and others are files, expected all of one kind")
-        case = Case("image", () if series else tuple(channels), series=series)
+        case = image_case(self.spec, channels, series_uid)
         for channel in case.channels:
             if isinstance(channel, DicomSeries) or channel.name.endswith(_HAVE_HEADERS):
                 _refuse_large(claimed_voxels(channel), self.most_voxels, "it")
@@ -139,10 +158,7 @@ class ResidentModel:
         (result,) = self._predictor.predict_planned(planned, threaded=False, progress=progress)
         if result.error is not None:
             raise result.error
-        files = {outputs.formats[0]: file, **writer.beside(file)}
-        if "mesh" in files:
-            files["stl"] = stl_folder(files["mesh"])
-        return PredictedImage(files=files, times=result.times)
+        return PredictedImage(files=written_files(writer, file), times=result.times)
 
 
 def _refuse_large(voxels: int, most: int | None, what: str) -> None:

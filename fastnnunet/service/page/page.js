@@ -4,7 +4,8 @@ import { canBeDrawn, makeViewer } from "./viewer.js";
 
 const at = (id) => document.getElementById(id);
 const make = (tag, content = {}) => Object.assign(document.createElement(tag), content);
-let models = [], files = [], structures = [], job = null, viewed = null, viewer = null;
+// `job` runs; `kept` is over: further answers are asked of it, until there is another scan
+let models = [], files = [], structures = [], job = null, kept = null, viewed = null, viewer = null;
 
 async function ask(path, options = {}) {
   const headers = at("token").value ? { Authorization: `Bearer ${at("token").value}` } : {};
@@ -16,7 +17,7 @@ async function ask(path, options = {}) {
 
 const model = () => models.find((one) => one.id === at("model").value);
 const hasVolumes = () => model().accepts.includes(".nii.gz");  // else pictures
-const viewedAnswer = () => (hasVolumes() && model().answers.includes("nifti") ? "nifti" : "labels");
+const VIEWED = "nifti", SCAN = "image";
 const offered = () => model().answers.filter((answer) =>  // some refer to the slices of a series
   !/^(dicom-seg|rtstruct)/.test(answer) || files.every((file) => /\.zip$/i.test(file.name)));
 const say = (text) => { at("said").textContent = text; };
@@ -32,7 +33,7 @@ function showModel() {
   const one = model();
   if (!one) return;
   at("about").textContent = `${one.configuration}, ${one.channels.length} channel(s): ${one.channels.map((c) => c.name).join(", ")}`;
-  at("accepts").textContent = `${one.accepts.join(", ")}${one.channels.length > 1 ? "; one file for each channel" : ""}`;
+  at("accepts").textContent = `${one.accepts.join(", ")}${one.channels.length > 1 && hasVolumes() ? "; one file for each channel" : ""}`;
   at("files").accept = [...one.accepts, ...(one.accepts.includes(".nii.gz") ? [".gz"] : [])].join(",");
   showFiles();
 }
@@ -46,12 +47,19 @@ function showFiles() {
 async function take(chosen) {
   files = [...chosen].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));  // channels are numbered
   complain(null);
+  forget();
   at("result").hidden = true;
   showFiles();
   const drawn = files.find(canBeDrawn);
   viewer?.clear();
   if (drawn) await viewer?.showScan(drawn).catch(() => say("this browser cannot draw the scan; it can be predicted"));
-  else if (files.length) say("only the labels of such a scan are drawn");
+  else if (files.length) say("such a scan is drawn when it is predicted");
+}
+
+/** The service need not keep what this page will not ask for any more. */
+function forget() {
+  if (kept) ask(kept, { method: "DELETE", keepalive: true }).catch(() => {});
+  kept = null;
 }
 
 async function load() {
@@ -85,26 +93,33 @@ async function watch(place) {
   return state;
 }
 
-/** Predict the files and return [state of the job, blob, name of the file]. */
-async function predicted(answer) {
+/** An answer of a job that is over: [blob, name of the file]. */
+async function answered(place, answer) {
+  if (!place) throw new Error("the prediction was given back to the service; predict again");
+  const result = await ask(`${place}/result?${new URLSearchParams({ answer })}`);
+  const name = /filename="([^"]+)"/.exec(result.headers.get("content-disposition"));
+  return [await result.blob(), name ? name[1] : answer];
+}
+
+/** Predict the files; the state of the job, which is `kept` then. */
+async function predicted() {
   const form = new FormData();
   for (const file of files) form.append("image", file, "image");
   complain(null);
+  forget();
   document.body.dataset.state = "busy";
   say("sending");
   at("progress").removeAttribute("value");  // which makes it one without an end
   try {
     job = "";
     setBusy(true);
-    const taken = await ask(`/models/${model().id}/jobs?${new URLSearchParams({ answer })}`, { method: "POST", body: form });
-    job = `/jobs/${(await taken.json()).id}`;
-    const state = await watch(job);
-    const result = await ask(`${job}/result`);
-    const name = /filename="([^"]+)"/.exec(result.headers.get("content-disposition"));
-    say("done");
-    return [state, await result.blob(), name ? name[1] : answer];
+    const taken = await ask(`/models/${model().id}/jobs?${new URLSearchParams({ answer: VIEWED })}`, { method: "POST", body: form });
+    kept = job = `/jobs/${(await taken.json()).id}`;
+    return await watch(job);
+  } catch (error) {
+    forget();
+    throw error;
   } finally {
-    if (job) ask(job, { method: "DELETE" }).catch(() => {});  // it is here, the service need not keep it
     job = null;
     at("progress").value = 0;
     setBusy(false);
@@ -121,21 +136,33 @@ function setBusy(isBusy) {
 async function predict(event) {
   event?.preventDefault();
   try {
-    const [isVolume, answer] = [hasVolumes(), viewedAnswer()];
-    const [state, blob, name] = await predicted(answer);
-    viewed = { answer, blob, name };
+    const isVolume = hasVolumes();
+    const state = await predicted();
+    const [blob, name] = await answered(kept, VIEWED);
+    viewed = { blob, name };
     structures = model().labels.map((label) => ({ ...label, isShown: true }));
     showLegend(isVolume ? await millilitres(blob) : null);
-    at("times").replaceChildren(...Object.entries(state.times_s).flatMap(([stage, seconds]) =>
-      [make("dt", { textContent: stage }), make("dd", { textContent: seconds.toFixed(2) })]));
+    showTimes(state.times_s);
     at("downloads").replaceChildren(...offered().map((answer) =>
       make("button", { type: "button", textContent: answer, onclick: () => download(answer) })));
     at("result").hidden = false;
-    if (isVolume) await viewer?.showLabels(blob, structures, Number(at("opacity").value));
+    if (viewer) {
+      if (!files.some(canBeDrawn)) await viewer.showScan(new File([(await answered(kept, SCAN))[0]], "scan.nii.gz"));
+      await viewer.showLabels(blob, structures, Number(at("opacity").value));
+      offerViews(isVolume);
+    }
+    say("done");
     document.body.dataset.state = "shown";
   } catch (error) {
     fail(error);
   }
+}
+
+/** Seconds of each stage, and their sum: the service's `total` begins with `load`. */
+function showTimes({ total, ...stages }) {
+  const all = (stages.upload ?? 0) + (stages.queued ?? 0) + total;
+  at("times").replaceChildren(...Object.entries({ ...stages, total: all }).flatMap(([stage, seconds]) =>
+    [make("dt", { textContent: stage }), make("dd", { textContent: seconds.toFixed(2) })]));
 }
 
 function showLegend(volumes) {
@@ -160,14 +187,19 @@ function showLegend(volumes) {
 }
 
 async function download(answer) {
+  complain(null);
+  setBusy(true);
+  at("cancel").disabled = true;
   try {
     let { blob, name } = viewed;
-    if (answer !== viewed.answer) [, blob, name] = await predicted(answer);
+    if (answer !== VIEWED) [blob, name] = await answered(kept, answer);
     const link = make("a", { href: URL.createObjectURL(blob), download: name });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   } catch (error) {
-    fail(error);
+    complain(error);
+  } finally {
+    setBusy(false);
   }
 }
 
@@ -181,15 +213,21 @@ async function example() {
   await predict();
 }
 
-function offerViews() {
-  at("views").replaceChildren(...Object.keys(viewer.kinds).map((name, i) => {
-    const button = make("button", { type: "button", textContent: name, ariaPressed: String(i === 0) });
+/** Buttons for what the viewer can show; a picture has one plane. What is shown stays, where it can. */
+function offerViews(isVolume) {
+  const names = isVolume ? Object.keys(viewer.kinds) : ["Axial"];
+  const before = [...at("views").children].find((button) => button.ariaPressed === "true")?.textContent;
+  const shown = names.includes(before) ? before : names[0];
+  at("views").replaceChildren(...names.map((name) => {
+    const button = make("button", { type: "button", textContent: name, ariaPressed: String(name === shown) });
     button.addEventListener("click", () => {
       for (const other of at("views").children) other.ariaPressed = String(other === button);
       viewer.view(name);
     });
     return button;
   }));
+  viewer.asPicture(!isVolume);
+  viewer.view(shown);
 }
 
 at("form").addEventListener("submit", predict);
@@ -206,11 +244,11 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
     if (kind === "drop" && job === null && event.dataTransfer.files.length) take(event.dataTransfer.files).catch(complain);
   });
 }
+window.addEventListener("pagehide", forget);
 await load();
 viewer = await makeViewer(at("canvas"), (where) => { at("where").textContent = where; }).catch(() => null);
 if (viewer) {
-  offerViews();
-  viewer.view("Planes and 3D");
+  offerViews(true);
 } else {
   at("stage").hidden = true;
   at("where").textContent = "This browser has no WebGL 2, so nothing is drawn; results can be downloaded.";

@@ -68,6 +68,11 @@ class Viewer {
     if (at >= 0) this.viewer.setOpacity(at, value);
   }
 
+  /** Pictures are seen as they are stored, scans with the patient's right on the right. */
+  asPicture(isPicture) {
+    this.viewer.setRadiologicalConvention(isPicture);
+  }
+
   view(name) {
     this.viewer.setSliceType(this.kinds[name]);
   }
