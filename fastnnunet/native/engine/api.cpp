@@ -8,6 +8,7 @@
 #include "bundle/digest.hpp"
 #include "core/normalize.hpp"
 #include "error.hpp"
+#include "images/text.hpp"
 #include "predict/files.hpp"
 #include "predict/model.hpp"
 
@@ -224,15 +225,19 @@ fastnnunet_status fastnnunet_predict_files(const fastnnunet_model* model, const 
         const Cleanup cleanup = parse_cleanup(with.bundle().labels, words_of(given.keep_largest),
                                               text_or(given.min_size, ""), words_of(given.fill_holes),
                                               text_or(given.postprocessing, ""));
+        const std::string output = given.output;
+        const bool is_seg = output.size() > 4 && output.compare(output.size() - 4, 4, ".dcm") == 0;
+        const Outputs outputs(with.bundle(), {is_seg ? "dicom-seg" : "image"}, "binary", "");
         FileCase paths;
         for (std::int32_t i = 0; i < given.channel_count; ++i)
             paths.channels.emplace_back(text_or(given.channels[i], ""));
         paths.previous = text_or(given.previous, "");
         paths.series_uid = text_or(given.series_uid, "");
-        LoadedCase loaded = load_case(with, paths);
+        paths.name = images::name_of(paths.channels.front());
+        LoadedCase loaded = load_case(with, paths, outputs);
         const Progress progress = progress_of(given.progress, given.user);
         Inferred inferred = infer_case(with, loaded, progress, given.save_probabilities != 0);
-        finish_case(with, loaded, std::move(inferred), given.output, cleanup);
+        finish_case(with, loaded, std::move(inferred), output, outputs, cleanup);
     });
 }
 

@@ -118,10 +118,11 @@ def _look_up(words: list[str]) -> Alias | None:
 
 @cache
 def _by_key() -> Mapping[str, str]:
-    """Names of segmented properties in small letters -> as the dictionary has them."""
+    """Names of segmented properties in small letters -> as the dictionary has them; those of other schemes are not in it."""
     from pydicom.sr.codedict import codes
 
-    return {name.lower(): name for group in _CATEGORIES for name in getattr(codes, f"cid{group}").concepts}
+    groups = (getattr(codes, f"cid{group}").concepts for group in _CATEGORIES)
+    return {name.lower(): name for group in groups for name, code in group.items() if code.scheme_designator == "SCT"}
 
 
 def _category(anatomy: Alias) -> Coded:

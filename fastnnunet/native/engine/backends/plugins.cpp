@@ -32,26 +32,30 @@ fs::path own_folder() {
     return fs::read_symlink("/proc/self/exe", error).parent_path();
 }
 
-std::vector<fs::path> plugin_folders(const std::string& given) {
+}  // namespace
+
+std::vector<std::string> plugin_folders(const std::string& given) {
     if (!given.empty()) return {given};
-    std::vector<fs::path> folders;
+    std::vector<std::string> folders;
     if (const char* variable = std::getenv("FASTNNUNET_PLUGINS"); variable != nullptr && *variable != '\0') {
         folders.emplace_back(variable);
     }
     const fs::path own = own_folder();
-    folders.push_back(own);
-    folders.push_back(own / "fastnnunet");
-    folders.push_back(own.parent_path() / "lib" / "fastnnunet");
-    folders.push_back(own.parent_path() / "lib");
+    folders.push_back(own.string());
+    folders.push_back((own / "fastnnunet").string());
+    folders.push_back((own.parent_path() / "lib" / "fastnnunet").string());
+    folders.push_back((own.parent_path() / "lib").string());
     // of an environment of Python in whose `bin` a program is
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(own.parent_path() / "lib", error)) {
         if (entry.path().filename().string().rfind("python3", 0) == 0) {
-            folders.push_back(entry.path() / "site-packages" / "fastnnunet" / "native" / "lib");
+            folders.push_back((entry.path() / "site-packages" / "fastnnunet" / "native" / "lib").string());
         }
     }
     return folders;
 }
+
+namespace {
 
 // Plugins stay open for good: what they opened may have threads of its own.
 const fastnnunet_backend& open_plugin(const std::string& name, const std::string& given) {
@@ -60,9 +64,9 @@ const fastnnunet_backend& open_plugin(const std::string& name, const std::string
     const std::lock_guard lock(turn);
     const std::string file = "libfastnnunet_" + name + kEnding;
     std::string places;
-    for (const fs::path& folder : plugin_folders(given)) {
-        const std::string path = (folder / file).string();
-        places += "\n  - " + folder.string();
+    for (const std::string& folder : plugin_folders(given)) {
+        const std::string path = joined(folder, file);
+        places += "\n  - " + folder;
         if (const auto found = open.find(path); found != open.end()) return *found->second;
         if (!is_regular_file(path)) continue;
         void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -48,6 +48,9 @@ private:
 // a plugin or what it needs is missing, or it cannot load the model.
 std::vector<std::unique_ptr<Network>> load_networks(const Bundle& bundle, const BackendChoice& choice);
 
+// Where plugins are looked for, in this order; `given` alone where it is not empty.
+std::vector<std::string> plugin_folders(const std::string& given);
+
 // For each backend its name and "" where it can be used, else what to install.
 std::vector<std::pair<std::string, std::string>> list_backends(const std::string& plugins);
 

@@ -64,6 +64,8 @@ Image read_segmentation(const std::string& path, const std::string& reader, cons
     return as_image_error("read", path, [&] { return find(reader)({path}, options, true); });
 }
 
+Affine affine_of(const Header& header) { return header.affine(); }
+
 void write_labels(const std::string& path, const Labels& labels, const Header& header) {
     as_image_error("write", path, [&] { header.write(path, labels); });
 }

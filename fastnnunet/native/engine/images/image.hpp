@@ -59,6 +59,9 @@ struct Labels {
     std::int64_t size() const { return shape_ZYX[0] * shape_ZYX[1] * shape_ZYX[2]; }
 };
 
+// Index (x, y, z, 1) of a voxel of `read_image` to its centre in mm, LPS. Of pictures, the identity.
+std::array<std::array<double, 4>, 4> affine_of(const Header& header);
+
 // Writes a label map with the geometry of the file that was read, in nnU-Net's type (uint8 where all labels are below
 // 255, else uint16) and the format of the name's ending: into a sibling first, so `path` is whole or as it was.
 // Throws ImageError.

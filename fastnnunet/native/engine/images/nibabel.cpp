@@ -197,6 +197,14 @@ public:
         write_nifti(path, turned_affine(reoriented_, turn, sizes), after, SmallestLabels(back));
     }
 
+    Affine affine() const override {
+        Affine affine = reorient_ ? reoriented_ : original_;
+        for (int i = 0; i < 2; ++i) {
+            for (double& value : affine[i]) value = -value;  // NIfTI's axes point right and front
+        }
+        return affine;
+    }
+
 private:
     static void write_nifti(const std::string& path, const Affine& affine, const std::array<std::int64_t, 3>& sizes_xyz,
                             const SmallestLabels& labels) {

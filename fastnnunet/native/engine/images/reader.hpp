@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "image.hpp"
+#include "linear.hpp"
 #include "voxels.hpp"
 
 namespace fastnnunet::images {
@@ -18,6 +19,8 @@ class Header {
 public:
     virtual ~Header() = default;
     virtual void write(const std::string& path, const Labels& labels) const = 0;
+    // Index (x, y, z, 1) of a voxel as it was read to its centre in mm, LPS
+    virtual Affine affine() const { return identity<4>(); }
 };
 
 // A value of a file's geometry that all channels must share.

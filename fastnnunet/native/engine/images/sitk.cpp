@@ -49,6 +49,16 @@ public:
         write_itk(path, grid, {sizes.begin(), sizes.end()}, SmallestLabels(back));
     }
 
+    Affine affine() const override {
+        Affine affine = identity<4>();
+        const int axes = std::min(3, grid_.axes);  // of four, the last is the channel
+        for (int i = 0; i < axes; ++i) {
+            for (int j = 0; j < axes; ++j) affine[i][j] = grid_.cosine(i, j) * grid_.spacing[j];
+            affine[i][3] = grid_.origin[i];
+        }
+        return affine;
+    }
+
 private:
     static Grid spatial(const Grid& whole) {
         Grid grid = plain_grid(3);

@@ -91,7 +91,7 @@ typedef struct fastnnunet_files {
     size_t struct_size;
     const char* const* channels; /* a file each (or, in builds with DICOM, a folder of slices) */
     int32_t channel_count;
-    const char* output;       /* the label map, in the format of its ending: whole, or as it was */
+    const char* output;       /* the label map, in the format of its ending: whole, or as it was; .dcm: a DICOM SEG */
     const char* previous;     /* of a cascade stage: the previous stage's label map */
     const char* series_uid;   /* which series of a DICOM folder that holds several */
     const char* keep_largest; /* only the largest component of: "all", "each", labels; words with spaces between */

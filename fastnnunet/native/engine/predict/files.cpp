@@ -50,8 +50,12 @@ void check_reader(const Bundle& bundle) {
                     "`fastnnunet predict`");
 }
 
-LoadedCase load_case(const Model& model, const FileCase& files) {
+LoadedCase load_case(const Model& model, const FileCase& files, const Outputs& outputs) {
     LoadedCase made;
+    made.name = files.name;
+    if (const SegmentationWriter* writer = outputs.segmentation(); writer != nullptr) {
+        made.series = writer->check(files.name, files.channels, files.series_uid, made.warnings);
+    }
     const Bundle& bundle = model.bundle();
     images::ReadOptions options;
     options.series_uid = files.series_uid;
@@ -62,7 +66,7 @@ LoadedCase load_case(const Model& model, const FileCase& files) {
         images::Image read = as_ours([&] { return images::read_image(files.channels, bundle.reader_writer, options); });
         made.header = read.header;
         made.spacing = read.spacing_ZYX;
-        made.warnings = std::move(read.warnings);
+        made.warnings.insert(made.warnings.end(), read.warnings.begin(), read.warnings.end());
         image = array_of(std::move(read));
         if (files.previous.empty()) return;
         if (!is_regular_file(files.previous)) {
@@ -84,14 +88,8 @@ Inferred infer_case(const Model& model, LoadedCase& from, const Progress& progre
     return model.infer(from.preprocessed, from.times, progress, probabilities);
 }
 
-std::string probabilities_of(const std::string& output, const std::string& file_ending) {
-    const bool has_ending = output.size() > file_ending.size() &&
-                            output.compare(output.size() - file_ending.size(), file_ending.size(), file_ending) == 0;
-    return (has_ending ? output.substr(0, output.size() - file_ending.size()) : output) + ".npz";
-}
-
 void finish_case(const Model& model, LoadedCase& from, Inferred inferred, const std::string& output,
-                 const Cleanup& cleanup) {
+                 const Outputs& outputs, const Cleanup& cleanup) {
     const Bundle& bundle = model.bundle();
     LabelMap map;
     timed(from.times.postprocess_s, [&] {
@@ -103,12 +101,19 @@ void finish_case(const Model& model, LoadedCase& from, Inferred inferred, const 
             if (inferred.probabilities) {
                 const Array4<float> values =
                     to_image(std::move(*inferred.probabilities), bundle.transpose_backward, model.threads());
-                images::write_probabilities(probabilities_of(output, bundle.file_ending), values.values.get(),
+                images::write_probabilities(outputs.probabilities(output), values.values.get(),
                                             {values.count, values.shape[0], values.shape[1], values.shape[2]});
             }
-            std::visit([&](const auto& array) {
-                images::write_labels(output, images::Labels(array.values.get(), array.shape), *from.header);
-            }, map);
+            for (std::size_t format = outputs.formats().size(); format-- > 0;) {  // the first one last
+                const std::string file = outputs.file(output, format);
+                if (outputs.formats()[format] == "dicom-seg") {
+                    outputs.segmentation()->write(from.name, map, *from.header, *from.series, file);
+                    continue;
+                }
+                std::visit([&](const auto& array) {
+                    images::write_labels(file, images::Labels(array.values.get(), array.shape), *from.header);
+                }, map);
+            }
         });
     });
 }

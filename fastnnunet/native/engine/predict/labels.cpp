@@ -123,7 +123,7 @@ void label_probabilities(const Volumes<const Half>& logits, const std::optional<
             resample(logits[head], probabilities[head], *plan, pass_threads(threads, voxels_of(shape), 8));
             for (std::int64_t row = 0; plan->keeps_type() && row < probabilities[head].rows(); ++row) {
                 float* values = probabilities[head].row(row);
-                std::transform(values, values + shape[2], values, round_to_half);
+                std::transform(values, values + shape[2], values, [](float value) { return round_to_half(value); });
             }
         }
     }

@@ -36,13 +36,10 @@ bool flatten(const Json& value, Labels& to) {
     return true;
 }
 
-struct Named {
-    std::string name;
-    Labels labels;
-};
+}  // namespace
 
-std::vector<Named> named_labels(const Json& labels) {
-    std::vector<Named> found;
+std::vector<NamedLabels> named_labels(const Json& labels) {
+    std::vector<NamedLabels> found;
     for (const auto& [name, value] : labels.members()) {
         Labels flat;
         flatten(value, flat);
@@ -51,13 +48,15 @@ std::vector<Named> named_labels(const Json& labels) {
     return found;
 }
 
-std::vector<Labels> structures(const std::string& word, const std::vector<Named>& named, const char* option) {
+namespace {
+
+std::vector<Labels> structures(const std::string& word, const std::vector<NamedLabels>& named, const char* option) {
     std::set<std::int64_t> values;
-    for (const Named& one : named) values.insert(one.labels.begin(), one.labels.end());
+    for (const NamedLabels& one : named) values.insert(one.labels.begin(), one.labels.end());
     values.erase(0);
     if (word == "all") return {Labels(values.begin(), values.end())};
     std::vector<Labels> each;
-    for (const Named& one : named) each.push_back(one.labels);
+    for (const NamedLabels& one : named) each.push_back(one.labels);
     if (word == "each") return each;
     Labels joined_labels;
     std::string rest = word + "+";
@@ -65,7 +64,7 @@ std::vector<Labels> structures(const std::string& word, const std::vector<Named>
         const std::size_t end = rest.find('+', at);
         const std::string part = rest.substr(at, end - at);
         at = end + 1;
-        const auto found = std::find_if(named.begin(), named.end(), [&](const Named& one) { return one.name == part; });
+        const auto found = std::find_if(named.begin(), named.end(), [&](const NamedLabels& one) { return one.name == part; });
         const bool is_number =
             !part.empty() && part.size() < 10 && part.find_first_not_of("0123456789") == std::string::npos;
         if (found != named.end()) {
@@ -74,7 +73,7 @@ std::vector<Labels> structures(const std::string& word, const std::vector<Named>
             joined_labels.push_back(std::stol(part));
         } else {
             std::string known;
-            for (const Named& one : named) {
+            for (const NamedLabels& one : named) {
                 std::string sum;
                 for (const std::int64_t label : one.labels) sum += (sum.empty() ? "" : "+") + std::to_string(label);
                 known += (known.empty() ? "" : ", ") + one.name + " (" + sum + ")";
@@ -128,7 +127,7 @@ std::vector<Cleanup::KeepLargest> read_postprocessing(const std::string& path) {
 
 Cleanup parse_cleanup(const Json& labels, const std::vector<std::string>& keep_largest, const std::string& min_size,
                       const std::vector<std::string>& fill_holes, const std::string& postprocessing) {
-    const std::vector<Named> named = named_labels(labels);
+    const std::vector<NamedLabels> named = named_labels(labels);
     Cleanup cleanup;
     if (!postprocessing.empty()) cleanup.keep_largest = read_postprocessing(postprocessing);
     for (const std::string& word : keep_largest) {

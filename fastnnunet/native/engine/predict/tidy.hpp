@@ -9,6 +9,15 @@
 
 namespace fastnnunet::engine {
 
+// A label of dataset.json, or a region of several.
+struct NamedLabels {
+    std::string name;
+    std::vector<std::int64_t> labels;
+};
+
+// All but the background and the ignore label, in their order.
+std::vector<NamedLabels> named_labels(const Json& labels);
+
 // What to do to a label map, in this order.
 struct Cleanup {
     struct KeepLargest {

@@ -101,10 +101,14 @@ std::vector<Flag> flags(Command command, Arguments& to) {
         settings.backend.threads = whole("--threads", word, 1);
     }});
     add(predicts, {{"--series"}, "UID", "SeriesInstanceUID, where a DICOM folder holds several", text(to.series)});
-    add(predicts, {{"--output-format"}, "NAME", "image: the model's file ending", [](const std::string& word) {
-        if (word == "image") return;
-        throw SpecError("--output-format: this program writes images alone; use `fastnnunet predict`");
-    }});
+    add(predicts, {{"--output-format"},
+                   "...",
+                   "image: the model's file ending; of DICOM input dicom-seg: CASE.dcm",
+                   [&](const std::string& word) { to.formats.push_back(word); }});
+    add(predicts, {{"--segmentation-type"},
+                   "NAME",
+                   "of dicom-seg: binary, or labelmap, a newer kind",
+                   text(to.segmentation_type)});
     add(predicts, {{"--keep-largest"},
                    "...",
                    "only the largest component of: all, each, a label, or several joined with +",
@@ -150,7 +154,8 @@ const std::map<std::string, const char*>& of_python() {
         {"-d", "models in nnUNet_results"},  {"--dataset", "models in nnUNet_results"},
         {"-c", "models in nnUNet_results"},  {"-p", "models in nnUNet_results"},
         {"-tr", "models in nnUNet_results"}, {"-chk", "model folders"},
-        {"--name", "names of runs"},         {"--allow-code", "model folders"}};
+        {"--name", "names of runs"},         {"--allow-code", "model folders"},
+        {"--label-codes", "codes of a file"}};
     return known;
 }
 

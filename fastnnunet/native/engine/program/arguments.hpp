@@ -15,6 +15,8 @@ struct Arguments {
     std::string series;
     std::vector<std::string> keep_largest, fill_holes;
     std::string min_size, postprocessing;
+    std::vector<std::string> formats;  // none: image
+    std::string segmentation_type = "binary";
     bool probabilities = false;  // beside the labels
     bool verbose = false, overwrite = true, bars = true, profile = false, profile_json = false;
     int readers = 3, writers = 3;  // -npp and -nps; none of both: everything in one thread

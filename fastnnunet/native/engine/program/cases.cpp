@@ -10,7 +10,6 @@
 #include "bundle/file.hpp"
 #include "error.hpp"
 #include "images/image.hpp"
-#include "predict/files.hpp"
 
 namespace fastnnunet::engine {
 
@@ -137,18 +136,18 @@ std::vector<std::string> passed_over(const std::vector<std::string>& all, const 
     return {text + (others.size() > 3 ? ", ..." : "")};
 }
 
-std::string output_of(const std::string& output, const NamedCase& one, const Bundle& bundle, bool is_folder_of_images,
+std::string output_of(const std::string& output, const NamedCase& one, const std::string& ending, bool is_folder_of_images,
                       const std::string& input) {
     const std::string name = lower(fs::path(output).filename().string());
     const bool names_file = std::any_of(std::begin(kImageEndings), std::end(kImageEndings),
-                                        [&](const char* ending) { return ends_with(name, ending); });
-    if (is_folder(output) || !names_file) return joined(output, one.name + bundle.file_ending);
+                                        [&](const char* known) { return ends_with(name, known); });
+    if (is_folder(output) || !names_file) return joined(output, one.name + ending);
     if (is_folder_of_images) {
         throw SpecError("output " + output + " is a file name but the input " + input +
                         " is a folder; give a folder with -o");
     }
-    if (!ends_with(output, bundle.file_ending)) {
-        throw SpecError("output " + output + ": this run writes " + bundle.file_ending +
+    if (!ends_with(output, ending)) {
+        throw SpecError("output " + output + ": this run writes " + ending +
                         " files; name it so, or give a folder");
     }
     return output;
@@ -165,7 +164,8 @@ bool identify(const std::string& path, Identity& to) {
 
 }  // namespace
 
-FoundCases find_cases(const std::string& input, const std::string& output, const Bundle& bundle) {
+FoundCases find_cases(const std::string& input, const std::string& output, const Bundle& bundle,
+                      const std::string& ending) {
     FoundCases found;
     if (is_regular_file(input)) {
         found.cases = {single_case(input, bundle)};
@@ -199,7 +199,7 @@ FoundCases find_cases(const std::string& input, const std::string& output, const
         }
     }
     for (NamedCase& one : found.cases) {
-        one.output = output_of(output, one, bundle, found.is_folder, input);
+        one.output = output_of(output, one, ending, found.is_folder, input);
         if (one.problem.empty() && is_folder(one.output)) {
             one.problem = "its output " + one.output + " is a folder; give another -o, or rename it";
         }
@@ -207,12 +207,13 @@ FoundCases find_cases(const std::string& input, const std::string& output, const
     return found;
 }
 
-void refuse_overlap(const std::vector<NamedCase>& cases, const std::string& run_folder, const std::string& previous,
-                    const std::string& probabilities) {
+void refuse_overlap(const std::vector<NamedCase>& cases, const std::string& run_folder,
+                    const std::function<std::vector<std::string>(const std::string& output)>& beside,
+                    const std::string& previous, const std::string& file_ending) {
     std::vector<std::string> outputs;
     for (const NamedCase& one : cases) {
         outputs.push_back(one.output);
-        if (!probabilities.empty()) outputs.push_back(probabilities_of(one.output, probabilities));
+        for (const std::string& file : beside(one.output)) outputs.push_back(file);
     }
     if (!run_folder.empty()) {
         if (is_regular_file(joined(run_folder, "bundle.json"))) {
@@ -234,7 +235,7 @@ void refuse_overlap(const std::vector<NamedCase>& cases, const std::string& run_
     std::vector<std::string> inputs;
     for (const NamedCase& one : cases) {
         inputs.insert(inputs.end(), one.channels.begin(), one.channels.end());
-        if (!previous.empty()) inputs.push_back(joined(previous, fs::path(one.output).filename().string()));
+        if (!previous.empty()) inputs.push_back(joined(previous, one.name + file_ending));
     }
     for (const std::string& input : inputs) {
         Identity identity;

@@ -1,6 +1,7 @@
 // Which files belong to which case, and where its prediction goes: nnU-Net's naming. As fastnnunet/images/cases.py.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,12 +23,16 @@ struct FoundCases {
 };
 
 // Cases of an image file or folder with their outputs. Throws NotFoundError, BadImage, SpecError.
-FoundCases find_cases(const std::string& input, const std::string& output, const Bundle& bundle);
+// `ending`: of the outputs.
+FoundCases find_cases(const std::string& input, const std::string& output, const Bundle& bundle,
+                      const std::string& ending);
 
 // Throws SpecError where an output would replace an input of the run, a file of a model, or another output.
-// `probabilities`: the model's file ending where they are written beside the labels, else nothing.
-void refuse_overlap(const std::vector<NamedCase>& cases, const std::string& run_folder, const std::string& previous,
-                    const std::string& probabilities);
+// `beside`: the files that are written beside an output; `previous`: the folder of the previous stage, whose files end
+// as those of the model do.
+void refuse_overlap(const std::vector<NamedCase>& cases, const std::string& run_folder,
+                    const std::function<std::vector<std::string>(const std::string& output)>& beside,
+                    const std::string& previous, const std::string& file_ending);
 
 extern const char* const kRunFiles[3];  // written beside the segmentations of a folder
 

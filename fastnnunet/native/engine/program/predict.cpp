@@ -138,8 +138,9 @@ private:
 
 class Predicting {
 public:
-    Predicting(const Model& model, const Arguments& arguments, const Cleanup& cleanup, bool writes_run_files)
-        : model_(model), arguments_(arguments), cleanup_(cleanup), writes_run_files_(writes_run_files),
+    Predicting(const Model& model, const Arguments& arguments, const Outputs& outputs, const Cleanup& cleanup,
+               bool writes_run_files)
+        : model_(model), arguments_(arguments), outputs_(outputs), cleanup_(cleanup), writes_run_files_(writes_run_files),
           bar_(arguments.bars) {}
 
     // Cases in order; the next is read and the last written meanwhile. Throws where there is no room.
@@ -179,11 +180,11 @@ private:
         work.named = one;
         attempt(work, [&] {
             if (!one.problem.empty()) throw BadImage(one.problem);
-            FileCase files{one.channels, one.output, "", arguments_.series};
+            FileCase files{one.name, one.channels, one.output, "", arguments_.series};
             if (!arguments_.previous.empty()) {
                 files.previous = joined(arguments_.previous, one.name + model_.bundle().file_ending);
             }
-            work.loaded = load_case(model_, files);
+            work.loaded = load_case(model_, files, outputs_);
         });
         return work;
     }
@@ -195,7 +196,7 @@ private:
                 write_run_files(model_, arguments_);
                 has_run_files_ = true;
             }
-            finish_case(model_, work.loaded, std::move(work.inferred), work.named.output, cleanup_);
+            finish_case(model_, work.loaded, std::move(work.inferred), work.named.output, outputs_, cleanup_);
         });
         work.inferred = {};
         return std::move(work);
@@ -231,23 +232,31 @@ private:
 
     const Model& model_;
     const Arguments& arguments_;
+    const Outputs& outputs_;
     const Cleanup& cleanup_;
     bool writes_run_files_, has_run_files_ = false;
     Bar bar_;
 };
 
 // Whether a case was predicted: other programs, and computers that crash, leave empty files and beginnings of files.
-bool is_done(const std::string& path, const Bundle& bundle, bool with_probabilities) {
-    const std::string probabilities = probabilities_of(path, bundle.file_ending);
-    if (!is_regular_file(path) || (with_probabilities && !is_regular_file(probabilities))) return false;
+bool is_done(const std::string& path, const Bundle& bundle, const Outputs& outputs, bool with_probabilities) {
+    const std::string probabilities = outputs.probabilities(path);
+    for (std::size_t format = 0; format < outputs.formats().size(); ++format) {
+        if (!is_regular_file(outputs.file(path, format))) return false;
+    }
+    if (with_probabilities && !is_regular_file(probabilities)) return false;
     const auto again = [](const std::string& file) {
         std::fprintf(stderr, "%s is damaged or not complete: its case is predicted again\n", printable(file).c_str());
         return false;
     };
-    try {
-        images::read_segmentation(path, bundle.reader_writer);
-    } catch (const images::ImageError&) {
-        return again(path);
+    if (outputs.formats().front() == "dicom-seg") {
+        if (!outputs.segmentation()->is_whole(path)) return again(path);
+    } else {
+        try {
+            images::read_segmentation(path, bundle.reader_writer);
+        } catch (const images::ImageError&) {
+            return again(path);
+        }
     }
     return !with_probabilities || images::is_probabilities(probabilities) || again(probabilities);
 }
@@ -313,20 +322,27 @@ int predict(const Arguments& arguments) {
     check_reader(bundle);
     const Cleanup cleanup = parse_cleanup(bundle.labels, arguments.keep_largest, arguments.min_size,
                                           arguments.fill_holes, arguments.postprocessing);
-    const FoundCases found = find_cases(arguments.input, arguments.output, bundle);
+    const Outputs outputs(bundle, arguments.formats.empty() ? std::vector<std::string>{"image"} : arguments.formats,
+                          arguments.segmentation_type, arguments.settings.backend.plugins);
+    const FoundCases found = find_cases(arguments.input, arguments.output, bundle, outputs.ending());
     for (const std::string& warning : found.warnings) {
         std::fprintf(stderr, "%s: not predicted: %s\n", printable(arguments.input).c_str(), printable(warning).c_str());
     }
     const bool is_file = !found.is_folder && found.cases.front().output == arguments.output;
-    const std::string beside = arguments.probabilities ? bundle.file_ending : "";
-    refuse_overlap(found.cases, is_file ? "" : arguments.output, arguments.previous, beside);
+    const auto beside = [&](const std::string& output) {
+        std::vector<std::string> files;
+        for (std::size_t format = 1; format < outputs.formats().size(); ++format) files.push_back(outputs.file(output, format));
+        if (arguments.probabilities) files.push_back(outputs.probabilities(output));
+        return files;
+    };
+    refuse_overlap(found.cases, is_file ? "" : arguments.output, beside, arguments.previous, bundle.file_ending);
     std::vector<NamedCase> planned;
     for (std::size_t i = static_cast<std::size_t>(arguments.part); i < found.cases.size();
          i += static_cast<std::size_t>(arguments.parts)) {
         const NamedCase& one = found.cases[i];
-        if (arguments.overwrite || !is_done(one.output, bundle, arguments.probabilities)) planned.push_back(one);
+        if (arguments.overwrite || !is_done(one.output, bundle, outputs, arguments.probabilities)) planned.push_back(one);
     }
-    Predicting run(model, arguments, cleanup, !is_file);
+    Predicting run(model, arguments, outputs, cleanup, !is_file);
     const auto start = Clock::now();
     try {
         run.run(planned, found.is_folder);

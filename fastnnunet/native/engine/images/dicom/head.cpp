@@ -172,9 +172,11 @@ void keep(DicomHead& head, Meta& meta, std::uint32_t tag, const std::vector<std:
         case 0x00080018: head.sop_uid = stripped(value); break;
         case 0x00080060: head.modality = stripped(value); break;
         case 0x0008103e: head.description = stripped(value); break;
+        case 0x0020000d: head.study_uid = stripped(value); break;
         case 0x0020000e: head.series_uid = stripped(value); break;
         case 0x00200032: head.position = decimals(stripped(value)); break;
         case 0x00200037: head.orientation = decimals(stripped(value)); break;
+        case 0x00200052: head.frame_uid = stripped(value); break;
         case 0x00280002: head.samples = number(); break;
         case 0x00280008: {
             const std::string text = trimmed(stripped(value));

@@ -16,7 +16,7 @@ namespace fastnnunet::images {
 struct DicomHead {
     bool is_whole = true;  // read up to the pixels or the end
     bool has_preamble = true;
-    std::string transfer_syntax, storage_class, sop_uid, series_uid, modality, description;
+    std::string transfer_syntax, storage_class, sop_uid, study_uid, series_uid, frame_uid, modality, description;
     std::vector<std::string> image_type;
     int samples = 1;
     std::int64_t frames = 1;
