@@ -393,7 +393,10 @@ def said_by_python(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     [
         (Toy().labels, ("--output-format", "dicom-seg")),  # of a NIfTI image
         (Toy().labels, ("--segmentation-type", "labelmap")),
-        ({"background": 0, "whole": [1, 2], "core": 2}, ("--output-format", "dicom-seg", "--segmentation-type", "labelmap")),
+        (
+            {"background": 0, "whole": [1, 2], "core": 2},
+            ("--output-format", "dicom-seg", "--segmentation-type", "labelmap"),
+        ),
     ],
 )
 def test_the_words_of_refusals(

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define FASTNNUNET_BACKEND_INTERFACE 1
+#define FASTNNUNET_BACKEND_INTERFACE 2
 
 typedef struct fastnnunet_network fastnnunet_network; /* of a plugin */
 
@@ -70,6 +70,19 @@ typedef struct fastnnunet_backend {
     /* What the network computes in, and the maker's version. Valid as long as the network. */
     const char* (*precision)(const fastnnunet_network* network);
     const char* (*library)(const fastnnunet_network* network);
+
+    /* The rest is for callers whose batches lie on the GPU that the network computes on: all NULL where there is none.
+     *
+     * Which GPU, as CUDA counts them, or -1: it computes on the CPU. */
+    int32_t (*gpu)(const fastnnunet_network* network);
+    /* The most patches in a batch. */
+    int64_t (*most_on_gpu)(const fastnnunet_network* network);
+    /* 1 where `run_on_gpu` may be captured as a CUDA graph from the second run of a shape on. */
+    int32_t (*can_capture)(const fastnnunet_network* network);
+    /* As `run`, of addresses in the primary context of that GPU: puts the network on `stream`, a CUstream, or waits for
+     * what is on it and computes. One caller at a time; not beside `run`. */
+    int32_t (*run_on_gpu)(fastnnunet_network* network, const float* batch, int64_t count, const int64_t* tile,
+                          float* logits, void* stream, fastnnunet_failure* failure);
 } fastnnunet_backend;
 
 typedef const fastnnunet_backend* (*fastnnunet_backend_entry)(void);

@@ -2,7 +2,7 @@
 // wheels onnxruntime and onnxruntime-gpu, of the system or of an archive. As fastnnunet/engines/onnxruntime.py.
 #include <cstring>
 
-#include "backends/library.hpp"
+#include "backends/cuda_driver.hpp"
 #include "backends/ort_api.h"
 
 using namespace fastnnunet::engine;
@@ -89,10 +89,14 @@ public:
         ort().call(ORT_SetSessionLogSeverityLevel, options.one, static_cast<int>(ORT_LOG_ERROR));
         // plans of memory, one for each shape, are kept: twice the memory from the second run of a large tile on
         if (spec.shapes_vary) ort().call(ORT_DisableMemPattern, options.one);
-        if (std::strncmp(spec.device, "cuda", 4) == 0) use_gpu(options.one, spec.device);
+        if (std::strncmp(spec.device, "cuda", 4) == 0) gpu_ = use_gpu(options.one, spec.device);
         ort().call(ORT_CreateSession, environment(), spec.model_file, options.one, &session_.one);
-        ort().call(ORT_CreateMemoryInfo, "Cpu", static_cast<int>(ORT_DEVICE_ALLOCATOR), 0,
-                   static_cast<int>(ORT_DEFAULT_MEMORY), &memory_.one);
+        const auto describe = [](const char* where, int index, OrtMemoryInfo** made) {
+            ort().call(ORT_CreateMemoryInfo, where, static_cast<int>(ORT_DEVICE_ALLOCATOR), index,
+                       static_cast<int>(ORT_DEFAULT_MEMORY), made);
+        };
+        describe("Cpu", 0, &memory_.one);
+        if (gpu_ >= 0) describe("Cuda", gpu_, &on_gpu_.one);
         OrtAllocator* allocator = nullptr;
         ort().call(ORT_GetAllocatorWithDefaultOptions, &allocator);
         for (const auto& [number, name] :
@@ -105,20 +109,33 @@ public:
     }
 
     void run(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits) const {
+        run_in(memory_.one, batch, count, tile, logits);
+    }
+
+    // ONNX Runtime computes on a stream of its own and returns when it is done.
+    void run_on_gpu(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits,
+                    void* stream) const {
+        cuda_driver().check(cuda_driver().cuStreamSynchronize(stream), "cuStreamSynchronize");  // the batch is there
+        run_in(on_gpu_.one, batch, count, tile, logits);
+    }
+
+    const char* precision() const { return precision_.c_str(); }
+    std::int32_t gpu() const { return gpu_; }
+
+private:
+    void run_in(const OrtMemoryInfo* memory, const float* batch, std::int64_t count, const std::int64_t* tile,
+                float* logits) const {
         Held<OrtValue> in(ORT_ReleaseValue), out(ORT_ReleaseValue);
-        tensor(const_cast<float*>(batch), {count, channels_}, tile, &in.one);
-        tensor(logits, {count, heads_}, tile, &out.one);
+        tensor(memory, const_cast<float*>(batch), {count, channels_}, tile, &in.one);
+        tensor(memory, logits, {count, heads_}, tile, &out.one);
         const char *input = input_.c_str(), *output = output_.c_str();
         const OrtValue* inputs = in.one;
         ort().call(ORT_Run, session_.one, static_cast<const OrtRunOptions*>(nullptr), &input, &inputs, std::size_t{1},
                    &output, std::size_t{1}, &out.one);
     }
 
-    const char* precision() const { return precision_.c_str(); }
-
-private:
-    // CUDA, or TensorRT for RTX in builds that have that instead
-    static void use_gpu(OrtSessionOptions* options, const std::string& device) {
+    // CUDA, or TensorRT for RTX in builds that have that instead. Returns the GPU whose memory it takes batches in, or -1.
+    static std::int32_t use_gpu(OrtSessionOptions* options, const std::string& device) {
         const std::size_t colon = device.find(':');
         const std::string index = colon == std::string::npos ? "0" : device.substr(colon + 1);
         const std::string offered = providers();
@@ -128,6 +145,7 @@ private:
             OrtStatus* (*append)(OrtSessionOptions*, int) = nullptr;
             look_up(ort().open(), "OrtSessionOptionsAppendExecutionProvider_CUDA", append);
             if (OrtStatus* status = append(options, std::atoi(index.c_str()))) ort().raise(status);
+            return std::atoi(index.c_str());
         } else if (offered.find("NvTensorRTRTXExecutionProvider") != std::string::npos) {
             const char *key = "device_id", *value = index.c_str();
             ort().call(ORT_AppendExecutionProvider, options, "NvTensorRtRtx", &key, &value, std::size_t{1});
@@ -136,6 +154,7 @@ private:
                           "install the one for GPUs alone: pip uninstall -y onnxruntime onnxruntime-gpu && " +
                           "pip install 'onnxruntime-gpu[cuda,cudnn]'");
         }
+        return -1;
     }
 
     // What the library can compute with, a space before each
@@ -149,19 +168,20 @@ private:
         return text;
     }
 
-    void tensor(float* values, std::vector<std::int64_t> shape, const std::int64_t* tile, OrtValue** made) const {
+    void tensor(const OrtMemoryInfo* memory, float* values, std::vector<std::int64_t> shape, const std::int64_t* tile,
+                OrtValue** made) const {
         shape.insert(shape.end(), tile, tile + dims_);
         std::size_t bytes = sizeof(float);
         for (const std::int64_t size : shape) bytes *= static_cast<std::size_t>(size);
-        ort().call(ORT_CreateTensorWithDataAsOrtValue, static_cast<const OrtMemoryInfo*>(memory_.one),
-                   static_cast<void*>(values), bytes, static_cast<const std::int64_t*>(shape.data()), shape.size(),
-                   static_cast<int>(ORT_FLOAT), made);
+        ort().call(ORT_CreateTensorWithDataAsOrtValue, memory, static_cast<void*>(values), bytes,
+                   static_cast<const std::int64_t*>(shape.data()), shape.size(), static_cast<int>(ORT_FLOAT), made);
     }
 
     std::int64_t channels_, heads_;
     std::int32_t dims_;
     std::string precision_, input_, output_;
-    Held<OrtMemoryInfo> memory_{ORT_ReleaseMemoryInfo};
+    std::int32_t gpu_ = -1;
+    Held<OrtMemoryInfo> memory_{ORT_ReleaseMemoryInfo}, on_gpu_{ORT_ReleaseMemoryInfo};
     Held<OrtSession> session_{ORT_ReleaseSession};
 };
 
@@ -187,6 +207,13 @@ std::int32_t run(fastnnunet_network* network, const float* batch, std::int64_t c
     return guarded(failure, [&] { of(network)->run(batch, count, tile, logits); });
 }
 
+std::int32_t run_on_gpu(fastnnunet_network* network, const float* batch, std::int64_t count, const std::int64_t* tile,
+                        float* logits, void* stream, fastnnunet_failure* failure) {
+    return guarded(failure, [&] { of(network)->run_on_gpu(batch, count, tile, logits, stream); });
+}
+
+constexpr std::int64_t kMostOnGpu = 1 << 16;
+
 const fastnnunet_backend kBackend{
     FASTNNUNET_BACKEND_INTERFACE,
     "onnxruntime",
@@ -200,6 +227,10 @@ const fastnnunet_backend kBackend{
     [](const fastnnunet_network*, std::int64_t*) -> std::int32_t { return 0; },
     [](const fastnnunet_network* network) { return of(network)->precision(); },
     [](const fastnnunet_network*) { return ort().version().c_str(); },
+    [](const fastnnunet_network* network) { return of(network)->gpu(); },
+    [](const fastnnunet_network*) { return kMostOnGpu; },
+    [](const fastnnunet_network*) -> std::int32_t { return 0; },
+    run_on_gpu,
 };
 
 }  // namespace

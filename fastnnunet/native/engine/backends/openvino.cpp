@@ -493,6 +493,10 @@ const fastnnunet_backend kBackend{
     [](const fastnnunet_network*, std::int64_t*) -> std::int32_t { return 0; },
     [](const fastnnunet_network* network) { return of(network)->precision(); },
     [](const fastnnunet_network* network) { return of(network)->version(); },
+    nullptr,  // on no GPU of CUDA's
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "backends/cuda_driver.hpp"
 #include "bundle/file.hpp"
 #include "core/no_memory.hpp"
 #include "error.hpp"
@@ -31,31 +32,6 @@ fs::path own_folder() {
     if (!error) return file.parent_path();
     return fs::read_symlink("/proc/self/exe", error).parent_path();
 }
-
-}  // namespace
-
-std::vector<std::string> plugin_folders(const std::string& given) {
-    if (!given.empty()) return {given};
-    std::vector<std::string> folders;
-    if (const char* variable = std::getenv("FASTNNUNET_PLUGINS"); variable != nullptr && *variable != '\0') {
-        folders.emplace_back(variable);
-    }
-    const fs::path own = own_folder();
-    folders.push_back(own.string());
-    folders.push_back((own / "fastnnunet").string());
-    folders.push_back((own.parent_path() / "lib" / "fastnnunet").string());
-    folders.push_back((own.parent_path() / "lib").string());
-    // of an environment of Python in whose `bin` a program is
-    std::error_code error;
-    for (const auto& entry : fs::directory_iterator(own.parent_path() / "lib", error)) {
-        if (entry.path().filename().string().rfind("python3", 0) == 0) {
-            folders.push_back((entry.path() / "site-packages" / "fastnnunet" / "native" / "lib").string());
-        }
-    }
-    return folders;
-}
-
-namespace {
 
 // Plugins stay open for good: what they opened may have threads of its own.
 const fastnnunet_backend& open_plugin(const std::string& name, const std::string& given) {
@@ -136,6 +112,21 @@ const fastnnunet_backend& choose(const BackendChoice& choice) {
     throw BackendError("no backend can be used here:" + reasons);
 }
 
+// Throws BackendError where the GPU of `cuda`, `cuda:1`, ... is none that this process sees.
+void check_gpu(const std::string& device) {
+    std::string reason;
+    try {
+        int count = 0;
+        cuda_driver().check(cuda_driver().cuDeviceGetCount(&count), "cuDeviceGetCount");
+        if (gpu_index(device) < count) return;
+        reason = "this process sees " + std::to_string(count) + " GPU(s), of which CUDA_VISIBLE_DEVICES decides";
+    } catch (const std::exception& e) {
+        reason = e.what();
+    }
+    throw BackendError("-device " + device + " needs an NVIDIA GPU with a current driver: " + reason +
+                       "\ngive -device cpu, or another --backend");
+}
+
 std::string model_path(const Bundle& bundle, const std::string& model_file, const std::string& precision,
                        const std::string& backend) {
     if (precision != "int8") return model_file;
@@ -156,6 +147,27 @@ std::string model_path(const Bundle& bundle, const std::string& model_file, cons
 
 }  // namespace
 
+std::vector<std::string> plugin_folders(const std::string& given) {
+    if (!given.empty()) return {given};
+    std::vector<std::string> folders;
+    if (const char* variable = std::getenv("FASTNNUNET_PLUGINS"); variable != nullptr && *variable != '\0') {
+        folders.emplace_back(variable);
+    }
+    const fs::path own = own_folder();
+    for (const fs::path& folder : {own, own / "fastnnunet", own.parent_path() / "lib" / "fastnnunet",
+                                   own.parent_path() / "lib"}) {
+        folders.push_back(folder.string());
+    }
+    // of an environment of Python in whose `bin` a program is
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(own.parent_path() / "lib", error)) {
+        if (entry.path().filename().string().rfind("python3", 0) == 0) {
+            folders.push_back((entry.path() / "site-packages" / "fastnnunet" / "native" / "lib").string());
+        }
+    }
+    return folders;
+}
+
 Network::Network(const fastnnunet_backend& backend, fastnnunet_network* network, const Bundle& bundle)
     : backend_(backend), network_(network), channels_(bundle.channels()), heads_(bundle.num_heads),
       batch_size_(bundle.batch_size), dims_(bundle.patch_size.size()) {}
@@ -170,12 +182,27 @@ Sizes Network::largest_tile() const {
 
 void Network::run_exactly(const float* batch, std::int64_t count, const Sizes& tile, float* logits) const {
     fastnnunet_failure failure{};
-    if (backend_.run(network_, batch, count, tile.data(), logits, &failure) != 0) {
-        std::string shape = "(" + std::to_string(count) + ", " + std::to_string(channels_);
-        for (const std::int64_t size : tile) shape += ", " + std::to_string(size);
-        const std::string said = std::string(backend_.name) + " failed on a batch of shape " + shape + "): ";
-        if (tells_no_memory(failure.message)) throw NoMemoryError(said + failure.message);
-        throw BackendError(said + failure.message);
+    if (backend_.run(network_, batch, count, tile.data(), logits, &failure) != 0) fail(failure, count, tile);
+}
+
+void Network::fail(const fastnnunet_failure& failure, std::int64_t count, const Sizes& tile) const {
+    std::string shape = "(" + std::to_string(count) + ", " + std::to_string(channels_);
+    for (const std::int64_t size : tile) shape += ", " + std::to_string(size);
+    const std::string said = std::string(backend_.name) + " failed on a batch of shape " + shape + "): ";
+    if (tells_no_memory(failure.message)) throw NoMemoryError(said + failure.message);
+    throw BackendError(said + failure.message);
+}
+
+std::optional<int> Network::gpu() const {
+    const int index = backend_.gpu == nullptr ? -1 : backend_.gpu(network_);
+    return index < 0 ? std::nullopt : std::optional(index);
+}
+
+void Network::run_on_gpu(const float* batch, std::int64_t count, const Sizes& tile, float* logits,
+                         void* stream) const {
+    fastnnunet_failure failure{};
+    if (backend_.run_on_gpu(network_, batch, count, tile.data(), logits, stream, &failure) != 0) {
+        fail(failure, count, tile);
     }
 }
 
@@ -208,6 +235,7 @@ std::vector<std::unique_ptr<Network>> load_networks(const Bundle& bundle, const 
         throw BackendError(std::string("backend ") + backend.name + " computes on " + or_words(devices) + ", not on " +
                            device + "\ngive -device " + or_words(devices) + ", or another --backend");
     }
+    if (device.rfind("cuda", 0) == 0) check_gpu(device);
     const std::string cache = joined(local_home(), "compiled");
     std::vector<std::unique_ptr<Network>> networks;
     for (const std::string& model_file : bundle.model_files) {

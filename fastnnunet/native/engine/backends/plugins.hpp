@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,8 +36,16 @@ public:
     double overhead() const { return backend_.overhead(network_); }
     Sizes largest_tile() const;  // empty: any
 
+    // For callers whose batches lie on the GPU of the network.
+    std::optional<int> gpu() const;  // none: it computes on the CPU
+    std::int64_t most_on_gpu() const { return backend_.most_on_gpu(network_); }  // patches in a batch
+    bool can_capture() const { return backend_.can_capture(network_) != 0; }     // from the second run of a shape on
+    // Puts the network on a CUDA stream, for a batch and logits that lie on the GPU. Throws BackendError.
+    void run_on_gpu(const float* batch, std::int64_t count, const Sizes& tile, float* logits, void* stream) const;
+
 private:
     void run_exactly(const float* batch, std::int64_t count, const Sizes& tile, float* logits) const;
+    [[noreturn]] void fail(const fastnnunet_failure& failure, std::int64_t count, const Sizes& tile) const;
 
     const fastnnunet_backend& backend_;
     fastnnunet_network* network_;
@@ -48,7 +57,7 @@ private:
 // a plugin or what it needs is missing, or it cannot load the model.
 std::vector<std::unique_ptr<Network>> load_networks(const Bundle& bundle, const BackendChoice& choice);
 
-// Where plugins are looked for, in this order; `given` alone where it is not empty.
+// Where plugins, and what lies beside them, are looked for; `given`: there alone, if it is not empty.
 std::vector<std::string> plugin_folders(const std::string& given);
 
 // For each backend its name and "" where it can be used, else what to install.

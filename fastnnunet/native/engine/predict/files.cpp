@@ -93,7 +93,7 @@ void finish_case(const Model& model, LoadedCase& from, Inferred inferred, const 
     const Bundle& bundle = model.bundle();
     LabelMap map;
     timed(from.times.postprocess_s, [&] {
-        map = to_image(std::move(inferred.labels), bundle.transpose_backward, model.threads());
+        map = model.labels_in_image(inferred);
         if (!cleanup.is_nothing()) clean(map, cleanup, from.spacing, model.threads());
     });
     timed(from.times.write_s, [&] {

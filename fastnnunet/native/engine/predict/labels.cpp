@@ -12,11 +12,7 @@ namespace fastnnunet::engine {
 namespace {
 
 AxisOperators operators(const std::optional<ResamplePlan>& plan, const Index& in, const Index& out) {
-    const auto along = [&](int axis) {
-        return AxisOperator(in[axis], out[axis], plan ? plan->orders[axis] : 0,
-                            plan ? plan->convention : Convention::scipy);
-    };
-    return {along(0), along(1), along(2)};
+    return {operator_along(0, plan, in, out), operator_along(1, plan, in, out), operator_along(2, plan, in, out)};
 }
 
 // Of all or of a part of the image. `plan`: none or one that is local.
@@ -135,15 +131,31 @@ void label_probabilities(const Volumes<const Half>& logits, const std::optional<
     if (rule.regions) sigmoid_heads(probabilities, few);
 }
 
-LabelStream::LabelStream(const Chunks& chunks, std::optional<ResamplePlan> plan, const LabelRule& rule,
-                         LabelView labels, int threads)
-    : chunks_(chunks), plan_(std::move(plan)), rule_(rule), labels_(std::move(labels)),
-      shape_out_(std::visit([](const auto& view) { return view.shape; }, labels_)), threads_(threads),
-      ready_{ready_before(0), ready_before(1)} {}
+AxisOperator operator_along(int axis, const std::optional<ResamplePlan>& plan, const Index& in, const Index& out) {
+    return {in[axis], out[axis], plan ? plan->orders[axis] : 0, plan ? plan->convention : Convention::scipy};
+}
+
+HostLabels::HostLabels(std::optional<ResamplePlan> plan, const LabelRule& rule, LabelView labels, int threads)
+    : plan_(std::move(plan)), rule_(rule), labels_(std::move(labels)),
+      shape_(std::visit([](const auto& view) { return view.shape; }, labels_)), threads_(threads),
+      arithmetic_(threads) {}
+
+void HostLabels::label(const Volumes<const Half>& logits, const Index& in, const Part& part, const Index& out) {
+    const LabelView labels = std::visit([&](const auto& view) -> LabelView {
+        auto made = view;
+        made.data = view.data + part.first_out[0] * view.stride[0] + part.first_out[1] * view.stride[1];
+        made.shape = out;
+        return made;
+    }, labels_);
+    label_locally(logits, plan_, rule_, labels, in, shape_, part, threads_);
+}
+
+LabelStream::LabelStream(const Chunks& chunks, const std::optional<ResamplePlan>& plan, LabelSink& sink)
+    : chunks_(chunks), sink_(sink), ready_{ready_before(0, plan), ready_before(1, plan)} {}
 
 // For each bound: how many voxels of the target need no logit from there on.
-Sizes LabelStream::ready_before(int axis) const {
-    const AxisOperator along = operators(plan_, chunks_.shape, shape_out_)[axis];
+Sizes LabelStream::ready_before(int axis, const std::optional<ResamplePlan>& plan) const {
+    const AxisOperator along = operator_along(axis, plan, chunks_.shape, sink_.shape());
     Sizes last(along.first(), along.first() + along.size_out()), ready;
     for (std::int64_t& input : last) input += along.taps() - 1;
     for (const std::int64_t bound : chunks_.bounds[axis]) {
@@ -156,49 +168,31 @@ void LabelStream::add(const Index& number, Array4<Half> logits) {
     const auto [layer, band, column] = number;
     const Box box = chunks_.box(number);
     const Index grid = chunks_.grid();
-    const std::int64_t width = logits.shape[2], last_plane = logits.shape[0] - 1, last_row = logits.shape[1] - 1;
+    Arithmetic& arithmetic = sink_.arithmetic();
+    const std::int64_t depth = logits.shape[0], height = logits.shape[1], width = logits.shape[2];
     const std::int64_t before_z = layer > 0 ? kMargin : 0,
                        before_y = band > 0 ? kMargin : 0;  // nothing before the first
-    const Volumes<Half> all = logits.view();
-    for (std::int64_t head = 0; head < logits.count; ++head) {
-        for (std::int64_t y = box.start[1]; layer > 0 && y < box.stop[1]; ++y) {
-            const Half* from = planes_.at(layer - 1).view()[head].row(0, y);
-            std::copy(from, from + width, all[head].row(0, y - box.start[1] + kMargin));
-        }
-        for (std::int64_t z = 0; band > 0 && z < logits.shape[0]; ++z) {
-            const Half* from = rows_.at(layer).view()[head].row(z, 0);
-            std::copy(from, from + width, all[head].row(z, 0));
-        }
-    }
+    const auto plane = [&](std::int64_t z) {
+        return part(logits.view(), {{z, kMargin, 0}, {z + 1, height, width}});
+    };
+    const auto row = [&](std::int64_t y) { return part(logits.view(), {{0, y, 0}, {depth, y + 1, width}}); };
+    const Box in_layer{{0, box.start[1], 0}, {1, box.stop[1], width}};  // of a plane that is kept
+    if (layer > 0) arithmetic.copy(part(planes_.at(layer - 1).read(), in_layer), plane(0));
+    if (band > 0) arithmetic.copy(rows_.at(layer).read(), row(0));
+
     const Box within{{kMargin - before_z, kMargin - before_y, 0}, logits.shape};
     const Index out_start{ready_[0][layer], ready_[1][band], 0},
-        out_stop{ready_[0][layer + 1], ready_[1][band + 1], shape_out_[2]};
+        out_stop{ready_[0][layer + 1], ready_[1][band + 1], sink_.shape()[2]};
     const Part of{{box.start[0] - before_z, box.start[1] - before_y}, {out_start[0], out_start[1]}};
-    const LabelView labels = std::visit([&](const auto& view) -> LabelView {
-        auto out = view;
-        out.data = view.data + out_start[0] * view.stride[0] + out_start[1] * view.stride[1];
-        out.shape = extent({out_start, out_stop});
-        return out;
-    }, labels_);
-    label_locally(readable(part(all, within)), plan_, rule_, labels, chunks_.shape, shape_out_, of, threads_);
+    sink_.label(part(logits.read(), within), chunks_.shape, of, extent({out_start, out_stop}));
+
     if (layer + 1 < grid[0]) {
-        if (band == 0) planes_[layer] = Array4<Half>(logits.count, {1, chunks_.shape[1], width});
-        for (std::int64_t head = 0; head < logits.count; ++head) {
-            for (std::int64_t y = box.start[1]; y < box.stop[1]; ++y) {
-                const Half* from = all[head].row(last_plane, y - box.start[1] + kMargin);
-                std::copy(from, from + width, planes_[layer].view()[head].row(0, y));
-            }
-        }
+        if (band == 0) planes_[layer] = arithmetic.empty(logits.count, {1, chunks_.shape[1], width});
+        arithmetic.copy(readable(plane(depth - 1)), part(planes_[layer].view(), in_layer));
     }
     if (band + 1 < grid[1]) {
-        Array4<Half> kept(logits.count, {logits.shape[0], 1, width});
-        for (std::int64_t head = 0; head < logits.count; ++head) {
-            for (std::int64_t z = 0; z < logits.shape[0]; ++z) {
-                const Half* from = all[head].row(z, last_row);
-                std::copy(from, from + width, kept.view()[head].row(z, 0));
-            }
-        }
-        rows_[layer] = std::move(kept);
+        rows_[layer] = arithmetic.empty(logits.count, {depth, 1, width});
+        arithmetic.copy(readable(row(height - 1)), rows_[layer].view());
     } else if (layer > 0) {
         planes_.erase(layer - 1);
     }

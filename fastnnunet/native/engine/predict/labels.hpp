@@ -41,28 +41,54 @@ void label_probabilities(const Volumes<const Half>& logits, const std::optional<
 // Probabilities of an image outside what was predicted: background, or no region.
 Array4<float> new_probabilities(const LabelRule& rule, const Index& shape);
 
+// Where the labels of an image go, and what writes them.
+class LabelSink {
+public:
+    virtual ~LabelSink() = default;
+    virtual const Index& shape() const = 0;    // of the labels
+    virtual Arithmetic& arithmetic() = 0;      // of the logits
+    // Labels of a part, of the shape `out`, by logits that have all it needs, of an image of the shape `in`.
+    virtual void label(const Volumes<const Half>& logits, const Index& in, const Part& part, const Index& out) = 0;
+};
+
+// Writes to a label map of the CPU. `plan`: none or one that is local.
+class HostLabels : public LabelSink {
+public:
+    HostLabels(std::optional<ResamplePlan> plan, const LabelRule& rule, LabelView labels, int threads);
+
+    const Index& shape() const override { return shape_; }
+    Arithmetic& arithmetic() override { return arithmetic_; }
+    void label(const Volumes<const Half>& logits, const Index& in, const Part& part, const Index& out) override;
+
+private:
+    std::optional<ResamplePlan> plan_;
+    const LabelRule& rule_;
+    LabelView labels_;
+    Index shape_;
+    int threads_;
+    HostArithmetic arithmetic_;
+};
+
+// One axis of a plan that is local, or none
+AxisOperator operator_along(int axis, const std::optional<ResamplePlan>& plan, const Index& in, const Index& out);
+
 // Labels chunks as their logits come: along y in every layer of z, along z in every band of y. What linear resampling
 // reaches beyond a chunk, a plane and a row of those before it, is all that is kept.
 class LabelStream {
 public:
     static constexpr std::int64_t kMargin = 1;  // planes and rows before a chunk that go with it
 
-    // `plan`: none or one that is local. `labels` has the target's shape and is written to.
-    LabelStream(const Chunks& chunks, std::optional<ResamplePlan> plan, const LabelRule& rule, LabelView labels,
-                int threads);
+    // `plan`: none or one that is local.
+    LabelStream(const Chunks& chunks, const std::optional<ResamplePlan>& plan, LabelSink& sink);
 
     // Write the labels a chunk decides. Its margin, which belongs to the chunks before it, is filled in.
     void add(const Index& number, Array4<Half> logits);
 
 private:
-    Sizes ready_before(int axis) const;
+    Sizes ready_before(int axis, const std::optional<ResamplePlan>& plan) const;
 
     const Chunks& chunks_;
-    std::optional<ResamplePlan> plan_;
-    const LabelRule& rule_;
-    LabelView labels_;
-    Index shape_out_;
-    int threads_;
+    LabelSink& sink_;
     std::array<Sizes, 2> ready_;
     std::map<std::int64_t, Array4<Half>> planes_, rows_;  // the last plane of a layer, the last row of its latest chunk
 };

@@ -22,9 +22,8 @@ public:
 
     const Chunks& chunks() const override { return chunks_; }
 
-    void run(const Volumes<const float>& data, const Run& run, std::int64_t margin, const Receiver& receive) override {
-        Array4<float> cut(data.count, part_.size);
-        cut_out(data, part_.origin, part_.size, cut.values.get(), run.threads);
+    void run(const Run& run, std::int64_t margin, const Receiver& receive) override {
+        const std::unique_ptr<TileLogits> tiles = run.tiles.within(part_);
         const Index grid = chunks_.grid();
         std::vector<bool> given(static_cast<std::size_t>(voxels_of(grid)), false);
         // Background up to a chunk along z and y: each chunk leaves after those before it along both, as its receiver
@@ -35,17 +34,17 @@ public:
                     const auto chunk = static_cast<std::size_t>(z * grid[1] + y);
                     if (given[chunk]) continue;
                     given[chunk] = true;
-                    receive({z, y, 0}, nothing({z, y, 0}, margin));
+                    receive({z, y, 0}, nothing(run.arithmetic, {z, y, 0}, margin));
                 }
             }
         };
-        inner_->run(cut.read(), run, margin, [&](const Index& number, Array4<Half> logits) {
+        inner_->run({*tiles, run.arithmetic, run.progress}, margin, [&](const Index& number, Array4<Half> logits) {
             const auto shared = part_.shared(inner_->chunks().box(number), chunks_.shape);
             if (!shared) return;
             const Index chunk = chunk_at(shared->in_image.start);
             given[static_cast<std::size_t>(chunk[0] * grid[1] + chunk[1])] = true;
             give_up_to(chunk);
-            Array4<Half> all = nothing(chunk, margin);
+            Array4<Half> all = nothing(run.arithmetic, chunk, margin);
             const Box within = chunks_.box(chunk);
             Box to{}, from = shared->in_box;
             for (int axis = 0; axis < 3; ++axis) {
@@ -55,7 +54,7 @@ public:
                 from.start[axis] += before;
                 from.stop[axis] += before;
             }
-            copy(part(logits.read(), from), part(all.view(), to));
+            run.arithmetic.copy(part(logits.read(), from), part(all.view(), to));
             receive(chunk, std::move(all));
         });
         give_up_to({grid[0] - 1, grid[1] - 1, 0});
@@ -72,26 +71,9 @@ private:
     }
 
     // Background for a chunk, and room for the margin before it
-    Array4<Half> nothing(const Index& number, std::int64_t margin) const {
+    Array4<Half> nothing(Arithmetic& arithmetic, const Index& number, std::int64_t margin) const {
         const Index shape = extent(chunks_.box(number));
-        Array4<Half> made(static_cast<std::int64_t>(background_.size()),
-                          {shape[0] + margin, shape[1] + margin, shape[2]});
-        const std::int64_t voxels = voxels_of(made.shape);
-        for (std::size_t head = 0; head < background_.size(); ++head) {
-            Half* values = made.values.get() + static_cast<std::int64_t>(head) * voxels;
-            std::fill(values, values + voxels, background_[head]);
-        }
-        return made;
-    }
-
-    static void copy(const Volumes<const Half>& from, const Volumes<Half>& to) {
-        for (std::int64_t head = 0; head < from.count; ++head) {
-            const Volume<const Half> source = from[head];
-            const Volume<Half> target = to[head];
-            for (std::int64_t row = 0; row < source.rows(); ++row) {
-                std::copy(source.row(row), source.row(row) + source.shape[2], target.row(row));
-            }
-        }
+        return arithmetic.filled(background_, {shape[0] + margin, shape[1] + margin, shape[2]});
     }
 
     std::unique_ptr<Pass> inner_;
@@ -132,7 +114,9 @@ std::optional<Box> box_of(const Locating& locating, const Volumes<const float>& 
     const Index& factor = locating.rules.factor;
     Array4<float> blocks(data.count, coarse_shape(data.shape, factor));
     block_means(data, factor, blocks.view(), pass_threads(threads, data.count * voxels_of(data.shape)));
-    const Array4<Half> logits = one_piece(*locating.way, blocks.read(), {*locating.network, threads, {}});
+    HostTiles tiles(*locating.network, locating.tiles, blocks.read(), threads);
+    HostArithmetic arithmetic(threads);
+    const Array4<Half> logits = one_piece(*locating.way, blocks.shape, {tiles, arithmetic, {}});
     return seen_box(logits.read(), locating.rules.threshold, factor, data.shape);
 }
 

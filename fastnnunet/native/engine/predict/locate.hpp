@@ -15,6 +15,7 @@ namespace fastnnunet::engine {
 struct Locating {
     Locator rules;
     std::vector<double> spacing_mm;  // of the preprocessed image
+    Tiles tiles;
     std::unique_ptr<Network> network;
     std::unique_ptr<Way> way;  // of its own images
 };

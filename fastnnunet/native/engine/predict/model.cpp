@@ -2,7 +2,6 @@
 
 #include <chrono>
 
-#include "core/accumulate.hpp"
 #include "core/half.hpp"
 #include "error.hpp"
 
@@ -88,9 +87,13 @@ Bundle with_folds(Bundle bundle, const std::vector<std::string>& folds) {
     return bundle;
 }
 
+Tiles tiles_of(const Bundle& bundle, const Settings& settings) {
+    return {bundle.channels(), bundle.num_heads, bundle.patch_size,
+            settings.mirroring ? bundle.mirror_axes : std::vector<int>{}};
+}
+
 std::unique_ptr<Way> choose_way(const Bundle& bundle, const Settings& settings, const Network& network) {
-    const Tiles tiles{bundle.channels(), bundle.num_heads, bundle.patch_size,
-                      settings.mirroring ? bundle.mirror_axes : std::vector<int>{}};
+    const Tiles tiles = tiles_of(bundle, settings);
     if (bundle.one_pass && settings.step_size == 0) {
         OnePassSettings given;
         given.passes = settings.passes == 0 ? 1 : settings.passes;
@@ -123,7 +126,7 @@ Locating load_locator(const Bundle& bundle, BackendChoice choice, const std::str
         choice.name = "auto";
         choice.device.clear();
     }
-    Locating made{*bundle.locator, bundle.spacing_mm, nullptr, nullptr};
+    Locating made{*bundle.locator, bundle.spacing_mm, tiles_of(own, {}), nullptr, nullptr};
     made.network = std::move(load_networks(own, choice).front());
     made.way = choose_way(own, Settings{}, *made.network);
     return made;
@@ -138,7 +141,9 @@ std::atomic<std::int64_t>& stream_bytes() {
 
 Model::Model(const std::string& folder, const Settings& settings, bool wait)
     : bundle_(with_folds(load_bundle(folder), settings.folds)), threads_(settings.backend.threads),
-      mirroring_(settings.mirroring), locate_(settings.locate) {
+      mirroring_(settings.mirroring), locate_(settings.locate),
+      may_be_on_gpu_(settings.backend.name == "tensorrt" || settings.backend.device.rfind("cuda", 0) == 0),
+      tiles_(tiles_of(bundle_, settings)) {
     if (threads_ < 0) throw SpecError("threads: got " + std::to_string(threads_) + ", expected at least 1");
     check_names(bundle_);
     check_normalization(bundle_);
@@ -157,6 +162,13 @@ Model::Model(const std::string& folder, const Settings& settings, bool wait)
         if (bundle_.locator && locate_) {
             made->locating = load_locator(bundle_, settings.backend, made->networks.front()->name());
         }
+        std::string& reason = made->stays_on_cpu;
+        made->on_gpu = device_stages(bundle_, tiles_, rule_, made->networks, settings.backend.plugins, reason);
+        if (!reason.empty()) reason = "what comes before and after the network stays on the CPU: " + reason;
+        if (made->on_gpu && !made->on_gpu->can_preprocess()) {
+            reason = std::string("preprocessing stays on the CPU: the model ") +
+                     (bundle_.previous_labels.empty() ? "normalises inside a mask" : "is a cascade stage");
+        }
         made->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         return made;
     };
@@ -165,7 +177,10 @@ Model::Model(const std::string& folder, const Settings& settings, bool wait)
 }
 
 Case Model::preprocess(ImageArray image) const {
-    return engine::preprocess(std::move(image), {bundle_, resample_data_, resample_labels_, threads_});
+    const DeviceStages* on_gpu = stages();
+    if (on_gpu != nullptr && on_gpu->can_preprocess()) return on_gpu->preprocess(image, preprocessing());
+    Case made = engine::preprocess(std::move(image), preprocessing());
+    return on_gpu == nullptr ? made : on_gpu->upload(std::move(made));
 }
 
 // nnU-Net adds the float16 logits of a fold to the sum of those before it and divides the sum, rounding to float16
@@ -180,21 +195,17 @@ Array4<Half> Model::logits(const Case& from, const Way& way, const Progress& pro
         };
     };
     const Index& shape = from.data.shape;
-    Array4<Half> total = one_piece(way, from.data.read(), {*networks[0], threads_, share(0)});
+    HostArithmetic arithmetic(threads_);
+    HostTiles of_first(*networks[0], tiles_, from.data.read(), threads_);
+    Array4<Half> total = one_piece(way, shape, {of_first, arithmetic, share(0)});
     for (std::int64_t number = 1; number < folds; ++number) {
+        HostTiles tiles(*networks[number], tiles_, from.data.read(), threads_);
         const std::unique_ptr<Pass> pass = way.begin(shape, false);
-        pass->run(from.data.read(), {*networks[number], threads_, share(number)}, 0,
-                  [&](const Index& chunk, Array4<Half> logits) {
-            add_halves(logits.read(), part(total.view(), pass->chunks().box(chunk)),
-                       pass_threads(threads_, logits.size()));
+        pass->run({tiles, arithmetic, share(number)}, 0, [&](const Index& chunk, Array4<Half> logits) {
+            arithmetic.add_halves(logits.read(), part(total.view(), pass->chunks().box(chunk)));
         });
     }
-    if (folds > 1) {
-        const std::vector<Half> count(static_cast<std::size_t>(shape[2]), to_half(static_cast<float>(folds)));
-        const QuotientLimits limits =
-            divide(total.view(), {count.data(), shape, {0, 0}}, pass_threads(threads_, total.size(), 8));
-        check_half(limits.sum_low, limits.sum_high, "the sum of the folds' logits");
-    }
+    if (folds > 1) arithmetic.divide(total.view(), folds, "the sum of the folds' logits");
     return total;
 }
 
@@ -202,12 +213,14 @@ LabelMap Model::stream(const Case& from, const std::optional<ResamplePlan>& how,
                        const Progress& progress) const {
     LabelMap labels = new_labels(rule_, from.shape_before_cropping);
     const std::unique_ptr<Pass> pass = way.begin(from.data.shape, false);
-    LabelStream stream(pass->chunks(), how, rule_, view_of(labels, from.crop), threads_);
+    HostLabels written(how, rule_, view_of(labels, from.crop), threads_);
+    LabelStream stream(pass->chunks(), how, written);
+    HostTiles tiles(network(), tiles_, from.data.read(), threads_);
+    HostArithmetic arithmetic(threads_);
     double labelling = 0, all = 0;
     {
         const Stage stage(all);
-        pass->run(from.data.read(), {network(), threads_, progress}, LabelStream::kMargin,
-                  [&](const Index& number, Array4<Half> logits) {
+        pass->run({tiles, arithmetic, progress}, LabelStream::kMargin, [&](const Index& number, Array4<Half> logits) {
             const Stage of_chunk(labelling);
             stream.add(number, std::move(logits));
         });
@@ -225,23 +238,32 @@ Inferred Model::infer(const Case& from, StageTimes& times, const Progress& progr
     std::unique_ptr<Way> in_box;
     if (loaded.locating) {
         const Stage stage(times.infer_s);
-        in_box = located(*loaded.locating, from.data.read(), *loaded.way, background_, threads_);
+        const Array4<float> data = from.stream ? loaded.on_gpu->fetch(from) : from.data;
+        in_box = located(*loaded.locating, data.read(), *loaded.way, background_, threads_);
     }
     const Way& way = in_box ? *in_box : *loaded.way;
     const bool is_local = !how || how->is_local();
+    if (from.stream && !probabilities) {
+        const Stage stage(times.infer_s);
+        return in_memory(way, shape, [&](const Way& one) -> Inferred {
+            return {{}, std::nullopt, loaded.on_gpu->infer(from, one, how, progress, stream_bytes())};
+        });
+    }
     const bool is_kept = 2 * bundle_.num_heads * voxels_of(shape) <= stream_bytes();
     if (!probabilities && loaded.networks.size() == 1 && is_local && !is_kept) {
         return in_memory(way, shape, [&](const Way& one) -> Inferred {
-            return {stream(from, how, one, times, progress), std::nullopt};
+            return {stream(from, how, one, times, progress), std::nullopt, {}};
         });
     }
     Array4<Half> all;
     {
         const Stage stage(times.infer_s);
-        all = in_memory(way, shape, [&](const Way& one) { return logits(from, one, progress); });
+        all = in_memory(way, shape, [&](const Way& one) {
+            return from.stream ? loaded.on_gpu->logits(from, one, progress) : logits(from, one, progress);
+        });
     }
     const Stage stage(times.postprocess_s);
-    Inferred made{new_labels(rule_, from.shape_before_cropping), std::nullopt};
+    Inferred made{new_labels(rule_, from.shape_before_cropping), std::nullopt, {}};
     const LabelView crop = view_of(made.labels, from.crop);
     if (probabilities) {
         made.probabilities = new_probabilities(rule_, from.shape_before_cropping);
@@ -250,6 +272,11 @@ Inferred Model::infer(const Case& from, StageTimes& times, const Progress& progr
         label_whole(all.read(), how, rule_, crop, threads_);
     }
     return made;
+}
+
+LabelMap Model::labels_in_image(Inferred& inferred) const {
+    if (inferred.fetch) return inferred.fetch();
+    return to_image(std::move(inferred.labels), bundle_.transpose_backward, threads_);
 }
 
 Prediction Model::predict(ImageArray image, const Progress& progress, bool probabilities) const {
@@ -262,7 +289,7 @@ Prediction Model::predict(ImageArray image, const Progress& progress, bool proba
     made.network_shape = {from.data.count, from.data.shape[0], from.data.shape[1], from.data.shape[2]};
     Inferred inferred = infer(from, made.times, progress, probabilities);
     const Stage stage(made.times.postprocess_s);
-    made.labels = to_image(std::move(inferred.labels), bundle_.transpose_backward, threads_);
+    made.labels = labels_in_image(inferred);
     if (inferred.probabilities) {
         made.probabilities = to_image(std::move(*inferred.probabilities), bundle_.transpose_backward, threads_);
     }
@@ -276,10 +303,12 @@ std::string Model::describe() const {
         axes += (axes.empty() ? "" : ", ") + std::to_string(axis);
     }
     const std::string locate = bundle_.locator ? std::string(", \"locate\": ") + (locate_ ? "true" : "false") : "";
+    std::string stages;
+    if (network().gpu()) stages = std::string(", \"stages\": \"") + (ready().on_gpu ? "cuda" : "cpu") + "\"";
     return "{\"bundle\": " + json_text(bundle_.name) + ", \"folds\": [" + folds +
            "], \"backend\": " + json_text(network().name()) + ", \"precision\": " + json_text(network().precision()) +
            ", \"library\": " + json_text(network().library()) + ", \"mirror_axes\": [" + axes + "], " +
-           ready().way->describe() + locate + "}";
+           ready().way->describe() + locate + stages + "}";
 }
 
 }  // namespace fastnnunet::engine

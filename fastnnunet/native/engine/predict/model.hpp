@@ -9,6 +9,7 @@
 
 #include "backends/plugins.hpp"
 #include "bundle/bundle.hpp"
+#include "device/stages.hpp"
 #include "predict/labels.hpp"
 #include "predict/locate.hpp"
 #include "predict/preprocess.hpp"
@@ -35,6 +36,7 @@ struct StageTimes {
 struct Inferred {
     LabelMap labels;
     std::optional<Array4<float>> probabilities;  // of the heads, where they are wanted
+    FetchLabels fetch;                           // the labels are still on a GPU, in the axes of the image
 };
 
 struct Prediction {
@@ -58,9 +60,13 @@ public:
     // What the network sees of an image, which is used up.
     Case preprocess(ImageArray image) const;
     Inferred infer(const Case& from, StageTimes& times, const Progress& progress, bool probabilities = false) const;
+    // In the axes of the image. Throws BackendError where they are fetched from a GPU that failed.
+    LabelMap labels_in_image(Inferred& inferred) const;
     Prediction predict(ImageArray image, const Progress& progress, bool probabilities = false) const;
 
     std::string describe() const;  // a JSON object
+    // What of the work stays on the CPU though the network is on a GPU, and why; empty: nothing
+    const std::string& stays_on_cpu() const { return ready().stays_on_cpu; }
     int threads() const { return threads_; }
 
 private:
@@ -68,17 +74,22 @@ private:
         std::vector<std::unique_ptr<Network>> networks;
         std::unique_ptr<Way> way;
         std::optional<Locating> locating;
+        std::unique_ptr<DeviceStages> on_gpu;
+        std::string stays_on_cpu;
         double seconds;
     };
 
     const Ready& ready() const { return *loading_.get(); }
+    const DeviceStages* stages() const { return may_be_on_gpu_ ? ready().on_gpu.get() : nullptr; }
+    Preprocessing preprocessing() const { return {bundle_, resample_data_, resample_labels_, threads_}; }
     Array4<Half> logits(const Case& from, const Way& way, const Progress& progress) const;
     LabelMap stream(const Case& from, const std::optional<ResamplePlan>& how, const Way& way, StageTimes& times,
                     const Progress& progress) const;
 
     Bundle bundle_;
     int threads_;
-    bool mirroring_, locate_;
+    bool mirroring_, locate_, may_be_on_gpu_;
+    Tiles tiles_;
     Resampling resample_data_, resample_logits_, resample_labels_;
     LabelRule rule_;
     std::vector<Half> background_;  // outside the box

@@ -6,8 +6,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "core/accumulate.hpp"
-#include "core/half.hpp"
 #include "error.hpp"
 #include "predict/preprocess.hpp"
 #include "predict/ways.hpp"
@@ -101,12 +99,6 @@ struct Settings {
     }
 };
 
-// One value for every voxel, in a row that all rows share
-template <class T>
-Volume<const T> everywhere(const std::vector<T>& row, const Index& shape) {
-    return {row.data(), shape, {0, 0}};
-}
-
 class OnePassRun : public Pass {
 public:
     OnePassRun(const Settings& settings, const Index& shape, bool whole)
@@ -121,13 +113,9 @@ public:
 
     const Chunks& chunks() const override { return chunks_; }
 
-    void run(const Volumes<const float>& data, const Run& run, std::int64_t margin, const Receiver& receive) override {
-        const Tiles& model = settings_.tiles;
+    void run(const Run& run, std::int64_t margin, const Receiver& receive) override {
         const Index grid = tiling_.grid(), tile = tiling_.tile();
-        const std::int64_t voxels = voxels_of(tile), total = voxels_of(grid) * tiling_.shifts();
-        const auto cut = allocate<float>(model.channels * voxels);
-        const auto logits = allocate<float>(model.heads * voxels);
-        const auto swapped = allocate<float>(settings_.is_2d() ? std::max(model.channels, model.heads) * voxels : 0);
+        const std::int64_t total = voxels_of(grid) * tiling_.shifts();
         std::int64_t done = 0;
         Array4<Half> sums;
         for (std::int64_t index = 0; index < voxels_of(grid); ++index) {
@@ -136,7 +124,8 @@ public:
             const Box within = chunks_.box(chunk);
             const Index shape = extent(within);
             if (is_at(number, {0, 0, 0})) {
-                sums = Array4<Half>(model.heads, {shape[0] + margin, shape[1] + margin, shape[2]});
+                sums = run.arithmetic.empty(settings_.tiles.heads,
+                                            {shape[0] + margin, shape[1] + margin, shape[2]});
             }
             const Box kept = tiling_.kept(number);
             Box in_sums{};
@@ -146,25 +135,21 @@ public:
                 in_sums.stop[axis] = kept.stop[axis] - within.start[axis] + before;
             }
             const Volumes<Half> target = part(sums.view(), in_sums);
-            const std::vector<float> ones(static_cast<std::size_t>(target.shape[2]), 1.0f);
             for (std::int64_t shift = 0; shift < tiling_.shifts(); ++shift) {
                 const Index origin = tiling_.origin(number, shift);
-                cut_out(data, origin, tile, cut.get(), run.threads);
-                predict(run, tile, cut.get(), swapped.get(), logits.get());
+                const Volumes<const float> of_tile = predict(run, origin, tile);
                 Box inner{};
                 for (int axis = 0; axis < 3; ++axis) {
                     inner.start[axis] = kept.start[axis] - origin[axis];
                     inner.stop[axis] = kept.stop[axis] - origin[axis];
                 }
-                const Volumes<const float> of_tile{
-                    logits.get(), model.heads, voxels, tile, {tile[1] * tile[2], tile[2]}};
-                add_weighted(part(of_tile, inner), everywhere(ones, target.shape), target, shift == 0,
-                             pass_threads(run.threads, target.count * voxels_of(target.shape)));
+                run.arithmetic.add_weighted(part(of_tile, inner), nullptr, target, shift == 0);
                 if (run.progress) run.progress(++done, total);
             }
             if (is_at(number, {grid[0] - 1, grid[1] - 1, grid[2] - 1})) {
-                finish(part(sums.view(), {{margin, margin, 0}, {shape[0] + margin, shape[1] + margin, shape[2]}}),
-                       run.threads);
+                run.arithmetic.divide(
+                    part(sums.view(), {{margin, margin, 0}, {shape[0] + margin, shape[1] + margin, shape[2]}}),
+                    tiling_.shifts(), "the logits");
                 receive(chunk, std::move(sums));
             }
         }
@@ -176,33 +161,16 @@ private:
         return number[2] == corner[2] && (!is_whole_ || (number[0] == corner[0] && number[1] == corner[1]));
     }
 
-    // Logits (H, tile), averaged over mirrors
-    void predict(const Run& run, const Index& tile, const float* cut, float* swapped, float* logits) const {
-        const Tiles& model = settings_.tiles;
-        if (!settings_.is_2d()) {
-            return run_mirrored(run.network, cut, 1, model, {tile[0], tile[1], tile[2]}, logits);
-        }
-        const std::int64_t plane = tile[1] * tile[2];
-        const auto swap_axes = [&](const float* from, std::int64_t rows, std::int64_t columns, float* to) {
-            for (std::int64_t row = 0; row < rows; ++row) {
-                for (std::int64_t column = 0; column < columns; ++column) {
-                    const float* start = from + (row * columns + column) * plane;
-                    std::copy(start, start + plane, to + (column * rows + row) * plane);
-                }
-            }
-        };
-        const auto batch = allocate<float>(model.channels * tile[0] * plane);
-        swap_axes(cut, model.channels, tile[0], batch.get());
-        run_mirrored(run.network, batch.get(), tile[0], model, {tile[1], tile[2]}, swapped);
-        swap_axes(swapped, tile[0], model.heads, logits);
-    }
-
-    void finish(const Volumes<Half>& sums, int threads) const {
-        const std::vector<Half> count(static_cast<std::size_t>(sums.shape[2]),
-                                      to_half(static_cast<float>(tiling_.shifts())));
-        const QuotientLimits limits =
-            divide(sums, everywhere(count, sums.shape), pass_threads(threads, sums.count * voxels_of(sums.shape), 8));
-        check_half(limits.sum_low, limits.sum_high, "the logits");
+    // Logits (H, tile); of 2d networks plane by plane
+    Volumes<const float> predict(const Run& run, const Index& origin, const Index& tile) const {
+        if (!settings_.is_2d()) return run.tiles.of({origin}, tile);
+        std::vector<Index> planes;
+        for (std::int64_t z = 0; z < tile[0]; ++z) planes.push_back({origin[0] + z, origin[1], origin[2]});
+        Volumes<const float> logits = run.tiles.of(planes, {1, tile[1], tile[2]});
+        logits.count = settings_.tiles.heads;
+        logits.shape = tile;
+        logits.stride[0] = logits.count * logits.count_stride;
+        return logits;
     }
 
     const Settings& settings_;

@@ -9,7 +9,6 @@
 #include "core/components.hpp"
 #include "core/label_maps.hpp"
 #include "core/nonzero.hpp"
-#include "core/normalize.hpp"
 #include "core/threads.hpp"
 #include "error.hpp"
 
@@ -83,37 +82,7 @@ void normalize(const Volume<float>& channel, const std::string& scheme, const st
     } else if (scheme == "RescaleTo01Normalization") {
         rescale_to_01(channel, threads);
     } else if (scheme == "RGBTo01Normalization") {
-        const Range range = rgb_to_01(channel, threads);
-        if (range.low < 0 || range.high > 255) {
-            throw BadImage("the model expects colour values from 0 to 255, got " + short_text(range.low) + " to " +
-                           short_text(range.high));
-        }
-    }
-}
-
-void check_image(const ImageArray& image, const Bundle& bundle) {
-    const auto expected = static_cast<std::int64_t>(bundle.channel_names.size());
-    if (image.voxels.count != expected) {
-        std::string names;
-        for (const std::string& name : bundle.channel_names) names += (names.empty() ? "" : ", ") + name;
-        throw BadImage("the image has " + std::to_string(image.voxels.count) +
-                       " channel(s) and 3 spatial axes; the model "
-                       "needs " +
-                       std::to_string(expected) + " channel(s) (" + names + ") and 3 axes");
-    }
-    if (image.voxels.size() == 0) {
-        throw BadImage("the image is empty: shape (" + std::to_string(image.voxels.count) + ", " +
-                       tuple_text(image.voxels.shape).substr(1));
-    }
-    const bool is_stage = !bundle.previous_labels.empty();
-    if ((image.previous != nullptr) != is_stage) {
-        throw BadImage(std::string("the model ") +
-                       (is_stage ? "needs the previous stage's segmentation" : "is no cascade stage") +
-                       "; give one with -prev_stage_predictions for a cascade stage and none else");
-    }
-    if (is_stage && image.previous_shape != image.voxels.shape) {
-        throw BadImage("the previous segmentation has shape " + tuple_text(image.previous_shape) +
-                       ", expected the image's " + tuple_text(image.voxels.shape));
+        check_colours(rgb_to_01(channel, threads));
     }
 }
 
@@ -189,28 +158,51 @@ std::string tuple_text(const Spacing& values) {
     return "(" + python_real(values[0]) + ", " + python_real(values[1]) + ", " + python_real(values[2]) + ")";
 }
 
-Case preprocess(ImageArray image, const Preprocessing& how) {
+void check_image(const ImageArray& image, const Bundle& bundle) {
+    const auto expected = static_cast<std::int64_t>(bundle.channel_names.size());
+    if (image.voxels.count != expected) {
+        std::string names;
+        for (const std::string& name : bundle.channel_names) names += (names.empty() ? "" : ", ") + name;
+        throw BadImage("the image has " + std::to_string(image.voxels.count) +
+                       " channel(s) and 3 spatial axes; the model "
+                       "needs " +
+                       std::to_string(expected) + " channel(s) (" + names + ") and 3 axes");
+    }
+    if (image.voxels.size() == 0) {
+        throw BadImage("the image is empty: shape (" + std::to_string(image.voxels.count) + ", " +
+                       tuple_text(image.voxels.shape).substr(1));
+    }
+    const bool is_stage = !bundle.previous_labels.empty();
+    if ((image.previous != nullptr) != is_stage) {
+        throw BadImage(std::string("the model ") +
+                       (is_stage ? "needs the previous stage's segmentation" : "is no cascade stage") +
+                       "; give one with -prev_stage_predictions for a cascade stage and none else");
+    }
+    if (is_stage && image.previous_shape != image.voxels.shape) {
+        throw BadImage("the previous segmentation has shape " + tuple_text(image.previous_shape) +
+                       ", expected the image's " + tuple_text(image.voxels.shape));
+    }
+}
+
+void check_colours(const Range& range) {
+    if (range.low >= 0 && range.high <= 255) return;
+    throw BadImage("the model expects colour values from 0 to 255, got " + short_text(range.low) + " to " +
+                   short_text(range.high));
+}
+
+Planned plan_case(const ImageArray& image, const Box& crop, const Preprocessing& how) {
     const Bundle& bundle = how.bundle;
-    const int threads = how.threads;
     const std::array<int, 3>& forward = bundle.transpose_forward;
-    check_image(image, bundle);
     Case made;
     made.image_shape = image.voxels.shape;
     made.spacing = transposed(image.spacing, forward);
     made.shape_before_cropping = transposed(image.voxels.shape, forward);
-    const Box crop_image = nonzero_box(image.voxels.read(), pass_threads(threads, image.voxels.size()));
-    made.crop = {transposed(crop_image.start, forward), transposed(crop_image.stop, forward)};
+    made.crop = {transposed(crop.start, forward), transposed(crop.stop, forward)};
     const Index cropped = made.cropped_shape();
     // a 2d configuration leaves the distance between slices alone
     made.target = made.spacing;
     const std::size_t dims = bundle.spacing_mm.size();
     std::copy(bundle.spacing_mm.begin(), bundle.spacing_mm.end(), made.target.begin() + static_cast<long>(3 - dims));
-
-    const Volumes<float> channels = part(image.voxels.view(), crop_image);
-    std::optional<Array3<std::int32_t>> previous;
-    if (image.previous != nullptr) previous = crop_previous(image, crop_image, readable(channels), bundle, threads);
-    normalize_channels(channels, readable(channels), bundle, previous ? &*previous : nullptr, threads);
-
     const Index shape = resampled_shape(cropped, made.spacing, made.target);
     if (shape[0] == 0 || shape[1] == 0 || shape[2] == 0) {
         throw BadImage("nothing of the image would be left: " + tuple_text(cropped) + " voxels of " +
@@ -219,12 +211,25 @@ Case preprocess(ImageArray image, const Preprocessing& how) {
                        " mm\nexpected an image at least half such a voxel wide; check its spacing");
     }
     const std::optional<ResamplePlan> data_plan = plan(how.data, cropped, shape, made.spacing, made.target);
+    if (data_plan) check_growth(cropped, shape, made.spacing, made.target, 4 * bundle.channels());
+    return {std::move(made), data_plan, data_plan ? shape : cropped};
+}
+
+Case preprocess(ImageArray image, const Preprocessing& how) {
+    const Bundle& bundle = how.bundle;
+    const int threads = how.threads;
+    const std::array<int, 3>& forward = bundle.transpose_forward;
+    check_image(image, bundle);
+    const Box crop_image = nonzero_box(image.voxels.read(), pass_threads(threads, image.voxels.size()));
+    const Volumes<float> channels = part(image.voxels.view(), crop_image);
+    std::optional<Array3<std::int32_t>> previous;
+    if (image.previous != nullptr) previous = crop_previous(image, crop_image, readable(channels), bundle, threads);
+    normalize_channels(channels, readable(channels), bundle, previous ? &*previous : nullptr, threads);
+
+    auto [made, data_plan, shape_out] = plan_case(image, crop_image, how);
+    const Index cropped = made.cropped_shape();
     // threads that wait for each other keep cores from the model that is being loaded meanwhile
-    const int few = pass_threads(threads, std::max(voxels_of(cropped), voxels_of(shape)), 8);
-    const Index shape_out = data_plan ? shape : cropped;
-    if (data_plan) {
-        check_growth(cropped, shape_out, made.spacing, made.target, 4 * bundle.channels());
-    }
+    const int few = pass_threads(threads, std::max(voxels_of(cropped), voxels_of(shape_out)), 8);
     const bool is_as_read = forward == std::array<int, 3>{0, 1, 2} && cropped == image.voxels.shape;
     if (!data_plan && is_as_read && !previous) {
         made.data = std::move(image.voxels);

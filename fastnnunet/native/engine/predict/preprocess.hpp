@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "bundle/bundle.hpp"
+#include "core/normalize.hpp"
 #include "core/resample_plan.hpp"
 #include "predict/arrays.hpp"
 
@@ -20,9 +21,12 @@ Resampling parse_label_resampling(const Json& entry, const std::string& what);
 // Throws SpecError for a scheme this runtime does not have, or CT without its intensity statistics.
 void check_normalization(const Bundle& bundle);
 
+class Stream;
+
 // What the network sees, and what is needed to put its answer back into the image.
 struct Case {
     Array4<float> data;
+    std::shared_ptr<const Stream> stream;  // of the case, where `data` lies on a GPU; see device/stages.hpp
     Spacing spacing, target;
     Index shape_before_cropping;
     Box crop;
@@ -47,6 +51,20 @@ struct Preprocessing {
 
 // Throws BadImage when the number of channels is not the model's, or the previous segmentation does not fit.
 Case preprocess(ImageArray image, const Preprocessing& how);
+
+// Its steps, for whoever takes them elsewhere.
+void check_image(const ImageArray& image, const Bundle& bundle);
+// Throws BadImage for colours outside 0 to 255.
+void check_colours(const Range& range);
+
+// All that becomes of an image but its data, which are to have that shape.
+struct Planned {
+    Case without_data;
+    std::optional<ResamplePlan> plan;  // none: the crop as it is
+    Index shape;
+};
+// `crop`: in the axes of the image. Throws BadImage where nothing or far too much would be left of it.
+Planned plan_case(const ImageArray& image, const Box& crop, const Preprocessing& how);
 
 // How to take `shape` to `shape_out`; none where nnU-Net leaves the array alone.
 std::optional<ResamplePlan> plan(const Resampling& resampling, const Index& shape, const Index& shape_out,

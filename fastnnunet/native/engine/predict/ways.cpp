@@ -1,11 +1,6 @@
 #include "predict/ways.hpp"
 
-#include <cmath>
-#include <cstdio>
-
-#include "core/half.hpp"
 #include "core/threads.hpp"
-#include "error.hpp"
 
 namespace fastnnunet::engine {
 namespace {
@@ -14,26 +9,6 @@ std::int64_t product(const Sizes& sizes) {
     std::int64_t made = 1;
     for (const std::int64_t size : sizes) made *= size;
     return made;
-}
-
-// The subsets of the mirrored axes in the order of their sums: by their number of axes, then as listed
-std::vector<std::vector<int>> subsets(const std::vector<int>& axes) {
-    std::vector<std::vector<int>> found;
-    for (std::size_t count = 0; count <= axes.size(); ++count) {
-        std::vector<std::size_t> chosen(count);
-        for (std::size_t i = 0; i < count; ++i) chosen[i] = i;
-        while (true) {
-            std::vector<int> subset;
-            for (const std::size_t i : chosen) subset.push_back(axes[i]);
-            found.push_back(subset);
-            std::size_t i = count;
-            while (i > 0 && chosen[i - 1] == axes.size() - count + i - 1) --i;
-            if (i == 0) break;
-            ++chosen[i - 1];
-            for (std::size_t j = i; j < count; ++j) chosen[j] = chosen[j - 1] + 1;
-        }
-    }
-    return found;
 }
 
 // use(row of `values`, row that it is after mirroring, whether x is reversed) for every row
@@ -55,33 +30,7 @@ void for_each_mirrored_row(std::int64_t volumes, const Sizes& tile, const std::v
     }
 }
 
-}  // namespace
-
-Index Chunks::grid() const {
-    Index count{};
-    for (int axis = 0; axis < 3; ++axis) count[axis] = static_cast<std::int64_t>(bounds[axis].size()) - 1;
-    return count;
-}
-
-Box Chunks::box(const Index& number) const {
-    Box box{};
-    for (int axis = 0; axis < 3; ++axis) {
-        box.start[axis] = bounds[axis].at(number[axis]);
-        box.stop[axis] = bounds[axis].at(number[axis] + 1);
-    }
-    return box;
-}
-
-Array4<Half> one_piece(const Way& way, const Volumes<const float>& data, const Run& run) {
-    return in_memory(way, data.shape, [&](const Way& one) {
-        Array4<Half> whole;
-        one.begin(data.shape, true)->run(data, run, 0, [&](const Index&, Array4<Half> logits) {
-            whole = std::move(logits);
-        });
-        return whole;
-    });
-}
-
+// Logits (N, H, tile) into `logits`, the mean over every subset of the mirrored axes as nnU-Net sums them.
 void run_mirrored(const Network& network, const float* batch, std::int64_t count, const Tiles& tiles, const Sizes& tile,
                   float* logits) {
     network.run(batch, count, tile, logits);
@@ -115,6 +64,7 @@ void run_mirrored(const Network& network, const float* batch, std::int64_t count
     for (std::int64_t i = 0; i < count * tiles.heads * voxels; ++i) logits[i] /= divisor;
 }
 
+// The part of an image that begins at `origin`, which may lie before it, zeros around it; contiguous (C, tile).
 void cut_out(const Volumes<const float>& image, const Index& origin, const Index& tile, float* out, int threads) {
     parallel_for(image.count * tile[0], pass_threads(threads, image.count * voxels_of(tile)), [&](std::int64_t number) {
         const std::int64_t channel = number / tile[0], z = origin[0] + number % tile[0];
@@ -135,14 +85,72 @@ void cut_out(const Volumes<const float>& image, const Index& origin, const Index
     });
 }
 
-void check_half(float low, float high, const std::string& what) {
-    if (fits_half(low, high)) return;
-    char range[64];
-    std::snprintf(range, sizeof range, "%g to %g", static_cast<double>(low), static_cast<double>(high));
-    if (std::isnan(low) || std::isnan(high)) std::snprintf(range, sizeof range, "nan to nan");
-    throw BackendError(what + " left the range of float16: got values from " + range +
-                       ", expected less than 65520 in " +
-                       "magnitude\nthe model is damaged or was trained on other intensities than this image has");
+}  // namespace
+
+Index Chunks::grid() const {
+    Index count{};
+    for (int axis = 0; axis < 3; ++axis) count[axis] = static_cast<std::int64_t>(bounds[axis].size()) - 1;
+    return count;
+}
+
+Box Chunks::box(const Index& number) const {
+    Box box{};
+    for (int axis = 0; axis < 3; ++axis) {
+        box.start[axis] = bounds[axis].at(number[axis]);
+        box.stop[axis] = bounds[axis].at(number[axis] + 1);
+    }
+    return box;
+}
+
+Array4<Half> one_piece(const Way& way, const Index& shape, const Run& run) {
+    return in_memory(way, shape, [&](const Way& one) {
+        Array4<Half> whole;
+        one.begin(shape, true)->run(run, 0, [&](const Index&, Array4<Half> logits) { whole = std::move(logits); });
+        return whole;
+    });
+}
+
+std::vector<std::vector<int>> subsets(const std::vector<int>& axes) {
+    std::vector<std::vector<int>> found;
+    for (std::size_t count = 0; count <= axes.size(); ++count) {
+        std::vector<std::size_t> chosen(count);
+        for (std::size_t i = 0; i < count; ++i) chosen[i] = i;
+        while (true) {
+            std::vector<int> subset;
+            for (const std::size_t i : chosen) subset.push_back(axes[i]);
+            found.push_back(subset);
+            std::size_t i = count;
+            while (i > 0 && chosen[i - 1] == axes.size() - count + i - 1) --i;
+            if (i == 0) break;
+            ++chosen[i - 1];
+            for (std::size_t j = i; j < count; ++j) chosen[j] = chosen[j - 1] + 1;
+        }
+    }
+    return found;
+}
+
+Volumes<const float> HostTiles::of(const std::vector<Index>& origins, const Index& tile) {
+    const auto count = static_cast<std::int64_t>(origins.size());
+    const std::int64_t voxels = voxels_of(tile), in = model_.channels * voxels;
+    const auto at_least = [](Array4<float>& buffer, std::int64_t size) {
+        if (buffer.size() < size) buffer = Array4<float>(1, {1, 1, size});
+        return buffer.values.get();
+    };
+    float *batch = at_least(batch_, count * in), *logits = at_least(logits_, count * model_.heads * voxels);
+    for (std::int64_t i = 0; i < count; ++i) {
+        cut_out(image_, origins[static_cast<std::size_t>(i)], tile, batch + i * in, threads_);
+    }
+    const Sizes of_network(tile.end() - static_cast<long>(model_.patch_size.size()), tile.end());
+    run_mirrored(network_, batch, count, model_, of_network, logits);
+    return {logits, count * model_.heads, voxels, tile, {tile[1] * tile[2], tile[2]}};
+}
+
+std::unique_ptr<TileLogits> HostTiles::within(const ImagePart& part) const {
+    Array4<float> cut(image_.count, part.size);
+    cut_out(image_, part.origin, part.size, cut.values.get(), threads_);
+    auto made = std::make_unique<HostTiles>(network_, model_, cut.read(), threads_);
+    made->own_ = std::move(cut);
+    return made;
 }
 
 }  // namespace fastnnunet::engine

@@ -15,7 +15,7 @@
 #include "core/tiles.hpp"
 #include "core/window.hpp"
 #include "error.hpp"
-#include "predict/arrays.hpp"
+#include "predict/arithmetic.hpp"
 
 namespace fastnnunet::engine {
 
@@ -32,9 +32,27 @@ using Progress = std::function<void(std::int64_t done, std::int64_t total)>;
 // Number and logits (H, its voxels with `margin` planes and rows before them) of a chunk that is finished.
 using Receiver = std::function<void(const Index& number, Array4<Half> logits)>;
 
+// What a way needs to know of the model.
+struct Tiles {
+    std::int64_t channels, heads;
+    Sizes patch_size;
+    std::vector<int> mirror_axes;  // spatial axes counted from 0
+};
+
+// Logits of tiles of one image by one network, the mean over mirrors.
+class TileLogits {
+public:
+    virtual ~TileLogits() = default;
+    // Of kMaxBatch tiles at most that begin at `origins`, which may lie before the image, zeros around it. Head h of
+    // tile n is volume n * heads + h. Valid until the next call. Throws BackendError.
+    virtual Volumes<const float> of(const std::vector<Index>& origins, const Index& tile) = 0;
+    // Of a part of the image as an image of its own.
+    virtual std::unique_ptr<TileLogits> within(const ImagePart& part) const = 0;
+};
+
 struct Run {
-    const Network& network;
-    int threads;
+    TileLogits& tiles;
+    Arithmetic& arithmetic;
     Progress progress;
 };
 
@@ -44,8 +62,7 @@ public:
     virtual ~Pass() = default;
     virtual const Chunks& chunks() const = 0;
     // Throws BackendError when the logits leave the range of float16.
-    virtual void run(const Volumes<const float>& data, const Run& run, std::int64_t margin,
-                     const Receiver& receive) = 0;
+    virtual void run(const Run& run, std::int64_t margin, const Receiver& receive) = 0;
 };
 
 class Way {
@@ -58,13 +75,6 @@ public:
     // The same with smaller tiles, for an image of that shape; none where they are the smallest already.
     virtual std::unique_ptr<Way> smaller(const Index& shape) const = 0;
     virtual std::string describe() const = 0;  // members of a JSON object
-};
-
-// What a way needs to know of the model.
-struct Tiles {
-    std::int64_t channels, heads;
-    Sizes patch_size;
-    std::vector<int> mirror_axes;  // spatial axes counted from 0
 };
 
 std::unique_ptr<Way> sliding_window(const Tiles& tiles, double step_size, bool use_gaussian);
@@ -100,18 +110,28 @@ auto in_memory(const Way& way, const Index& shape, const Attempt& attempt) -> de
 }
 
 // The logits of one network in one piece
-Array4<Half> one_piece(const Way& way, const Volumes<const float>& data, const Run& run);
+Array4<Half> one_piece(const Way& way, const Index& shape, const Run& run);
 
-// Logits (N, H, tile) into `logits`, the mean over every subset of the mirrored axes as nnU-Net sums them.
-void run_mirrored(const Network& network, const float* batch, std::int64_t count, const Tiles& tiles, const Sizes& tile,
-                  float* logits);
+// The subsets of the mirrored axes in the order of their sums: by their number of axes, then as listed
+std::vector<std::vector<int>> subsets(const std::vector<int>& axes);
 
-// The part of an image that begins at `origin`, which may lie before it, zeros around it; contiguous (C, tile).
-void cut_out(const Volumes<const float>& image, const Index& origin, const Index& tile, float* out, int threads);
+// Of an image in the memory of the CPU.
+class HostTiles : public TileLogits {
+public:
+    HostTiles(const Network& network, const Tiles& model, const Volumes<const float>& image, int threads)
+        : network_(network), model_(model), image_(image), threads_(threads) {}
+
+    Volumes<const float> of(const std::vector<Index>& origins, const Index& tile) override;
+    std::unique_ptr<TileLogits> within(const ImagePart& part) const override;
+
+private:
+    const Network& network_;
+    const Tiles& model_;
+    Volumes<const float> image_;
+    int threads_;
+    Array4<float> own_;  // which `image_` is, where it is no one else's
+    Array4<float> batch_, logits_;
+};
 
 constexpr std::int64_t kBatchVoxels = 1 << 17, kMaxBatch = 16;  // of small (2d) patches
-
-// Throws BackendError when float16 would hold an infinity or NaN.
-void check_half(float low, float high, const std::string& what);
-
 }  // namespace fastnnunet::engine

@@ -151,7 +151,8 @@ public:
         };
         std::future<Work> ahead, behind;
         if (!cases.empty()) ahead = load_next(0);
-        model_.network();  // what loading it threw ends the run
+        const std::string& stays = model_.stays_on_cpu();  // what loading threw ends the run
+        if (!stays.empty()) std::fprintf(stderr, "%s\n", printable(stays).c_str());
         for (std::size_t number = 0; number < cases.size(); ++number) {
             Work work = ahead.get();
             if (number + 1 < cases.size()) ahead = load_next(number + 1);
