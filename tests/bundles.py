@@ -1,7 +1,8 @@
 """Small random models, once as a bundle and once as an nnU-Net model folder, so that nnU-Net can be the oracle."""
 
 import json
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class ToyModel:
     bundle: Path
     folder: Path
     spec: BundleSpec
+
+
+def described(bundle: Path, name: str, **changes: Any) -> Path:
+    """A copy of a bundle beside it that says something else of itself."""
+    copy = Path(shutil.copytree(bundle, bundle.with_name(name)))
+    write_bundle_json(replace(load_bundle_spec(bundle), **changes), copy / "bundle.json")
+    return copy
 
 
 def make_toy_model(toy: Toy, where: Path) -> ToyModel:

@@ -20,6 +20,7 @@ from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.world import VARIABLES, world_in
+from fastnnunet.service.models import load_models
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -136,6 +137,15 @@ class TestTheCommand:
         expected = stock_label(student.model, (0,), root / f"scans/{held_out}_0000.nii.gz", tmp_path / "stock")
         predicted = read(student.bundle.parent / f"predictions/{held_out}.nii.gz")
         assert (predicted == expected).mean() > 0.999
+
+    def test_its_bundle_tells_what_was_measured(self, done):
+        _, distilled = done
+        (student,) = distilled.students
+        told = load_models([student.bundle], ["labels"]).models["bundle"].measured
+        assert told["quality"]["dice"] == pytest.approx(student.fidelity.mean.mean)
+        assert (told["quality"]["against"], told["quality"]["cases"]) == ("teacher", len(distilled.scans.held_out))
+        assert told["speed"]["seconds_per_case"] == student.seconds
+        assert told["parameters"] == student.parameters
 
     def test_fidelity_is_dice_against_the_teachers_labels(self, done):
         _, distilled = done

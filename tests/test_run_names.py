@@ -48,6 +48,10 @@ def test_train_export_predict(world: Path, tmp_path: Path, capsys: pytest.Captur
     bundle = find_bundle("my_student")
     assert f"bundle: {bundle}" in out
     assert load_bundle_spec(bundle).provenance["training"]["student"]["r"] == 4
+    measured = load_bundle_spec(bundle).provenance["measured"]
+    assert 0 <= measured["quality"]["dice"] <= 1
+    assert measured["quality"]["held_out"] is True
+    assert measured["speed"]["seconds_per_case"] > 0
     images = world / "raw" / DATASET / "imagesTs"
     words = ("--name", "my_student", "--backend", "onnxruntime", "--threads", 1)
     code, out, err = _run(capsys, "predict", "-i", images, "-o", tmp_path / "out", *words)

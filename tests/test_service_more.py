@@ -2,10 +2,10 @@
 
 import gzip
 import io
-import shutil
+import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from fastnnunet.release.measured import Quality, Speed, note, validated
 from fastnnunet.service.jobs import JobStore
+from fastnnunet.service.models import load_models
 from fastnnunet.service.refusals import RefusedError
-from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json
-from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
+from fastnnunet.specs.bundle import load_bundle_spec
+from tests.bundles import Toy, described, make_toy_model, smooth_noise, write_image
 from tests.dicom_files import write_series
 from tests.serving import Serving, serving, until
 
@@ -29,13 +31,6 @@ INTERCEPT = -1024  # of `write_series`
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("more")
-
-
-def described(bundle: Path, name: str, **changes: Any) -> Path:
-    """A copy of a bundle that says something else of itself."""
-    copy = Path(shutil.copytree(bundle, bundle.with_name(name)))
-    write_bundle_json(replace(load_bundle_spec(bundle), **changes), copy / "bundle.json")
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +254,40 @@ def test_names_in_a_query_that_mean_nothing_are_refused(serve: Serving, series: 
     assert refused.status_code == 422
     assert "no DICOM series" in refused.json()["error"]
     assert serve.client.get("/?utm=x").status_code in (200, 400)
+
+
+def test_a_model_tells_units_and_what_was_measured_of_it(serve: Serving, where: Path) -> None:
+    usual = where / "usual"
+    known = load_bundle_spec(usual).provenance
+    quality = Quality(dice=0.875, labels={"a": 0.9, "b": 0.85}, cases=12, held_out=True, against="labels")
+    speed = Speed(seconds_per_case=0.0625, cases=4, begins_with="file", cpu="a processor", threads=2)
+    ct = described(usual, "ct", channel_names=("CT",))
+    note(ct, quality, speed)
+    assert {**load_bundle_spec(ct).provenance, "measured": None} == {**known, "measured": None}
+    hostile = described(usual, "hostile", provenance={"measured": {"quality": {"dice": "<b>"}, "speed": [1]}})
+    served = load_models([ct, hostile, usual, where / "colours"], ["labels"]).models
+    assert served["ct"].measured["quality"] == asdict(quality)
+    assert served["ct"].measured["speed"] == asdict(speed)
+    assert {"quality", "speed"} & {*served["hostile"].measured, *served["usual"].measured} == set()
+    assert [served[name].channels[0].unit for name in ("ct", "usual")] == ["HU", None]
+    assert [served[name].labels[0].volume_unit for name in ("ct", "colours")] == ["ml", None]
+    assert serve.client.get("/models/usual").json()["labels"][0]["volume_unit"] == "ml"
+
+
+def test_what_validation_found_is_read_by_name(tmp_path: Path) -> None:
+    """As nnU-Net 2.8 writes `summary.json`: values, and regions as tuples of values."""
+    (tmp_path / "validation").mkdir()
+    written = {
+        "foreground_mean": {"Dice": 0.7},
+        "mean": {"(1, 2)": {"Dice": 0.8}, "2": {"Dice": 0.6}, "3": {"Dice": float("nan")}},
+        "metric_per_case": [{}, {}, {}],
+    }
+    (tmp_path / "validation" / "summary.json").write_text(json.dumps(written))
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "never": 3}
+    found = validated(tmp_path, labels, "0")
+    assert found == Quality(dice=0.7, labels={"whole": 0.8, "core": 0.6}, cases=3, held_out=True, against="labels")
+    assert validated(tmp_path, labels, "all") == replace(found, held_out=False)
+    for damaged in ("", "[]", json.dumps({**written, "foreground_mean": {"Dice": None}})):
+        (tmp_path / "validation" / "summary.json").write_text(damaged)
+        assert validated(tmp_path, labels, "0") is None
+    assert validated(tmp_path / "elsewhere", labels, "0") is None

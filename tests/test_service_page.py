@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastnnunet.release.measured import Quality, Speed, note
 from tests.browsers import chromium
 from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 from tests.dicom_files import write_series
@@ -34,6 +35,11 @@ def serve(where: Path) -> Iterator[Serving]:
     flat = Toy(dims=2, channels=3, spacing=(1.0, 1.0), file_ending=".png", reader_writer="NaturalImage2DIO")
     pictures = make_toy_model(flat, where / "pictures").bundle
     bundles = [make_toy_model(Toy(), where).bundle, two.rename(two.with_name("two"))]
+    note(
+        bundles[1],
+        Quality(dice=0.8765, labels={}, cases=12, held_out=True, against="teacher"),
+        Speed(seconds_per_case=0.0625, cases=4, begins_with="file", cpu=None, threads=2),
+    )
     bundles.append(pictures.rename(pictures.with_name("pictures")))
     with serving(bundles, work=where / "work") as found:
         yield found
@@ -143,7 +149,12 @@ def test_an_example_is_predicted_drawn_and_counted(opened: Page, serve: Serving)
 def test_files_of_several_channels_and_what_is_handed_out(opened: Page, serve: Serving, tmp_path: Path) -> None:
     files = [write_image(smooth_noise((12, 16, 18), n), tmp_path / f"case_000{n}.nii.gz") for n in (0, 1)]
     page = opened.page
+    assert page.inner_text("#measured") == ""
     page.select_option("#model", "two")
+    assert (
+        page.inner_text("#measured")
+        == "Dice 0.877 to its teacher on 12 held-out cases; 0.063 s a case from file to file"
+    )
     page.set_input_files("#files", files[:1])
     page.click("#predict")
     opened.until("failed")

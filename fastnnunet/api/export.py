@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastnnunet.release.ways import Ways
 
 Fold = int | str
+FINAL = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +49,12 @@ def export(
     folds: Fold | Sequence[Fold],
     output: Path | None = None,
     *,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = FINAL,
     overwrite: bool = False,
     graph: GraphSpec = GraphSpec(),
     needs_real_patches: bool = True,
     locator: Path | None = None,
+    measure: bool = True,
     progress: Listener = ignore,
 ) -> Exported:
     """Write the bundle of an nnU-Net model folder, of a student (see `student_model`) as of any other.
@@ -62,6 +64,8 @@ def export(
     A bundle that is predicted in one pass is compared with nnU-Net's window on a few held-out cases, if there are any.
     `locator`: the model folder of `train_locator`, which goes into the bundle; its margin and what it does for Dice and
     seconds are measured on held-out cases, which have to be there.
+    `measure`: the bundle of one fold tells the Dice of nnU-Net's validation of it, and that of a student its seconds on
+    a few preprocessed cases, and their Dice where there was no validation.
     Raises what `fastnnunet.export.bundle.export_bundle` and, of a locator, `fastnnunet.release.locator` raise; nothing
     is at `output` then.
     """
@@ -78,7 +82,10 @@ def export(
     }
     if locator is None:
         report = export_bundle(model, folds, output, overwrite=overwrite, **options)
-        return Exported(bundle=output, parity=report, ways=compare_ways(output, progress))
+        ways = compare_ways(output, progress)
+        if measure:
+            _note_measured(model, folds, checkpoint, output, progress)
+        return Exported(bundle=output, parity=report, ways=ways)
     from fastnnunet.release.locator import attach_locator, export_locator
 
     check_target(output, overwrite)
@@ -89,8 +96,26 @@ def export(
         report = export_bundle(model, folds, bundle, **options)
         ways = compare_ways(bundle, progress)
         located = attach_locator(bundle, other, progress)
+        if measure:
+            _note_measured(model, folds, checkpoint, bundle, progress)
         put_in_place(bundle, output, overwrite)
     return Exported(bundle=output, parity=report, ways=ways, located=located)
+
+
+def _note_measured(model: Path, folds: Sequence[Fold], checkpoint: str, bundle: Path, progress: Listener) -> None:
+    """Of an ensemble nothing is known: each of its folds was validated by itself."""
+    from fastnnunet.release.measured import measure_few, note, validated
+    from fastnnunet.specs.bundle import load_bundle_spec
+
+    if len(folds) != 1:
+        return
+    spec, fold = load_bundle_spec(bundle), str(folds[0])
+    quality = validated(model / f"fold_{fold}", spec.labels, fold) if checkpoint == FINAL else None
+    few = measure_few(bundle, progress) if spec.provenance["training"] else None
+    if few is not None:
+        note(bundle, quality or few[0], few[1])
+    elif quality is not None:
+        note(bundle, quality, None)
 
 
 def export_named(

@@ -467,4 +467,4 @@ def _export(trained: Student, folder: Path, temperature: float, progress: Listen
         if model.exists():
             model.rename(Path(partial, "before"))
         made.rename(model)
-    export(model, 0, bundle, overwrite=is_bundle(bundle), progress=progress)
+    export(model, 0, bundle, overwrite=is_bundle(bundle), measure=False, progress=progress)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -65,13 +65,14 @@ def judge(
 ) -> JudgedStudent:
     """Predict the scans held out with the bundle in `folder` and compare with the teacher's labels of them.
 
-    What was found is kept in `folder`/judged.json and taken from there for the same student, scans, labels and threads.
+    Dice and seconds are noted in the bundle. What was found is kept in `folder`/judged.json and taken from there for
+    the same student, scans, labels and threads.
     """
     from fastnnunet.evaluate.fidelity import fidelity_of
     from fastnnunet.nnunet.files.checkpoint import load_checkpoint
-    from fastnnunet.specs.bundle import load_bundle_spec
+    from fastnnunet.specs.bundle import MEASURED, load_bundle_spec
     from fastnnunet.specs.canonical import to_plain
-    from fastnnunet.specs.provenance import write_json
+    from fastnnunet.specs.provenance import hardware, write_json
     from fastnnunet.version import __version__
 
     spec = load_bundle_spec(folder / "bundle")
@@ -86,9 +87,13 @@ def judge(
     predictions = [folder / "predictions" / f"{case}{opened.file_ending}" for case in scans.held_out]
     kept = folder / "judged.json"
     found = _read_found(kept, asked) if all(file.is_file() for file in predictions) else None
+    is_new = found is None
     if found is None:
         found = _find_out(opened, model, scans, files, folder, threads, progress)
         write_json(kept, {"asked": asked, "found": to_plain(found)})
+    fidelity = fidelity_of(tag, found.dice)
+    if is_new or MEASURED not in spec.provenance:
+        _note(folder / "bundle", fidelity, found, threads, hardware()["cpu"] if is_new else None)
     parity = spec.provenance["parity"]
     (checkpoint,) = (folder / "nnunet_model").glob("fold_*/*.pth")
     curve = load_checkpoint(checkpoint)["logging"]["mean_fg_dice"]
@@ -96,7 +101,7 @@ def judge(
         tag=tag,
         bundle=folder / "bundle",
         model=folder / "nnunet_model",
-        fidelity=fidelity_of(tag, found.dice),
+        fidelity=fidelity,
         seconds=found.seconds,
         parameters=int(spec.provenance["parameters"]),
         bundle_bytes=sum((folder / "bundle" / name).stat().st_size for name in spec.model_files),
@@ -113,6 +118,22 @@ class _Found:
     dice: dict[str, dict[str, float]]  # case -> label -> Dice
     seconds: float
     calibration: "CalibrationSummary | None"
+
+
+def _note(bundle: Path, fidelity: "Fidelity", found: _Found, threads: int | None, cpu: str | None) -> None:
+    """`cpu`: where the seconds were measured, where that is known."""
+    from fastnnunet.release.measured import Quality, Speed, note
+
+    cases = len(found.dice)
+    quality = Quality(
+        dice=fidelity.mean.mean,
+        labels={name: one.mean for name, one in fidelity.labels.items() if not isnan(one.mean)},
+        cases=cases,
+        held_out=True,
+        against="teacher",
+    )
+    speed = Speed(seconds_per_case=found.seconds, cases=cases, begins_with="file", cpu=cpu, threads=threads)
+    note(bundle, None if isnan(quality.dice) else quality, speed)
 
 
 def _read_found(file: Path, asked: Mapping[str, Any]) -> _Found | None:

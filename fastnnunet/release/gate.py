@@ -41,7 +41,7 @@ class Comparison:
         return POINTS * (self.dice_fp32 - self.dice)
 
 
-class _Dice:
+class CaseDice:
     """Dice of every case and label."""
 
     def __init__(self, labels: LabelSet) -> None:
@@ -56,7 +56,13 @@ class _Dice:
         for name, dice in dice_of_labels(truth_ZYX, prediction_ZYX, self._labels.names, self._labels.ignore).items():
             self._values[name].append(dice)
 
+    def of_labels(self) -> dict[str, float]:
+        """Name -> mean over the cases that have it; without those that no case has."""
+        means = {name: nanmean(values) for name, values in self._values.items()}
+        return {name: mean for name, mean in means.items() if not isnan(mean)}
+
     def mean(self) -> float:
+        """Over labels of their means over cases; NaN where there is nothing to judge."""
         return nanmean(nanmean(of_label) for of_label in self._values.values())
 
 
@@ -72,8 +78,8 @@ def compare(
     """
     used = {name: fp32[name] for name in dict.fromkeys(other.backend.name for other in others)}
     labels = make_label_set(next(iter(used.values())).spec.labels, "")
-    dice_fp32 = {name: _Dice(labels) for name in used}
-    dice = [_Dice(labels) for _ in others]
+    dice_fp32 = {name: CaseDice(labels) for name in used}
+    dice = [CaseDice(labels) for _ in others]
     same, voxels = [0] * len(others), 0
     cases = source.choice.judge
     for number, case_id in enumerate(cases, start=1):

@@ -9,26 +9,31 @@ from typing import Any
 from fastnnunet.errors import SpecError
 from fastnnunet.service.refusals import RefusedError
 from fastnnunet.service.uploads.kinds import ENDINGS, kinds_of
-from fastnnunet.specs.bundle import PRECISIONS, BundleSpec, load_bundle_spec
+from fastnnunet.specs.bundle import MEASURED, PRECISIONS, BundleSpec, load_bundle_spec
 from fastnnunet.specs.checks.problems import is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """One structure: its value in label maps, for a region all values that belong to it, and a colour `#rrggbb`."""
+    """One structure: its value in label maps, for a region all values that belong to it, and a colour `#rrggbb`.
+
+    `volume_unit`: of volumes in `statistics`; None for pictures, which have no thickness.
+    """
 
     name: str
     value: int
     values: tuple[int, ...]
     colour: str
+    volume_unit: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channel:
-    """One input image."""
+    """One input image. `unit`: of its intensities, where they have one: HU for CT."""
 
     number: int
     name: str
+    unit: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +92,25 @@ def load_models(bundles: Sequence[Path], answers: Sequence[str]) -> Served:
 def _model(name: str, spec: BundleSpec, answers: Sequence[str]) -> ModelCard:
     from fastnnunet.api import structures_of
 
+    accepts = tuple(ENDINGS[kind] for kind in kinds_of(spec.reader_writer))
     return ModelCard(
         id=name,
         name=spec.name,
         configuration=spec.configuration,
         dimensions=len(spec.patch_size),
-        channels=tuple(Channel(number=number, name=channel) for number, channel in enumerate(spec.channel_names)),
-        accepts=tuple(ENDINGS[kind] for kind in kinds_of(spec.reader_writer)),
+        channels=tuple(
+            Channel(number=number, name=channel, unit="HU" if channel.casefold() == "ct" else None)  # as nnU-Net tells
+            for number, channel in enumerate(spec.channel_names)
+        ),
+        accepts=accepts,
         labels=tuple(
-            Label(name=one.name, value=_value(spec, one.number, one.values), values=one.values, colour=one.colour)
+            Label(
+                name=one.name,
+                value=_value(spec, one.number, one.values),
+                values=one.values,
+                colour=one.colour,
+                volume_unit="ml" if ".nii" in accepts else None,
+            )
             for one in structures_of(spec.labels)
         ),
         spacing_mm=spec.spacing_mm,
@@ -110,7 +125,10 @@ def _value(spec: BundleSpec, number: int, values: tuple[int, ...]) -> int:
 
 
 def _measured(spec: BundleSpec) -> dict[str, Any]:
-    """What the bundle's provenance knows in numbers: parameters, agreement with its original, other precisions."""
+    """What the bundle's provenance knows in numbers.
+
+    parameters, label_agreement_with_pytorch; `quality` and `speed` as `release/measured.py` writes them; `precisions`.
+    """
     known = spec.provenance
     found: dict[str, Any] = {}
     if is_number(known.get("parameters")):
@@ -118,6 +136,11 @@ def _measured(spec: BundleSpec) -> dict[str, Any]:
     parity = known.get("parity")
     if isinstance(parity, dict) and is_number(parity.get("label_agreement")):
         found["label_agreement_with_pytorch"] = parity["label_agreement"]
+    measured = known.get(MEASURED)
+    for name, figure in (("quality", "dice"), ("speed", "seconds_per_case")):
+        told = measured.get(name) if isinstance(measured, dict) else None
+        if isinstance(told, dict) and is_number(told.get(figure)) and is_number(told.get("cases")):
+            found[name] = told
     if isinstance(known.get(PRECISIONS), dict):
         found[PRECISIONS] = known[PRECISIONS]
     return found

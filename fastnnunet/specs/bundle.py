@@ -48,6 +48,7 @@ INPUT, OUTPUT = "image", "logits"  # of a model file
 SMALLEST_STEP = 0.01  # of a patch; nnU-Net's is 0.5, and tiles grow with its inverse cubed
 _MAX_HEADS = 2**12
 _MAX_CHANNELS = 2**10
+MEASURED = "measured"  # of the provenance: quality and speed, see `release/measured.py`
 PRECISIONS = "precisions"  # of the provenance: precision -> backend -> how it compares with fp32
 
 

@@ -33,9 +33,24 @@ function showModel() {
   const one = model();
   if (!one) return;
   at("about").textContent = `${one.configuration}, ${one.channels.length} channel(s): ${one.channels.map((c) => c.name).join(", ")}`;
+  at("measured").textContent = inWords(one.measured);
   at("accepts").textContent = `${one.accepts.join(", ")}${one.channels.length > 1 && hasVolumes() ? "; one file for each channel" : ""}`;
   at("files").accept = [...one.accepts, ...(one.accepts.includes(".nii.gz") ? [".gz"] : [])].join(",");
   showFiles();
+}
+
+/** What the bundle knows of its quality and speed, with what it was measured on. */
+function inWords({ quality, speed }) {
+  const parts = [];
+  if (quality) {
+    const of = `${quality.cases} ${quality.held_out ? "held-out" : "training"} case${quality.cases === 1 ? "" : "s"}`;
+    parts.push(`Dice ${quality.dice.toFixed(3)} ${quality.against === "teacher" ? "to its teacher " : ""}on ${of}`);
+  }
+  if (speed) {
+    const where = speed.begins_with === "file" ? "from file to file" : "without files";
+    parts.push(`${speed.seconds_per_case.toPrecision(2)} s a case ${where}${speed.cpu ? ` on ${speed.cpu}` : ""}`);
+  }
+  return parts.join("; ");
 }
 
 function showFiles() {
