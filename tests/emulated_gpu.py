@@ -1,5 +1,5 @@
-"""A GPU for the C++ engine where there is none (native/engine/cuda/emulation): a driver whose kernels run on the CPU, and
-a network under the name of TensorRT."""
+"""A GPU for the C++ engine where there is none (native/engine/cuda/emulation): a driver whose kernels run on the CPU,
+and a network under the name of TensorRT."""
 
 import json
 import os
@@ -20,10 +20,11 @@ CUDA = engine.NATIVE / "engine" / "cuda"
 
 @dataclass
 class EmulatedGpu:
-    """`plugins` holds the network and what stands for the kernels' machine code."""
+    """Folders of plugins hold what stands for the kernels' machine code, too."""
 
-    folder: Path
-    plugins: Path
+    folder: Path  # of the libraries
+    plugins: Path  # with the network
+    tensorrt: Path  # with the plugin for TensorRT
     program: Path
 
     def environment(self, **variables: str) -> dict[str, str]:
@@ -58,11 +59,13 @@ def build(where: Path) -> EmulatedGpu:
     """Built where the engine is. Skips where nothing can be."""
     engine.build()
     folder = engine.build("emulated_gpu") / "emulated"
-    plugins = where / "plugins"
-    plugins.mkdir()
-    shutil.copy(folder / "libfastnnunet_tensorrt.so", plugins)
-    (plugins / "kernels.fatbin").write_bytes(b"emulated")
     sources = sorted([*CUDA.glob("*.hpp"), *CUDA.glob("*.cu")])
     lines = [f"{sha256(source.read_bytes()).hexdigest()}  {source}\n" for source in sources]
-    (plugins / "kernels.sha256").write_text("".join(lines))
-    return EmulatedGpu(folder, plugins, engine.BUILD / "bin" / "fastnnunet-engine")
+    plugins = []
+    for name in ("network", "tensorrt"):
+        plugins.append(where / name)
+        plugins[-1].mkdir()
+        shutil.copy(folder / f"libemulated_{name}.so", plugins[-1] / "libfastnnunet_tensorrt.so")
+        (plugins[-1] / "kernels.fatbin").write_bytes(b"emulated")
+        (plugins[-1] / "kernels.sha256").write_text("".join(lines))
+    return EmulatedGpu(folder, *plugins, engine.BUILD / "bin" / "fastnnunet-engine")

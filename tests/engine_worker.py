@@ -1,10 +1,10 @@
-"""Predictions by the C interface of the engine in a process of its own, which sees the emulated GPU: so its driver comes
-into no other test.
+"""Predictions by the C interface of the engine in a process of its own, which sees the emulated GPU: so its driver
+comes into no other test.
 
     python -m tests.engine_worker jobs.json
 
-`jobs.json` is a list: bundle, image (.npy), spacing, options, stream_bytes, probabilities, previous (.npy), and `out`, a
-.npz that is written with the labels, or with the error.
+`jobs.json` is a list: bundle, image (.npy), spacing, options, stream_bytes, probabilities, previous (.npy), and `out`,
+a .npz that is written with the labels, or with the error.
 """
 
 import json

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import SimpleITK as sitk
 
 from fastnnunet.cli.main import main
+from fastnnunet.engines.devices import cuda_device_count
 from fastnnunet.images.tidy.rules import cleanup_from_words
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec, write_bundle_json
@@ -368,12 +368,12 @@ def test_no_library(backend: str, variable: str, program: Path, bundle: Path, im
 
 
 def test_no_gpu(program: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
-    """ONNX Runtime for CPUs says what it offers instead; OpenVINO computes on none."""
+    """What the GPU would be for comes second (tests/test_engine_device.py); OpenVINO computes on none."""
     words = ("predict", "-i", images, "-o", tmp_path / "out", "-m", bundle, "-device", "cuda:1", "--backend")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        said = run(program, *words, "onnxruntime").stderr
-        assert " offers " in said
-        assert "CPUExecutionProvider, expected CUDAExecutionProvider too\ninstall the one for GPUs" in said
+    if cuda_device_count() == 0:
+        done = run(program, *words, "onnxruntime")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: -device cuda:1 needs an NVIDIA GPU with a current driver: ")
     said = run(program, *words, "openvino").stderr
     assert said.startswith("error: backend openvino computes on cpu, not on cuda:1\n")
     assert not (tmp_path / "out").exists()

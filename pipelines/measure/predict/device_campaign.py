@@ -7,12 +7,15 @@ tests       tests/test_cuda_kernels.py with the kernels on the GPU: every kernel
 stages      a generated CT of --shape through every stage: medians on GPU and CPU, and whether results are equal
 engines     a small model through ONNX Runtime and TensorRT, as far as they are installed: labels with every step on the
             GPU against those with what comes before and after the network on the CPU
+engine      the same model through the engine in C++ (`make engine`) with the same backends: its files in both ways, and
+            the medians of their times; with --bundle those of another bundle, of an image of --shape, too
 
 Exit code 1 when anything differs; without a GPU nothing is run (exit code 2).
 Wants: pip install 'fastnnunet[rtx]' or 'fastnnunet[gpu]', and pytest and hypothesis for the tests.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -33,12 +36,14 @@ from fastnnunet.engines.cuda.gpu import Gpu, gpu_with_kernels
 from fastnnunet.engines.cuda.label import label_logits
 from fastnnunet.engines.cuda.resample import resample
 from fastnnunet.engines.cuda.stream import Stream
-from fastnnunet.engines.registry import is_installed
+from fastnnunet.engines.registry import is_installed, why_no_cuda
 from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.errors import BackendError, FastnnUNetError
+from fastnnunet.export.tensorrt import export_engines
 from fastnnunet.geometry.gaussian import gaussian_weights
 from fastnnunet.geometry.resample import ResampleSpec, plan_resampling
 from fastnnunet.runtime.loaded import STAGES_VARIABLE, LoadedBundle
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.home import HOME_VARIABLE
 from pipelines.common import run
 from pipelines.measure.head import CHECKOUT, arguments, header, put
@@ -46,6 +51,7 @@ from pipelines.measure.head import CHECKOUT, arguments, header, put
 MOST_S = 600
 TEST_VARIABLE = "FASTNNUNET_TEST_GPU"  # tests/test_cuda_kernels.py takes the GPU of this machine
 HEADS, TILE = 3, (128, 128, 128)
+IN_SMALL = (60, 80, 96)  # an image for the small model
 
 
 def require_gpu(index: int) -> Gpu:
@@ -181,16 +187,15 @@ def _stage(stream: Stream, repeat: int, on_gpu: Callable[[], Any], on_cpu: Calla
     return {**median, "equal": bool(np.array_equal(np.asarray(got), np.asarray(here)))}
 
 
-def engines_part(index: int) -> dict[str, Any]:
-    """Labels of a small model by each engine that is installed, all on the GPU and with the CPU around the network."""
-    from fastnnunet.engines.registry import why_no_cuda
-    from fastnnunet.export.tensorrt import export_engines
+def engines_part(index: int, program: Path, repeat: int) -> dict[str, Any]:
+    """Labels of a small model by each engine that is installed, all on the GPU and with the CPU around the network; in
+    Python, and as `in C++` by the engine's program."""
     from tests.bundles import Toy, make_toy_model, smooth_noise
 
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = make_toy_model(Toy(mirror_axes=(0, 1, 2)), Path(folder))
-        image, properties = smooth_noise((40, 50, 60), 1, border=3)[None], {"spacing": [1.2, 0.9, 0.8]}
+        image, spacing = smooth_noise((40, 50, 60), 1, border=3), (1.2, 0.9, 0.8)
         for name in ("onnxruntime", "tensorrt"):
             missing = why_no_cuda(name) if name == "onnxruntime" else None if is_installed(name) else "not installed"
             if missing is not None:
@@ -202,12 +207,71 @@ def engines_part(index: int) -> dict[str, Any]:
                 labels = {}
                 for place in ("cpu", "gpu"):
                     with _variable(STAGES_VARIABLE, place):
-                        loaded = LoadedBundle.load(model.bundle, name, device=f"cuda:{index}" if index else "cuda")
-                        labels[place] = loaded.predict_array(image, properties).segmentation_ZYX
+                        loaded = LoadedBundle.load(model.bundle, name, device=_device(index))
+                        properties = {"spacing": list(spacing)}
+                        labels[place] = loaded.predict_array(image[None], properties).segmentation_ZYX
                 parts[name] = {"labels_equal": bool(np.array_equal(labels["cpu"], labels["gpu"]))}
             except FastnnUNetError as e:  # the record tells of it, and of all the rest
                 parts[name] = {"labels_equal": False, "error": str(e)}
+            parts[f"{name} in C++"] = program_part(program, model.bundle, name, index, (image, spacing), repeat)
     return parts
+
+
+def program_part(
+    program: Path,
+    bundle: Path,
+    backend: str,
+    index: int,
+    image: tuple[np.ndarray, tuple[float, float, float]],
+    repeat: int,
+    shape: tuple[int, int, int] = IN_SMALL,
+) -> dict[str, Any]:
+    """The engine's program on a GPU: labels of an image and its spacing (z, y, x) with every step there, against those
+    with the CPU around the network, and the times of predictions of noise of `shape`."""
+    from tests.bundles import write_image
+
+    if not program.is_file():
+        return {"not run": f"{program} is missing; make engine builds it"}
+    part: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file, labels = write_image(image[0], Path(folder) / "case_0000.nii.gz", image[1][::-1]), dict[str, bytes]()
+        given = ["-m", bundle, "--backend", backend, "-device", _device(index)]
+        for place in ("cpu", "gpu"):
+            out = Path(folder) / f"{place}.nii"
+            done = _run_program(place, program, "predict", "-i", file, "-o", out, *given)
+            if done.returncode != 0 or (place == "gpu" and done.stderr):  # it says what stays on the CPU
+                return {"labels_equal": False, "error": done.stderr.strip()}
+            labels[place] = out.read_bytes()
+            done = _run_program(place, program, "bench", *given, "--runs", repeat + 1, "--shape", *shape)
+            if done.returncode != 0:
+                return {"labels_equal": False, "error": done.stderr.strip()}
+            runs = json.loads(done.stdout)["runs"][1:]  # the first is warm-up
+            for stage in ("preprocess_s", "infer_s", "postprocess_s", "wall_s"):
+                median = statistics.median(run[stage] for run in runs)
+                part[f"{place}_{stage.removesuffix('_s')}_ms"] = round(1e3 * median, 3)
+    return {"labels_equal": labels["cpu"] == labels["gpu"], "shape": list(shape), **part}
+
+
+def _run_program(place: str, *command: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, STAGES_VARIABLE: place}
+    return subprocess.run(list(map(str, command)), text=True, capture_output=True, env=environment, check=False)
+
+
+def bundle_part(args: argparse.Namespace) -> dict[str, Any]:
+    """A bundle of the user's through the program, with each backend that can be used for it."""
+    spec = load_bundle_spec(args.bundle)
+    image = np.random.default_rng(0).integers(1, 200, args.shape).astype(np.float32)
+    if len(spec.channel_names) != 1:
+        return {"not run": f"the bundle has {len(spec.channel_names)} channels, expected 1"}
+    noise = (image, (1.0, 1.0, 1.0))
+    return {
+        name: program_part(args.engine, args.bundle, name, args.device, noise, args.repeat, tuple(args.shape))
+        for name in ("onnxruntime", "tensorrt")
+    }
+
+
+def _device(index: int) -> str:
+    return f"cuda:{index}" if index else "cuda"
 
 
 @contextmanager
@@ -232,11 +296,13 @@ def campaign(args: argparse.Namespace) -> int:
         "build": build_part(gpu),
         "shape": list(args.shape),
         "stages": stages_part(gpu, tuple(args.shape), args.repeat),
-        "engines": engines_part(args.device),
+        "engines": engines_part(args.device, args.engine, args.repeat),
+        "bundle": bundle_part(args) if args.bundle else {},
     }
     record["tests"] = tests_part(max(1.0, MOST_S - 30 - (time.perf_counter() - start)))
     equal = [stage["equal"] for stage in record["stages"].values()]
     equal += [part.get("labels_equal", True) for part in record["engines"].values()]
+    equal += [part.get("labels_equal", True) for part in record["bundle"].values() if isinstance(part, dict)]
     record["passed"] = all(equal) and record["tests"]["passed"]
     record["seconds"] = round(time.perf_counter() - start, 1)
     put(record, args.o)
@@ -250,6 +316,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", type=int, default=0, help="which GPU")
     made.add_argument("--shape", type=int, nargs=3, default=[300, 512, 512], metavar=("Z", "Y", "X"))
     made.add_argument("--repeat", type=int, default=5)
+    made.add_argument(
+        "--engine", type=Path, default=CHECKOUT / "build" / "engine" / "bin" / "fastnnunet-engine", help="its program"
+    )
+    made.add_argument("--bundle", type=Path, help="of one channel; the program's times with it are measured as well")
     return made
 
 

@@ -77,7 +77,8 @@ typedef struct fastnnunet_backend {
     int32_t (*gpu)(const fastnnunet_network* network);
     /* The most patches in a batch. */
     int64_t (*most_on_gpu)(const fastnnunet_network* network);
-    /* 1 where `run_on_gpu` may be captured as a CUDA graph from the second run of a shape on. */
+    /* 1 where `run_on_gpu` may be captured as a CUDA graph from the second run of a shape on. What graphs of 16 shapes
+     * need is kept. */
     int32_t (*can_capture)(const fastnnunet_network* network);
     /* As `run`, of addresses in the primary context of that GPU: puts the network on `stream`, a CUstream, or waits for
      * what is on it and computes. One caller at a time; not beside `run`. */

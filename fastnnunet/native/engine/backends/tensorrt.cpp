@@ -1,12 +1,17 @@
 // TensorRT, or TensorRT for RTX: an engine of `fastnnunet export tensorrt`, found by the same keys as
 // fastnnunet/engines/trt/store.py. Compiled only where the headers are; the library and the CUDA driver are opened at
 // run time. One batch is on the device at a time.
+//
+// Each size of batches and tiles has an execution context of its own, as its shapes are part of a CUDA graph that was
+// captured of it; all of them share the working memory, since they run one after the other on one stream.
 #include <NvInferRuntime.h>
 
 #include <cstring>
+#include <list>
+#include <memory>
 #include <mutex>
 
-#include "backends/library.hpp"
+#include "backends/cuda_driver.hpp"
 #include "bundle/digest.hpp"
 #include "bundle/file.hpp"
 #include "bundle/json.hpp"
@@ -22,52 +27,14 @@ constexpr const char *kLibrary = "tensorrt_rtx", *kStem = "libtensorrt_rtx", *kP
 constexpr const char *kLibrary = "tensorrt", *kStem = "libnvinfer", *kPackage = "tensorrt_libs";
 #endif
 
-using Address = unsigned long long;  // CUdeviceptr
-
-// What is used of the driver, whose functions with _v2 are those of every CUDA from 3.2 on.
-struct Driver {
-    int (*cuInit)(unsigned);
-    int (*cuDeviceGetCount)(int*);
-    int (*cuDeviceGet)(int*, int);
-    int (*cuDeviceGetAttribute)(int*, int, int);
-    int (*cuDevicePrimaryCtxRetain)(void**, int);
-    int (*cuCtxSetCurrent)(void*);
-    int (*cuStreamCreate)(void**, unsigned);
-    int (*cuStreamSynchronize)(void*);
-    int (*cuMemAlloc)(Address*, std::size_t);
-    int (*cuMemFree)(Address);
-    int (*cuMemcpyHtoDAsync)(Address, const void*, std::size_t, void*);
-    int (*cuMemcpyDtoHAsync)(void*, Address, std::size_t, void*);
-    int (*cuGetErrorString)(int, const char**);
-
-    Driver() {
-        void* open = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-        if (open == nullptr)
-            throw Missing("backend tensorrt needs an NVIDIA GPU with a current driver\nuse another --backend");
-        look_up(open, "cuInit", cuInit);
-        look_up(open, "cuDeviceGetCount", cuDeviceGetCount);
-        look_up(open, "cuDeviceGet", cuDeviceGet);
-        look_up(open, "cuDeviceGetAttribute", cuDeviceGetAttribute);
-        look_up(open, "cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain);
-        look_up(open, "cuCtxSetCurrent", cuCtxSetCurrent);
-        look_up(open, "cuStreamCreate", cuStreamCreate);
-        look_up(open, "cuStreamSynchronize", cuStreamSynchronize);
-        look_up(open, "cuMemAlloc_v2", cuMemAlloc);
-        look_up(open, "cuMemFree_v2", cuMemFree);
-        look_up(open, "cuMemcpyHtoDAsync_v2", cuMemcpyHtoDAsync);
-        look_up(open, "cuMemcpyDtoHAsync_v2", cuMemcpyDtoHAsync);
-        look_up(open, "cuGetErrorString", cuGetErrorString);
-        check(cuInit(0), "the driver starts");
+const CudaDriver& driver() {
+    try {
+        return cuda_driver();
+    } catch (const std::exception& e) {
+        throw Missing(std::string("backend tensorrt needs an NVIDIA GPU with a current driver: ") + e.what() +
+                      "\nuse another --backend");
     }
-
-    void check(int status, const char* what) const {
-        if (status == 0) return;
-        const char* reason = nullptr;
-        cuGetErrorString(status, &reason);
-        throw std::runtime_error(std::string("CUDA fails where ") + what + ": " +
-                                 (reason == nullptr ? std::to_string(status) : reason));
-    }
-};
+}
 
 class Logger : public nvinfer1::ILogger {
 public:
@@ -94,12 +61,12 @@ private:
 };
 
 struct Library {
-    Driver driver;
     Logger logger;
     std::string version;
     nvinfer1::IRuntime* runtime = nullptr;
 
     Library() {
+        driver();  // there is none without it
         const std::string package = std::string(kLibrary) == "tensorrt" ? "fastnnunet[gpu]" : "fastnnunet[rtx]";
         void* open =
             open_library({"FASTNNUNET_TENSORRT", kPackage, kStem}, "backend tensorrt needs " + std::string(kLibrary) +
@@ -188,66 +155,51 @@ public:
             throw std::runtime_error(std::string(kLibrary) + " " + library().version + " cannot load " + stored_.path +
                                      ": " + library().logger.take() + "\nremove it and export again on this machine");
         }
-        context_ = engine_->createExecutionContext();
-        if (context_ == nullptr) throw std::runtime_error("no execution context: " + library().logger.take());
         for (std::int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
             const char* name = engine_->getIOTensorName(i);
             (engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT ? input_ : output_) = name;
         }
-        const auto bytes = [&](const std::vector<std::int64_t>& shape) {
-            std::size_t size = sizeof(float) * static_cast<std::size_t>(stored_.max_batch);
-            for (const std::int64_t one : shape) size *= static_cast<std::size_t>(one);
-            return size;
-        };
-        check(driver().cuStreamCreate(&stream_, 0), "a stream is made");
-        check(driver().cuMemAlloc(&in_, bytes(stored_.input)), "memory is taken for a batch");
-        check(driver().cuMemAlloc(&out_, bytes(stored_.output)), "memory is taken for logits");
+        const std::int64_t bytes = std::max<std::int64_t>(1, engine_->getDeviceMemorySizeV2());
+        check(driver().cuMemAlloc(&work_, static_cast<std::size_t>(bytes)), "working memory");
     }
 
     ~TensorRT() {
-        delete context_;
+        contexts_.clear();
         delete engine_;
-        if (in_ != 0) driver().cuMemFree(in_);
-        if (out_ != 0) driver().cuMemFree(out_);
+        driver().cuCtxSetCurrent(device_);
+        for (const DeviceAddress memory : {in_, out_, work_}) {
+            if (memory != 0) driver().cuMemFree(memory);
+        }
+        if (stream_ != nullptr) driver().cuStreamDestroy(stream_);
     }
 
     TensorRT(const TensorRT&) = delete;
     TensorRT& operator=(const TensorRT&) = delete;
 
     void run(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits) {
-        const std::size_t dims = stored_.input.size() - 1;
-        std::size_t voxels = 1;
-        for (std::size_t i = 0; i < dims; ++i) {
-            const std::int64_t most = stored_.input[i + 1];
-            const std::int64_t least = stored_.smallest_tile.empty() ? most : stored_.smallest_tile[i];
-            if (tile[i] < least || tile[i] > most)
-                throw std::runtime_error("the engine was not built for tiles of that size");
-            voxels *= static_cast<std::size_t>(tile[i]);
-        }
-        const std::size_t in = static_cast<std::size_t>(stored_.input[0]) * voxels;
-        const std::size_t out = static_cast<std::size_t>(stored_.output[0]) * voxels;
         const std::lock_guard lock(turn_);
         check(driver().cuCtxSetCurrent(device_), "the device is chosen");
+        if (stream_ == nullptr) check(driver().cuStreamCreate(&stream_, CudaDriver::kNonBlocking), "a stream is made");
+        if (in_ == 0) check(driver().cuMemAlloc(&in_, most_bytes(stored_.input)), "memory for a batch");
+        if (out_ == 0) check(driver().cuMemAlloc(&out_, most_bytes(stored_.output)), "memory for logits");
+        const std::size_t voxels = voxels_of(tile);
+        const std::size_t in = static_cast<std::size_t>(stored_.input[0]) * voxels;
+        const std::size_t out = static_cast<std::size_t>(stored_.output[0]) * voxels;
         for (std::int64_t first = 0; first < count; first += stored_.max_batch) {
             const std::int64_t now = std::min(stored_.max_batch, count - first);
-            nvinfer1::Dims shape{};
-            shape.nbDims = static_cast<std::int32_t>(dims) + 2;
-            shape.d[0] = now;
-            shape.d[1] = stored_.input[0];
-            for (std::size_t i = 0; i < dims; ++i) shape.d[i + 2] = tile[i];
             const auto rows = static_cast<std::size_t>(now), at = static_cast<std::size_t>(first);
             check(driver().cuMemcpyHtoDAsync(in_, batch + at * in, rows * in * sizeof(float), stream_),
                   "a batch is copied");
-            if (!context_->setInputShape(input_.c_str(), shape) ||
-                !context_->setTensorAddress(input_.c_str(), reinterpret_cast<void*>(in_)) ||
-                !context_->setTensorAddress(output_.c_str(), reinterpret_cast<void*>(out_)) ||
-                !context_->enqueueV3(static_cast<cudaStream_t>(stream_))) {
-                throw std::runtime_error("inference failed: " + library().logger.take());
-            }
+            enqueue(in_, now, tile, out_, stream_);
             check(driver().cuMemcpyDtoHAsync(logits + at * out, out_, rows * out * sizeof(float), stream_),
                   "logits are copied");
             check(driver().cuStreamSynchronize(stream_), "the device computes");
         }
+    }
+
+    void run_on_gpu(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits, void* stream) {
+        const std::lock_guard lock(turn_);
+        enqueue(reinterpret_cast<DeviceAddress>(batch), count, tile, reinterpret_cast<DeviceAddress>(logits), stream);
     }
 
     std::int32_t largest_tile(std::int64_t* tile) const {
@@ -256,23 +208,86 @@ public:
     }
 
     const char* precision() const { return precision_.c_str(); }
+    std::int32_t gpu() const { return index_; }
+    std::int64_t most() const { return stored_.max_batch; }
 
 private:
-    static const Driver& driver() { return library().driver; }
+    static constexpr std::size_t kMostContexts = 16;
+
+    struct Context {
+        std::vector<std::int64_t> shape;  // (count, channels, tile)
+        std::unique_ptr<nvinfer1::IExecutionContext> one;
+    };
+
     static void check(int status, const char* what) { driver().check(status, what); }
 
+    // Throws std::runtime_error for tiles that the engine was not built for.
+    std::size_t voxels_of(const std::int64_t* tile) const {
+        std::size_t voxels = 1;
+        for (std::size_t i = 0; i + 1 < stored_.input.size(); ++i) {
+            const std::int64_t most = stored_.input[i + 1];
+            const std::int64_t least = stored_.smallest_tile.empty() ? most : stored_.smallest_tile[i];
+            if (tile[i] < least || tile[i] > most)
+                throw std::runtime_error("the engine was not built for tiles of that size");
+            voxels *= static_cast<std::size_t>(tile[i]);
+        }
+        return voxels;
+    }
+
+    std::size_t most_bytes(const std::vector<std::int64_t>& shape) const {
+        std::size_t size = sizeof(float) * static_cast<std::size_t>(stored_.max_batch);
+        for (const std::int64_t one : shape) size *= static_cast<std::size_t>(one);
+        return size;
+    }
+
+    // The context of a shape, which was used last from here on.
+    nvinfer1::IExecutionContext& context_of(std::int64_t count, const std::int64_t* tile) {
+        std::vector<std::int64_t> shape{count, stored_.input[0]};
+        shape.insert(shape.end(), tile, tile + stored_.input.size() - 1);
+        for (auto found = contexts_.begin(); found != contexts_.end(); ++found) {
+            if (found->shape != shape) continue;
+            contexts_.splice(contexts_.begin(), contexts_, found);
+            return *found->one;
+        }
+        if (contexts_.size() == kMostContexts) contexts_.pop_back();
+        std::unique_ptr<nvinfer1::IExecutionContext> made(
+            engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+        if (!made) throw std::runtime_error("no execution context: " + library().logger.take());
+        made->setDeviceMemoryV2(reinterpret_cast<void*>(work_), engine_->getDeviceMemorySizeV2());
+        nvinfer1::Dims dims{};
+        dims.nbDims = static_cast<std::int32_t>(shape.size());
+        std::copy(shape.begin(), shape.end(), dims.d);
+        if (!made->setInputShape(input_.c_str(), dims)) {
+            throw std::runtime_error("a shape is refused: " + library().logger.take());
+        }
+        contexts_.push_front({shape, std::move(made)});
+        return *contexts_.front().one;
+    }
+
+    void enqueue(DeviceAddress batch, std::int64_t count, const std::int64_t* tile, DeviceAddress logits,
+                 void* stream) {
+        voxels_of(tile);
+        if (count > stored_.max_batch) throw std::runtime_error("the engine was not built for batches of that size");
+        nvinfer1::IExecutionContext& context = context_of(count, tile);
+        if (!context.setTensorAddress(input_.c_str(), reinterpret_cast<void*>(batch)) ||
+            !context.setTensorAddress(output_.c_str(), reinterpret_cast<void*>(logits)) ||
+            !context.enqueueV3(static_cast<cudaStream_t>(stream))) {
+            throw std::runtime_error("inference failed: " + library().logger.take());
+        }
+    }
+
     void use_device(const std::string& name) {
-        const std::size_t colon = name.find(':');
-        const int index = colon == std::string::npos ? 0 : std::atoi(name.c_str() + colon + 1);
+        const int index = gpu_index(name);
         int count = 0, device = 0, major = 0, minor = 0;
         check(driver().cuDeviceGetCount(&count), "devices are counted");
         if (index >= count) {
             throw std::runtime_error("-device " + name + ": this process sees " + std::to_string(count) +
                                      " GPU(s)\nCUDA_VISIBLE_DEVICES decides which they are");
         }
+        index_ = index;
         check(driver().cuDeviceGet(&device, index), "the device is found");
-        check(driver().cuDeviceGetAttribute(&major, 75, device), "the device is asked");  // compute capability
-        check(driver().cuDeviceGetAttribute(&minor, 76, device), "the device is asked");
+        check(driver().cuDeviceGetAttribute(&major, CudaDriver::kMajor, device), "the device is asked");
+        check(driver().cuDeviceGetAttribute(&minor, CudaDriver::kMinor, device), "the device is asked");
         check(driver().cuDevicePrimaryCtxRetain(&device_, device), "the device is opened");
         check(driver().cuCtxSetCurrent(device_), "the device is chosen");
         architecture_ = "sm" + std::to_string(10 * major + minor);
@@ -300,9 +315,10 @@ private:
     std::string precision_, architecture_, input_, output_;
     Stored stored_;
     nvinfer1::ICudaEngine* engine_ = nullptr;
-    nvinfer1::IExecutionContext* context_ = nullptr;
+    std::list<Context> contexts_;
+    std::int32_t index_ = 0;
     void *device_ = nullptr, *stream_ = nullptr;
-    Address in_ = 0, out_ = 0;
+    DeviceAddress in_ = 0, out_ = 0, work_ = 0;  // a batch and logits: of `run`
     std::mutex turn_;
 };
 
@@ -322,6 +338,17 @@ std::int32_t run(fastnnunet_network* network, const float* batch, std::int64_t c
     return guarded(failure, [&] { of(network)->run(batch, count, tile, logits); });
 }
 
+std::int32_t run_on_gpu(fastnnunet_network* network, const float* batch, std::int64_t count, const std::int64_t* tile,
+                        float* logits, void* stream, fastnnunet_failure* failure) {
+    return guarded(failure, [&] { of(network)->run_on_gpu(batch, count, tile, logits, stream); });
+}
+
+#ifdef FASTNNUNET_TENSORRT_RTX
+constexpr std::int32_t kCanCapture = 0;  // kernels may be exchanged for better ones while it runs
+#else
+constexpr std::int32_t kCanCapture = 1;
+#endif
+
 const fastnnunet_backend kBackend{
     FASTNNUNET_BACKEND_INTERFACE,
     "tensorrt",
@@ -335,6 +362,10 @@ const fastnnunet_backend kBackend{
     [](const fastnnunet_network* network, std::int64_t* tile) { return of(network)->largest_tile(tile); },
     [](const fastnnunet_network* network) { return of(network)->precision(); },
     [](const fastnnunet_network*) { return library().version.c_str(); },
+    [](const fastnnunet_network* network) { return of(network)->gpu(); },
+    [](const fastnnunet_network* network) { return of(network)->most(); },
+    [](const fastnnunet_network*) { return kCanCapture; },
+    run_on_gpu,
 };
 
 }  // namespace

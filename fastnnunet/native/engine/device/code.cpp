@@ -30,6 +30,7 @@ public:
             void* open = open_any();
 #define FNN_LOOK_UP(name) look_up(open, "nvrtc" #name, name)
             FNN_LOOK_UP(Version);
+            open_builtins();
             FNN_LOOK_UP(GetErrorString);
             FNN_LOOK_UP(GetNumSupportedArchs);
             FNN_LOOK_UP(GetSupportedArchs);
@@ -105,6 +106,16 @@ private:
             return open_library({"FASTNNUNET_NVRTC", "nvidia/cu13/lib", "libnvrtc"}, needed);
         } catch (const Missing&) {
             return open_library({"FASTNNUNET_NVRTC", "nvidia/cuda_nvrtc/lib", "libnvrtc"}, needed);
+        }
+    }
+
+    // NVRTC opens another library by its name alone, which lies beside it in an environment of Python.
+    void open_builtins() const {
+        Dl_info info{};
+        if (dladdr(reinterpret_cast<const void*>(Version), &info) == 0 || info.dli_fname == nullptr) return;
+        const fs::path folder = fs::path(info.dli_fname).parent_path();
+        for (const fs::path& file : places::libraries_in(folder, "libnvrtc-builtins")) {
+            dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);  // whatever is missing then, NVRTC tells
         }
     }
 

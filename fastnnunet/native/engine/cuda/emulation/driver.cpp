@@ -8,7 +8,7 @@
 // FASTNNUNET_EMULATED_GPUS    how many there are; 1
 // FASTNNUNET_EMULATED_BYTES   memory of each; 1 GiB
 // FASTNNUNET_EMULATED_FAIL    FUNCTION:N:STATUS: what its Nth call returns, from 1, and all after that
-// FASTNNUNET_EMULATED_LOG     a file that the process writes at its end: what was done, as JSON
+// FASTNNUNET_EMULATED_LOG     a file that tells, whenever a stream was waited for and at the end, what was done: JSON
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -89,7 +89,9 @@ struct Machine {
     std::map<std::string, long long> calls, kernels;
     std::vector<std::size_t> uploads, downloads;
 
-    ~Machine() {
+    ~Machine() { write_log(); }
+
+    void write_log() const {
         const char* path = std::getenv("FASTNNUNET_EMULATED_LOG");
         if (path == nullptr) return;
         std::FILE* file = std::fopen(path, "w");
@@ -113,7 +115,8 @@ struct Machine {
         list("downloads", downloads);
         counts("kernels", kernels);
         counts("calls", calls);
-        std::fprintf(file, "\"peak_bytes\": %zu, \"streams\": %zu}\n", peak, streams.size());
+        std::fprintf(file, "\"peak_bytes\": %zu, \"left_bytes\": %zu, \"left_streams\": %zu}\n", peak, used,
+                     streams.size());
         std::fclose(file);
     }
 
@@ -284,6 +287,7 @@ FNN_EXPORT int cuStreamSynchronize(void* stream) {
     FNN_BEGIN("cuStreamSynchronize");
     if (stream_of(stream).captured) return kCaptureUnsupported;
     machine().run(stream_of(stream));
+    machine().write_log();
     return kOk;
 }
 FNN_EXPORT int cuStreamWaitEvent(void* stream, void* event, unsigned) {
