@@ -256,7 +256,7 @@ def test_odd_headers(kind: str, writer: Writer, tmp_path: Path, caplog: pytest.L
     for side in (left, right):
         side.pop("SpecificCharacterSet", None)
     assert left == right
-    told = [record.getMessage().split("mended for the DICOM SEG: ")[1] for record in caplog.records]
+    told = [said.split(between)[1] for said in caplog.messages if (between := "mended for the DICOM SEG: ") in said]
     assert ([mended] if mended else []) == told
 
 
@@ -324,7 +324,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ct(folder: Path, orientation: Any = ORIENTATIONS["axial"]) -> Path:
-    stored = (1000 * smooth_noise((12, 25, 20), 0, border=2)[0]).astype(int)
+    stored = (1000 * smooth_noise((12, 25, 20), 0, border=2)).astype(int)
     write_series(folder, stored, spacing_zyx=(1.1, 1.0, 0.9), orientation=orientation)
     return folder
 

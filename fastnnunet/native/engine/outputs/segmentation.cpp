@@ -105,7 +105,8 @@ bool same_grid(const Affine& one, const Affine& other, const std::array<std::int
 
 // A label map (slice, row, column) of the series, whichever way its own axes run
 template <class T>
-Array3<T> on_slices(const std::string& name, const Array3<T>& labels, const Affine& affine, const SegmentedSeries& series) {
+Array3<T> on_slices(const std::string& name, const Array3<T>& labels, const Affine& affine,
+                    const SegmentedSeries& series) {
     const std::array<std::int64_t, 3> sizes{labels.shape[2], labels.shape[1], labels.shape[0]};
     const images::DicomHead& first = series.found.slices.front().second;
     const std::array<std::int64_t, 3> wanted{first.columns, first.rows,
@@ -128,39 +129,47 @@ Array3<T> on_slices(const std::string& name, const Array3<T>& labels, const Affi
             return turned;
         }
     }
-    throw BadImage(name + ": a label map of shape " + tuple_text(labels.shape) + " (z, y, x) does not lie on the slices of " +
-                   series.folder + ", " + tuple_text(Index{wanted[2], wanted[1], wanted[0]}) +
+    throw BadImage(name + ": a label map of shape " + tuple_text(labels.shape) +
+                   " (z, y, x) does not lie on the slices of " + series.folder + ", " +
+                   tuple_text(Index{wanted[2], wanted[1], wanted[0]}) +
                    " (slice, row, column); give the series that was predicted");
 }
 
 }  // namespace
 
 SegmentationWriter::SegmentationWriter(const Bundle& bundle, bool is_label_map, const std::string& plugins)
-    : plugin_(open_writer(plugins)), model_(bundle.name), is_label_map_(is_label_map),
+    : plugin_(open_writer(plugins)),
+      model_(bundle.name),
+      is_label_map_(is_label_map),
       structures_(named_labels(bundle.labels)) {
     if (is_regular_file(joined(bundle.folder, "label_codes.yaml"))) {
-        throw SpecError("--output-format dicom-seg: the bundle has codes of its own, label_codes.yaml, which this program "
-                        "does not read\nuse `fastnnunet predict`");
+        throw SpecError(
+            "--output-format dicom-seg: the bundle has codes of its own, label_codes.yaml, which this program "
+            "does not read\nuse `fastnnunet predict`");
     }
     std::set<std::int64_t> seen;
     for (const NamedLabels& structure : structures_) {
         for (const std::int64_t label : structure.labels) {
             if (seen.insert(label).second || !is_label_map) continue;
             throw SpecError(
-                "--segmentation-type labelmap: regions of this model overlap, and a voxel of a label map has one label\n"
+                "--segmentation-type labelmap: regions of this model overlap, and a voxel of a label map has one "
+                "label\n"
                 "leave the option out: binary segments may overlap");
         }
     }
+}
+
+void SegmentationWriter::refuse_other_than_series(const std::string& name) {
+    throw BadImage(name +
+                   " is no DICOM series, which a DICOM SEG has to refer to\n"
+                   "give the folder of its DICOM slices as the image, or another format than dicom-seg: nifti, mesh");
 }
 
 SegmentedSeries SegmentationWriter::check(const std::string& name, const std::vector<std::string>& channels,
                                           const std::string& series_uid, std::vector<std::string>& warnings) const {
     const auto is_series = [](const std::string& path) { return is_folder(path); };
     const auto folder = std::find_if(channels.begin(), channels.end(), is_series);
-    if (folder == channels.end()) {
-        throw BadImage(name + " is no DICOM series, which a DICOM SEG has to refer to\n"
-                       "give the folder of its DICOM slices as the image, or another format than dicom-seg: nifti, mesh");
-    }
+    if (folder == channels.end()) refuse_other_than_series(name);
     SegmentedSeries series;
     series.folder = *folder;
     try {
@@ -176,7 +185,8 @@ SegmentedSeries SegmentationWriter::check(const std::string& name, const std::ve
                             : head.pixel_spacing.size() != 2 ? "PixelSpacing"
                                                              : nullptr;
         if (lacks == nullptr) continue;
-        throw BadImage(series.folder + ": the slices have no " + lacks + ", which a DICOM object must share with them\n" +
+        throw BadImage(series.folder + ": the slices have no " + lacks +
+                       ", which a DICOM object must share with them\n" +
                        "leave dicom-seg and rtstruct out of --output-format");
     }
     const fastnnunet_seg_said said = run(name, series, nullptr, "");
@@ -190,8 +200,9 @@ void SegmentationWriter::write(const std::string& name, const LabelMap& labels, 
     const LabelMap turned =
         std::visit([&](const auto& map) { return LabelMap(on_slices(name, map, affine, series)); }, labels);
     static std::atomic<unsigned> count{0};
-    const std::string partial = (fs::path(file).parent_path() / (".partial-" + std::to_string(getpid()) + "-" +
-                                                                 std::to_string(count.fetch_add(1)))).string();
+    const std::string partial = (fs::path(file).parent_path() /
+                                 (".partial-" + std::to_string(getpid()) + "-" + std::to_string(count.fetch_add(1))))
+                                    .string();
     std::error_code error;
     try {
         run(name, series, &turned, partial);
@@ -212,12 +223,18 @@ bool SegmentationWriter::is_whole(const std::string& file) const {
 }
 
 // Throws BadImage.
-fastnnunet_seg_said SegmentationWriter::run(const std::string& name, const SegmentedSeries& series, const LabelMap* labels,
-                                            const std::string& file) const {
+fastnnunet_seg_said SegmentationWriter::run(const std::string& name, const SegmentedSeries& series,
+                                            const LabelMap* labels, const std::string& file) const {
     std::vector<fastnnunet_seg_slice> slices;
     for (const auto& [path, head] : series.found.slices) {
-        fastnnunet_seg_slice slice{path.c_str(), head.storage_class.c_str(), head.sop_uid.c_str(), head.study_uid.c_str(),
-                                   head.series_uid.c_str(), head.frame_uid.c_str(), head.modality.c_str(), {}};
+        fastnnunet_seg_slice slice{path.c_str(),
+                                   head.storage_class.c_str(),
+                                   head.sop_uid.c_str(),
+                                   head.study_uid.c_str(),
+                                   head.series_uid.c_str(),
+                                   head.frame_uid.c_str(),
+                                   head.modality.c_str(),
+                                   {}};
         std::copy(head.position.begin(), head.position.end(), slice.position_mm);
         slices.push_back(slice);
     }
@@ -225,7 +242,8 @@ fastnnunet_seg_said SegmentationWriter::run(const std::string& name, const Segme
     std::vector<fastnnunet_seg_structure> structures;
     for (const NamedLabels& structure : structures_) {
         values.emplace_back(structure.labels.begin(), structure.labels.end());
-        structures.push_back({structure.name.c_str(), values.back().data(), static_cast<std::int64_t>(values.back().size())});
+        structures.push_back(
+            {structure.name.c_str(), values.back().data(), static_cast<std::int64_t>(values.back().size())});
     }
     const images::DicomHead& first = series.found.slices.front().second;
     fastnnunet_seg request{};
@@ -244,10 +262,12 @@ fastnnunet_seg_said SegmentationWriter::run(const std::string& name, const Segme
     request.is_label_map = is_label_map_;
     request.file = file.c_str();
     if (labels != nullptr) {
-        std::visit([&](const auto& map) {
-            request.labels = map.values.get();
-            request.bytes_per_voxel = static_cast<std::int32_t>(sizeof map.values[0]);
-        }, *labels);
+        std::visit(
+            [&](const auto& map) {
+                request.labels = map.values.get();
+                request.bytes_per_voxel = static_cast<std::int32_t>(sizeof map.values[0]);
+            },
+            *labels);
     }
     fastnnunet_seg_said said;
     if (plugin_->write(&request, &said) != 0) {

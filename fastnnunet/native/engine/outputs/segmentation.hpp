@@ -26,10 +26,13 @@ public:
     // does not read, and for a label map of regions that overlap.
     SegmentationWriter(const Bundle& bundle, bool is_label_map, const std::string& plugins);
 
+    // Throws BadImage: a case, or what was given as the image, is no DICOM series.
+    [[noreturn]] static void refuse_other_than_series(const std::string& name);
+
     // Finds out before any work whether a segmentation can refer to the images of a case; adds to `warnings` what of
     // the headers is mended. Throws BadImage.
-    SegmentedSeries check(const std::string& name, const std::vector<std::string>& channels, const std::string& series_uid,
-                          std::vector<std::string>& warnings) const;
+    SegmentedSeries check(const std::string& name, const std::vector<std::string>& channels,
+                          const std::string& series_uid, std::vector<std::string>& warnings) const;
 
     // A segment for each structure, in their order; `header`: of the image that `labels` have the axes of. The file is
     // whole or as it was. Throws BadImage.

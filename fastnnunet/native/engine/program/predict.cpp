@@ -1,5 +1,6 @@
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -326,6 +327,10 @@ int predict(const Arguments& arguments) {
     const Outputs outputs(bundle, arguments.formats.empty() ? std::vector<std::string>{"image"} : arguments.formats,
                           arguments.segmentation_type, arguments.settings.backend.plugins);
     const FoundCases found = find_cases(arguments.input, arguments.output, bundle, outputs.ending());
+    const auto is_series = [](const NamedCase& one) { return is_folder(one.channels.front()); };
+    if (outputs.segmentation() != nullptr && std::none_of(found.cases.begin(), found.cases.end(), is_series)) {
+        SegmentationWriter::refuse_other_than_series(printable(arguments.input));
+    }
     for (const std::string& warning : found.warnings) {
         std::fprintf(stderr, "%s: not predicted: %s\n", printable(arguments.input).c_str(), printable(warning).c_str());
     }

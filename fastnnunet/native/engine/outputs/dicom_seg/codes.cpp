@@ -59,14 +59,13 @@ std::pair<const Concept*, const Concept*> anatomy(const Words& words) {
             if (kSides.find(word) != nullptr) sides.push_back(word);
         }
     }
-    if (sides.empty() || std::any_of(sides.begin(), sides.end(), [&](const auto& s) { return s != sides[0]; })) return {};
+    if (sides.empty() || std::any_of(sides.begin(), sides.end(), [&](const auto& s) { return s != sides[0]; }))
+        return {};
     const Concept* found = look_up(without(words, sides[0]));
     return {found, found == nullptr ? nullptr : kSides.find(sides[0])};
 }
 
-Code code_of(const Concept* found) {
-    return found == nullptr ? Code{} : Code{found->value, "SCT", found->meaning};
-}
+Code code_of(const Concept* found) { return found == nullptr ? Code{} : Code{found->value, "SCT", found->meaning}; }
 
 }  // namespace
 

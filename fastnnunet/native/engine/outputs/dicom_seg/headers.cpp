@@ -47,9 +47,7 @@ constexpr Uint32 kIdentifying[] = {0x00080020, 0x00080030, 0x00080050, 0x0008009
                                    0x00100020, 0x00100030, 0x00100040, 0x00200010};
 
 Uint32 number_of(const DcmTagKey& tag) { return Uint32{tag.getGroup()} << 16 | tag.getElement(); }
-DcmTagKey key_of(Uint32 number) {
-    return {static_cast<Uint16>(number >> 16), static_cast<Uint16>(number & 0xffff)};
-}
+DcmTagKey key_of(Uint32 number) { return {static_cast<Uint16>(number >> 16), static_cast<Uint16>(number & 0xffff)}; }
 
 std::vector<std::string> split(const std::string& text) {
     std::vector<std::string> parts(1);
@@ -77,7 +75,8 @@ std::optional<Entry> look_up(const DcmTagKey& tag) {
     std::optional<Entry> found;
     if (tag.isPrivate() || tag.getElement() == 0) return found;
     const DcmDictEntry* entry = dcmDataDict.rdlock().findEntry(tag, nullptr);
-    if (entry != nullptr) found = Entry{entry->getTagName(), DcmVR(entry->getEVR()).getVRName(), entry->getVMMax() == 1};
+    if (entry != nullptr)
+        found = Entry{entry->getTagName(), DcmVR(entry->getEVR()).getVRName(), entry->getVMMax() == 1};
     dcmDataDict.rdunlock();
     return found;
 }
@@ -101,7 +100,8 @@ bool is_utf8(const std::string& text) {
         if (left > 0) {
             if ((byte & 0xc0) != 0x80) return false;
             letter = letter << 6 | (byte & 0x3f);
-            if (--left == 0 && (letter < least || letter > 0x10ffff || (letter >= 0xd800 && letter < 0xe000))) return false;
+            if (--left == 0 && (letter < least || letter > 0x10ffff || (letter >= 0xd800 && letter < 0xe000)))
+                return false;
         } else if (byte >= 0x80) {
             left = byte >= 0xf0 ? 3 : byte >= 0xe0 ? 2 : 1;
             if (byte < 0xc2 || byte > 0xf4) return false;
@@ -147,7 +147,8 @@ private:
                            [](char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; });
             std::smatch match;
             if (std::regex_search(part, match, iso_ir)) {
-                part = match.prefix().str() + (match[1].length() > 0 ? "ISO 2022 IR " : "ISO_IR ") + match.suffix().str();
+                part =
+                    match.prefix().str() + (match[1].length() > 0 ? "ISO 2022 IR " : "ISO_IR ") + match.suffix().str();
             }
             names += (is_first ? "" : "\\") + part;
             is_any = is_any || !part.empty();
@@ -162,7 +163,8 @@ private:
         const auto has = [&](const char* set) { return names_.find(set) != std::string::npos; };
         if (has("IR 87") || has("IR 159")) {  // which DCMTK hands to iconv by names that glibc does not know
             OFCharacterEncoding encoding;
-            if (encoding.selectEncoding("ISO-2022-JP-2", "UTF-8").bad() || encoding.convertString(from, to).bad()) return false;
+            if (encoding.selectEncoding("ISO-2022-JP-2", "UTF-8").bad() || encoding.convertString(from, to).bad())
+                return false;
         } else {
             DcmSpecificCharacterSet sets;
             if (sets.selectCharacterSet(OFString(names_.data(), names_.size())).bad()) return false;
@@ -265,8 +267,8 @@ void identify(const fastnnunet_seg& segmentation, Headers& made) {
         const fastnnunet_seg_slice& slice = segmentation.slices[i];
         const std::string uid = slice.sop_uid, storage_class = slice.storage_class;
         if (uid.empty()) {
-            throw Refused(std::string(slice.path) + " has no SOPInstanceUID, by which a DICOM object refers to its image" +
-                          kWithout);
+            throw Refused(std::string(slice.path) +
+                          " has no SOPInstanceUID, by which a DICOM object refers to its image" + kWithout);
         }
         made.storage_classes.push_back(storage_class.empty() ? class_of(slice.modality) : storage_class);
         if (storage_class.empty()) made.notes.set("SOPClassUID", "missing, taken from the modality");
@@ -274,12 +276,15 @@ void identify(const fastnnunet_seg& segmentation, Headers& made) {
         all += "\n" + uid;
     }
     if (static_cast<int64_t>(seen.size()) < segmentation.slice_count) {
-        throw Refused(folder + ": several slices have the same SOPInstanceUID (anonymised?), so that a DICOM object "
-                      "cannot refer to them" + kWithout);
+        throw Refused(folder +
+                      ": several slices have the same SOPInstanceUID (anonymised?), so that a DICOM object "
+                      "cannot refer to them" +
+                      kWithout);
     }
     const fastnnunet_seg_slice& first = segmentation.slices[0];
     if (*first.frame_uid == 0) {
-        throw Refused(folder + ": the series has no FrameOfReferenceUID, which a DICOM object must share with it" + kWithout);
+        throw Refused(folder + ": the series has no FrameOfReferenceUID, which a DICOM object must share with it" +
+                      kWithout);
     }
     struct Shared {
         const char* name;
@@ -299,7 +304,8 @@ void identify(const fastnnunet_seg& segmentation, Headers& made) {
     for (const Shared& one : shared) {
         for (int64_t i = 0; i < segmentation.slice_count; ++i) {
             const std::string uid = segmentation.slices[i].*one.of_slice;
-            if (!uid.empty() && uid != *one.to) made.notes.set(one.name, "that of the first slice, others have another one");
+            if (!uid.empty() && uid != *one.to)
+                made.notes.set(one.name, "that of the first slice, others have another one");
         }
     }
 }
@@ -309,8 +315,10 @@ void measure(const fastnnunet_seg& segmentation, const std::string& given, Heade
     const std::optional<double> thickness = positive(given);
     std::optional<double> spacing;
     if (segmentation.slice_count > 1) {
-        const double *a = segmentation.slices[0].position_mm, *b = segmentation.slices[segmentation.slice_count - 1].position_mm;
-        const double squared = (a[0] - b[0]) * (a[0] - b[0]) + (a[1] - b[1]) * (a[1] - b[1]) + (a[2] - b[2]) * (a[2] - b[2]);
+        const double *a = segmentation.slices[0].position_mm,
+                     *b = segmentation.slices[segmentation.slice_count - 1].position_mm;
+        const double squared =
+            (a[0] - b[0]) * (a[0] - b[0]) + (a[1] - b[1]) * (a[1] - b[1]) + (a[2] - b[2]) * (a[2] - b[2]);
         spacing = std::sqrt(squared) / static_cast<double>(segmentation.slice_count - 1);
     }
     if (!thickness && (!given.empty() || !spacing)) {
@@ -326,8 +334,7 @@ void number_series(const std::string& given, Headers& made) {
     std::int64_t number = value.empty() ? 0 : std::stoll(value);
     if (number < 0 || number > kMostSeriesNumber - kOurs || (!given.empty() && value.empty())) {
         const std::string most = std::to_string(kMostSeriesNumber - kOurs);
-        made.notes.set("SeriesNumber",
-                       std::to_string(kOurs) + ", that of the series is no number from 0 to " + most);
+        made.notes.set("SeriesNumber", std::to_string(kOurs) + ", that of the series is no number from 0 to " + most);
         number = 0;
     }
     made.series_number = static_cast<int>(number) + kOurs;
@@ -336,7 +343,8 @@ void number_series(const std::string& given, Headers& made) {
 }  // namespace
 
 void Notes::add(const std::string& name, const std::string& what) {
-    const bool is_new = std::none_of(notes_.begin(), notes_.end(), [&](const auto& note) { return note.first == name; });
+    const bool is_new =
+        std::none_of(notes_.begin(), notes_.end(), [&](const auto& note) { return note.first == name; });
     if (!what.empty() && is_new) notes_.emplace_back(name, what);
 }
 

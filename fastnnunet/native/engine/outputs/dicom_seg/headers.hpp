@@ -29,8 +29,8 @@ private:
 };
 
 struct Headers {
-    DcmItem patient_and_study;  // what the segmentation takes over, UTF-8
-    DcmItem equipment;          // that took the images; empty where its maker is not known
+    DcmItem patient_and_study;                 // what the segmentation takes over, UTF-8
+    DcmItem equipment;                         // that took the images; empty where its maker is not known
     std::vector<std::string> storage_classes;  // of the slices
     std::string study_uid, series_uid, frame_uid;
     int series_number = 0;

@@ -43,7 +43,9 @@ public:
     }
 
     std::int64_t pixels() const { return std::int64_t{from_.rows} * from_.columns; }
-    bool is_of(std::int64_t structure, unsigned label) const { return is_of_[static_cast<std::size_t>(structure)][label]; }
+    bool is_of(std::int64_t structure, unsigned label) const {
+        return is_of_[static_cast<std::size_t>(structure)][label];
+    }
     unsigned number_of(unsigned label) const { return number_of_[label]; }  // of its structure from 1; 0: of none
     // Whether a voxel is of several
     bool overlap() const { return overlap_; }
@@ -150,7 +152,8 @@ std::array<Uint16, 3> cielab(int number) {
         for (int i = 0; i < 3; ++i) rgb[i] = kFirst[number - 1][i];
     } else {  // HSV
         const double hue = std::fmod(number * kGolden, 1.0) * 6, s = kSaturation[number % 3], v = kValue[number % 2];
-        const double part = hue - std::floor(hue), p = v * (1 - s), q = v * (1 - s * part), t = v * (1 - s * (1 - part));
+        const double part = hue - std::floor(hue), p = v * (1 - s), q = v * (1 - s * part),
+                     t = v * (1 - s * (1 - part));
         const double sectors[6][3] = {{v, t, p}, {q, v, p}, {p, v, t}, {p, q, v}, {t, p, v}, {v, p, q}};
         for (int i = 0; i < 3; ++i) rgb[i] = std::nearbyint(255 * sectors[static_cast<int>(hue) % 6][i]);
     }
@@ -175,8 +178,13 @@ std::array<Uint16, 3> cielab(int number) {
 class Writer {
 public:
     Writer(const fastnnunet_seg& from, Headers& headers)
-        : from_(from), headers_(headers), segments_(from), data_set_(*file_.getDataset()),
-          model_(one_line(from.model)), is_label_map_(from.is_label_map != 0) {}
+        : from_(from),
+          headers_(headers),
+          segments_(from),
+          data_set_(*file_.getDataset()),
+          model_(one_line(from.model)),
+          is_label_map_(from.is_label_map != 0),
+          is_of_one_(!is_label_map_ && from.structure_count == 1) {}
 
     void put_together() {
         const bool is_plain = take_over();
@@ -192,8 +200,8 @@ public:
     }
 
     void save() {
-        const OFCondition done = file_.saveFile(from_.file, EXS_LittleEndianExplicit, EET_ExplicitLength,
-                                                EGL_recalcGL, EPD_withoutPadding);
+        const OFCondition done =
+            file_.saveFile(from_.file, EXS_LittleEndianExplicit, EET_ExplicitLength, EGL_recalcGL, EPD_withoutPadding);
         if (done.bad()) throw Refused(std::string("cannot write it: ") + done.text());
     }
 
@@ -203,7 +211,8 @@ private:
         while (item.nextObject(stack, OFTrue).good()) {
             auto* element = dynamic_cast<DcmByteString*>(stack.top());
             char* text = nullptr;
-            if (element != nullptr && element->getString(text).good() && text != nullptr && !is_ascii(text)) return false;
+            if (element != nullptr && element->getString(text).good() && text != nullptr && !is_ascii(text))
+                return false;
         }
         return true;
     }
@@ -211,7 +220,8 @@ private:
     bool take_over() {
         DcmItem& from = headers_.patient_and_study;
         bool is_plain = is_plain_text(from) && is_plain_text(headers_.equipment) && is_ascii(model_);
-        for (std::int64_t s = 0; s < from_.structure_count; ++s) is_plain = is_plain && is_ascii(from_.structures[s].name);
+        for (std::int64_t s = 0; s < from_.structure_count; ++s)
+            is_plain = is_plain && is_ascii(from_.structures[s].name);
         while (from.card() > 0) data_set_.insert(from.remove(0UL), OFTrue);
         return is_plain;
     }
@@ -373,7 +383,7 @@ private:
         }
         add(DCM_ImagePositionPatient, DCM_PlanePositionSequence, "Image Position Patient");
         const auto& frames = segments_.frames();
-        if (frames.size() < 2 || (!is_label_map_ && from_.structure_count > 1)) return;
+        if (frames.size() < 2 || !(is_label_map_ || is_of_one_)) return;
         const std::int64_t step = frames[0].slice - frames[1].slice;
         for (std::size_t i = 2; i < frames.size(); ++i) {
             if (frames[i - 1].slice - frames[i].slice != step) return;
@@ -388,10 +398,16 @@ private:
         put_decimals(measures, DCM_SliceThickness, &headers_.thickness_mm, 1);
         put_decimals(measures, DCM_SpacingBetweenSlices, &headers_.spacing_mm, 1);
         put_decimals(measures, DCM_PixelSpacing, from_.pixel_spacing_mm, 2);
+        if (is_of_one_) identify(shared, 1);
+    }
+
+    static void identify(DcmItem& groups, unsigned segment) {
+        put_number(add_item(groups, DCM_SegmentIdentificationSequence), DCM_ReferencedSegmentNumber, segment);
     }
 
     void put_frames() {
-        std::vector<Uint32> place(static_cast<std::size_t>(from_.slice_count), 0);  // from 1, of the slices that have a frame
+        std::vector<Uint32> place(static_cast<std::size_t>(from_.slice_count),
+                                  0);  // from 1, of the slices that have a frame
         for (const Frame& frame : segments_.frames()) place[static_cast<std::size_t>(frame.slice)] = 1;
         Uint32 count = 0;
         for (auto slice = place.rbegin(); slice != place.rend(); ++slice) *slice = *slice > 0 ? ++count : 0;
@@ -412,9 +428,7 @@ private:
                       .putAndInsertUint32Array(DCM_DimensionIndexValues, indices, is_label_map_ ? 1 : 2));
             put_decimals(add_item(*item, DCM_PlanePositionSequence), DCM_ImagePositionPatient,
                          from_.slices[frame.slice].position_mm, 3);
-            if (!is_label_map_) {
-                put_number(add_item(*item, DCM_SegmentIdentificationSequence), DCM_ReferencedSegmentNumber, number);
-            }
+            if (!is_label_map_ && !is_of_one_) identify(*item, number);
             check(sequence->append(item.get()));
             item.release();
         }
@@ -428,7 +442,7 @@ private:
     DcmFileFormat file_;
     DcmItem& data_set_;
     const std::string model_;
-    const bool is_label_map_;
+    const bool is_label_map_, is_of_one_;  // what all frames share is said once
 };
 
 void say(char* to, std::size_t size, const std::string& text) { std::snprintf(to, size, "%s", text.c_str()); }
@@ -439,8 +453,9 @@ std::int32_t guarded(fastnnunet_seg_said* said, const Body& body) noexcept {
     try {
         OFLog::configure(OFLogger::OFF_LOG_LEVEL);
         if (!dcmDataDict.isDictionaryLoaded()) {
-            throw Refused("DCMTK finds no dictionary of DICOM\ninstall it (Debian: libdcmtk17), or name its dicom.dic with "
-                          "DCMDICTPATH");
+            throw Refused(
+                "DCMTK finds no dictionary of DICOM\ninstall it (Debian: libdcmtk17), or name its dicom.dic with "
+                "DCMDICTPATH");
         }
         body();
         return 0;
@@ -478,7 +493,8 @@ std::int32_t check_whole(const char* path, fastnnunet_seg_said* said) {
         data_set.findAndGetUint16(DCM_Columns, columns);
         data_set.findAndGetUint16(DCM_BitsAllocated, bits);
         data_set.findAndGetSint32(DCM_NumberOfFrames, frames);
-        const std::uint64_t expected = (std::uint64_t{rows} * columns * static_cast<std::uint64_t>(frames) * bits + 7) / 8;
+        const std::uint64_t expected =
+            (std::uint64_t{rows} * columns * static_cast<std::uint64_t>(frames) * bits + 7) / 8;
         if (data_set.findAndGetElement(DCM_PixelData, pixels).bad() || pixels->getLength() < expected) {
             throw Refused("it has fewer pixels than its header says");
         }

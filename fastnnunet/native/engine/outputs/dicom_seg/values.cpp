@@ -20,9 +20,9 @@ constexpr std::size_t kLongString = 64;
 constexpr std::size_t kLongestPattern = 256;  // std::regex takes memory of the stack for every character
 
 const std::map<std::string, std::size_t>& characters() {
-    static const std::map<std::string, std::size_t> most{
-        {"LO", kLongString}, {"SH", 16}, {"CS", 16}, {"AE", 16}, {"ST", 1024}, {"LT", 10240}, {"UC", 0x80000000},
-        {"UT", 0x80000000},  {"UR", 0x80000000}};
+    static const std::map<std::string, std::size_t> most{{"LO", kLongString}, {"SH", 16},         {"CS", 16},
+                                                         {"AE", 16},          {"ST", 1024},       {"LT", 10240},
+                                                         {"UC", 0x80000000},  {"UT", 0x80000000}, {"UR", 0x80000000}};
     return most;
 }
 
@@ -173,15 +173,14 @@ struct Kind {
     const char* name;
 };
 const std::map<std::string, Kind>& kinds() {
-    static const std::map<std::string, Kind> known{
-        {"AS", {age, "no age"}},
-        {"CS", {code, "no code of 16 capital letters, digits and _"}},
-        {"DA", {date, "no date"}},
-        {"DS", {decimal, "no number"}},
-        {"DT", {date_time, "no date and time"}},
-        {"IS", {whole, "no whole number"}},
-        {"TM", {time_of_day, "no time of day"}},
-        {"UI", {uid, "no UID"}}};
+    static const std::map<std::string, Kind> known{{"AS", {age, "no age"}},
+                                                   {"CS", {code, "no code of 16 capital letters, digits and _"}},
+                                                   {"DA", {date, "no date"}},
+                                                   {"DS", {decimal, "no number"}},
+                                                   {"DT", {date_time, "no date and time"}},
+                                                   {"IS", {whole, "no whole number"}},
+                                                   {"TM", {time_of_day, "no time of day"}},
+                                                   {"UI", {uid, "no UID"}}};
     return known;
 }
 
@@ -215,9 +214,7 @@ std::pair<std::string, std::string> mend(const std::string& vr, const std::strin
 
 }  // namespace
 
-bool is_text_kind(const std::string& vr) {
-    return vr == "PN" || kinds().count(vr) > 0 || characters().count(vr) > 0;
-}
+bool is_text_kind(const std::string& vr) { return vr == "PN" || kinds().count(vr) > 0 || characters().count(vr) > 0; }
 
 Mended mended(const std::string& vr, const std::string& text, bool single) {
     std::vector<std::string> texts = is_paragraph(vr) ? std::vector<std::string>{text} : split(text, '\\');
@@ -237,8 +234,8 @@ Mended mended(const std::string& vr, const std::string& text, bool single) {
 }
 
 std::pair<std::string, std::string> mended_sex(const std::string& text) {
-    static const std::map<std::string, std::string> known{{"M", "M"}, {"MALE", "M"},   {"F", "F"},
-                                                          {"FEMALE", "F"}, {"O", "O"}, {"OTHER", "O"}};
+    static const std::map<std::string, std::string> known{{"M", "M"},      {"MALE", "M"}, {"F", "F"},
+                                                          {"FEMALE", "F"}, {"O", "O"},    {"OTHER", "O"}};
     const std::string word = stripped(text);
     const auto found = known.find(upper(word));
     const std::string sex = found == known.end() ? "" : found->second;
