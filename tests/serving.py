@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ import httpx
 from fastnnunet.service.answers import available
 from fastnnunet.service.app import create_app
 from fastnnunet.service.models import load_models
-from fastnnunet.service.run import new_server
+from fastnnunet.service.run import listening, new_server
 from fastnnunet.service.service import Service
 from fastnnunet.service.spec import ServiceSpec
 
@@ -37,7 +36,7 @@ def serving(bundles: Sequence[Path], token: str | None = None, **limits: Any) ->
     """In threads of this process; the models are in a child process as ever."""
     spec = ServiceSpec(**{"backend": "onnxruntime", "threads": 1, "port": 0, **limits})
     with (
-        socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
+        listening(spec) as listener,
         Service(load_models(bundles, available()), spec) as service,
     ):
         server = new_server(create_app(service, token))

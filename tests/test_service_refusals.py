@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import signal
+import socket
 import struct
 import time
 import zipfile
@@ -22,7 +23,7 @@ from fastnnunet.errors import FastnnUNetError, SpecError
 from fastnnunet.service import devices
 from fastnnunet.service.jobs import JobStore
 from fastnnunet.service.refusals import RefusedError
-from fastnnunet.service.run import check_token
+from fastnnunet.service.run import check_token, listening
 from fastnnunet.service.run import serve as serve_bundles
 from fastnnunet.service.spec import ServiceSpec
 from tests.bundles import Toy, make_toy_model, smooth_noise
@@ -301,6 +302,16 @@ def test_what_cannot_be_served_is_said_before_anything_listens(
         serve_bundles([bundle], ServiceSpec(port=0, work=tmp_path / "work", **fields), token=TOKEN)
     assert message in str(refused.value)
     assert not (tmp_path / "work").exists()
+
+
+def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """A connection without TCP_NODELAY holds the body back for 40 ms, since its head is not acknowledged at once."""
+    with (
+        listening(ServiceSpec(port=0)) as listener,
+        socket.create_connection(listener.getsockname()[:2], timeout=10),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_options_that_cannot_be_are_named_as_they_are_given() -> None:

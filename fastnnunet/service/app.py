@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from fastnnunet.service import monai
@@ -27,6 +28,7 @@ from fastnnunet.version import __version__
 PAGE_FOLDER = Path(__file__).with_name("page")
 _TYPES = {".wasm": "application/wasm", ".mjs": "text/javascript", ".js": "text/javascript", ".css": "text/css"}
 _LOOK_S, _ALIVE_S = 0.1, 15.0
+_AT_ONCE = 1 << 20  # bytes of a result that is read before any of it is sent
 _GONE_S = 0.5  # how often a client that waits is looked at
 
 
@@ -226,10 +228,14 @@ async def finished(service: Service, job: Job, request: Request) -> None:
         raise
 
 
-def _result(job: Job, done: BackgroundTask | None = None) -> FileResponse:
+async def _result(job: Job, done: BackgroundTask | None = None) -> Response:
     assert job.result is not None
     timing = ", ".join(f"{name};dur={1e3 * seconds:.2f}" for name, seconds in job.times_s.items())
     headers = {"Server-Timing": timing}
+    if job.result.stat().st_size <= _AT_ONCE:  # a file response takes five turns of other threads
+        content = await run_in_threadpool(job.result.read_bytes)
+        headers["Content-Disposition"] = f'attachment; filename="{job.result.name}"'
+        return Response(content, media_type=job.media_type, headers=headers, background=done)
     return FileResponse(
         job.result, media_type=job.media_type, filename=job.result.name, headers=headers, background=done
     )
@@ -260,11 +266,11 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         model: str,
         answers: _Answers = _USUAL,
         series: _Series = None,
-    ) -> FileResponse:
+    ) -> Response:
         """Predict an image and wait for the result."""
         job = await service.take_on(request, model, chosen(model, answers), is_kept=False, series_uid=series)
         await finished(service, job, request)
-        return _result(job, BackgroundTask(store.remove, job))
+        return await _result(job, BackgroundTask(store.remove, job))
 
     @app.post("/models/{model}/jobs", status_code=202, responses=_refused(*_UPLOAD), openapi_extra=_BODY)
     async def new_job(
@@ -301,19 +307,19 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         responses={**_RESULT, **_refused(*_ALWAYS, 404, 408, 409, 410, 413, 415, 422, 500, 503, 504, 507)},
         response_class=FileResponse,
     )
-    async def job_result(request: Request, job: str, answers: _More = _AS_ASKED) -> FileResponse:
+    async def job_result(request: Request, job: str, answers: _More = _AS_ASKED) -> Response:
         """The result of a job that is done: as it was asked for, or other answers of what was predicted then."""
         found = store.get(job)
         refuse_unfinished(found)
         if not answers or chosen(found.model, answers) == found.answers:
-            return _result(found)
+            return await _result(found)
         more = service.take_on_more(found, chosen(found.model, answers))
         try:
             await finished(service, more, request)
         except RefusedError:
             store.get(job)  # which says so where it was forgotten meanwhile
             raise
-        return _result(more, BackgroundTask(store.remove, more))
+        return await _result(more, BackgroundTask(store.remove, more))
 
     @app.get(
         "/jobs/{job}/events",

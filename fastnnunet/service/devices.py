@@ -13,7 +13,7 @@ from fastnnunet.events import Event, Progress
 from fastnnunet.service.jobs import Job, JobStore
 from fastnnunet.service.models import Served
 from fastnnunet.service.refusals import RefusedError
-from fastnnunet.service.worker import Done, Failed, Loading, Predicted, Task, Unload, work
+from fastnnunet.service.worker import Done, Failed, KeptLabels, Loading, Task, Unload, work
 from fastnnunet.system.children import ChildProcess, Children, stop
 
 _LOOK_S = 0.05  # how often a running job is looked at for a cancellation or its time
@@ -218,9 +218,9 @@ class DeviceThread(threading.Thread):
                 self._end_child()
                 return given_up
 
-    def _predicted(self, source: Job) -> Predicted:
+    def _predicted(self, source: Job) -> KeptLabels:
         assert source.label_map is not None  # who asks for more of a job sees to that
-        return Predicted(label_map=source.label_map, spec=self._served.specs[source.model])
+        return KeptLabels(label_map=source.label_map, spec=self._served.specs[source.model])
 
     def _ready_child(self) -> tuple[ChildProcess, Connection]:
         if self._child is not None and self._child[0].is_alive():

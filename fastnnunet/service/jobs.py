@@ -255,16 +255,18 @@ class JobStore:
             return list(self._jobs.values())
 
     def end(self, job: Job, state: State, *, refusal: RefusedError | None = None, result: Path | None = None) -> None:
-        """What became of a job; what nobody will come back to is removed."""
+        """What became of a job; of one that is kept, what nobody will come back to is removed."""
         may_be_asked = state == "done" and job.is_kept
-        gone = ["partial", *([] if may_be_asked else ["input", "labels"]), *([] if state == "done" else ["result"])]
-        for name in gone:
-            shutil.rmtree(job.folder / name, ignore_errors=True)
+        if job.is_kept:  # else all of it is removed as soon as it was answered
+            gone = ["partial", *([] if may_be_asked else ["input", "labels"]), *([] if state == "done" else ["result"])]
+            for name in gone:
+                shutil.rmtree(job.folder / name, ignore_errors=True)
         with self._lock:
             job.result = result if state == "done" else None
             if not may_be_asked:
                 job.inputs, job.label_map = (), None
-            job.size_bytes = _size_of(job.folder)
+            if job.is_kept:
+                job.size_bytes = _size_of(job.folder)
             self._leave_source(job)
             job.over = time.time()
             if refusal is not None:

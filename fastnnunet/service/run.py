@@ -41,7 +41,10 @@ def listening(spec: ServiceSpec) -> socket.socket:
     """A socket that listens. Raises SpecError saying why it cannot."""
     try:
         (family, _, _, _, address), *_ = socket.getaddrinfo(spec.host, spec.port, type=socket.SOCK_STREAM)
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        # connections have it from here: else the body of an answer waits 40 ms for its head to be acknowledged
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (socket.gaierror, UnicodeError) as e:
         raise SpecError(f"--host: got {spec.host!r}, expected an address or a name of this machine: {e}") from e
     except OSError as e:

@@ -121,7 +121,8 @@ class Service:
                 if series_uid is not None and not set(kinds) <= {"zip", "dicom"}:
                     raise RefusedError(422, "series: this image is no DICOM series, there is none to choose")
                 job.series_uid = series_uid
-                await run_in_threadpool(self.store.keep, job)
+                if is_kept:
+                    await run_in_threadpool(self.store.keep, job)
             except FastnnUNetError as e:
                 self.store.remove(job)
                 raise RefusedError(507, "the service has no room left on its disk") from e

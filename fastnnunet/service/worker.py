@@ -39,7 +39,7 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
+class KeptLabels:
     """A label map of an earlier task, and the bundle's own description."""
 
     label_map: Path
@@ -56,7 +56,7 @@ class Task:
     answers: tuple[str, ...]
     folder: Path  # of the job
     keep_labels: bool = False
-    predicted: Predicted | None = None
+    predicted: KeptLabels | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,9 +71,8 @@ def models(url: Url, timeout: Timeout = 60.0, ca_file: Certificates = None) -> N
     from fastnnunet.connect.remote.client import service_at
 
     for model in service_at(url, timeout_s=timeout, ca_file=ca_file).models():
-        print(
-            f"{model.id}: {', '.join(model.channels)} -> {', '.join(model.labels)} (takes {', '.join(model.accepts)})"
-        )
+        words = f"{model.id}: {', '.join(model.channels)} -> {', '.join(model.labels)}"
+        print(f"{words} (takes {', '.join(model.accepts)}){model.measured and f'; {model.measured}'}")
 
 
 @app.command("slicer")

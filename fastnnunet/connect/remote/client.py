@@ -12,6 +12,7 @@ from fastnnunet.connect.multipart import SentPart, multipart_body
 from fastnnunet.errors import CorruptError, NotFoundError, ServerError, printable
 from fastnnunet.events import Event, Listener, Message, Progress
 from fastnnunet.specs.checks.json_text import parse_json
+from fastnnunet.specs.checks.problems import is_number
 
 TOKEN = "FASTNNUNET_TOKEN"
 _LONGEST_SENTENCE = 1000
@@ -30,6 +31,7 @@ class RemoteModel:
     accepts: tuple[str, ...]  # file endings
     answers: tuple[str, ...]  # formats of results
     labels: tuple[str, ...]
+    measured: str  # Dice and seconds of a case in words; empty where the bundle knows none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,21 @@ def _model(told: dict[str, Any]) -> RemoteModel:
         accepts=tuple(map(str, told["accepts"])),
         answers=tuple(map(str, told["answers"])),
         labels=tuple(printable(label["name"]) for label in told["labels"]),
+        measured=_measured(told.get("measured")),
     )
+
+
+def _measured(told: Any) -> str:
+    quality, speed = (part if isinstance(part, dict) else {} for part in map((told or {}).get, ("quality", "speed")))
+    parts = []
+    if is_number(dice := quality.get("dice")) and is_number(cases := quality.get("cases")):
+        of_teacher = " to its teacher" if quality.get("against") == "teacher" else ""
+        kind = "held-out" if quality.get("held_out") is True else "training"
+        parts.append(f"Dice {dice:.3f}{of_teacher} on {cases:g} {kind} case(s)")
+    if is_number(seconds := speed.get("seconds_per_case")):
+        where = "from file to file" if speed.get("begins_with") == "file" else "without files"
+        parts.append(f"{seconds:.2g} s a case {where}")
+    return ", ".join(parts)
 
 
 def _events(answer: HttpAnswer) -> Iterator[dict[str, Any]]:
