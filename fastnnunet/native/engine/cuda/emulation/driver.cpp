@@ -445,6 +445,11 @@ FNN_EXPORT int cuGraphExecDestroy(void* graph) {
     return kOk;
 }
 
+FNN_EXPORT int cuGetExportTable(const void** table, const void*) {  // NVRTC asks for it
+    *table = nullptr;
+    return kNotFound;
+}
+
 FNN_EXPORT int cuGetErrorName(int status, const char** name) {
     static const std::map<int, const char*> names{
         {kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},     {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
