@@ -1,6 +1,7 @@
 # make demo   the whole job on generated data        make test   the test suite
 # make docs   this documentation, in docs/site       make lint   ruff, mypy, import contracts       make wheel   in dist/
 # make engine   the engine in C++: program, library and plugins, in build/engine; needs CMake and a compiler alone
+# make engine-sanitized   its tests under AddressSanitizer and UBSan
 # make cache | train | export | benchmark            one stage on your own data (DATASET= CONFIG= FOLD= R=)
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -18,10 +19,10 @@ export PYTHONUNBUFFERED = 1
 PIP_INSTALL := python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test engine kernels wheel another lint docs cache train export benchmark clean
+.PHONY: help install demo test engine engine-sanitized kernels wheel another lint docs cache train export benchmark clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 # One environment for everything; the stamp makes a second run start at once. The native core is part of the install.
 $(VENV)/.installed: pyproject.toml $(NATIVE)
@@ -70,6 +71,20 @@ engine:
 	cmake -S fastnnunet/native -B build/engine -DFASTNNUNET_ENGINE=ON -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/engine --target engine --parallel
 	@echo build/engine/bin/fastnnunet-engine
+
+# Every test of the engine and the core's own, against a build with AddressSanitizer and UBSan; a finding ends the run. Python
+# itself and the makers' libraries leak at their end, so leaks are not looked for. Tests run outside pytest's capture: what a
+# sanitizer says before it aborts would be lost.
+SANITIZED := build/engine-sanitized
+SANITIZED_TESTS ?= tests/test_engine*.py tests/test_smaller_tiles.py
+engine-sanitized: install
+	cmake -S fastnnunet/native -B $(SANITIZED) -DFASTNNUNET_ENGINE=ON -DFASTNNUNET_SANITIZE=ON -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS='-O1 -g1' -DCMAKE_C_FLAGS='-O1 -g1'
+	cmake --build $(SANITIZED) --target engine images_probe core_tests --parallel 2
+	$(SANITIZED)/core_tests
+	FASTNNUNET_ENGINE_BUILD=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -s $(SANITIZED_TESTS)
 
 # zarr is not the same for every Python, so the tests of the store and of prediction run on another one too where it is installed,
 # in an environment without torch.

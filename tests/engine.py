@@ -1,7 +1,7 @@
 """The C++ engine for tests, and its C interface by ctypes.
 
 Built into a folder that later runs find again; `make test` names that of the wheel, where all is compiled already.
-Another folder, configured by hand, may have sanitizers: -DFASTNNUNET_SANITIZE=ON.
+`make engine-sanitized` names one with sanitizers, which other folders that tests build then have too.
 """
 
 import ctypes
@@ -41,9 +41,16 @@ def build(target: str = "engine", folder: Path = BUILD, *options: str) -> Path:
         if not (folder / "CMakeCache.txt").is_file():
             # -O1 takes half the time of -O2, and rounds nothing otherwise
             _run(cmake, "-S", NATIVE, "-B", folder, "-DFASTNNUNET_ENGINE=ON", "-DCMAKE_BUILD_TYPE=None",
-                 "-DCMAKE_CXX_FLAGS=-O1", "-DCMAKE_C_FLAGS=-O1", *options)  # fmt: skip
+                 "-DCMAKE_CXX_FLAGS=-O1", "-DCMAKE_C_FLAGS=-O1", *options, *_sanitizers())  # fmt: skip
         _run(cmake, "--build", folder, "--target", target, "--parallel", "2")
     return folder
+
+
+def _sanitizers() -> list[str]:
+    """What `BUILD` is configured with."""
+    cache = BUILD / "CMakeCache.txt"
+    option = "-DFASTNNUNET_SANITIZE=ON"
+    return [option] if cache.is_file() and f"{option[2:-3]}:BOOL=ON" in cache.read_text() else []
 
 
 def _run(*command: str | Path) -> None:

@@ -30,7 +30,7 @@ from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.version import __version__
 from tests import engine
-from tests.bundles import Toy, make_toy_model, smooth_noise
+from tests.bundles import Toy, make_toy_model, smooth_noise, write_image
 from tests.concept_tables import FILE as CONCEPTS
 from tests.concept_tables import tables
 from tests.dicom_files import labelled_series, write_series
@@ -415,7 +415,6 @@ def test_the_words_of_refusals(
 
 
 def _nifti(folder: Path) -> Path:
-    from tests.bundles import write_image
 
     write_image(smooth_noise((12, 25, 20), 0, border=2), folder / "nifti.nii.gz", (1.1, 1.0, 0.9))
     return folder / "nifti.nii.gz"

@@ -302,7 +302,7 @@ def test_refusals_are_those_of_python(
         (["predict"], "-i is missing"),
         (["guess"], "expected predict, info or bench"),
         (["predict", "-i", "a", "-o", "b", "-m", "c", "-d", "4"], "use `fastnnunet predict`"),
-        (["predict", "-i", "a", "-o", "b", "-m", "c", "--output-format", "dicom-seg"], "use `fastnnunet predict`"),
+        (["predict", "-i", "a", "-o", "b", "-m", "c", "--output-format", "mesh"], "use `fastnnunet predict`"),
         (["predict", "-i", "a", "-o", "b", "-m", "c", "--nonsense"], "is none of its options"),
         (["predict", "-i", "a", "-o", "b", "-m"], "-m needs a value"),
         (["predict", "-i", "a", "-o", "b", "-m", "c", "--threads", "many"], "expected a whole number from 1 on"),

@@ -132,3 +132,9 @@ def test_all_that_is_wrong_in_a_file_is_told(tmp_path: Path) -> None:
     file.write_text("[1]")
     with pytest.raises(SpecError, match="expected a mapping"):
         label_codes(STRUCTURES, file)
+
+
+@pytest.mark.parametrize("name", ["aortic knob", "anterior_junction_line", "abdominalCompressionArch"])
+def test_concepts_of_other_schemes_are_none_of_snomed(name: str) -> None:
+    """pydicom's context groups hold some of DCM and others."""
+    assert codes_of_name(name).type == codes_of_name("something").type

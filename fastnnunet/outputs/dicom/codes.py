@@ -118,7 +118,7 @@ def _look_up(words: list[str]) -> Alias | None:
 
 @cache
 def _by_key() -> Mapping[str, str]:
-    """Names of segmented properties in small letters -> as the dictionary has them; those of other schemes are not in it."""
+    """Names of segmented properties in small letters -> as the dictionary has them, of SNOMED CT alone."""
     from pydicom.sr.codedict import codes
 
     groups = (getattr(codes, f"cid{group}").concepts for group in _CATEGORIES)

@@ -20,10 +20,6 @@ Outputs::Outputs(const Bundle& bundle, const std::vector<std::string>& formats, 
                  const std::string& plugins)
     : formats_(formats) {
     for (const std::string& format : formats_) {
-        if (format != "image" && format != "dicom-seg") {
-            throw SpecError("--output-format: got " + python_text(format) +
-                            ", this program writes image and dicom-seg; use `fastnnunet predict` for others");
-        }
         if (std::count(formats_.begin(), formats_.end(), format) > 1) {
             throw SpecError("--output-format: got " + format + " twice, expected each once");
         }

@@ -104,7 +104,13 @@ std::vector<Flag> flags(Command command, Arguments& to) {
     add(predicts, {{"--output-format"},
                    "...",
                    "image: the model's file ending; of DICOM input dicom-seg: CASE.dcm",
-                   [&](const std::string& word) { to.formats.push_back(word); }});
+                   [&](const std::string& word) {
+        if (word != "image" && word != "dicom-seg") {
+            throw SpecError("--output-format: got " + python_text(word) +
+                            ", this program writes image and dicom-seg; for others use `fastnnunet predict`");
+        }
+        to.formats.push_back(word);
+    }});
     add(predicts, {{"--segmentation-type"},
                    "NAME",
                    "of dicom-seg: binary, or labelmap, a newer kind",
