@@ -39,10 +39,12 @@ demo: export OMP_WAIT_POLICY = passive
 demo: install
 	$(BIN)/python -m pipelines.demo
 
+# What the tests need is made side by side: pip waits for the network and unpacks in one thread, compilers have the other core.
 # Two processes, each test file in one of them, in the order of tests/conftest.py; one that crashes is not replaced, since
 # pytest-xdist waits for ever where that happens near the end. They are told where the wheel is, where the engine in it was
 # built, and the environment of another Python if there is one.
-test: install wheel another
+test:
+	@$(MAKE) --no-print-directory -j 3 install wheel another
 	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ENGINE_BUILD=$(abspath $(WHEEL_ENV)/cmake) \
 	FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
 	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0

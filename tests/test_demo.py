@@ -12,6 +12,7 @@ from fastnnunet.errors import MismatchError
 from pipelines import demo, demo_stages
 from pipelines.demo_stages import Demo, DemoSpec
 from pipelines.steps import Report
+from tests.tiny import draw_few_voxels
 
 TOY = DemoSpec(n_train=5, n_test=2, iterations=1, teacher_epochs=1, student_epochs=1, repeat=1)
 FEATURES = [8, 16, 16]
@@ -34,6 +35,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         file.write_text(json.dumps(plans))
 
     monkeypatch.setattr(demo_stages, "prepare", prepare)
+    draw_few_voxels(monkeypatch)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA", "nnUNet_def_n_proc"):
         monkeypatch.setenv(name, "1")  # so that what the demo sets is undone afterwards
     monkeypatch.setattr(demo_stages, "available_cores", lambda: 1)

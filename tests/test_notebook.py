@@ -9,6 +9,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebooks" / "first_student.ipynb"
+FEW_VOXELS = "import pytest, tests.tiny; tests.tiny.draw_few_voxels(pytest.MonkeyPatch())"  # and few iterations
 
 
 def test_the_notebook_runs(tmp_path):
@@ -16,7 +17,10 @@ def test_the_notebook_runs(tmp_path):
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "committed without outputs"
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     script = tmp_path / "notebook.py"
-    body = "\n\n".join(cells).replace("\n", "\n    ")
+    cells.insert(1, FEW_VOXELS)
+    text = "\n\n".join(cells)
+    assert text.count("iterations_per_epoch=25") == 2
+    body = text.replace("iterations_per_epoch=25", "iterations_per_epoch=2").replace("\n", "\n    ")
     script.write_text(f"if __name__ == '__main__':\n    {body}\n")  # nnU-Net spawns processes, which a notebook may
     environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
     environment |= {"FASTNNUNET_NOTEBOOK": str(tmp_path / "out"), "MPLBACKEND": "Agg"}
