@@ -434,3 +434,21 @@ def test_the_page_is_served_from_here_alone(serve: Serving) -> None:
         assert "://" not in answer.text
     for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page//etc/passwd", "/page/"):
         assert serve.client.get(path).status_code == 404, path
+
+
+def test_a_wrong_address_method_or_answer_is_said_with_what_is_right(serve: Serving, image: bytes) -> None:
+    assert "/openapi.json" in refused(serve.client.get("/nothing"), 404)
+    answer = serve.client.get("/models/bundle/predict")
+    assert refused(answer, 405) == "this address does not take GET, expected POST"
+    assert answer.headers["allow"] == "POST"
+    place = "/models/bundle/predict"
+    wrong = serve.client.post(place, params={"answer": ["labels", "mash"]}, content=image)
+    assert refused(wrong, 422).startswith("answer: got 'mash', expected some of labels, nifti")
+
+
+def test_an_image_that_cannot_be_used_is_refused_without_a_place(serve: Serving) -> None:
+    voxels = smooth_noise((14, 12, 10), 1)
+    voxels[0, 0, 0] = np.nan
+    content = nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes()
+    said = refused(post(serve, content), 422)
+    assert said.endswith("1 of 1680 voxels are NaN or infinite, expected numbers; repair the image")

@@ -55,8 +55,9 @@ def available() -> tuple[str, ...]:
 def check_answers(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Each once. Raises RefusedError for none, for unknown ones, and for two that exclude each other."""
     chosen = tuple(dict.fromkeys(names))
-    if not chosen or not set(chosen) <= set(known):
-        raise RefusedError(422, f"answer: expected some of {', '.join(known)}")
+    if not chosen or (unknown := [name for name in chosen if name not in known]):
+        got = f"got {', '.join(map(repr, unknown))[:200]}" if chosen else "got none"
+        raise RefusedError(422, f"answer: {got}, expected some of {', '.join(known)}")
     if len(typed := [name for name in chosen if ANSWERS[name].segmentation_type is not None]) > 1:
         raise RefusedError(422, f"answer: {' and '.join(typed)} exclude each other, ask for them one by one")
     return chosen

@@ -163,8 +163,12 @@ def _add_refusals(app: FastAPI) -> None:
         return JSONResponse({"error": e.sentence}, e.status, headers)
 
     @app.exception_handler(HTTPException)
-    async def of_http(_request: Request, e: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(e.detail)}, e.status_code, e.headers)
+    async def of_http(request: Request, e: HTTPException) -> JSONResponse:
+        sentences = {
+            404: "no such address; GET /openapi.json lists them all",
+            405: f"this address does not take {request.method}, expected {(e.headers or {}).get('Allow')}",
+        }
+        return JSONResponse({"error": sentences.get(e.status_code, str(e.detail))}, e.status_code, e.headers)
 
     @app.exception_handler(Exception)  # which `guard` logs
     async def failed(_request: Request, _e: Exception) -> JSONResponse:

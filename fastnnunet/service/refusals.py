@@ -36,7 +36,7 @@ def refusal_of(error: FastnnUNetError, folder: Path) -> RefusedError:
 
 def sentence(text: str, folder: Path) -> str:
     """A message as one line without the places of our files."""
-    text = text.replace(f"{folder}/", "").replace(str(folder), "the upload")
+    text = text.replace(f" (folder {folder})", "").replace(f"{folder}/", "").replace(str(folder), "the upload")
     parts = [_ON_COMMAND_LINE if "-i FOLDER" in part else part.strip() for part in text.splitlines() if part.strip()]
     line = "; ".join(parts).replace(":; ", ": ")  # a list that begins in the next line
     return "".join(c for c in line if c.isprintable())[:1000]
