@@ -4,7 +4,8 @@ comes into no other test.
     python -m tests.engine_worker jobs.json
 
 `jobs.json` is a list: bundle, image (.npy), spacing, options, stream_bytes, probabilities, previous (.npy), and `out`,
-a .npz that is written with the labels, or with the error.
+a .npz that is written with the labels, or with the error. `cancel_at`: a prediction is begun before and ended at that
+tile.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests import engine
 from tests.engine import Engine, EngineError
@@ -23,6 +25,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         one = Engine(Path(job["bundle"]), "tensorrt", **job.get("options", {}))
         previous = np.load(job["previous"]) if "previous" in job else None
+        if "cancel_at" in job:
+            with pytest.raises(EngineError) as caught:
+                one.predict(np.load(job["image"]), job["spacing"], heard=lambda done, _: int(done == job["cancel_at"]))
+            assert caught.value.status == engine.CANCELLED
         heard: list[tuple[int, int]] = []
         got = one.predict(
             np.load(job["image"]),

@@ -63,7 +63,7 @@ def test_the_engine_in_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return device_campaign.program_part(gpu.program, bundle, "tensorrt", 0, image, 1, (12, 20, 24))
 
     part = measured()
-    assert part["labels_equal"]
+    assert part["labels_equal"], part
     assert min(part[f"{place}_{what}_ms"] for place in ("cpu", "gpu") for what in ("infer", "wall")) > 0
     monkeypatch.setenv("FASTNNUNET_EMULATED_FAIL", "cuModuleLoadData:1:700")
     part = measured()

@@ -78,6 +78,7 @@ SCENARIOS = {
         toy=Toy(channels=3, schemes=["RescaleTo01Normalization", "NoNormalization", "RGBTo01Normalization"])
     ),
     "masked": Scenario(toy=Toy(use_mask=True), border=3),  # preprocessed on the CPU
+    "after one that was cancelled": Scenario(toy=Toy(mirror_axes=(1,)), job={"cancel_at": 2}),
     "mirrors and folds": Scenario(toy=Toy(mirror_axes=(0, 1, 2)), shape=(17, 22, 24), folds=2),
     "2d with mirrors": Scenario(
         toy=Toy(dims=2, spacing=(1.0, 1.0), mirror_axes=(0, 1)), shape=(5, 37, 41), spacing=(3.0, 0.8, 1.1)
@@ -275,6 +276,17 @@ class TestProgram:
         for seed in range(3):
             np.testing.assert_array_equal(*(read(tmp_path / place / f"c{seed}.nii.gz") for place in ("cpu", "gpu")))
 
+    def test_what_stays_on_the_cpu_is_told(self, gpu: EmulatedGpu, image: Path, tmp_path: Path) -> None:
+        masked = bundle_of(Scenario(toy=Toy(use_mask=True)), tmp_path / "masked")
+        fixed = bundle_of(Scenario(toy=Toy(), changes={"batch_size": 2}), tmp_path / "fixed")
+        for bundle, said in (
+            (masked, "preprocessing stays on the CPU: the model normalises inside a mask"),
+            (fixed, "what comes before and after the network stays on the CPU: the model takes batches of one size"),
+        ):
+            done = gpu.run(*words(image, tmp_path / "out.nii.gz", bundle))
+            assert done.returncode == 0
+            assert done.stderr.startswith(said)
+
     def test_the_plugin_for_tensorrt(self, gpu: EmulatedGpu, bundle: Path, image: Path, tmp_path: Path) -> None:
         """Compiled with a stand-in for TensorRT's header, on a library that computes what the emulated network does."""
         of_both = shutil.copytree(bundle, tmp_path / "bundle")
@@ -369,11 +381,11 @@ class TestTrouble:
 
     def test_too_little_memory_for_large_tiles(self, gpu: EmulatedGpu, tmp_path: Path) -> None:
         """One pass goes on with smaller ones: where the network finds none, and where its batches do not."""
-        scenario = Scenario(toy=Toy(resampling=NO_RESAMPLING), shape=(61, 66, 75), one_pass=True)
+        scenario = Scenario(toy=Toy(resampling=NO_RESAMPLING), shape=(29, 34, 43), one_pass=True)
         job = job_of(scenario, bundle_of(scenario, tmp_path / "bundle"), tmp_path)
         (whole,) = gpu.predict([job], tmp_path / "whole", FASTNNUNET_EMULATED_LOG=str(tmp_path / "log.json"))
         peak = json.loads((tmp_path / "log.json").read_text())["peak_bytes"]
-        (network,) = gpu.predict([job], tmp_path / "network", FASTNNUNET_EMULATED_VOXELS="60000")
+        (network,) = gpu.predict([job], tmp_path / "network", FASTNNUNET_EMULATED_VOXELS="12000")
         (batches,) = gpu.predict([job], tmp_path / "batches", FASTNNUNET_EMULATED_BYTES=str(peak * 7 // 10))
         for smaller in (network, batches):
             np.testing.assert_array_equal(smaller["labels"], whole["labels"])
@@ -395,7 +407,7 @@ class TestTrouble:
             "what comes before and after the network stays on the CPU: the CUDA kernels have to be compiled, and NVRTC "
             "is missing"
         )
-        assert gpu.run(*words(image, tmp_path / "gpu.nii.gz", bundle)).stderr == ""
+        assert "stays on the CPU" not in gpu.run(*words(image, tmp_path / "gpu.nii.gz", bundle)).stderr
         np.testing.assert_array_equal(read(out), read(tmp_path / "gpu.nii.gz"))
 
     def test_logits_beyond_float16_and_colours_that_are_none(self, gpu: EmulatedGpu, tmp_path: Path) -> None:

@@ -234,10 +234,11 @@ def program_part(
         return {"not run": f"{program} is missing; make engine builds it"}
     part: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file, labels = write_image(image[0], Path(folder) / "case_0000.nii.gz", image[1][::-1]), dict[str, bytes]()
+        ending, labels = load_bundle_spec(bundle).file_ending, dict[str, bytes]()
+        file = write_image(image[0], Path(folder) / f"case_0000{ending}", image[1][::-1])
         given = ["-m", bundle, "--backend", backend, "-device", _device(index)]
         for place in ("cpu", "gpu"):
-            out = Path(folder) / f"{place}.nii"
+            out = Path(folder) / f"{place}{ending}"
             done = _run_program(place, program, "predict", "-i", file, "-o", out, *given)
             if done.returncode != 0 or (place == "gpu" and done.stderr):  # it says what stays on the CPU
                 return {"labels_equal": False, "error": done.stderr.strip()}

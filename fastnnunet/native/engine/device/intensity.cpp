@@ -57,21 +57,6 @@ DeviceMemory<float> moments(const Stream& stream, const Volume<float>& channel) 
     return out;
 }
 
-DeviceMemory<cuda::Limits> limits_of(const Stream& stream, const Volume<float>& channel) {
-    DeviceMemory<cuda::Limits> limits = stream.new_limits(1);
-    cuda::LimitsParams params{};
-    params.data = channel.data;
-    params.limits = limits.get();
-    params.type = cuda::kFloat;
-    std::copy(channel.shape.begin(), channel.shape.end(), params.shape);
-    params.stride[0] = channel.stride[0];
-    params.stride[1] = channel.stride[1];
-    params.stride[2] = 1;
-    params.planes = channel.shape[0];
-    stream.start_find_limits(grid_of(channel.shape[2], channel.shape[1], channel.shape[0], true), params);
-    return limits;
-}
-
 struct Scaling {
     float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
     float shift = 0, divisor = 1;
@@ -104,12 +89,12 @@ void normalize(const Stream& stream, const Volume<float>& channel, const std::st
         scale(stream, channel, {known("percentile_00_5"), known("percentile_99_5"), known("mean"), known("std")});
     } else if (scheme == "RescaleTo01Normalization") {
         const DeviceMemory<float> range = stream.memory<float>(2);
-        const DeviceMemory<cuda::Limits> limits = limits_of(stream, channel);
+        const DeviceMemory<cuda::Limits> limits = limits_of(stream, device_volume(channel));
         stream.start_finish_moments({1, 1, 1}, {nullptr, limits.get(), range.get(), 0, cuda::kRange});
         scale(stream, channel, {}, range.get());
     } else if (scheme == "RGBTo01Normalization") {
         cuda::Limits found{};
-        stream.download(&found, limits_of(stream, channel).get(), sizeof found);
+        stream.download(&found, limits_of(stream, device_volume(channel)).get(), sizeof found);
         check_colours({cuda::value_of_key(found.low), cuda::value_of_key(found.high)});
         scale(stream, channel, {Scaling{}.low, Scaling{}.high, 0, 255});
     }

@@ -58,24 +58,6 @@ void sort_axes(std::array<int, N>& axes, const DeviceVolume& volume, std::option
     });
 }
 
-// Lowest and highest of a volume, or of each plane across an axis
-DeviceMemory<cuda::Limits> limits_of(const Stream& stream, const DeviceVolume& volume, std::optional<int> plane_axis) {
-    std::array<int, 3> axes{0, 1, 2};
-    sort_axes(axes, volume, plane_axis);
-    const DeviceVolume ordered = volume.transposed(axes);
-    const Index& shape = ordered.shape;
-    DeviceMemory<cuda::Limits> limits = stream.new_limits(plane_axis ? shape[0] : 1);
-    cuda::LimitsParams params{};
-    params.data = ordered.data;
-    params.limits = limits.get();
-    params.type = ordered.type;
-    std::copy(shape.begin(), shape.end(), params.shape);
-    std::copy(ordered.stride.begin(), ordered.stride.end(), params.stride);
-    params.planes = plane_axis ? 1 : shape[0];
-    stream.start_find_limits(grid_of(shape[2], shape[1], shape[0], true), params);
-    return limits;
-}
-
 cuda::Lines lines_of(const DeviceVolume& volume, int axis, int outer, int inner) {
     return {volume.shape[inner], volume.stride[outer], volume.stride[inner], volume.stride[axis]};
 }
@@ -135,6 +117,23 @@ void apply(const Stream& stream, const DeviceVolume& in, const AxisOperator& op,
 }
 
 }  // namespace
+
+DeviceMemory<cuda::Limits> limits_of(const Stream& stream, const DeviceVolume& volume, std::optional<int> plane_axis) {
+    std::array<int, 3> axes{0, 1, 2};
+    sort_axes(axes, volume, plane_axis);
+    const DeviceVolume ordered = volume.transposed(axes);
+    const Index& shape = ordered.shape;
+    DeviceMemory<cuda::Limits> limits = stream.new_limits(plane_axis ? shape[0] : 1);
+    cuda::LimitsParams params{};
+    params.data = ordered.data;
+    params.limits = limits.get();
+    params.type = ordered.type;
+    std::copy(shape.begin(), shape.end(), params.shape);
+    std::copy(ordered.stride.begin(), ordered.stride.end(), params.stride);
+    params.planes = plane_axis ? 1 : shape[0];
+    stream.start_find_limits(grid_of(shape[2], shape[1], shape[0], true), params);
+    return limits;
+}
 
 void resample(const Stream& stream, const DeviceVolume& in, const std::optional<ResamplePlan>& plan,
               const DeviceVolume& out) {

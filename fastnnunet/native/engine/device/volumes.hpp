@@ -35,6 +35,10 @@ Box nonzero_box(const Stream& stream, const Volumes<const float>& contiguous);
 // RGBTo01Normalization, of which it throws BadImage.
 void normalize(const Stream& stream, const Volume<float>& channel, const std::string& scheme, const Json* intensity);
 
+// Lowest and highest of a float32 or float16 volume, or of each plane across an axis
+DeviceMemory<cuda::Limits> limits_of(const Stream& stream, const DeviceVolume& volume,
+                                     std::optional<int> plane_axis = std::nullopt);
+
 // Into a float32 volume of the plan's shape; no plan: a copy.
 void resample(const Stream& stream, const DeviceVolume& in, const std::optional<ResamplePlan>& plan,
               const DeviceVolume& out);
