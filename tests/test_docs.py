@@ -370,11 +370,15 @@ def test_cold_starts_of_the_engine() -> None:
 
 def test_batch_norm_on_hippocampus() -> None:
     text = section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS")
-    alone, batch = record("2026-11-30_hippocampus_norms.json")["rows"]
-    dice = alone["dice"], batch["dice"], batch["one_pass"]["1"]["dice"]
-    assert (alone["arm"], batch["arm"]) == ("in", "bn")
-    words = "instance norm {:.4f}, batch norm (frozen) {:.4f} in the window and {:.4f} in one pass".format(*dice)
-    assert words in " ".join(text.split())
+    seeds = [record(f"2026-11-30_hippocampus_norms{name}.json")["rows"] for name in ("", "_seed1")]
+    assert [(row["arm"], row["seed"]) for rows in seeds for row in rows] == [("in", 0), ("bn", 0), ("in", 1), ("bn", 1)]
+    words = (
+        "instance norm {:.4f} and {:.4f}; batch norm (frozen) {:.4f} and {:.4f} in the window, "
+        "{:.4f} and {:.4f} in one pass, {:.4f} and {:.4f} in two"
+    )
+    dice = [rows[arm]["dice"] for arm in (0, 1) for rows in seeds]
+    dice += [rows[1]["one_pass"][passes]["dice"] for passes in "12" for rows in seeds]
+    assert words.format(*dice) in " ".join(text.split())
 
 
 def test_the_table_of_a_locator() -> None:
