@@ -41,6 +41,15 @@ def own_cache_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def progress_not_drawn():
+    """nnU-Net draws a picture of 16 megapixels after each epoch: two seconds. Trainings of commands still do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if logging := sys.modules.get("nnunetv2.training.logging.nnunet_logger"):
+            patch.setattr(logging.LocalLogger, "plot_progress_png", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def traced_once(tmp_path_factory):
     """Networks that differ in weights alone are traced once, in all processes of the session together."""
     if torch := sys.modules.get("torch"):

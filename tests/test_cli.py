@@ -127,6 +127,8 @@ def test_three_stages_and_their_aliases(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "building the soft-label cache first" in done.stderr
     assert "mean Dice on the validation fold" in done.stdout
+    (progress,) = (world / "results").rglob("progress.png")
+    assert progress.read_bytes().startswith(b"\x89PNG")
     refused(run(*flags, **train), "holds a finished run", "--overwrite")
 
     done = run("cache", "list", "-d", "998")

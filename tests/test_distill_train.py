@@ -236,7 +236,6 @@ class TestTraining:
         assert [(s.epoch, s.iteration) for s in seen] == [(0, 1), (0, 2), (1, 1), (1, 2)]
         assert all(s.soft > 0 for s in seen)
         assert json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] >= 0
-        assert (folder / "progress.png").stat().st_size > 1000
         checkpoint = load_checkpoint(folder / "checkpoint_final.pth")
         assert checkpoint["fastnnunet"]["cache_key"] == cache.key
         export_bundle(folder.parent, 0, tmp_path / "bundle")
