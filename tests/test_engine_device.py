@@ -407,7 +407,12 @@ class TestTrouble:
             "what comes before and after the network stays on the CPU: the CUDA kernels have to be compiled, and NVRTC "
             "is missing"
         )
-        assert "stays on the CPU" not in gpu.run(*words(image, tmp_path / "gpu.nii.gz", bundle)).stderr
+        beside_sources = tmp_path / "engine" / "cuda"
+        beside_sources.mkdir(parents=True)
+        for name in ("kernels.fatbin", "kernels.sha256"):
+            shutil.copy(gpu.plugins / name, beside_sources)
+        again = gpu.run(*words(image, tmp_path / "gpu.nii.gz", bundle), FASTNNUNET_PLUGINS=str(plugins))
+        assert "stays on the CPU" not in again.stderr
         np.testing.assert_array_equal(read(out), read(tmp_path / "gpu.nii.gz"))
 
     def test_logits_beyond_float16_and_colours_that_are_none(self, gpu: EmulatedGpu, tmp_path: Path) -> None:

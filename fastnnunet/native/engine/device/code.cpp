@@ -154,7 +154,12 @@ std::map<std::string, std::string> digests() {
 
 // A fatbin of these sources, empty where there is none.
 std::string built(const std::string& plugins) {
+    std::vector<std::string> folders;
     for (const std::string& folder : plugin_folders(plugins)) {
+        folders.push_back(folder);
+        folders.push_back((fs::path(folder).parent_path() / "engine" / "cuda").string());  // of a package for Python
+    }
+    for (const std::string& folder : folders) {
         const std::string file = joined(folder, "kernels.fatbin"), list = joined(folder, "kernels.sha256");
         if (!is_regular_file(file) || !is_regular_file(list)) continue;
         std::map<std::string, std::string> named;
