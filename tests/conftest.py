@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
-import contextlib
+import functools
 import shutil
 import sys
 from collections import Counter
@@ -14,19 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
-from tests.graphs import list_operators_once, remembering
+from tests.graphs import remembering
 from tests.tiny import make_world, world_environment
 
 # Files that take long for their number of tests. They begin first, so that no process waits for the other at the end.
 LONG = {
-    "test_another_python", "test_benchmarks", "test_cli", "test_cli_benchmark", "test_demo",
-    "test_distill_distributed", "test_distill_train", "test_docs", "test_engine", "test_kinds", "test_lint",
+    "test_another_python", "test_demo", "test_distill_distributed", "test_distill_train", "test_engine",
+    "test_kinds",
     "test_loader_processes", "test_nnunet_teacher", "test_notebook", "test_pipeline", "test_platforms",
     "test_read_once", "test_run_names", "test_stock_tools", "test_students", "test_unlabelled_train", "test_wheel",
 }  # fmt: skip
-# Files that are to have processes as multiprocessing starts them: how those begin and end, or their memory, is tested
-SPAWNED = ("test_bench_measure", "test_cli_benchmark", "test_loader_processes", "test_service")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -40,22 +37,6 @@ def own_cache_home(tmp_path_factory):
     """Compiled models of another run might be of other code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def processes_forked():
-    """Processes that are to be spawned come from a server that has imported the libraries; see tests/forked.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        if forked.AVAILABLE:
-            forked.install(patch)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes_spawned(request):
-    """Before the other fixtures of the modules that want it so."""
-    with forked.spawning() if request.path.stem.startswith(SPAWNED) else contextlib.nullcontext():
         yield
 
 
@@ -77,7 +58,6 @@ def traced_once(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.onnx, "export", remembering(torch.onnx.export, folder))
-            patch.setenv(forked.GRAPHS, str(folder))
             yield
     else:
         yield
@@ -116,4 +96,9 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def operators_listed_once():
-    list_operators_once()
+    """torch's exporter lists its operators anew for every network, which is a third of an export: once will do."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry is not None and not getattr(registry, "listed_once", False):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        registry.listed_once = True

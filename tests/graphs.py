@@ -7,7 +7,6 @@ A trace takes seconds and sees the structure alone, which is how the folds of an
 import functools
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, SimpleNamespace
@@ -19,15 +18,6 @@ MOST_VALUES = 2_000_000  # of weights: larger networks are rare, and their files
 
 class UnknownError(Exception):
     """A network has something whose part in a trace cannot be told from outside."""
-
-
-def list_operators_once() -> None:
-    """torch's exporter lists its operators anew for every network, which is a third of an export: once will do."""
-    module = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry = getattr(module, "ONNXRegistry", None)
-    if registry is not None and not getattr(registry, "listed_once", False):
-        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
-        registry.listed_once = True
 
 
 def structure_of(network: Any, example: Any, options: dict[str, Any]) -> str:

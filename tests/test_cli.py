@@ -10,13 +10,19 @@ from importlib import metadata
 
 import pytest
 
-from tests import forked
 from tests.tiny import CONFIGURATION, DATASET
 
 
 def run(*words, module="fastnnunet.cli.main", function="main", env=None):
     code = f"from {module} import {function}\nif __name__ == '__main__': {function}()"
-    return forked.run(["-c", code, *words], env=env)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=env,
+    )
 
 
 def refused(done, *expected):
@@ -82,7 +88,7 @@ def test_version():
 
 def test_help_is_fast_and_light():
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "fastnnunet", "--help"], capture_output=True, text=True, check=False)
+    done = run("--help")
     elapsed_s = time.perf_counter() - start
     assert done.returncode == 0
     for command in ("cache", "train", "export", "predict", "benchmark", "evaluate"):

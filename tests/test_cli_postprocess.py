@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import tifffile
 from scipy import ndimage
 
 from fastnnunet.cli.main import spread_multi_values
-from tests import forked
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 from tests.dicom_files import write_series
 
@@ -23,8 +23,9 @@ SHAPE = (9, 14, 13)
 
 
 def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "fastnnunet.cli.main", command, *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet")}
-    return forked.run(["-m", "fastnnunet.cli.main", command, *arguments], env=environment)
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
 
 
 def _map(seed: int) -> np.ndarray:

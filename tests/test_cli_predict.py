@@ -2,11 +2,11 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests import forked
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 
 
@@ -16,8 +16,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ToyModel:
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastnnunet.cli.main", "predict", *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet")}
-    return forked.run(["-m", "fastnnunet.cli.main", "predict", *arguments], env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_folder(model: ToyModel, tmp_path: Path) -> None:

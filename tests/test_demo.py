@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from fastnnunet.errors import MismatchError
 from pipelines import demo, demo_stages
 from pipelines.demo_stages import Demo, DemoSpec
 from pipelines.steps import Report
-from tests import forked
 from tests.tiny import draw_few_voxels
 
 TOY = DemoSpec(n_train=5, n_test=2, iterations=1, teacher_epochs=1, student_epochs=1, repeat=1)
@@ -79,9 +77,8 @@ def test_runs_resumes_and_leaves_table_and_picture(
     for text in ("ensemble", "one fold", "student r2", "student r4", "tumour", "bytes per voxel"):
         assert text in printed
     next_command = shlex.split(printed.splitlines()[-1].split(": ", 1)[1])
-    assert shutil.which(next_command[0])
     assert next_command[1] == "predict"
-    assert forked.run(["-m", "fastnnunet", *next_command[1:]]).returncode == 0
+    assert subprocess.run(next_command, check=False, capture_output=True, text=True).returncode == 0
     assert {p.name for p in (narrow / "predicted").glob("*.nii.gz")} == {"ct_005.nii.gz", "ct_006.nii.gz"}
 
     # a third run only prints again

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,7 +31,6 @@ from fastnnunet.specs.student import StudentSpec, student_plans_name
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import cache_for_training
-from tests import forked
 from tests.samples import NNUNETS, SoftLabel, transformed
 from tests.tiny import CONFIGURATION, DATASET
 
@@ -251,7 +252,8 @@ class TestTraining:
         plans = student_plans_name("nnUNetPlans", StudentSpec(r=2), SHORT)
         options = f"-d 998 -c {CONFIGURATION} -p {plans} -f 0 -device cpu -npp 0 -nps 0".split()
         images, out = world / "raw" / DATASET / "imagesTs", tmp_path / "out"
-        done = forked.run([script, "-i", images, "-o", out, *options])
+        command = [sys.executable, str(script), "-i", str(images), "-o", str(out), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         assert sorted(p.name for p in out.glob("*.nii.gz")) == ["tiny_10.nii.gz", "tiny_11.nii.gz"]
 

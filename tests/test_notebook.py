@@ -2,11 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import SimpleITK as sitk
-
-from tests import forked
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebooks" / "first_student.ipynb"
 FEW_VOXELS = "import pytest, tests.tiny; tests.tiny.draw_few_voxels(pytest.MonkeyPatch())"  # and few iterations
@@ -25,7 +25,7 @@ def test_the_notebook_runs(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
     environment |= {"FASTNNUNET_NOTEBOOK": str(tmp_path / "out"), "MPLBACKEND": "Agg"}
     environment["PYTHONPATH"] = str(NOTEBOOK.parents[2])
-    done = forked.run([script], env=environment)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 cases" in done.stdout
     assert "1 case predicted" in done.stdout

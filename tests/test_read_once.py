@@ -1,11 +1,12 @@
 """Every command reads each file of a model folder once; counted where Python opens files, in a process of its own."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
-from tests import forked
 from tests.tiny import DATASET
 
 # Opens by nnU-Net's own predictor do not count: that it reads the folds itself is what makes it a reference.
@@ -47,7 +48,8 @@ def run(world):
     folder = world / "results" / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"
 
     def commands(*lines):
-        done = forked.run(["-c", PROGRAM, folder, json.dumps(lines)])
+        program = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(lines)]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [(code, Counter(opened)) for code, opened in json.loads(done.stdout.splitlines()[-1])]
 

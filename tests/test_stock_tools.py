@@ -1,6 +1,8 @@
 """nnU-Net's own commands on the folder of a student, in processes in which fastnnunet cannot be imported."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
-from tests import forked
 from tests.tiny import CONFIGURATION, DATASET, world_environment
 
 CASES = ["tiny_10", "tiny_11"]
@@ -53,7 +54,9 @@ def stock(trained, tmp_path):
             f"from nnunetv2.{module} import {function}\n"
             f"if __name__ == '__main__': {function}()\n"
         )
-        done = forked.run([script, *arguments], env={**trained[0], **{k: str(v) for k, v in changes.items()}})
+        command = [sys.executable, str(script), *map(str, arguments)]
+        environment = {**trained[0], **{k: str(v) for k, v in changes.items()}}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
