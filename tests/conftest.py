@@ -19,8 +19,8 @@ from tests.tiny import make_world, world_environment
 
 # Files that take long for their number of tests. They begin first, so that no process waits for the other at the end.
 LONG = {
-    "test_another_python", "test_demo", "test_distill_distributed", "test_distill_train", "test_engine",
-    "test_kinds",
+    "test_another_python", "test_benchmarks", "test_cli", "test_cli_benchmark", "test_demo",
+    "test_distill_distributed", "test_distill_train", "test_docs", "test_engine", "test_kinds", "test_lint",
     "test_loader_processes", "test_nnunet_teacher", "test_notebook", "test_pipeline", "test_platforms",
     "test_read_once", "test_run_names", "test_stock_tools", "test_students", "test_unlabelled_train", "test_wheel",
 }  # fmt: skip
