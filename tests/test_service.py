@@ -130,6 +130,9 @@ def test_a_zip_of_a_series_and_several_channels(
 def test_pictures_are_for_models_of_pictures(serve: Serving, pictures: Path, image: Path, tmp_path: Path) -> None:
     picture = tmp_path / "a_0000.png"
     Image.fromarray(smooth_noise((30, 40), 4).clip(0, 255).astype(np.uint8)).save(picture)
+    of_series = {"dicom-seg", "dicom-seg-labelmap", "rtstruct"}
+    offered = {model["id"]: set(model["answers"]) for model in serve.client.get("/models").json()["models"]}
+    assert offered["pictures"] == offered["bundle"] - of_series
     answer = ask(serve, picture, model="pictures")
     assert answer.headers["content-type"] == "image/png"
     assert answer.content == expected(pictures, picture, tmp_path / "out")

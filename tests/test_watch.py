@@ -146,7 +146,9 @@ def test_every_image_is_predicted_once_and_a_bad_one_is_remembered(toy: ToyModel
     found = records(output)
     assert {name: record["state"] for name, record in found.items()} == {"a": "done", "bad": "failed", "ct": "done"}
     assert "bad.nii.gz" in str(found["bad"]["message"])
-    assert sorted(file.name for file in output.iterdir()) == ["a.nii.gz", "ct.nii.gz", FOLDER]
+    written = ["a.nii.gz", "ct.nii.gz", "dataset.json", FOLDER, "plans.json"]
+    assert sorted(file.name for file in output.iterdir()) == written
+    assert json.loads((output / "dataset.json").read_text())["labels"] == toy.spec.dataset_json["labels"]
 
     times = {file: file.stat().st_mtime_ns for file in output.iterdir()}
     (source / "a.txt").touch()

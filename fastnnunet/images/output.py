@@ -89,8 +89,15 @@ def write_run_files(spec: BundleSpec, arguments: dict[str, Any], folder: Path, r
 
     `run`: what predicted, recorded beside nnU-Net's own `arguments`. The folder need not exist yet.
     """
+    write_model_files(spec, folder)
+    content = {**arguments, "fastnnunet": {"version": __version__, **run}}
+    with atomic_output(folder / RUN_FILES[0]) as partial:
+        partial.write_text(json.dumps(content, indent=4, sort_keys=True))
+
+
+def write_model_files(spec: BundleSpec, folder: Path) -> None:
+    """dataset.json and plans.json: what the label maps of a folder mean. It need not exist yet."""
     make_folder(folder)
-    contents = ({**arguments, "fastnnunet": {"version": __version__, **run}}, spec.dataset_json, spec.plans)
-    for name, content, sort_keys in zip(RUN_FILES, contents, (True, False, False), strict=True):
+    for name, content in zip(RUN_FILES[1:], (spec.dataset_json, spec.plans), strict=True):
         with atomic_output(folder / name) as partial:
-            partial.write_text(json.dumps(content, indent=4, sort_keys=sort_keys))
+            partial.write_text(json.dumps(content, indent=4))

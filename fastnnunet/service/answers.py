@@ -52,6 +52,11 @@ def available() -> tuple[str, ...]:
     return tuple(name for name, answer in ANSWERS.items() if answer.needs is None or find_spec(answer.needs))
 
 
+def of_kinds(names: Sequence[str], kinds: Sequence[str]) -> tuple[str, ...]:
+    """Those that can be made of files of these kinds: what refers to a DICOM series needs one."""
+    return tuple(name for name in names if "zip" in kinds or not output_spec([name], "").of_series)
+
+
 def check_answers(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Each once. Raises RefusedError for none, for unknown ones, and for two that exclude each other."""
     chosen = tuple(dict.fromkeys(names))

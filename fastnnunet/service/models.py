@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnnunet.errors import SpecError
+from fastnnunet.service.answers import of_kinds
 from fastnnunet.service.refusals import RefusedError
 from fastnnunet.service.uploads.kinds import ENDINGS, kinds_of
 from fastnnunet.specs.bundle import MEASURED, PRECISIONS, BundleSpec, load_bundle_spec
@@ -92,7 +93,8 @@ def load_models(bundles: Sequence[Path], answers: Sequence[str]) -> Served:
 def _model(name: str, spec: BundleSpec, answers: Sequence[str]) -> ModelCard:
     from fastnnunet.api import structures_of
 
-    accepts = tuple(ENDINGS[kind] for kind in kinds_of(spec.reader_writer))
+    kinds = kinds_of(spec.reader_writer)
+    accepts = tuple(ENDINGS[kind] for kind in kinds)
     return ModelCard(
         id=name,
         name=spec.name,
@@ -114,7 +116,7 @@ def _model(name: str, spec: BundleSpec, answers: Sequence[str]) -> ModelCard:
             for one in structures_of(spec.labels)
         ),
         spacing_mm=spec.spacing_mm,
-        answers=tuple(answers),
+        answers=of_kinds(answers, kinds),
         measured=_measured(spec),
     )
 

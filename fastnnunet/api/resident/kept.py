@@ -79,6 +79,9 @@ class KeptModel:
         return result
 
     def tell_all(self, folder: Path) -> None:
-        """Bring up to date what is told of all images of a folder: the table of their statistics, if there is one."""
+        """Bring up to date what is told of all images of a folder: dataset.json, plans.json, the table of statistics."""
+        from fastnnunet.images.output import write_model_files
+
+        write_model_files(self.spec, folder)
         if self._writer.spec.statistics:
             self._writer.write_table(folder)
