@@ -79,7 +79,7 @@ class KeptModel:
         return result
 
     def tell_all(self, folder: Path) -> None:
-        """Bring up to date what is told of all images of a folder: dataset.json, plans.json, the table of statistics."""
+        """Bring up to date what a folder tells of all its images: dataset.json, plans.json, the table of statistics."""
         from fastnnunet.images.output import write_model_files
 
         write_model_files(self.spec, folder)
