@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
 import functools
+import io
 import shutil
 import sys
 from collections import Counter
@@ -41,11 +42,20 @@ def own_cache_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def progress_not_drawn():
+def progress_hardly_drawn():
     """nnU-Net draws a picture of 16 megapixels after each epoch: two seconds. Trainings of commands still do."""
     with pytest.MonkeyPatch.context() as patch:
         if logging := sys.modules.get("nnunetv2.training.logging.nnunet_logger"):
-            patch.setattr(logging.LocalLogger, "plot_progress_png", lambda *_: None)
+
+            from PIL import Image
+
+            picture = io.BytesIO()
+            Image.new("L", (1, 1)).save(picture, "PNG")
+
+            def draw(_logger, output_folder):
+                Path(output_folder, "progress.png").write_bytes(picture.getvalue())
+
+            patch.setattr(logging.LocalLogger, "plot_progress_png", draw)
         yield
 
 

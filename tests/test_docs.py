@@ -404,11 +404,12 @@ def test_the_figures_of_the_doors() -> None:
     ensemble, fp32, bf16 = (
         arms[f"{n}"] for n in ("nnunetv2 ensemble", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
     )
+    cold = record("2026-11-29_file_to_file_quiet.json")["cold"]
     expected = {
         "base install": (record("2026-11-24_slim_install.json")["size_bytes"] / 1e6,),
         "bundle": (fp32["size_bytes"] / 1e6, ensemble["size_bytes"] / 1e6),
         "peak memory": (fp32["peak_memory_bytes"] / 1e6, ensemble["peak_memory_bytes"] / 1e6),
-        "cold start": (bf16["cold"]["median_s"], ensemble["cold"]["median_s"]),
+        "cold start": (cold["openvino bf16"]["median_s"], ensemble["cold"]["median_s"]),
         "labels equal": (100 * record("2026-11-28_agreement.json")["least_agreement"],),
     }
     for start, values in expected.items():

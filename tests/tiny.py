@@ -141,9 +141,7 @@ def make_world(root: Path) -> None:
     for name in ("raw", "preprocessed", "results"):
         (root / name).mkdir()
     write_raw_dataset(root / "raw")
-    with pytest.MonkeyPatch.context() as patch:
-        draw_few_voxels(patch)
-        base = plan_and_preprocess("998", CONFIGURATION, num_processes=1)
+    base = plan_and_preprocess("998", CONFIGURATION, num_processes=1)
     plans_file = base / "nnUNetPlans.json"
     plans_file.write_text(json.dumps(shrink_plans(json.loads(plans_file.read_text()))))
     write_teacher(root / "preprocessed", root / "results")
