@@ -46,7 +46,6 @@ def progress_hardly_drawn():
     """nnU-Net draws a picture of 16 megapixels after each epoch: two seconds. Trainings of commands still do."""
     with pytest.MonkeyPatch.context() as patch:
         if logging := sys.modules.get("nnunetv2.training.logging.nnunet_logger"):
-
             from PIL import Image
 
             picture = io.BytesIO()
