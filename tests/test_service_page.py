@@ -137,11 +137,12 @@ def test_an_example_is_predicted_drawn_and_counted(opened: Page, serve: Serving)
     assert opened.problems == []
     assert any(url.endswith("/events") for url in opened.requests)
     assert all(url.startswith((serve.url, "data:", "blob:")) for url in opened.requests), "nothing from elsewhere"
+    until(lambda: len(serve.service.store.jobs()) == 1)  # of those that answers of it were, nothing is left
     (job,) = serve.service.store.jobs()  # further answers are asked of it
     page.click("#example")
     page.wait_for_function("document.body.dataset.state === 'busy'")
     opened.until("shown")
-    assert job not in serve.service.store.jobs()
+    until(lambda: job not in serve.service.store.jobs())
     page.goto("about:blank")
     until(lambda: serve.service.store.jobs() == [])  # nobody will ask for it any more
 
