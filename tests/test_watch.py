@@ -18,7 +18,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-from fastnnunet.connect.watch.arrivals import Arrivals, found_cases, left_over
+from fastnnunet.connect.watch.arrivals import Arrivals, all_cases, found_cases, left_over
 from fastnnunet.connect.watch.ledger import FOLDER, MOST_CRASHES, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
 from fastnnunet.connect.watch.watcher import IMAGE, Watched, watch
@@ -111,18 +111,20 @@ def test_channels_are_waited_for_and_names_are_of_one_image(toy: ToyModel, folde
     (source / "a_0000.nii.gz").touch()
     (source / "b_0001.nii.gz").touch()
     (source / "c.nii.gz").touch()
-    assert [(case.case_id, case.problem) for case in found_cases(source, two)] == []
+    assert [(case.case_id, case.problem) for case in found_cases(all_cases(source, two), two)] == []
     (source / "a_0001.nii.gz").touch()
     (source / "notes.txt").touch()
-    assert left_over(source, two) == [
+    assert left_over(source, all_cases(source, two), two) == [
         "1 file(s) that do not end in .nii.gz: notes.txt",
         "2 of images that lack some of 2 channels, NAME_0000 and on: b_0001.nii.gz, c.nii.gz",
     ]
-    assert left_over(source, toy.spec) == ["1 file(s) that do not end in .nii.gz: notes.txt"]
-    (case,) = found_cases(source, two)
+    assert left_over(source, all_cases(source, toy.spec), toy.spec) == [
+        "1 file(s) that do not end in .nii.gz: notes.txt"
+    ]
+    (case,) = found_cases(all_cases(source, two), two)
     assert (case.case_id, [file.name for file in case.files]) == ("a", ["a_0000.nii.gz", "a_0001.nii.gz"])
     write_series(source / "c", np.zeros((1, 2, 2)))
-    by_name = {case.case_id: case for case in found_cases(source, toy.spec)}
+    by_name = {case.case_id: case for case in found_cases(all_cases(source, toy.spec), toy.spec)}
     assert sorted(by_name) == ["a", "b", "c"]
     for name in ("a", "c"):
         assert f"two images are called {name}" in str(by_name[name].problem)

@@ -148,7 +148,7 @@ def _deeper(source: Path, taken: Sequence[str]) -> list[str]:
     ]
 
 
-def companions(source: Path, names: list[str], cases: list[Case], spec: BundleSpec) -> set[str]:
+def companions(source: Path, names: list[str], cases: Sequence[Case], spec: BundleSpec) -> set[str]:
     """Files that belong to images without being one: the voxels of a header, the spacing of a TIFF file."""
     stems = [name[: len(name) - len(spec.file_ending)] for name in names]
     return {stem + ending for stem in (*stems, *(case.case_id for case in cases)) for ending in _COMPANION_ENDINGS}

@@ -29,6 +29,9 @@ class Arrivals:
     spec: BundleSpec
     settle_s: float
     clock: Callable[[], float] = time.monotonic
+    left_over: list[str] = field(
+        default_factory=list
+    )  # of the last look: what is no image, while nothing may become one
     _since: dict[str, tuple[str, float]] = field(default_factory=dict)  # case -> its mark, and since when it has that
 
     def look(self) -> tuple[list[Arrival], bool]:
@@ -40,7 +43,8 @@ class Arrivals:
         now = self.clock()
         seen: dict[str, tuple[str, float]] = {}
         complete = []
-        for case in found_cases(self.source, self.spec):
+        cases = all_cases(self.source, self.spec)
+        for case in found_cases(cases, self.spec):
             mark = _mark(case)
             if mark is None:  # a file went away while it was looked at
                 continue
@@ -49,16 +53,15 @@ class Arrivals:
             if now - seen[case.case_id][1] >= self.settle_s:
                 complete.append(Arrival(case=case, mark=mark))
         self._since = seen
-        return complete, len(complete) < len(seen)
+        is_more_to_come = len(complete) < len(seen)
+        self.left_over = [] if is_more_to_come else left_over(self.source, cases, self.spec)
+        return complete, is_more_to_come
 
 
-def found_cases(source: Path, spec: BundleSpec) -> list[Case]:
-    """Images of the model's file ending and folders of DICOM files, one case each, sorted by name.
-
-    Of several channels those in files or folders named CASE_0000, CASE_0001, ...; one with fewer is not there yet.
-    """
+def found_cases(cases: Sequence[Case], spec: BundleSpec) -> list[Case]:
+    """Those of `all_cases` that have all channels, sorted by name; two of one name are one case with a problem."""
     found: dict[str, Case] = {}
-    for case in _all_cases(source, spec):
+    for case in cases:
         if _lacks_channels(case, spec):
             continue
         if case.case_id in found:
@@ -68,9 +71,9 @@ def found_cases(source: Path, spec: BundleSpec) -> list[Case]:
     return [found[name] for name in sorted(found)]
 
 
-def left_over(source: Path, spec: BundleSpec) -> list[str]:
-    """What in the folder is no image of the model, a phrase for each kind; hidden entries are left out."""
-    cases, names = _all_cases(source, spec), regular_files(source, spec.file_ending)
+def left_over(source: Path, cases: Sequence[Case], spec: BundleSpec) -> list[str]:
+    """What in the folder is none of its `all_cases`, or not whole; a phrase for each kind, without hidden entries."""
+    names = regular_files(source, spec.file_ending)
     folders = {series.folder.name for case in cases for series in case.series}
     whole = [case for case in cases if not _lacks_channels(case, spec)]
     of_whole = {place.name for case in whole for place in (*case.files, *(series.folder for series in case.series))}
@@ -82,7 +85,11 @@ def left_over(source: Path, spec: BundleSpec) -> list[str]:
     return found
 
 
-def _all_cases(source: Path, spec: BundleSpec) -> list[Case]:
+def all_cases(source: Path, spec: BundleSpec) -> list[Case]:
+    """Images of the model's file ending and folders of DICOM files.
+
+    Of several channels those in files or folders named CASE_0000, CASE_0001, ...; one with fewer is not there yet.
+    """
     images = [source / name for name in regular_files(source, spec.file_ending)]
     return [*_of_files(images, spec), *dicom_cases(source, len(spec.channel_names))]
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from fastnnunet.api.resident.kept import KeptModel
-from fastnnunet.connect.watch.arrivals import Arrival, Arrivals, left_over
+from fastnnunet.connect.watch.arrivals import Arrival, Arrivals
 from fastnnunet.connect.watch.ledger import MOST_CRASHES, Entry, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
 from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, printable
@@ -69,8 +69,7 @@ def watch(
         while not stop.is_set():
             try:
                 complete, is_more_to_come = arrivals.look()
-                kinds = [] if is_more_to_come else left_over(spec.source, kept.spec)
-                trouble = ""
+                kinds, trouble = arrivals.left_over, ""
             except OSError as e:  # a network drive that is gone for a while, a folder removed while it was looked at
                 if spec.once:
                     raise NotFoundError(f"{spec.source} cannot be read: {e.strerror}") from e
