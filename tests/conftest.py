@@ -8,11 +8,13 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")
 
 import functools
 import io
+import random
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.graphs import remembering
@@ -101,6 +103,15 @@ def shared():
     if not (SHARED / "data" / "Dataset004_Hippocampus").is_dir():
         pytest.skip(f"real data not found at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A network that a test draws is the same whatever ran before in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

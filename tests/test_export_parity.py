@@ -107,6 +107,8 @@ class TestLabels:
             judged(got, expected)
 
     def test_weights_in_half_precision_are_another_model(self, model_folder):
+        """Of this network at least: where fewer than 0.01 % of the labels change, as of one in six, it passes."""
+        torch.manual_seed(17)
         plans, dataset = (json.loads((model_folder / n).read_text()) for n in ("plans.json", "dataset.json"))
         network = build_network(model_of(plans, CONFIGURATION, dataset)).eval()
         image = torch.randn(4, 1, *PATCH, generator=torch.Generator().manual_seed(0))
