@@ -7,7 +7,7 @@ A message says what was wrong, what was got, what was expected and how to mend i
 """
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # what an OSError says of a full disk, a quota, or a limit on the size of a file
@@ -51,6 +51,20 @@ class MismatchError(FastnnUNetError, ValueError):
 
 class ImageError(FastnnUNetError, ValueError):
     """An input image cannot be used (unreadable, wrong channels, NaN, inconsistent geometry)."""
+
+
+class SeveralSeriesError(ImageError):
+    """A folder holds several DICOM series and nothing says which is meant.
+
+    `series`: what each is, by its SeriesInstanceUID; those without one are left out.
+    """
+
+    def __init__(self, message: str, series: Mapping[str, str]) -> None:
+        super().__init__(message, series)
+        self.series = dict(series)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ParityError(FastnnUNetError, ArithmeticError):

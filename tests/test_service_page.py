@@ -219,6 +219,31 @@ def test_a_zip_of_a_series_is_drawn_with_its_labels_in_place(opened: Page, serve
     assert opened.problems == []
 
 
+def test_of_several_series_one_is_chosen(opened: Page, serve: Serving, tmp_path: Path) -> None:
+    uids = ["1.2.826.0.1.3680043.8.498.1", "1.2.826.0.1.3680043.8.498.2"]
+    packed = tmp_path / "study.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for seed, uid in enumerate(uids):
+            stored = (60 * smooth_noise((10, 14, 16), seed)).astype(np.int16)
+            for file in write_series(tmp_path / uid, stored, series_uid=uid, SeriesDescription=f"Knee {seed}"):
+                archive.write(file, f"{uid}/{file.name}")
+    page = opened.page
+    page.set_input_files("#files", str(packed))
+    assert page.is_hidden("#series-row")
+    page.click("#predict")
+    opened.until("failed")
+    assert page.inner_text("#problem") == "The scan holds several series. Choose one and predict again."
+    choices = page.eval_on_selector_all("#series option", "all => all.map(one => [one.value, one.textContent])")
+    assert choices == [[uid, f"10 image(s), CT, Knee {seed} ({uid})"] for seed, uid in enumerate(uids)]
+    page.select_option("#series", uids[1])
+    page.click("#predict")
+    opened.until("shown")
+    wanted = serve.client.post(f"/models/bundle/predict?series={uids[1]}", content=packed.read_bytes())
+    assert opened.downloaded("nifti") == wanted.content
+    page.set_input_files("#files", str(packed.rename(tmp_path / "other.zip")))  # another scan, another choice
+    page.wait_for_selector("#series-row", state="hidden")
+
+
 def test_a_picture_is_drawn_as_it_is_stored(opened: Page, tmp_path: Path) -> None:
     pixels = np.full((60, 80, 3), 128, np.uint8)
     pixels[5:20, 10:30] = (255, 0, 0)

@@ -67,7 +67,10 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """A job as its client sees it. Times in seconds; `created` and `over` since 1970, `kept_until` too."""
+    """A job as its client sees it. Times in seconds; `created` and `over` since 1970, `kept_until` too.
+
+    `series`: of a job that failed since its zip holds several, what each is, by its SeriesInstanceUID.
+    """
 
     id: str
     model: str
@@ -80,6 +83,7 @@ class JobState:
     error: str
     media_type: str
     times_s: dict[str, float]
+    series: dict[str, str]
 
 
 def _refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -249,6 +253,7 @@ def _state(job: Job, service: Service) -> JobState:
     names = ("id", "model", "answers", "state", "created", "over", "status", "error", "media_type", "times_s")
     return JobState(
         **{name: getattr(job, name) for name in names},
+        series=dict(job.series),
         kept_until=None if job.over is None else job.over + service.spec.keep_s,
     )
 

@@ -171,7 +171,7 @@ class DeviceThread(threading.Thread):
             return
         if outcome.logged:
             log.error("a prediction failed: %s", outcome.logged)
-        refusal = RefusedError(outcome.status, outcome.sentence)
+        refusal = RefusedError(outcome.status, outcome.sentence, series=outcome.series)
         self._store.end(job, "cancelled" if outcome.status == 499 else "failed", refusal=refusal)
 
     def _outcome(self, job: Job) -> Done | Failed:

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -63,6 +63,7 @@ class Job:
     over: float | None = None
     status: int = 200
     error: str = ""
+    series: Mapping[str, str] = field(default_factory=dict)  # of which its client has to choose one
     result: Path | None = None
     media_type: str = ""
     times_s: dict[str, float] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Job:
         return {
             **{name: getattr(self, name) for name in ("id", "model", "answers", "state", "created", "over")},
             **{name: getattr(self, name) for name in ("status", "error", "media_type", "times_s", "series_uid")},
+            "series": dict(self.series),
             "inputs": [[file.name, kind] for file, kind in self.inputs],
             "label_map": None if self.label_map is None else self.label_map.name,
             "result": None if self.result is None else self.result.name,
@@ -141,6 +143,7 @@ class JobStore:
                 media_type=str(record["media_type"]),
                 times_s={str(name): float(value) for name, value in record["times_s"].items()},
                 series_uid=record.get("series_uid"),
+                series={str(uid): str(what) for uid, what in record.get("series", {}).items()},
                 inputs=tuple((place / "input" / Path(file).name, str(kind)) for file, kind in record.get("inputs", [])),
                 label_map=place / "labels" / Path(record.get("label_map") or "gone").name,
             )
@@ -270,7 +273,7 @@ class JobStore:
             self._leave_source(job)
             job.over = time.time()
             if refusal is not None:
-                job.status, job.error = refusal.status, refusal.sentence
+                job.status, job.error, job.series = refusal.status, refusal.sentence, refusal.series
             job.state = state
         try:
             self.keep(job)

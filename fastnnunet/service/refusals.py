@@ -1,5 +1,6 @@
 """What a client is told: one sentence and a status, never more."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastnnunet.errors import (
@@ -9,6 +10,7 @@ from fastnnunet.errors import (
     FastnnUNetError,
     ImageError,
     MismatchError,
+    SeveralSeriesError,
     SpecError,
 )
 
@@ -16,11 +18,17 @@ _ON_COMMAND_LINE = "send a zip of one whole series, or choose one with ?series=U
 
 
 class RefusedError(Exception):
-    """An answer that is none: `status` as HTTP counts, and why."""
+    """An answer that is none: `status` as HTTP counts, and why.
 
-    def __init__(self, status: int, sentence: str, *, retry_after_s: int | None = None) -> None:
+    `series`: those of which the client has to choose one, see `SeveralSeriesError`.
+    """
+
+    def __init__(
+        self, status: int, sentence: str, *, retry_after_s: int | None = None, series: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(sentence)
         self.status, self.sentence, self.retry_after_s = status, sentence, retry_after_s
+        self.series = series or {}
 
 
 def refusal_of(error: FastnnUNetError, folder: Path) -> RefusedError:
@@ -30,7 +38,8 @@ def refusal_of(error: FastnnUNetError, folder: Path) -> RefusedError:
     if isinstance(error, BackendError | CorruptError | MismatchError):
         return RefusedError(500, "the model cannot predict this image; the log of the service says more")
     if isinstance(error, ImageError | SpecError):
-        return RefusedError(422, sentence(str(error), folder))
+        series = error.series if isinstance(error, SeveralSeriesError) else None
+        return RefusedError(422, sentence(str(error), folder), series=series)
     return RefusedError(500, "the prediction failed; the log of the service says more")
 
 

@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,7 @@ class Failed:
     status: int
     sentence: str
     logged: str = ""
+    series: Mapping[str, str] = field(default_factory=dict)  # of which one has to be chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ def _outcome(
         logged = _frames(e) if refusal.status == 500 else ""
         if isinstance(e, BackendError | CorruptError):  # of the model or the machine, not of an image
             logged = f"{e}\n{logged}"
-        return Failed(status=refusal.status, sentence=refusal.sentence, logged=logged)
+        return Failed(status=refusal.status, sentence=refusal.sentence, logged=logged, series=refusal.series)
     except Exception as e:  # said without its message, which may hold what the image says of a patient
         return Failed(status=500, sentence="the prediction failed; the log of the service says more", logged=_frames(e))
 

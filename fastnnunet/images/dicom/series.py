@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnnunet.errors import ImageError, printable
+from fastnnunet.errors import ImageError, SeveralSeriesError, printable
 from fastnnunet.images.dicom.grid import check_grid, in_order, slice_spacing_mm
 from fastnnunet.images.dicom.head import Head, numbers, read_head
 from fastnnunet.images.itk import last_line, no_warnings
@@ -195,16 +195,17 @@ def _find(series: DicomSeries) -> _Slices:
 def _choose(series: DicomSeries, found: Mapping[str, Mapping[Path, Head]]) -> tuple[str, list[str]]:
     """SeriesInstanceUID of the series that is meant, and what to say about the others."""
     folder, uid = series.folder, series.uid
-    listing = "\n".join(f"  {_describe(uid, heads)}" for uid, heads in found.items())
+    listing = "\n".join(f"  {printable(uid) or '(no UID)'}, {_describe(heads)}" for uid, heads in found.items())
     if uid is not None:
         if uid not in found:
             raise ImageError(f"{folder} holds no series {printable(uid)}, expected one of:\n{listing}")
         return uid, []
     volumes = [uid for uid, heads in found.items() if not all(head.is_localizer for head in heads.values())]
     if len(found) > 1 and len(volumes) != 1:
-        raise ImageError(
+        raise SeveralSeriesError(
             f"{folder} holds {len(found)} DICOM series, expected one:\n{listing}\n"
-            "predict one with -i FOLDER --series UID, or give each a folder of its own"
+            "predict one with -i FOLDER --series UID, or give each a folder of its own",
+            {printable(uid): _describe(heads) for uid, heads in found.items() if uid},
         )
     if len(found) == 1:
         return next(iter(found)), []
@@ -339,8 +340,8 @@ def _names(files: list[Path]) -> str:
     return examples([file.name for file in files])
 
 
-def _describe(uid: str, heads: Mapping[Path, Head]) -> str:
-    """One line for a choice: UID, modality, number of images, description."""
+def _describe(heads: Mapping[Path, Head]) -> str:
+    """One line for a choice: number of images, modality, description."""
     head = next(iter(heads.values()))
-    words = [printable(uid) or "(no UID)", f"{len(heads)} image(s)", *map(printable, (head.modality, head.description))]
+    words = [f"{len(heads)} image(s)", *map(printable, (head.modality, head.description))]
     return ", ".join(filter(None, words))

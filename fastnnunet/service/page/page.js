@@ -26,7 +26,16 @@ const complain = (error) => { at("problem").textContent = error?.message ?? ""; 
 function fail(error) {
   say("");
   complain(error);
+  if (Object.keys(error.series ?? {}).length) offerSeries(error.series);
   document.body.dataset.state = "failed";
+}
+
+/** The scan is not one series: one of these has to be chosen. */
+function offerSeries(series) {
+  at("series").replaceChildren(...Object.entries(series).map(([uid, what]) => new Option(`${what} (${uid})`, uid)));
+  at("series-row").hidden = false;
+  complain(new Error("The scan holds several series. Choose one and predict again."));
+  at("series").focus();
 }
 
 function showModel() {
@@ -63,6 +72,7 @@ async function take(chosen) {
   files = [...chosen].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));  // channels are numbered
   complain(null);
   forget();
+  at("series-row").hidden = true;
   at("result").hidden = true;
   showFiles();
   const drawn = files.find(canBeDrawn);
@@ -104,7 +114,7 @@ async function watch(place) {
     }
   }
   const state = await (await ask(place)).json();
-  if (state.state !== "done") throw new Error(state.error || state.state);
+  if (state.state !== "done") throw Object.assign(new Error(state.error || state.state), { series: state.series });
   return state;
 }
 
@@ -128,7 +138,8 @@ async function predicted() {
   try {
     job = "";
     setBusy(true);
-    const taken = await ask(`/models/${model().id}/jobs?${new URLSearchParams({ answer: VIEWED })}`, { method: "POST", body: form });
+    const wanted = { answer: VIEWED, ...(at("series-row").hidden ? {} : { series: at("series").value }) };
+    const taken = await ask(`/models/${model().id}/jobs?${new URLSearchParams(wanted)}`, { method: "POST", body: form });
     kept = job = `/jobs/${(await taken.json()).id}`;
     return await watch(job);
   } catch (error) {
@@ -142,7 +153,7 @@ async function predicted() {
 }
 
 function setBusy(isBusy) {
-  for (const id of ["files", "model", "example"]) at(id).disabled = isBusy;
+  for (const id of ["files", "model", "example", "series"]) at(id).disabled = isBusy;
   at("cancel").disabled = !isBusy;
   at("predict").disabled = isBusy || !files.length;
   for (const button of at("downloads").children) button.disabled = isBusy;
