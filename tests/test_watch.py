@@ -185,9 +185,11 @@ def test_what_a_killed_process_left_is_finished(toy: ToyModel, folders: tuple[Pa
     # killed between the result and its record
     file.write_text(json.dumps(begun))
     os.utime(file, ns=(0, 0))
+    (output / "dataset.json").unlink()
     inode = result.stat().st_ino
     assert once(toy, folders)[0] == Watched(done=1)
     assert result.stat().st_ino == inode
+    assert (output / "dataset.json").is_file(), "what the folder tells of its label maps is missing"
     assert records(output)["a"]["state"] == "done"
     # an image that kills every process is left alone
     result.unlink()

@@ -116,8 +116,7 @@ class _One:
         name = arrival.case.case_id
         output = self.spec.output / f"{name}{self.model.ending}"
         if before is not None and output.is_file() and output.stat().st_mtime_ns >= self.ledger.began_ns(before):
-            self.ledger.done(before)  # the process ended between the result and its record
-            return True
+            return self._done(before)  # the process ended between the result and its record
         crashes = 0 if before is None else before.crashes + 1
         entry = self.ledger.begin(name, arrival.mark, crashes)
         if entry.crashes >= MOST_CRASHES:
@@ -133,9 +132,13 @@ class _One:
         except (FastnnUNetError, KeyboardInterrupt):
             self.ledger.forget(entry)
             raise
-        self.ledger.done(entry)
-        self.model.tell_all(self.spec.output)
+        self._done(entry)
         self.progress(Message(text=f"{printable(name)}: done in {time.perf_counter() - begin:.2f} s"))
+        return True
+
+    def _done(self, entry: Entry) -> bool:
+        self.model.tell_all(self.spec.output)  # first: it is told again where the process ends before the record
+        self.ledger.done(entry)
         return True
 
     def _heard(self, event: Event) -> None:
