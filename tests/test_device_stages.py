@@ -29,6 +29,7 @@ from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime import loaded
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
+from fastnnunet.specs.locator import Locator
 from fastnnunet.specs.one_pass import OnePass
 from tests.bundles import (
     DEFAULT_RESAMPLING,
@@ -207,6 +208,22 @@ def test_the_image_goes_over_once_and_the_labels_come_back_once(
     assert sorted(n for n in cuda.uploads if n > 20 * 100) == sorted([2 * voxels, 4 * voxels, image.nbytes])
     assert sorted(cuda.downloads) == [24, 32, image.size]
     assert cuda.launches - launches == cuda.started.count("gather") > 1  # the network as a CUDA graph, tile by tile
+
+
+def test_a_locator_keeps_its_case_on_the_cpu_whatever_was_done_before(tmp_path: Path, tensorrt: FakeTensorRT) -> None:
+    spec, made = engines(SCENARIOS["window"], tmp_path, tensorrt)
+    found = Locator(
+        model_file="locator.onnx", factor=(2, 2, 2), patch_size=(16, 16, 16), architecture={}, threshold=0.5,
+        margin_mm=1.0,
+    )  # fmt: skip
+    everywhere = LoadedBundle(replace(spec, locator=found), made, threads=1, locate=False)
+    image, properties = np.zeros((1, 18, 23, 29), np.float32), {"spacing": [1.0, 1.0, 1.0]}
+    settings: dict[str, Any] = {"step_size": None, "mirroring": True, "use_gaussian": True}
+    assert not isinstance(everywhere.prepare(image, properties).data_CZYX, np.ndarray)
+    located = everywhere.with_settings(**settings)
+    assert isinstance(located.prepare(image.copy(), properties).data_CZYX, np.ndarray)
+    again = located.with_settings(**settings, locate=False)
+    assert not isinstance(again.prepare(image, properties).data_CZYX, np.ndarray)
 
 
 def test_nothing_is_left_on_the_gpu(tmp_path: Path, tensorrt: FakeTensorRT, cuda: FakeCudaWithKernels) -> None:
