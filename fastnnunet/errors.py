@@ -53,6 +53,10 @@ class ImageError(FastnnUNetError, ValueError):
     """An input image cannot be used (unreadable, wrong channels, NaN, inconsistent geometry)."""
 
 
+class UnexpectedError(FastnnUNetError):
+    """Something that nobody thought of happened to one image: a fault of this package, or of a library under it."""
+
+
 class ParityError(FastnnUNetError, ArithmeticError):
     """An exported model does not compute what the original computes."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -167,6 +168,28 @@ def test_every_image_is_predicted_once_and_a_bad_one_is_remembered(toy: ToyModel
     assert once(toy, folders, both)[0] == Watched(done=1, failed=2)  # two are no DICOM
     assert pydicom.dcmread(output / "ct.dcm").Modality == "SEG"
     assert "ct" in (output / "statistics.csv").read_text()
+
+
+def test_an_image_that_nobody_thought_of_does_not_end_it(
+    toy: ToyModel, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that is too large for this machine: started again, it would end over it again."""
+    source, output = folders
+    for number, name in enumerate(("a", "b", "c")):
+        write_image(source / f"{name}_0000.nii.gz", number)
+    errors, infer = [MemoryError("too large"), ZeroDivisionError("no")], Predictor.infer
+
+    def fail_twice(predictor: Predictor, *arguments: Any, **more: Any) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return infer(predictor, *arguments, **more)
+
+    monkeypatch.setattr(Predictor, "infer", fail_twice)
+    assert once(toy, folders)[0] == Watched(done=1, failed=2)
+    found = records(output)
+    assert "not enough memory (too large)" in str(found["a"]["message"])
+    assert "unexpected ZeroDivisionError: no" in str(found["b"]["message"])
+    assert once(toy, folders)[0] == Watched()
 
 
 def test_what_a_killed_process_left_is_finished(toy: ToyModel, folders: tuple[Path, Path]) -> None:

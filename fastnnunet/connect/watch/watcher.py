@@ -8,7 +8,7 @@ from fastnnunet.api.resident.kept import KeptModel
 from fastnnunet.connect.watch.arrivals import Arrival, Arrivals
 from fastnnunet.connect.watch.ledger import MOST_CRASHES, Entry, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
-from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, printable
+from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, UnexpectedError, printable
 from fastnnunet.events import Event, Listener, Message, ignore
 from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.specs.bundle import bundle_digest
@@ -18,7 +18,11 @@ from fastnnunet.system.files import make_folder
 
 IMAGE = OutputSpec()
 KEPT = "\n\t"  # what may stand in a message of several lines
-_OF_THE_IMAGE = (ImageError, MismatchError, MemoryError)  # other errors are the machine's or the model's, and end it
+_OF_THE_IMAGE = (
+    ImageError,
+    MismatchError,
+    UnexpectedError,
+)  # other errors are the machine's or the model's, and end it
 
 
 class _StopError(BaseException):
@@ -128,7 +132,7 @@ class _One:
             self.ledger.forget(entry)
             return None
         except _OF_THE_IMAGE as e:
-            return self._failed(entry, str(e) or "not enough memory")
+            return self._failed(entry, str(e))
         except (FastnnUNetError, KeyboardInterrupt):
             self.ledger.forget(entry)
             raise
