@@ -14,6 +14,9 @@ from typing import Any
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+LINES = "\n\t"  # what may stand in a message of several lines
+
+
 def printable(text: object, keep: str = "") -> str:
     """A text as a terminal may be given it: control characters, which it would obey, escaped but those to `keep`."""
     return "".join(
@@ -53,7 +56,7 @@ class ImageError(FastnnUNetError, ValueError):
     """An input image cannot be used (unreadable, wrong channels, NaN, inconsistent geometry)."""
 
 
-class UnexpectedError(FastnnUNetError):
+class UnexpectedError(FastnnUNetError, RuntimeError):
     """Something that nobody thought of happened to one image: a fault of this package, or of a library under it."""
 
 

@@ -19,10 +19,11 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
+from fastnnunet.api.predict import IMAGE
 from fastnnunet.connect.watch.arrivals import Arrivals, all_cases, found_cases, left_over
 from fastnnunet.connect.watch.ledger import FOLDER, MOST_CRASHES, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
-from fastnnunet.connect.watch.watcher import IMAGE, Watched, watch
+from fastnnunet.connect.watch.watcher import Watched, watch
 from fastnnunet.errors import FastnnUNetError, NotFoundError, SpecError
 from fastnnunet.events import Event, Message
 from fastnnunet.outputs.spec import OutputSpec

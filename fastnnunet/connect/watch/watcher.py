@@ -4,11 +4,20 @@ import threading
 import time
 from dataclasses import dataclass
 
+from fastnnunet.api.predict import IMAGE
 from fastnnunet.api.resident.kept import KeptModel
 from fastnnunet.connect.watch.arrivals import Arrival, Arrivals
 from fastnnunet.connect.watch.ledger import MOST_CRASHES, Entry, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
-from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, UnexpectedError, printable
+from fastnnunet.errors import (
+    LINES,
+    FastnnUNetError,
+    ImageError,
+    MismatchError,
+    NotFoundError,
+    UnexpectedError,
+    printable,
+)
 from fastnnunet.events import Event, Listener, Message, ignore
 from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.specs.bundle import bundle_digest
@@ -16,13 +25,11 @@ from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.run.kept import KeptModelSpec
 from fastnnunet.system.files import make_folder
 
-IMAGE = OutputSpec()
-KEPT = "\n\t"  # what may stand in a message of several lines
 _OF_THE_IMAGE = (
     ImageError,
     MismatchError,
     UnexpectedError,
-)  # other errors are the machine's or the model's, and end it
+)  # others are the machine's or the model's, and end it
 
 
 class _StopError(BaseException):
@@ -152,5 +159,5 @@ class _One:
 
     def _failed(self, entry: Entry, message: str) -> bool:
         self.ledger.failed(entry, message)
-        self.progress(Message(text=f"failed: {printable(entry.case)}: {printable(message, keep=KEPT)}", level="error"))
+        self.progress(Message(text=f"failed: {printable(entry.case)}: {printable(message, keep=LINES)}", level="error"))
         return False
