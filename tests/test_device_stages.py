@@ -24,7 +24,7 @@ from fastnnunet.engines.tensorrt import TensorRTEngine
 from fastnnunet.engines.trt import library as seam
 from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.engines.trt.store import EngineKey, write_engine
-from fastnnunet.errors import BackendError, ImageError
+from fastnnunet.errors import BackendError, ImageError, NoMemoryError
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime import loaded
 from fastnnunet.runtime.loaded import LoadedBundle
@@ -299,7 +299,7 @@ class TestTrouble:
         spec, made = engines(scenario, tmp_path, tensorrt)
         image = image_of(scenario)
         cuda.left_bytes = image.nbytes - 1
-        with pytest.raises(BackendError, match="the GPU has not enough memory"):
+        with pytest.raises(NoMemoryError, match="the GPU has not enough memory"):  # one pass has smaller tiles then
             LoadedBundle(spec, made).predict_array(image, {"spacing": [1.0, 1.0, 1.0]})
 
     def test_kernels_that_cannot_be_had_leave_the_rest_on_the_cpu(
