@@ -134,7 +134,10 @@ def predict(
         bool, options.ask("--disable_progress_bar", "No progress bar.", options.OUTPUT)
     ] = False,
     not_on_device: Annotated[
-        bool, options.ask("--not_on_device", "Changes nothing: tiles are always summed in main memory.", options.RUN)
+        bool,
+        options.ask(
+            "--not_on_device", "Changes nothing: tiles are summed where the network leaves its logits.", options.RUN
+        ),
     ] = False,
     backend: Annotated[
         str,
