@@ -13,6 +13,8 @@ from typing import Any
 # what an OSError says of a full disk, a quota, or a limit on the size of a file
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
+LINES = "\n\t"  # what may stand in a message of several lines
+
 
 def printable(text: object, keep: str = "") -> str:
     """A text as a terminal may be given it: control characters, which it would obey, escaped but those to `keep`."""
@@ -65,6 +67,10 @@ class SeveralSeriesError(ImageError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class UnexpectedError(FastnnUNetError, RuntimeError):
+    """Something that nobody thought of happened to one image: a fault of this package, or of a library under it."""
 
 
 class ParityError(FastnnUNetError, ArithmeticError):

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from threading import Barrier
+from typing import get_args
 
 import numpy as np
 
 from fastnnunet.cache.codecs.base import Codec
 from fastnnunet.cache.interfaces import Float32Array, TeacherFactory
 from fastnnunet.cache.seen import FoldTally, TallyingTeacher
-from fastnnunet.engines.base import Engine
+from fastnnunet.engines.base import Engine, Precision
 
 _SUM = 2e-6  # of float32 channels
 
@@ -65,7 +66,7 @@ def check_engine(
     `expected_NHX` are the network's logits of the batch, `relative` the difference allowed as a share of the largest.
     """
     assert engine.name, "an engine has a name"
-    assert engine.precision in ("fp32", "bf16", "fp16", "int8"), f"precision {engine.precision!r}"
+    assert engine.precision in get_args(Precision), f"precision {engine.precision!r}"
     assert engine.overhead > 0, f"a tile takes {engine.overhead} times what its network holds"
     tile = engine.largest_tile
     assert tile is None or len(tile) == batch_NCX.ndim - 2, f"the largest tile is {tile}, expected all of its axes"

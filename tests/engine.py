@@ -26,7 +26,7 @@ BUILD = Path(os.environ.get("FASTNNUNET_ENGINE_BUILD") or CHECKOUT / "build" / "
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])  # cmake may be pip's
 COMPILERS = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
 OK, BAD_ARGUMENT, BAD_OPTION, NOT_FOUND, CORRUPT, NEWER, BAD_IMAGE, BACKEND = range(8)
-CANCELLED = 10
+NO_ROOM, CANCELLED = 9, 10
 
 
 @functools.cache

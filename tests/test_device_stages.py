@@ -24,11 +24,12 @@ from fastnnunet.engines.tensorrt import TensorRTEngine
 from fastnnunet.engines.trt import library as seam
 from fastnnunet.engines.trt.cuda import Cuda
 from fastnnunet.engines.trt.store import EngineKey, write_engine
-from fastnnunet.errors import BackendError, ImageError
+from fastnnunet.errors import BackendError, ImageError, NoMemoryError
 from fastnnunet.nnunet.onnx import to_onnx
 from fastnnunet.runtime import loaded
 from fastnnunet.runtime.loaded import LoadedBundle
 from fastnnunet.runtime.predict import Predictor
+from fastnnunet.specs.locator import Locator
 from fastnnunet.specs.one_pass import OnePass
 from tests.bundles import (
     DEFAULT_RESAMPLING,
@@ -209,6 +210,22 @@ def test_the_image_goes_over_once_and_the_labels_come_back_once(
     assert cuda.launches - launches == cuda.started.count("gather") > 1  # the network as a CUDA graph, tile by tile
 
 
+def test_a_locator_keeps_its_case_on_the_cpu_whatever_was_done_before(tmp_path: Path, tensorrt: FakeTensorRT) -> None:
+    spec, made = engines(SCENARIOS["window"], tmp_path, tensorrt)
+    found = Locator(
+        model_file="locator.onnx", factor=(2, 2, 2), patch_size=(16, 16, 16), architecture={}, threshold=0.5,
+        margin_mm=1.0,
+    )  # fmt: skip
+    everywhere = LoadedBundle(replace(spec, locator=found), made, threads=1, locate=False)
+    image, properties = np.zeros((1, 18, 23, 29), np.float32), {"spacing": [1.0, 1.0, 1.0]}
+    settings: dict[str, Any] = {"step_size": None, "mirroring": True, "use_gaussian": True}
+    assert not isinstance(everywhere.prepare(image, properties).data_CZYX, np.ndarray)
+    located = everywhere.with_settings(**settings)
+    assert isinstance(located.prepare(image.copy(), properties).data_CZYX, np.ndarray)
+    again = located.with_settings(**settings, locate=False)
+    assert not isinstance(again.prepare(image, properties).data_CZYX, np.ndarray)
+
+
 def test_nothing_is_left_on_the_gpu(tmp_path: Path, tensorrt: FakeTensorRT, cuda: FakeCudaWithKernels) -> None:
     scenario = SCENARIOS["cropped, resampled"]
     spec, made = engines(scenario, tmp_path, tensorrt)
@@ -282,7 +299,7 @@ class TestTrouble:
         spec, made = engines(scenario, tmp_path, tensorrt)
         image = image_of(scenario)
         cuda.left_bytes = image.nbytes - 1
-        with pytest.raises(BackendError, match="the GPU has not enough memory"):
+        with pytest.raises(NoMemoryError, match="the GPU has not enough memory"):  # one pass has smaller tiles then
             LoadedBundle(spec, made).predict_array(image, {"spacing": [1.0, 1.0, 1.0]})
 
     def test_kernels_that_cannot_be_had_leave_the_rest_on_the_cpu(

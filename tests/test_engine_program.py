@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -384,6 +385,21 @@ def test_a_full_disk(program: Path, bundle: Path, images: Path, tmp_path: Path) 
     done = run(program, "predict", "-i", images, "-o", tmp_path / "out" / "deeper", "-m", bundle)
     assert done.returncode == 2
     assert "cannot make the folder" in done.stderr
+    words = ["predict", "-i", images, "-o", tmp_path / "small", "-m", bundle, "--save_probabilities", "--threads", 1]
+    full = subprocess.run(
+        list(map(str, (program, *words))),
+        capture_output=True,
+        text=True,
+        env=engine.environment(),
+        restore_signals=False,  # Python minds no SIGXFSZ
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
+    )
+    assert full.returncode == 2, "a full disk is no fault of one image of many"
+    assert full.stderr.startswith("error: no room left to write "), full.stderr
+    assert not any(".partial" in file.name or "b." in file.name for file in (tmp_path / "small").iterdir())
+    with pytest.raises(engine.EngineError) as caught:
+        engine.Engine(bundle).predict_files([images / "a_0000.nii.gz"], tmp_path / "missing" / "a.nii.gz")
+    assert caught.value.status == engine.NO_ROOM
 
 
 def test_its_size(program: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import pytest
 import SimpleITK as sitk
 
 from fastnnunet.cli.main import main
+from fastnnunet.connect.remote.archive import zip_series
 from fastnnunet.connect.remote.client import TOKEN, service_at
 from fastnnunet.connect.remote.job import predict_remotely
-from fastnnunet.errors import ServerError
+from fastnnunet.errors import ImageError, ServerError
 from fastnnunet.events import Event, Message, Progress
 from fastnnunet.release.measured import Quality, Speed, note
 from fastnnunet.runtime.predict import Predictor
@@ -116,6 +118,19 @@ def test_a_dicom_series_is_sent_as_a_zip_without_names(running: Serving, bundle:
     file = predict_remotely(service_at(running.url), "bundle", [tmp_path / "Doe"], tmp_path / "out")
     assert file.name == "Doe.nii.gz"
     assert same(file, sitk.ReadImage(str(wanted.output)))
+
+
+def test_files_of_any_time_are_sent_and_too_large_a_series_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in write_series(tmp_path / "series", np.zeros((2, 4, 5))):
+        os.utime(file, (0, 0))  # a zip tells no day before 1980
+    zip_series(tmp_path / "series", tmp_path / "image.zip")
+    with zipfile.ZipFile(tmp_path / "image.zip") as archive:
+        assert archive.namelist() == ["00001.dcm", "00002.dcm"]
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    with pytest.raises(ImageError, match="too large to be sent"):
+        zip_series(tmp_path / "series", tmp_path / "image.zip")
 
 
 @pytest.mark.parametrize(

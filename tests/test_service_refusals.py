@@ -22,10 +22,13 @@ import SimpleITK as sitk
 from fastnnunet.errors import FastnnUNetError, SpecError
 from fastnnunet.service import devices
 from fastnnunet.service.jobs import JobStore
+from fastnnunet.service.models import Served
 from fastnnunet.service.refusals import RefusedError
 from fastnnunet.service.run import check_token, listening
 from fastnnunet.service.run import serve as serve_bundles
 from fastnnunet.service.spec import ServiceSpec
+from fastnnunet.service.worker import Loading
+from fastnnunet.system.children import Children
 from tests.bundles import Toy, make_toy_model, smooth_noise
 from tests.dicom_files import write_series
 from tests.serving import Serving, children, serving, serving_process, until
@@ -363,6 +366,27 @@ def test_the_queue_is_bounded_models_are_unloaded_and_a_dead_child_is_replaced(
         assert post(serve, image).content == right
 
         until(lambda: serve.service.pids == [] and serve.client.get("/ready").json()["loaded"] == [])
+
+
+def test_a_child_that_died_while_nobody_asked_is_forgotten(tmp_path: Path) -> None:
+    thread = devices.DeviceThread(
+        devices.Waiting(1, 1),
+        JobStore(tmp_path, room_bytes=1, keep_s=1),
+        Served({}, {"old": tmp_path, "new": tmp_path}, {}),
+        Loading(backend="auto", precision="fp32", threads=1, device=None, most_voxels=1, most_bytes=1),
+        idle_s=60,
+        time_limit_s=1,
+    )
+    context = Children()
+    ours, theirs = context.Pipe()
+    child = context.Process(target=time.sleep, args=(0,))
+    child.start()
+    child.join()
+    theirs.close()
+    thread._child, now = (child, ours), time.monotonic()
+    thread._used = {"old": now - 61, "new": now}
+    thread._unload_idle()  # which told the child, and ended the thread with the error of doing so
+    assert (thread.pid, thread.loaded) == (None, [])
 
 
 def test_the_work_folder_is_bounded_cleaned_and_of_one_service(tmp_path: Path) -> None:

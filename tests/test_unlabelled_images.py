@@ -1,6 +1,7 @@
 """Images without labels: preprocessed as nnU-Net preprocesses labelled ones, labelled as the ordinary cache is."""
 
 import dataclasses
+import errno
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import zarr
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
-from fastnnunet.errors import CorruptError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import CorruptError, DiskSpaceError, ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.unlabelled import sets as unlabelled
 from fastnnunet.nnunet.unlabelled.foreground import read_locations, write_locations
 from fastnnunet.nnunet.unlabelled.sets import resolve_set
@@ -165,6 +166,15 @@ class TestCache:
         (tmp_path / "a" / "case.npz").write_bytes(b"PK")
         with pytest.raises(CorruptError, match="cannot be read"):
             read_locations(tmp_path / "a" / "case.npz")
+
+    def test_locations_that_cannot_be_written_leave_no_file(self, tmp_path, monkeypatch):
+        def fail(file, **arrays):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "savez_compressed", fail)
+        with pytest.raises(DiskSpaceError):
+            write_locations(tmp_path / "a" / "case.npz", {})
+        assert list((tmp_path / "a").iterdir()) == []
 
     def test_other_caches_are_not_taken_for_the_data_sets_own(self, world):
         build_unlabelled(image_folder(world, "tiny_00"))

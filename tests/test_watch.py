@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
 
+from fastnnunet.api.predict import IMAGE
 from fastnnunet.connect.watch.arrivals import Arrivals, all_cases, found_cases, left_over
 from fastnnunet.connect.watch.ledger import FOLDER, MOST_CRASHES, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
-from fastnnunet.connect.watch.watcher import IMAGE, Watched, watch
+from fastnnunet.connect.watch.watcher import Watched, watch
 from fastnnunet.errors import FastnnUNetError, NotFoundError, SpecError
 from fastnnunet.events import Event, Message
 from fastnnunet.outputs.spec import OutputSpec
@@ -169,6 +171,28 @@ def test_every_image_is_predicted_once_and_a_bad_one_is_remembered(toy: ToyModel
     assert "ct" in (output / "statistics.csv").read_text()
 
 
+def test_an_image_that_nobody_thought_of_does_not_end_it(
+    toy: ToyModel, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that is too large for this machine: started again, it would end over it again."""
+    source, output = folders
+    for number, name in enumerate(("a", "b", "c")):
+        write_image(source / f"{name}_0000.nii.gz", number)
+    errors, infer = [MemoryError("too large"), ZeroDivisionError("no")], Predictor.infer
+
+    def fail_twice(predictor: Predictor, *arguments: Any, **more: Any) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return infer(predictor, *arguments, **more)
+
+    monkeypatch.setattr(Predictor, "infer", fail_twice)
+    assert once(toy, folders)[0] == Watched(done=1, failed=2)
+    found = records(output)
+    assert "not enough memory (too large)" in str(found["a"]["message"])
+    assert "unexpected ZeroDivisionError: no" in str(found["b"]["message"])
+    assert once(toy, folders)[0] == Watched()
+
+
 def test_what_a_killed_process_left_is_finished(toy: ToyModel, folders: tuple[Path, Path]) -> None:
     source, output = folders
     image = write_image(source / "a_0000.nii.gz")
@@ -185,9 +209,11 @@ def test_what_a_killed_process_left_is_finished(toy: ToyModel, folders: tuple[Pa
     # killed between the result and its record
     file.write_text(json.dumps(begun))
     os.utime(file, ns=(0, 0))
+    (output / "dataset.json").unlink()
     inode = result.stat().st_ino
     assert once(toy, folders)[0] == Watched(done=1)
     assert result.stat().st_ino == inode
+    assert (output / "dataset.json").is_file(), "what the folder tells of its label maps is missing"
     assert records(output)["a"]["state"] == "done"
     # an image that kills every process is left alone
     result.unlink()

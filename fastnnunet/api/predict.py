@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import printable
+from fastnnunet.errors import LINES, printable
 from fastnnunet.events import Event, Listener, Message, Result, ignore
 from fastnnunet.outputs.spec import OutputSpec
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fastnnunet.runtime.predict import CaseResult
 
 IMAGE = OutputSpec()
-KEPT = "\n\t"  # what may stand in a message of several lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +104,7 @@ def predict(
 
     def told(event: Event) -> None:
         if isinstance(event, Result) and event.value.error is not None:
-            text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=KEPT)}"
+            text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=LINES)}"
             progress(Message(text=text, level="error"))
         progress(event)
 

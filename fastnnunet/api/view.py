@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fastnnunet.errors import printable
+from fastnnunet.errors import LINES, printable
 from fastnnunet.events import Event, Message, Progress, Stage, Timed
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
-
-KEPT = "\n\t"  # what may stand in a message of several lines
 
 
 class View(AbstractContextManager["View"]):
@@ -52,7 +50,7 @@ class View(AbstractContextManager["View"]):
 
     def print(self, text: str) -> None:
         """A text above the bars."""
-        self._console.print(printable(text, keep=KEPT), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text, keep=LINES), markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, event: Progress) -> None:
         bars = self._bars = self._bars or _new_bars(self._console)

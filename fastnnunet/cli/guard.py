@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from fastnnunet.errors import NO_ROOM, FastnnUNetError, SpecError, printable
+from fastnnunet.errors import LINES, NO_ROOM, FastnnUNetError, SpecError, printable
 
 # top-level modules that are no part of the base install
 EXTRA_OF = {
@@ -35,7 +35,6 @@ MENDED = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "mend the link, which leads in circles",
 }
-LINES = "\n\t"  # what may stand in a message of several lines
 
 
 def refuse_empty(argv: Sequence[str]) -> None:

@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from fastnnunet.cli.parts import options
 from fastnnunet.cli.parts.fields import spread
 from fastnnunet.errors import SpecError, printable
+from fastnnunet.specs.run.precision import Precision
 
 if TYPE_CHECKING:
     from fastnnunet.api.predict import Predicted
@@ -134,7 +135,10 @@ def predict(
         bool, options.ask("--disable_progress_bar", "No progress bar.", options.OUTPUT)
     ] = False,
     not_on_device: Annotated[
-        bool, options.ask("--not_on_device", "Changes nothing: tiles are always summed in main memory.", options.RUN)
+        bool,
+        options.ask(
+            "--not_on_device", "Changes nothing: tiles are summed where the network leaves its logits.", options.RUN
+        ),
     ] = False,
     backend: Annotated[
         str,
@@ -143,7 +147,7 @@ def predict(
         ),
     ] = "auto",
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16", "int8"],
+        Precision,
         options.ask(
             "--precision",
             "fp32 (as nnU-Net); bf16: faster where the CPU has it, not exact; int8: after `fastnnunet export "

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from fastnnunet.engines.devices import CPU, Device
 from fastnnunet.specs.bundle import BundleSpec
+from fastnnunet.specs.run.precision import Precision as Precision
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Array: TypeAlias = npt.NDArray[np.float32]
 
 

@@ -70,7 +70,7 @@ def find_cases(source: Path, spec: BundleSpec) -> list[Case]:
         raise NotFoundError(f"input {what}: {printable(source)}\nexpected an image file or a folder of images")
     if names := regular_files(source, spec.file_ending):
         cases = _by_case(source, names, spec.file_ending, numbered=True)
-        _tell(source, passed_over(source, {*names, *companions(source, names, cases, spec)}, spec.file_ending))
+        _tell(source, passed_over(source, {*names, *companions(names, cases, spec)}, spec.file_ending))
         return cases
     cases = dicom_cases(source, len(spec.channel_names))
     if not cases:
@@ -148,7 +148,7 @@ def _deeper(source: Path, taken: Sequence[str]) -> list[str]:
     ]
 
 
-def companions(source: Path, names: list[str], cases: Sequence[Case], spec: BundleSpec) -> set[str]:
+def companions(names: list[str], cases: Sequence[Case], spec: BundleSpec) -> set[str]:
     """Files that belong to images without being one: the voxels of a header, the spacing of a TIFF file."""
     stems = [name[: len(name) - len(spec.file_ending)] for name in names]
     return {stem + ending for stem in (*stems, *(case.case_id for case in cases)) for ending in _COMPANION_ENDINGS}

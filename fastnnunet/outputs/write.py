@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from fastnnunet.errors import ImageError, SpecError
 from fastnnunet.images.dicom.series import DicomSeries
 from fastnnunet.images.io import ImageIO
 from fastnnunet.images.output import sibling
 from fastnnunet.outputs.dicom.codes import BUNDLE_FILE, LabelCodes, label_codes
-from fastnnunet.outputs.labelled import LabelledImage, Structure, structures_of
+from fastnnunet.outputs.labelled import LabelledImage, Structure, grid_of, structures_of
 from fastnnunet.outputs.mesh.files import ENDING as MESH_ENDING
 from fastnnunet.outputs.mesh.files import stl_files, write_mesh
 from fastnnunet.outputs.preview import preview
@@ -182,6 +183,29 @@ class OutputWriter:
                 codes=codes,
                 segmentation_type=self.spec.segmentation_type,
             )
+
+    def labelled(
+        self,
+        case: str,
+        labels_ZYX: npt.NDArray[Any],
+        properties: Mapping[str, Any],
+        *,
+        image_CZYX: npt.NDArray[np.float32] | None = None,
+        series: DicomSeries | None = None,
+    ) -> LabelledImage:
+        """A label map of this model on the grid that a reader's `properties` tell of."""
+        affine, in_patient = grid_of(properties)
+        return LabelledImage(
+            case=case,
+            labels_ZYX=labels_ZYX,
+            affine=affine,
+            structures=self.structures,
+            in_patient=in_patient,
+            image_CZYX=image_CZYX,
+            channel_names=self.channel_names,
+            series=series,
+            model=self.model,
+        )
 
     def write(self, labelled: LabelledImage, output: Path, io: ImageIO, properties: dict[str, Any]) -> None:
         """Everything beside `output`, then `output` itself: where it is, all is.

@@ -190,6 +190,8 @@ class LoadedBundle:
     ) -> Self:
         """The same bundle, not loaded again, with other settings. Raises SpecError."""
         other = copy.copy(self)
+        if locate != self.locate:
+            other._device = []  # a locator cuts on the CPU
         other.locate = locate
         other.mirror_axes = self.spec.mirror_axes if mirroring else None
         other.way = other._choose_way(step_size, use_gaussian, passes, memory_limit)

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread, get_ident
 from typing import Any, TypeAlias, TypeVar
 
-from fastnnunet.errors import FastnnUNetError
+from fastnnunet.errors import FastnnUNetError, ImageError, UnexpectedError
 from fastnnunet.system.files import abandon_output, files_together
 
 _log = logging.getLogger(__name__)
@@ -141,10 +141,10 @@ def _attempt(call: Callable[..., Finished], *arguments: Any) -> Outcome[Finished
     except FastnnUNetError as e:
         return e
     except MemoryError as e:
-        return FastnnUNetError(f"not enough memory ({e})\nclose other programs, or crop the image")
+        return ImageError(f"not enough memory ({e})\nclose other programs, or crop the image")
     except Exception as e:  # what nobody thought of, in one image of many
         _log.debug("unexpected error", exc_info=True)
-        return FastnnUNetError(
+        return UnexpectedError(
             f"unexpected {type(e).__name__}: {e}\nplease report it, with the shape and the header of the image"
         )
 

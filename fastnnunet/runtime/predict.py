@@ -39,7 +39,6 @@ from fastnnunet.images.output import (
 )
 from fastnnunet.images.overlap import inputs_of, refuse_model_folder, refuse_overlap
 from fastnnunet.images.tidy.cleanup import Cleanup, clean
-from fastnnunet.outputs.labelled import LabelledImage, grid_of
 from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.outputs.write import OutputWriter, check_series, output_writer
 from fastnnunet.runtime.loaded import Inferred, LoadedBundle, Prediction
@@ -190,17 +189,9 @@ class Predictor(LoadedBundle):
         make_folder(output.parent)
         if probabilities_HZYX is not None:
             write_probabilities(probabilities_HZYX, properties, output, writer.ending)
-        affine, in_patient = grid_of(properties)
-        labelled = LabelledImage(
-            case=plan.case.case_id,
-            labels_ZYX=segmentation_ZYX,
-            affine=affine,
-            in_patient=in_patient,
-            structures=writer.structures,
-            image_CZYX=loaded.image_CZYX,
-            channel_names=writer.channel_names,
-            series=next(iter(plan.case.series), None),
-            model=writer.model,
+        series = next(iter(plan.case.series), None)
+        labelled = writer.labelled(
+            plan.case.case_id, segmentation_ZYX, properties, image_CZYX=loaded.image_CZYX, series=series
         )
         io = image_io(self.spec.reader_writer)
         # the label map last: where it is, all other files of the case are

@@ -147,8 +147,9 @@ class DeviceThread(threading.Thread):
             del self._used[name]
         if idle and self._child is not None:
             log.info("idle: %s unloaded", ", ".join(idle))
-            if self._used:
-                self._child[1].send(Unload(bundles=tuple(self._served.bundles[name] for name in idle)))
+            if self._used and self._child[0].is_alive():
+                with contextlib.suppress(OSError):  # it ends at this moment
+                    self._child[1].send(Unload(bundles=tuple(self._served.bundles[name] for name in idle)))
             else:
                 self._end_child()  # which gives all memory back
 

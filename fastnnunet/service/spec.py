@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.home import local_home
 from fastnnunet.specs.one_pass import parse_memory
 from fastnnunet.specs.option import Option
+from fastnnunet.specs.run.precision import Precision
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -30,9 +31,7 @@ class ServiceSpec:
         Option("--device", "cpu, cuda, cuda:1, ...: one model at work on each (default: one, as `predict` chooses)."),
     ] = ()
     backend: Annotated[str, Option("--backend", "As of `predict`.")] = "auto"
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16", "int8"], Option("--precision", "As of `predict`: fp32, bf16, fp16 or int8.")
-    ] = "fp32"
+    precision: Annotated[Precision, Option("--precision", "As of `predict`: fp32, bf16, fp16 or int8.")] = "fp32"
     threads: Annotated[int | None, Option("--threads", "CPU threads (default: all).")] = None
     idle_s: Annotated[float, Option("--idle", "Seconds after which a model that nobody asks for is unloaded.")] = 600.0
     queue: Annotated[int, Option("--queue", "Requests that may wait; more are refused for a while.")] = 16

@@ -20,6 +20,7 @@ from fastnnunet.errors import BackendError, CorruptError, FastnnUNetError
 from fastnnunet.events import Event, Message, Progress
 from fastnnunet.service.refusals import RefusedError, refusal_of
 from fastnnunet.specs.bundle import BundleSpec
+from fastnnunet.specs.run.precision import Precision
 
 if TYPE_CHECKING:
     from fastnnunet.api.resident import PredictedImage, ResidentModel
@@ -32,7 +33,7 @@ class Loading:
     """How models are loaded; see `ResidentModel`."""
 
     backend: str
-    precision: str
+    precision: Precision
     threads: int | None
     device: str | None
     most_voxels: int
@@ -180,7 +181,7 @@ def _loaded(
         models[bundle] = ResidentModel(
             bundle,
             backend=loading.backend,
-            precision=loading.precision,  # type: ignore[arg-type]  # checked by the spec
+            precision=loading.precision,
             threads=loading.threads,
             device=loading.device,
             most_voxels=loading.most_voxels,

@@ -90,6 +90,3 @@ class CacheSpec:
                 "most 16 times the first"
             ]
         return []
-
-
-LAYOUT_FIELDS = ("chunk_zyx", "compressor", "level")

@@ -11,7 +11,6 @@ from fastnnunet.errors import ImageError, MismatchError
 from fastnnunet.images.cases import Case
 from fastnnunet.images.io import image_io
 from fastnnunet.images.output import files_of_case
-from fastnnunet.outputs.labelled import LabelledImage, grid_of
 from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.outputs.write import output_writer
 from fastnnunet.runtime.times import StageTimes
@@ -65,18 +64,8 @@ def write_again(
     labels_ZYX = labels_CZYX[0].astype(np.uint16)
     if image_CZYX is not None and image_CZYX.shape[1:] != labels_ZYX.shape:
         raise MismatchError(f"the image is {image_CZYX.shape[1:]} (z, y, x), its label map {labels_ZYX.shape}")
-    affine, in_patient = grid_of(properties)
-    labelled = LabelledImage(
-        case=case.case_id,
-        labels_ZYX=labels_ZYX,
-        affine=affine,
-        in_patient=in_patient,
-        structures=writer.structures,
-        image_CZYX=image_CZYX if outputs.needs_image else None,
-        channel_names=writer.channel_names,
-        series=series,
-        model=writer.model,
-    )
+    seen_CZYX = image_CZYX if outputs.needs_image else None
+    labelled = writer.labelled(case.case_id, labels_ZYX, properties, image_CZYX=seen_CZYX, series=series)
     file = output.with_name(f"{output.name}{writer.ending}")
     with times.stage("write"):
         writer.write(labelled, file, io, properties)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from fastnnunet.cli.guard import LINES
 from fastnnunet.cli.parts import options
 
 
@@ -36,7 +35,7 @@ def postprocess(
 
       fastnnunet postprocess -i predictions -o cleaned --keep-largest liver spleen --min-size 50mm3 --fill-holes
     """
-    from fastnnunet.errors import SpecError, printable
+    from fastnnunet.errors import LINES, SpecError, printable
     from fastnnunet.events import Event, Result
     from fastnnunet.images.tidy.folder import postprocess_folder, read_label_source
     from fastnnunet.images.tidy.rules import cleanup_from_words

@@ -16,7 +16,6 @@ _JSON = "application/dicom+json"
 _DICOM = "application/dicom"
 _STUDY, _SERIES, _INSTANCE = "0020000D", "0020000E", "00080018"
 _MODALITY, _DESCRIPTION, _NUMBER, _COUNT = "00080060", "0008103E", "00200011", "00201209"
-_ACCESSION = "00080050"
 _FAILED, _STORED, _REFERENCED, _REASON = "00081198", "00081199", "00081155", "00081197"
 # PS3.4 table CC.2.3-1 and PS3.18 section 10.5: what an archive says of an object that it does not take
 _REASONS = {

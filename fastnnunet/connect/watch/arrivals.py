@@ -31,7 +31,7 @@ class Arrivals:
     clock: Callable[[], float] = time.monotonic
     left_over: list[str] = field(
         default_factory=list
-    )  # of the last look: what is no image, while nothing may become one
+    )  # of the last look: what is no image, where nothing may become one
     _since: dict[str, tuple[str, float]] = field(default_factory=dict)  # case -> its mark, and since when it has that
 
     def look(self) -> tuple[list[Arrival], bool]:
@@ -78,7 +78,7 @@ def left_over(source: Path, cases: Sequence[Case], spec: BundleSpec) -> list[str
     whole = [case for case in cases if not _lacks_channels(case, spec)]
     of_whole = {place.name for case in whole for place in (*case.files, *(series.folder for series in case.series))}
     partial = sorted({*names, *folders} - of_whole)
-    found = passed_over(source, {*names, *companions(source, names, cases, spec), *folders}, spec.file_ending)
+    found = passed_over(source, {*names, *companions(names, cases, spec), *folders}, spec.file_ending)
     if partial:
         what = f"of images that lack some of {len(spec.channel_names)} channels, NAME_0000 and on"
         found.append(f"{len(partial)} {what}: {examples(partial)}")

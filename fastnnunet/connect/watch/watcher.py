@@ -4,11 +4,20 @@ import threading
 import time
 from dataclasses import dataclass
 
+from fastnnunet.api.predict import IMAGE
 from fastnnunet.api.resident.kept import KeptModel
 from fastnnunet.connect.watch.arrivals import Arrival, Arrivals
 from fastnnunet.connect.watch.ledger import MOST_CRASHES, Entry, Ledger
 from fastnnunet.connect.watch.spec import WatchSpec
-from fastnnunet.errors import FastnnUNetError, ImageError, MismatchError, NotFoundError, printable
+from fastnnunet.errors import (
+    LINES,
+    FastnnUNetError,
+    ImageError,
+    MismatchError,
+    NotFoundError,
+    UnexpectedError,
+    printable,
+)
 from fastnnunet.events import Event, Listener, Message, ignore
 from fastnnunet.outputs.spec import OutputSpec
 from fastnnunet.specs.bundle import bundle_digest
@@ -16,9 +25,11 @@ from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.run.kept import KeptModelSpec
 from fastnnunet.system.files import make_folder
 
-IMAGE = OutputSpec()
-KEPT = "\n\t"  # what may stand in a message of several lines
-_OF_THE_IMAGE = (ImageError, MismatchError, MemoryError)  # other errors are the machine's or the model's, and end it
+_OF_THE_IMAGE = (
+    ImageError,
+    MismatchError,
+    UnexpectedError,
+)  # others are the machine's or the model's, and end it
 
 
 class _StopError(BaseException):
@@ -116,8 +127,7 @@ class _One:
         name = arrival.case.case_id
         output = self.spec.output / f"{name}{self.model.ending}"
         if before is not None and output.is_file() and output.stat().st_mtime_ns >= self.ledger.began_ns(before):
-            self.ledger.done(before)  # the process ended between the result and its record
-            return True
+            return self._done(before)  # the process ended between the result and its record
         crashes = 0 if before is None else before.crashes + 1
         entry = self.ledger.begin(name, arrival.mark, crashes)
         if entry.crashes >= MOST_CRASHES:
@@ -129,13 +139,17 @@ class _One:
             self.ledger.forget(entry)
             return None
         except _OF_THE_IMAGE as e:
-            return self._failed(entry, str(e) or "not enough memory")
+            return self._failed(entry, str(e))
         except (FastnnUNetError, KeyboardInterrupt):
             self.ledger.forget(entry)
             raise
-        self.ledger.done(entry)
-        self.model.tell_all(self.spec.output)
+        self._done(entry)
         self.progress(Message(text=f"{printable(name)}: done in {time.perf_counter() - begin:.2f} s"))
+        return True
+
+    def _done(self, entry: Entry) -> bool:
+        self.model.tell_all(self.spec.output)  # first: it is told again where the process ends before the record
+        self.ledger.done(entry)
         return True
 
     def _heard(self, event: Event) -> None:
@@ -145,5 +159,5 @@ class _One:
 
     def _failed(self, entry: Entry, message: str) -> bool:
         self.ledger.failed(entry, message)
-        self.progress(Message(text=f"failed: {printable(entry.case)}: {printable(message, keep=KEPT)}", level="error"))
+        self.progress(Message(text=f"failed: {printable(entry.case)}: {printable(message, keep=LINES)}", level="error"))
         return False

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastnnunet.errors import BackendError
+from fastnnunet.errors import BackendError, NoMemoryError
 
 
 class Cuda:
     """The calls of the CUDA runtime this package makes. Addresses, streams and graphs are the runtime's own handles.
 
-    Every method raises BackendError with CUDA's name for what went wrong.
+    Every method raises BackendError with CUDA's name for what went wrong, NoMemoryError for too little memory.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -113,8 +113,10 @@ class Cuda:
     def _call(self, function: str, *arguments: Any) -> Any:
         error, *results = getattr(self._runtime, function)(*arguments)
         if error != self._runtime.cudaError_t.cudaSuccess:
-            what = "the GPU has not enough memory: " if error.name == "cudaErrorMemoryAllocation" else ""
-            raise BackendError(f"{what}{function}{arguments} failed: {self._describe(error)}")
+            said = f"{function}{arguments} failed: {self._describe(error)}"
+            if error.name == "cudaErrorMemoryAllocation":
+                raise NoMemoryError(f"the GPU has not enough memory: {said}")
+            raise BackendError(said)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _describe(self, error: Any) -> str:

@@ -2,11 +2,10 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.model import build_network, model_of
 from fastnnunet.nnunet.files.paths import model_folder, nnunet_folder
 from fastnnunet.nnunet.files.plans import (
@@ -20,6 +19,7 @@ from fastnnunet.specs.checks.json_text import read_json
 from fastnnunet.specs.checks.networks import find_network
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec, student_plans_name
+from fastnnunet.system.files import atomic_output
 
 UNETS = "dynamic_network_architectures.architectures.unet."
 PLAIN, RESIDUAL = UNETS + "PlainConvUNet", UNETS + "ResidualEncoderUNet"
@@ -253,11 +253,10 @@ def publish_plans(dataset_name: str, plans: dict[str, Any]) -> None:
     Training does not need it, so a folder that cannot be written to is a warning.
     """
     path = _published(dataset_name, plans["plans_name"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps({**plans, STUDENT_MARK: True}, indent=4))
-        os.replace(temporary, path)
-    except OSError as error:
+        with atomic_output(path) as partial:
+            partial.write_text(json.dumps({**plans, STUDENT_MARK: True}, indent=4))
+    except FastnnUNetError as error:
         log.warning("%s was not written (%s): nnUNetv2_find_best_configuration will not find it", path, error)
 
 

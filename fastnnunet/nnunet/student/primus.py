@@ -15,7 +15,6 @@ from fastnnunet.specs.student import StudentSpec
 
 PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
 OURS = "fastnnunet.nnunet.student.primus.PrimusStudent"
-STOCK_SIZES = ("S", "B", "M", "L")
 PATCH_EMBED = 8  # voxels of a token along each axis
 STOCK_INIT_VALUES = 0.1  # of nnU-Net's Primus trainers; a network built without data does not tell
 

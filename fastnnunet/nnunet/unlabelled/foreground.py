@@ -15,6 +15,7 @@ import numpy as np
 
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.checks.json_text import parse_json
+from fastnnunet.system.files import atomic_output
 
 Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> voxels (n, 4): channel 0, z, y, x
 
@@ -59,15 +60,13 @@ def open_segmentation(file: Path) -> Any:
 
 
 def write_locations(file: Path, locations: Locations) -> None:
-    """Store as .npz without pickle, atomically."""
+    """Store as .npz without pickle, whole or not at all. Raises FastnnUNetError where it cannot be written."""
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
     arrays: dict[str, Any] = {
         json.dumps(kind): np.asarray(voxels, np.int32).reshape(-1, 4) for kind, voxels in locations.items()
     }
-    with temporary.open("wb") as f:
-        np.savez_compressed(f, **arrays)
-    os.replace(temporary, file)
+    with atomic_output(file) as partial:
+        np.savez_compressed(partial, **arrays)
 
 
 def read_locations(file: Path) -> Locations:

@@ -50,7 +50,7 @@ def check_rtstruct(series: DicomSeries, *, structures: Sequence[Structure], mode
     source = source_headers(series)
     one = replace(source, slices=source.slices[:1], storage_classes=source.storage_classes[:1])
     labels_ZYX = np.full((1, 1, 1), structures[0].values[0] if structures else 0, np.uint16)
-    made = _structure_set(labels_ZYX, one, series, structures, model, codes, None)
+    made = _structure_set(labels_ZYX, one, structures, model, codes, None)
     _written(made, BytesIO(), series)
     tell(source, series, made, "RTSTRUCT")
 
@@ -70,7 +70,7 @@ def write_rtstruct(
     source, structures = source_headers(series), labelled.structures
     labels_ZYX = on_slices(labelled)
     found = codes or label_codes(structures)
-    made = _structure_set(labels_ZYX, source, series, structures, labelled.model, found, labelled.voxel_ml)
+    made = _structure_set(labels_ZYX, source, structures, labelled.model, found, labelled.voxel_ml)
     if not checked:
         tell(source, series, made, "RTSTRUCT")
     with atomic_output(file) as partial:
@@ -92,7 +92,6 @@ def _written(structure_set: Any, file: Path | BytesIO, series: DicomSeries) -> N
 def _structure_set(
     labels_ZYX: npt.NDArray[Any],
     source: SourceHeaders,
-    series: DicomSeries,
     structures: Sequence[Structure],
     model: str,
     codes: LabelCodes,

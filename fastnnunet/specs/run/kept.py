@@ -2,10 +2,11 @@
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
 from fastnnunet.errors import SpecError
 from fastnnunet.specs.option import Option
+from fastnnunet.specs.run.precision import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +15,7 @@ class KeptModelSpec:
 
     bundle: Annotated[Path, Option("-m --model", "Bundle of `fastnnunet export`.", True)]
     backend: Annotated[str, Option("--backend", "As of `predict`.")] = "auto"
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "int8"], Option("--precision", "As of `predict`.")] = "fp32"
+    precision: Annotated[Precision, Option("--precision", "As of `predict`.")] = "fp32"
     device: Annotated[str | None, Option("-device --device", "As of `predict`.")] = None
     threads: Annotated[int | None, Option("--threads", "CPU threads (default: all).")] = None
     mirroring: Annotated[bool, Option("--mirroring/--disable_tta", "Mirror as the model was trained, or not.")] = True
@@ -25,7 +26,7 @@ class KeptModelSpec:
     def __post_init__(self) -> None:
         """Raises SpecError with all problems."""
         problems = []
-        if self.precision not in (known := ("fp32", "bf16", "fp16", "int8")):
+        if self.precision not in (known := get_args(Precision)):
             problems.append(f"--precision: got {self.precision!r}, expected one of {', '.join(known)}")
         if self.threads is not None and self.threads < 1:
             problems.append(f"--threads: got {self.threads}, expected at least 1")

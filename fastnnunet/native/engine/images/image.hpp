@@ -15,6 +15,11 @@ struct ImageError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A file that cannot be written: no room, no permission, no such folder.
+struct WriteError : ImageError {
+    using ImageError::ImageError;
+};
+
 // What a reader keeps of a file for writing label maps: of each kind of reader a class of its own.
 class Header;
 
@@ -64,7 +69,7 @@ std::array<std::array<double, 4>, 4> affine_of(const Header& header);
 
 // Writes a label map with the geometry of the file that was read, in nnU-Net's type (uint8 where all labels are below
 // 255, else uint16) and the format of the name's ending: into a sibling first, so `path` is whole or as it was.
-// Throws ImageError.
+// Throws ImageError, WriteError.
 void write_labels(const std::string& path, const Labels& labels, const Header& header);
 
 }  // namespace fastnnunet::images

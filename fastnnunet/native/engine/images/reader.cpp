@@ -73,10 +73,10 @@ void check_same(const std::vector<std::string>& paths, const std::vector<Channel
         || error == EDQUOT
 #endif
     ) {
-        throw ImageError("no room left to write " + path + " (" + std::strerror(error) +
+        throw WriteError("no room left to write " + path + " (" + std::strerror(error) +
                          "); free some space, or raise the limit (quota, ulimit -f), and run again");
     }
-    throw ImageError("cannot write " + path + ": [Errno " + std::to_string(error) + "] " + std::strerror(error));
+    throw WriteError("cannot write " + path + ": [Errno " + std::to_string(error) + "] " + std::strerror(error));
 }
 
 // A new file beside `path`, of this call alone

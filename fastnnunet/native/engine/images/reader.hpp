@@ -60,7 +60,7 @@ private:
     Labels labels_;
 };
 
-// Writes a file as a whole: to a sibling that is renamed when it is complete. Throws ImageError.
+// Writes a file as a whole: to a sibling that is renamed when it is complete. Throws WriteError.
 void write_file(const std::string& path, const std::vector<std::uint8_t>& content);
 
 using Reader = std::function<Image(const std::vector<std::string>&, const ReadOptions&, bool is_segmentation)>;

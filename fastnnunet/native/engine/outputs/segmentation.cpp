@@ -214,7 +214,7 @@ void SegmentationWriter::write(const std::string& name, const LabelMap& labels, 
     if (!error) return;
     const std::string why = error.message();
     fs::remove(partial, error);
-    throw BadImage("cannot write " + file + ": " + why);
+    throw NoRoomError("cannot write " + file + ": " + why);
 }
 
 bool SegmentationWriter::is_whole(const std::string& file) const {

@@ -24,6 +24,8 @@ template <class Body>
 auto as_ours(const Body& body) {
     try {
         return body();
+    } catch (const images::WriteError& e) {
+        throw NoRoomError(e.what());
     } catch (const images::ImageError& e) {
         throw BadImage(e.what());
     }

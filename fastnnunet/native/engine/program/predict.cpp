@@ -37,19 +37,15 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 // Writes a text to a sibling first, so that the file is whole or as it was.
 void write_text(const std::string& path, const std::string& text) {
     const std::string partial = path + ".partial-" + std::to_string(getpid());
-    {
-        std::ofstream file(partial, std::ios::binary);
-        file << text;
-        file.close();
-        if (!file) {
-            std::error_code ignored;
-            fs::remove(partial, ignored);
-            throw NoRoomError("cannot write " + path + ": no room, or no permission\nmake room, or give another -o");
-        }
-    }
-    std::error_code error;
-    fs::rename(partial, path, error);
-    if (error) throw NoRoomError("cannot write " + path + ": " + error.message());
+    std::ofstream file(partial, std::ios::binary);
+    file << text;
+    file.close();
+    std::error_code error, ignored;
+    if (file) fs::rename(partial, path, error);
+    if (file && !error) return;
+    fs::remove(partial, ignored);
+    throw NoRoomError("cannot write " + path + ": " + (error ? error.message() : "no room, or no permission") +
+                      "\nmake room, or give another -o");
 }
 
 void make_folder(const fs::path& folder) {
