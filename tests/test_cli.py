@@ -25,6 +25,19 @@ def run(*words, module="fastnnunet.cli.main", function="main", env=None):
     )
 
 
+@pytest.fixture
+def run_here(capsys):
+    """`run` in this process, where torch and nnU-Net are imported already."""
+    from fastnnunet.cli.main import main
+
+    def run_here(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(map(str, words)))
+        return subprocess.CompletedProcess(words, stopped.value.code, *capsys.readouterr())
+
+    return run_here
+
+
 def refused(done, *expected):
     """Exit code 2, one message, no traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -152,38 +165,38 @@ def test_three_stages_and_their_aliases(world, tmp_path):
 
 
 class TestRefusals:
-    def test_unknown_dataset(self, world):
+    def test_unknown_dataset(self, run_here, world):
         for command in ("cache build", "cache plan", "train -f 0 -r 2"):
-            refused(run(*command.split(), "-d", "77"), "unknown data set '77'", DATASET)
-        refused(run("export", "onnx", "-d", "77", "-f", "0", "-r", "2", "-o", "b"), "unknown data set '77'")
+            refused(run_here(*command.split(), "-d", "77"), "unknown data set '77'", DATASET)
+        refused(run_here("export", "onnx", "-d", "77", "-f", "0", "-r", "2", "-o", "b"), "unknown data set '77'")
 
     def test_unset_variables(self, world, monkeypatch):
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             monkeypatch.delenv(name)
         refused(run("cache", "build", "-d", "998"), "nnUNet_preprocessed is not set")
 
-    def test_missing_folds(self, world):
-        refused(run("cache", "build", "-d", "998", "-f", "0", "7"), "fold(s) 7 have no checkpoint_final.pth")
-        refused(run("cache", "build", "-d", "998", "-f", "zero"), "'zero' is no fold")
+    def test_missing_folds(self, run_here, world):
+        refused(run_here("cache", "build", "-d", "998", "-f", "0", "7"), "fold(s) 7 have no checkpoint_final.pth")
+        refused(run_here("cache", "build", "-d", "998", "-f", "zero"), "'zero' is no fold")
 
-    def test_truncated_checkpoint(self, world):
+    def test_truncated_checkpoint(self, run_here, world):
         path = world / "results" / DATASET / f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}/fold_0/checkpoint_final.pth"
         path.write_bytes(path.read_bytes()[:1000])
-        refused(run("cache", "build", "-d", "998"), "fold_0/checkpoint_final.pth cannot be read")
+        refused(run_here("cache", "build", "-d", "998"), "fold_0/checkpoint_final.pth cannot be read")
 
-    def test_r_that_leaves_no_channels(self, world):
-        refused(run("train", "-d", "998", "-f", "0", "-r", "99"), "-r 99 leaves no channels")
+    def test_r_that_leaves_no_channels(self, run_here, world):
+        refused(run_here("train", "-d", "998", "-f", "0", "-r", "99"), "-r 99 leaves no channels")
 
-    def test_no_student(self, world):
+    def test_no_student(self, run_here, world):
         refused(
-            run("export", "onnx", "-d", "998", "-f", "0", "-r", "3", "-o", "b"),
+            run_here("export", "onnx", "-d", "998", "-f", "0", "-r", "3", "-o", "b"),
             "no student nnUNetPlans_r3",
             "fastnnunet train",
         )
 
-    def test_wrong_spec_file(self, world, tmp_path):
+    def test_wrong_spec_file(self, run_here, world, tmp_path):
         (tmp_path / "s.yaml").write_text("temprature: 2")
-        refused(run("cache", "build", "-d", "998", "--spec", tmp_path / "s.yaml"), "unknown field 'temprature'")
+        refused(run_here("cache", "build", "-d", "998", "--spec", tmp_path / "s.yaml"), "unknown field 'temprature'")
 
     def test_base_install_says_which_extra_is_missing(self, tmp_path):
         blocked = "import sys\nfor m in ('torch', 'nnunetv2', 'zarr', 'google_crc32c'): sys.modules[m] = None\n"
@@ -192,5 +205,5 @@ class TestRefusals:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         refused(done, "needs the package", "pip install 'fastnnunet[train]'")
 
-    def test_no_bundle(self, tmp_path):
-        refused(run("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "b"), "no bundle at")
+    def test_no_bundle(self, run_here, tmp_path):
+        refused(run_here("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "b"), "no bundle at")
