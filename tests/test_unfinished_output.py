@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,9 @@ from fastnnunet.images.finished import is_archive, is_pickle, is_segmentation
 from fastnnunet.images.io import image_io
 from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
-from fastnnunet.system.files import atomic_output, files_together
+from fastnnunet.service.refusals import RefusedError
+from fastnnunet.service.uploads.archives import unpack
+from fastnnunet.system.files import atomic_output, files_together, replace_folder
 from fastnnunet.system.whole import is_whole
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 
@@ -463,3 +466,41 @@ def test_the_ends_of_files(tmp_path: Path) -> None:
                 assert not is_whole(file)
     (tmp_path / "a.txt").write_text("anything")
     assert is_whole(tmp_path / "a.txt") is None
+
+
+def test_a_folder_that_cannot_be_replaced_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, place = tmp_path / "made", tmp_path / "place"
+    for folder in (made, place):
+        folder.mkdir()
+        (folder / "which").write_text(folder.name)
+    rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == made:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match="cross-device"):
+            replace_folder(made, place)
+    assert {p.name: (p / "which").read_text() for p in tmp_path.iterdir()} == {"made": "made", "place": "place"}
+    replace_folder(made, place)
+    assert {p.name: (p / "which").read_text() for p in tmp_path.iterdir()} == {"place": "made"}
+
+
+def test_an_upload_that_the_disk_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = tmp_path / "series.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("slice.dcm", bytes(128) + b"DICM" + bytes(100))
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode == "wb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RefusedError, match="no room left") as refused:
+        unpack(packed, tmp_path / "slices", most_bytes=1000)
+    assert refused.value.status == 507

@@ -39,6 +39,7 @@ from fastnnunet.specs.bundle import MODEL_FILE, ONE_PASS_FORMAT, BundleSpec, wri
 from fastnnunet.specs.canonical import sha256_of_file, to_plain
 from fastnnunet.specs.graph import GraphSpec
 from fastnnunet.specs.one_pass import OnePass
+from fastnnunet.system.files import replace_folder
 from fastnnunet.version import __version__
 
 if TYPE_CHECKING:
@@ -213,10 +214,11 @@ def _patches(model: Model, needs_real: bool) -> tuple[np.ndarray, bool]:
 
 def put_in_place(bundle: Path, out: Path, overwrite: bool) -> None:
     """Rename a finished bundle to its place. Raises MismatchError where something else has come there meanwhile."""
-    if overwrite and out.exists():
-        shutil.rmtree(out)
     try:
-        os.replace(bundle, out)
+        if overwrite:
+            replace_folder(bundle, out)
+        else:
+            os.replace(bundle, out)
     except OSError:
         check_target(out, overwrite)  # somebody else was faster
         raise

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,24 @@ def atomic_output(path: Path) -> Iterator[Path]:
     finally:
         if not is_waiting:
             _remove([partial])
+
+
+def replace_folder(finished: Path, place: Path) -> None:
+    """Rename a finished folder to its place. What is there is set aside for that and removed last, so that it is back
+    where the renaming fails, and beside its place where the process is killed. Raises OSError.
+    """
+    aside = place.with_name(f".replaced-{secrets.token_hex(8)}")
+    is_taken = place.exists()
+    if is_taken:
+        os.replace(place, aside)
+    try:
+        os.replace(finished, place)
+    except OSError:
+        if is_taken:
+            os.replace(aside, place)
+        raise
+    if is_taken:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

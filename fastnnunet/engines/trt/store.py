@@ -13,7 +13,6 @@ program: they hold machine code.
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.home import local_home
 from fastnnunet.specs.load import build_spec
+from fastnnunet.system.files import replace_folder
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def write_engine(folder: Path, key: EngineKey, plan: bytes, parity: dict[str, An
         info = EngineInfo(key=to_plain(key), plan_sha256=sha256_of_file(temporary / PLAN_FILE), parity=parity)
         (temporary / INFO_FILE).write_text(json.dumps(to_plain(info), indent=1))
         temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        replace_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from fastnnunet.errors import NO_ROOM
 from fastnnunet.service.refusals import RefusedError
 
 _END = struct.Struct("<4s4H2LH")  # end of central directory
@@ -81,7 +82,10 @@ def wanted(members: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
 
 
 def unpack(file: Path, folder: Path, *, most_bytes: int) -> None:
-    """Write the slices of a zip that was checked into a new folder. Raises RefusedError, also where it lied."""
+    """Write the slices of a zip that was checked into a new folder.
+
+    Raises RefusedError, also where it lied or the disk is full.
+    """
     folder.mkdir()
     left = most_bytes
     try:
@@ -101,3 +105,7 @@ def unpack(file: Path, folder: Path, *, most_bytes: int) -> None:
                     raise RefusedError(415, f"file {number} of the zip is empty, expected DICOM slices")
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as e:
         raise RefusedError(422, "the zip is damaged: a file in it cannot be unpacked") from e
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        raise RefusedError(507, "the service has no room left on its disk") from e
