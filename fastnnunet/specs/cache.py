@@ -93,3 +93,4 @@ class CacheSpec:
 
 
 LAYOUT_FIELDS = ("chunk_zyx", "compressor", "level")
+SCANS_RECIPE = CacheSpec(temperature=1.0)  # of scans without labels, where no file gives one
