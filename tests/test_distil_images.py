@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from fastnnunet.api.images import distil_images, label_images, train_on_images
 from fastnnunet.cli.main import main
 from fastnnunet.errors import MismatchError
+from fastnnunet.events import Stage
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.world import VARIABLES, world_in
 from fastnnunet.service.models import load_models
@@ -249,6 +251,12 @@ class TestTheCommand:
         events = Events()
         again = run(model_in(pristine_world), root / "scans", root / "again", sizes=(2, 4), progress=events)
         assert [student.tag for student in again.students] == ["r2", "r4"]
+        begun = [event.note for event in events if isinstance(event, Stage)]
+        assert [note.split(", about ")[0] for note in begun[:4]] == [
+            *("preprocessing", "labelling", "writing labels", "training r2 r4")
+        ]
+        left_s = 4 * 0.2 + 2 * (20 + 5 * 0.2)  # four steps of r4; two exports, two students on five scans
+        assert begun[0] == f"preprocessing, about {left_s:.0f} s left of all"
         after = dict(files_below(root / "again/work/nnUNet_preprocessed"))
         changed = {Path(name).name for name, time in before if after[name] != time}
         assert not {name for name in changed if name.endswith((".b2nd", ".pkl", ".nii.gz"))}
@@ -418,11 +426,18 @@ class TestTheStages:
         typed("cache", "build", *words, "-f", 0, 1, "--keep-all")
         said = capsys.readouterr().out
         assert "4 to learn from, 1 held out" in said
-        assert (
-            f"train with: fastnnunet train -m {model} -i {root / 'scans'} --work {work} -tf 0 1 --no-mirroring" in said
-        )
-        short = ["-e", 2, "--iterations", 2, "--val-iterations", 1]
-        typed("train", *words, "-tf", 0, 1, "-r", 2, *short)
+        begin, printed = next(line for line in said.splitlines() if "train with:" in line).split("fastnnunet train ")
+        assert begin == "train with: "
+        short = ["-e", "2", "--iterations", "2", "--val-iterations", "1"]
+        asked = [*shlex.split(printed), *short]
+        asked[asked.index("-r") + 1] = "2"
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *asked, "--temp", "2"])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "soft_labels.temperature: 1.0 -> 2.0" in said
+        assert f"-f 0 1 --spec {recipe} --temp 2 --no-mirroring" in said
+        typed("train", *asked)
         (folder,) = (work / "nnUNet_results/Dataset001_Images").glob("*_r2_*/fold_0")
         assert f"student r2: {folder}" in capsys.readouterr().out
         from fastnnunet.nnunet.student.tempered import tempered
@@ -431,6 +446,10 @@ class TestTheStages:
         found = tempered(found, straight.students[0].temperature)
         expected = weights_of(straight.students[0])
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
+        spec = PublishedSpec(path=model, folds=FOLDS)  # a recipe that leaves open what labels takes what has labelled
+        free = dataclasses.replace(RECIPE, engine="auto", precision="auto")
+        (again,) = train_on_images(spec, root / "scans", work, [StudentSpec(r=2)], recipe=free, training=TRAINING)
+        assert again.folder == folder
 
 
 def test_cases_that_fail_end_every_command_with_1(pristine_world, tmp_path, monkeypatch, capsys):

@@ -150,8 +150,27 @@ class TestModels:
         assert not (tmp_path / "work").exists()
         assert not (tmp_path / "plans.json").exists()
 
+    def test_a_damaged_zip_is_told_once(self, model, scans, tmp_path, monkeypatch):
+        monkeypatch.setenv("FASTNNUNET_CACHE_HOME", str(tmp_path / "home"))
+        file = tmp_path / "model.zip"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.write(model / "plans.json", "plans.json")
+            archive.writestr("dataset.json", "something that is changed below")
+        file.write_bytes(file.read_bytes().replace(b"changed", b"CHANGED"))
+        message = refused(CorruptError, file, scans, tmp_path / "work", folds=None)
+        assert message.startswith(f"dataset.json in {file} cannot be unpacked: Bad CRC-32")
+        assert message.count("get the file again") == 1
+
 
 class TestWorkFolder:
+    def test_what_is_no_scan_is_told_once_and_by_its_option(self, model, scans, tmp_path, caplog):
+        (scans / "gone_0000.nii.gz").symlink_to("nowhere")
+        opened = opened_with(model, scans, tmp_path / "work")
+        with opened.world() as files:
+            opened.unlabelled(files, scans).preprocess_alone(0)
+        told = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+        assert told == [f"-i: {scans}: not used: 1 broken link(s): gone_0000.nii.gz"]
+
     def test_of_another_teacher(self, opened, model, scans):
         message = refused(MismatchError, model, scans, opened.folder, folds=(0,))
         assert "model checkpoints.1:" in message
@@ -160,12 +179,36 @@ class TestWorkFolder:
         assert "model mirroring: false -> true" in refused(MismatchError, model, scans, opened.folder, recipe=mirrored)
 
     def test_of_other_scans(self, opened, model, scans):
+        (opened.base / "fastnnunet_nnUNetPlans_3d_fullres").mkdir(parents=True)  # a cache is begun
         shutil.copy(scans / "s0_0000.nii.gz", scans / "x_0000.nii.gz")
         (scans / "s1_0000.nii.gz").unlink()
         (scans / "s2_0000.nii.gz").write_bytes((scans / "s2_0000.nii.gz").read_bytes() + b"\0")
         message = refused(MismatchError, model, scans, opened.folder)
         for line in ("scans new: x", "scans changed: s2", "scans no longer there: s1"):
             assert line in message
+
+    def test_scans_may_be_mended_until_the_first_cache_is_begun(self, opened, model, scans):
+        (scans / "s0_0000.nii.gz").unlink()
+        shutil.copy(scans / "s3_0000.nii.gz", scans / "s1_0000.nii.gz")
+        mended = opened_with(model, scans, opened.folder)
+        record = json.loads((opened.folder / "work.json").read_text())
+        assert list(record["scans"]) == list(mended.scans.cases) == ["s1", "s2", "s3", "s4"]
+        assert record["scans"]["s1"] == {"s1_0000.nii.gz": [1, (scans / "s1_0000.nii.gz").stat().st_size]}
+        assert "model checkpoints.1:" in refused(MismatchError, model, scans, opened.folder, folds=(0,))
+
+    def test_series_that_changed_are_converted_again(self, model, tmp_path):
+        folder, work = tmp_path / "dicom", tmp_path / "work"
+        for name in ("a", "b", "c"):
+            write_series(folder / name, np.full((4, 8, 7), 50, np.int16))
+        opened_with(model, folder, work).images()
+        shutil.rmtree(folder / "c")
+        shutil.rmtree(folder / "a")
+        write_series(folder / "a", np.full((6, 8, 7), 70, np.int16))
+        place, files = opened_with(model, folder, work).images()
+        assert sorted(p.name for p in place.iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+        np.testing.assert_array_equal(
+            sitk.GetArrayFromImage(sitk.ReadImage(str(files["a"][0]))), np.full((6, 8, 7), 70)
+        )
 
     def test_damaged_or_of_something_else(self, opened, model, scans, tmp_path):
         (opened.folder / "work.json").write_text("{")
@@ -191,6 +234,36 @@ class TestTheCommandLine:
         file = tmp_path / "file"
         file.write_text("")
         assert f"{file} is a file" in self.refused(capsys, *asked[:-1], file, "-r", "4")
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (("--norm-statistics", "precise"), "norm_statistics: got precise"),
+            (("--last-patch", "17", "17", "17"), "last_patch"),
+            (("-device", "gpu"), "gpu"),
+            (("-device", "cuda"), "cuda"),
+        ],
+    )
+    def test_what_no_student_can_learn_with_is_refused_before_labels(
+        self, options, expected, model, scans, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        asked = ("-m", model, "-i", scans, "-o", tmp_path / "out", "-r", "4")
+        assert expected in self.refused(capsys, *asked, *options)
+        assert not list((tmp_path / "out").rglob("*.b2nd"))
+
+    def test_nothing_of_others_is_replaced(self, model, scans, tmp_path, capsys):
+        asked = ("-m", model, "-i", scans, "-o", tmp_path, "-r", "2", "4")
+        for name in ("bundle", "nnunet_model"):
+            mine = tmp_path / "r4" / name / "mine"
+            mine.parent.mkdir(parents=True)
+            mine.write_text("kept")
+            assert f"{mine.parent} holds something else" in self.refused(capsys, *asked)
+            assert mine.read_text() == "kept"
+            shutil.rmtree(tmp_path / "r4")
+        (tmp_path / "r4").write_text("")
+        assert f"{tmp_path / 'r4'} is a file" in self.refused(capsys, *asked)
+        assert not (tmp_path / "work").exists()
 
     def test_stages_need_each_other(self, model, scans, tmp_path, capsys):
         with pytest.raises(SystemExit):

@@ -205,6 +205,7 @@ def facts(dice: dict[str, dict[str, float]], **more: object) -> ImagesFacts:
         "mirrored": True,
         "created": "2026-01-02T03:04:05+00:00",
         "trained_scans": 77,
+        "alpha": 0.5,
         "students": students,
         "teacher_seconds_per_case": 60.0,
         "gaps": (fidelity_gap(first, second),),
@@ -254,7 +255,7 @@ def test_numbers_are_on_the_page(tmp_path: Path) -> None:
         "bad one nothing seen voxels 3, dice 0.123",
         "1 scan. Left out are scans in which nothing is seen",
         "fastnnunet distill images -m '<model>'",
-        "77 scans with the teacher's labels",
+        "77 scans with the teacher's labels and soft labels, none by hand",
     ):
         assert text in found.text
     for score in (s := page.students[0].calibration.teacher_border).brier, s.nll, s.kl, s.ece:
@@ -265,6 +266,34 @@ def test_numbers_are_on_the_page(tmp_path: Path) -> None:
     assert pixels(base64.b64decode(data.partition(",")[2])).shape[-1] == 3
     assert found.tags.count("svg") == 3
     assert "nan" not in found.text.lower()
+
+
+def test_scans_that_were_kept() -> None:
+    bad = LeftOutScan(case="bad", reason="nothing seen")
+    rule = "left out are scans in which nothing is seen"
+    dice = {"one": {"a": 0.9}, "two": {"a": 0.7}}
+    found = Reader(images_page(facts(dice, left_out=(bad,), left_out_rule=rule, kept_all=True)))
+    assert f"1 scan. They were kept nevertheless. Without --keep-all {rule}" in found.text
+    assert "left out 0 scans" in found.text
+    assert "With 2 held out it says little" in found.text
+
+
+def test_plots_do_not_depend_on_what_others_have_set() -> None:
+    """nnU-Net calls `seaborn.set(font_scale=2.5)`, for the whole process, whenever it plots a training."""
+    import matplotlib as mpl
+
+    page = facts({"one": {"a": 0.9}, "two": {"a": 0.7}})
+    expected = images_page(page)
+    larger = {name: 30 for name in ("font.size", "axes.labelsize", "xtick.labelsize", "legend.fontsize")}
+    with mpl.rc_context(larger | {"axes.facecolor": "#eaeaf2"}):
+        assert images_page(page) == expected
+        assert mpl.rcParams["axes.labelsize"] == 30
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, "labels, none"), (1, "soft labels, none")])
+def test_it_tells_what_was_learnt(alpha: float, expected: str) -> None:
+    found = Reader(images_page(facts({"one": {"a": 0.9}}, alpha=alpha)))
+    assert f"77 scans with the teacher's {expected} by hand" in found.text
 
 
 def test_names_do_no_harm() -> None:
@@ -291,7 +320,7 @@ def test_names_do_no_harm() -> None:
 def test_one_case_and_three_hundred(tmp_path: Path) -> None:
     one = facts({"alone": {"a": 0.91}}, students=(facts({"alone": {"a": 0.91}}).students[1],), gaps=())
     found = Reader(images_page(one))
-    assert "With 1 held out the interval says little" in found.text
+    assert "With one scan held out there is no interval" in found.text
     assert "svg" not in found.tags
     assert "details" not in found.tags
     rng = np.random.default_rng(0)

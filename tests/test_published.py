@@ -330,8 +330,10 @@ class TestLayouts:
         found = opened(file, configuration=TOY, trainer="nnUNetTrainer_5epochs")[0]
         assert found.folder.name == other.name
         shutil.copytree(one.parent, where / "Dataset998_Copy")
-        with pytest.raises(SpecError, match=r"(?s)2 models fit.*name its folder$"):
+        with pytest.raises(SpecError, match=r"(?s)2 models fit.*\nname its folder$"):
             opened(where, configuration=TOY, trainer=STOCK)
+        with pytest.raises(SpecError, match=r"(?s)2 models fit.*\nunzip it and name one of these folders$"):
+            opened(zipped(where, tmp_path / "b.zip", where), configuration=TOY, trainer=STOCK)
 
     def test_what_is_no_model(self, tmp_path):
         folder = publish(tmp_path / "results")

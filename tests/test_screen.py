@@ -330,6 +330,16 @@ class TestIntensities:
         assert "  two: two_0000.nii.gz is cut off" in str(caught.value)
         assert json.loads(record.read_text())["cases"].keys() == {"one"}
 
+    def test_what_prediction_refuses_is_refused_before_labels(self, tmp_path):
+        """ITK reads NaN in a NIfTI file as 0: the teacher would label it, and no student could be judged on it."""
+        found = write_scans(tmp_path, {"one": 1, "two": 2})
+        file = str(found["two"][0])
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(file)).astype(np.float32)
+        voxels[0, 0, 0] = np.nan
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), file)
+        with pytest.raises(ImageError, match=f"two: two_0000.nii.gz: 1 of {voxels.size} voxels are NaN"):
+            measure_scans(found, ct_model())
+
     def test_an_interrupt_keeps_what_was_measured(self, tmp_path, monkeypatch):
         teacher, record = ct_model(), tmp_path / "intensities.json"
         found = write_scans(tmp_path, {"one": 1, "two": 2})

@@ -209,8 +209,8 @@ class TestBadImages:
         shutil.copy(raw_image(world, "tiny_03"), folder / "x_seg_0000.nii.gz")
         message = self.refused(folder)
         assert message.startswith("4 image(s) in")
-        assert "u_tiny_00: got channels _0001, expected _0000 to _0000" in message
-        assert "u_tiny_01: got channels _0000, _0001, expected _0000 to _0000" in message
+        assert "u_tiny_00: got channels _0001, expected _0000\n" in message
+        assert "u_tiny_01: got channels _0000, _0001, expected _0000\n" in message
         assert "plain.nii.gz: no channel number in the name, expected plain_0000.nii.gz" in message
         assert "x_seg: a name that ends in _seg" in message
         assert not (world / "preprocessed" / DATASET / "unlabelled").exists()

@@ -19,7 +19,7 @@ from fastnnunet.api.label import build
 from fastnnunet.api.overall import Overall
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
-from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.cache import SCANS_RECIPE, CacheSpec
 from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
 
-RECIPE = CacheSpec(temperature=1.0)
 CHECKPOINT = "checkpoint_final.pth"
+_MARKS = {"bundle": "bundle.json", "nnunet_model": "plans.json"}  # in the folders of a student
 _FIRST_STAGE = "labelling by the first stage"  # of a cascade
 
 
@@ -54,7 +54,8 @@ def distil_images(
     students: Sequence[StudentSpec],
     *,
     work: Path | None = None,
-    recipe: CacheSpec = RECIPE,
+    recipe: CacheSpec = SCANS_RECIPE,
+    recipe_file: Path | None = None,
     training: Mapping[str, Any] = {},
     held_out: int | None = None,
     keep_all: bool = False,
@@ -72,7 +73,7 @@ def distil_images(
     training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
     students are judged on. `keep_all`: scans that would do harm are learnt from too. `calibrate`: the temperature that
     brings a student's probabilities closest to its teacher's is folded into its last layer, which changes no label.
-    `command` is quoted in the report.
+    `command` is quoted in the report, and `recipe_file`, where `recipe` was read from, in commands that are named.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
 
@@ -80,11 +81,10 @@ def distil_images(
     that cannot be, MismatchError. Then what `label`, `distil` and `export` raise.
     """
     from fastnnunet.specs.provenance import hardware, now_utc, versions, write_json
-    from fastnnunet.system.files import check_output_folder
 
-    check_output_folder(output)
     _refuse_twice(students)
-    opened = _open(model, scans, output / "work" if work is None else work, recipe, held_out, progress)
+    _refuse_others(output, students)
+    opened = _open(model, scans, output / "work" if work is None else work, recipe, recipe_file, held_out, progress)
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
@@ -115,7 +115,8 @@ def distil_images(
             "training": distill,
             "learnt_from": labelled.learnt_from,
             "held_out": labelled.held_out,
-            "left_out": [verdict.line for verdict in screening.bad],
+            "would_do_harm": [verdict.line for verdict in screening.bad],
+            "left_out": labelled.left_out,
             "keep_all": keep_all,
             "rare_labels": labelled.rare,
             "teacher": {"seconds_per_case": labelled.teacher_s, "labels": labelled.labels},
@@ -133,7 +134,8 @@ def label_images(
     scans: Path,
     work: Path,
     *,
-    recipe: CacheSpec = RECIPE,
+    recipe: CacheSpec = SCANS_RECIPE,
+    recipe_file: Path | None = None,
     held_out: int | None = None,
     keep_all: bool = False,
     workers: int = 0,
@@ -141,7 +143,7 @@ def label_images(
     progress: Listener = ignore,
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
-    opened = _open(model, scans, work, recipe, held_out, progress)
+    opened = _open(model, scans, work, recipe, recipe_file, held_out, progress)
     overall = Overall(progress, "labelling scans", _expected(opened, ()))
     with opened.world() as files:
         labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
@@ -155,7 +157,8 @@ def train_on_images(
     work: Path,
     students: Sequence[StudentSpec],
     *,
-    recipe: CacheSpec = RECIPE,
+    recipe: CacheSpec = SCANS_RECIPE,
+    recipe_file: Path | None = None,
     training: Mapping[str, Any] = {},
     threads: int | None = None,
     device: str = "auto",
@@ -168,7 +171,7 @@ def train_on_images(
     `distil_images` does, and NotFoundError with the command that makes the work folder ready.
     """
     _refuse_twice(students)
-    opened = _open(model, scans, work, recipe, None, progress)
+    opened = _open(model, scans, work, recipe, recipe_file, None, progress)
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
@@ -177,19 +180,38 @@ def train_on_images(
 
 
 def _open(
-    model: PublishedSpec, scans: Path, work: Path, recipe: CacheSpec, held_out: int | None, progress: Listener
+    model: PublishedSpec,
+    scans: Path,
+    work: Path,
+    recipe: CacheSpec,
+    recipe_file: Path | None,
+    held_out: int | None,
+    progress: Listener,
 ) -> "Work":
     from fastnnunet.nnunet.versions import TRAINING, require_versions
     from fastnnunet.teachers.scans.folder import open_work
 
     require_versions(TRAINING)
-    return open_work(model, scans, work, recipe, held_out, progress)
+    return open_work(model, scans, work, recipe, held_out, progress, recipe_file=recipe_file)
 
 
 def _refuse_twice(students: Sequence[StudentSpec]) -> None:
     tags = [student.tag for student in students]
     if twice := sorted({tag for tag in tags if tags.count(tag) > 1}):
         raise SpecError(f"student {', '.join(twice)}: asked for twice, expected each once")
+
+
+def _refuse_others(output: Path, students: Sequence[StudentSpec]) -> None:
+    """Raises SpecError where folders that will be replaced hold what no earlier call has written, FastnnUNetError."""
+    from fastnnunet.system.files import check_output_folder
+
+    for student in students:
+        check_output_folder(output / student.tag)
+    places = [(output / student.tag / name, mark) for student in students for name, mark in _MARKS.items()]
+    taken = [(place, mark) for place, mark in places if place.is_file() or (place.is_dir() and any(place.iterdir()))]
+    others = [place for place, mark in taken if not (place / mark).is_file()]
+    if others:
+        raise SpecError(f"-o {output}: {', '.join(map(str, others))} holds something else\ngive another -o")
 
 
 def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
@@ -219,18 +241,21 @@ def _tags(jobs: "Sequence[TrainingJob]") -> str:
 
 
 def _expected(opened: "Work", jobs: "Sequence[TrainingJob]") -> dict[str, float]:
-    """Stages and about how many seconds each takes, before anything is known of this machine."""
-    scans = len(opened.scans.cases)
+    """Stages and about how many seconds each takes on any machine; labels and trainings that are there take none."""
+    from fastnnunet.distill.job import run_folder
+
+    scans = sum(not (opened.labels_folder / f"{case}{opened.file_ending}").is_file() for case in opened.scans.cases)
     stages = {"preprocessing": 0.5 * scans}
     if opened.first is not None:
         stages[_FIRST_STAGE] = 3.0 * scans
     stages |= {"labelling": 10.0 * scans, "writing labels": 0.2 * scans}
     for group in _sharing(jobs):
         distill = group[0].distill
-        steps = distill.epochs * distill.iterations_per_epoch
-        stages[f"training {_tags(group)}"] = 3600 * distill.hours if distill.hours else 0.2 * steps * len(group)
-        for job in group:
-            stages |= {f"exporting {job.student.tag}": 20.0, f"judging {job.student.tag}": 0.2 * scans}
+        new = sum(not (run_folder(job) / CHECKPOINT).is_file() for job in group)
+        one_s = 3600 * distill.hours if distill.hours else 0.2 * distill.epochs * distill.iterations_per_epoch
+        stages[f"training {_tags(group)}"] = new * one_s
+        for tag in (job.student.tag for job in group):
+            stages |= {f"exporting {tag}": 20.0, f"judging {tag}": 0.2 * len(opened.scans.cases)}
     return stages
 
 
@@ -298,21 +323,23 @@ def _first_stage(first: "NnUNetTeacher") -> dict[str, Any]:
 
 
 def _found(opened: "Work", files: "ModelFolder") -> LabelledScans:
-    """Scans that were labelled before. Raises NotFoundError with the command that labels them."""
-    problem = None
-    try:
-        cache = opened.prepared(files).open()
-        if cache is None or any(p is not None for p in cache.problems(cache.cases).values()):
-            problem = "the scans are not labelled yet, or not all of them"
-        elif not (opened.base / "splits_final.json").is_file():
-            problem = "the teacher's labels are not written yet"
-    except NotFoundError:
-        problem = "the scans are not preprocessed yet, or not all of them"
-    if problem is not None or cache is None:
-        raise NotFoundError(
+    """Scans that were labelled before. Raises NotFoundError, or MismatchError, with the command that labels them."""
+    from fastnnunet.cache.store.folder import open_cache
+    from fastnnunet.teachers.jobs import find_for_training
+
+    def not_ready(problem: str) -> NotFoundError:
+        return NotFoundError(
             f"--work {opened.folder} is not ready for a training: {problem}\n"
             f"make it ready with: fastnnunet cache build {opened.options()}"
         )
+
+    try:
+        job = opened.prepared(files)
+    except NotFoundError as e:
+        raise not_ready("the scans are not preprocessed yet, or not all of them") from e
+    cache = open_cache(find_for_training(job))
+    if not (opened.base / "splits_final.json").is_file():
+        raise not_ready("the teacher's labels are not written yet")
     return _labelled(opened, files, cache)
 
 
@@ -337,7 +364,7 @@ def _labelled(
         left_out=left_out,
         rare=rare,
         teacher_s=median(seconds),
-        train_options=opened.options("-tf"),
+        train_options=opened.options(of_training=True),
     )
 
 
@@ -350,18 +377,11 @@ def _job(
     augment_on: str,
     threads: int | None,
 ) -> "TrainingJob":
-    """A training in the work folder's world. Raises what is wrong with the student."""
+    """A training in the work folder's world. Raises what is wrong with the student, its training or the device."""
+    from fastnnunet.distill.check import check_student, resolve_device
     from fastnnunet.distill.job import TrainingJob
-    from fastnnunet.nnunet.files.plans import without_previous_stage
-    from fastnnunet.nnunet.student.fit import check_fit
-    from fastnnunet.nnunet.student.plans import student_plans
 
-    trainer = files.facts(opened.teacher.folds[0]).trainer
-    alone = opened.first is not None
-    teacher_plans = without_previous_stage(files.plans, files.configuration) if alone else files.plans
-    plans = student_plans(teacher_plans, files.configuration, student, distill, files.dataset_json, trainer)
-    check_fit(files.plans, plans, files.dataset_json, files.configuration)
-    return TrainingJob(
+    job = TrainingJob(
         teacher=opened.taught_by(files),
         student=student,
         distill=distill,
@@ -370,8 +390,11 @@ def _job(
         device=device,
         augment_on=augment_on,
         threads=threads,
-        alone=alone,
+        alone=opened.first is not None,
     )
+    resolve_device(device)
+    check_student(job, files)
+    return job
 
 
 def _train(labelled: LabelledScans, jobs: "Sequence[TrainingJob]", progress: Listener) -> list[Student]:

@@ -254,6 +254,7 @@ def write_report(
         mirrored=opened.recipe.mirroring,
         created=record["created"],
         trained_scans=len(scans.learnt_from),
+        alpha=record["training"].alpha,
         students=tuple(
             ReportedStudent(
                 tag=s.tag,
@@ -269,6 +270,7 @@ def write_report(
         ),
         teacher_seconds_per_case=scans.teacher_s,
         teacher_parameters=parameters,
+        teacher_bytes=4 * parameters,
         label_values=value_names(described["labels"], None if order is None else tuple(order)),
         gaps=tuple(fidelity_gap(first.fidelity, other.fidelity) for other in students[1:]),
         pictures=tuple(pictures),

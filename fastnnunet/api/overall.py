@@ -65,4 +65,6 @@ class Overall:
 
 
 def _words(seconds: float) -> str:
+    if seconds >= 2 * 3600:
+        return f"about {seconds / 3600:.0f} h"
     return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"

@@ -78,7 +78,7 @@ def require_space(job: CacheJob, todo: Sequence[str], *, at_once: int = 1) -> No
     A local root must hold them all. For an object store this machine holds only those being written, `at_once` of them.
     """
     if isinstance(job.root, Path):
-        folder, written, mend = job.root, list(todo), "choose another place with --root"
+        folder, written, mend = job.root, list(todo), "choose another place with --root (for scans, -i: --work)"
     else:
         folder, written, mend = local_home(), list(todo)[:at_once], f"choose another folder with {HOME_VARIABLE}"
     needed = int(_estimated_bytes(job, written) * SPACE_MARGIN)

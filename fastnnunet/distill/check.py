@@ -80,6 +80,22 @@ def check_job(
     `files`: the teacher's model folder where it is open already.
     """
     files = files or described(job)
+    dataset_json, plans = files.dataset_json, check_student(job, files)
+    _check_split(job, plans)
+    fold_folder = run_folder(job)
+    _check_run_folder(job, fold_folder, resume, overwrite)
+    if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
+        trainer = stock_trainer_of(architecture_of(plans, job.teacher.configuration)) or STOCK_TRAINER
+        model = model_of(plans, job.teacher.configuration, dataset_json)
+        load_pretrained(build_network(model, trainer=trainer), job.pretrained)
+    return plans, dataset_json, fold_folder
+
+
+def check_student(job: TrainingJob, files: ModelFolder | PlannedModel) -> dict[str, Any]:
+    """Refuse what can be refused without any case: options, and what they mean for the teacher's network.
+
+    `files`: the teacher's model folder. Returns the student's plans.
+    """
     dataset_json, teacher_plans = files.dataset_json, files.plans
     check_loadable(teacher_plans, job.teacher.configuration)
     plans = student_plans(
@@ -103,14 +119,7 @@ def check_job(
         )
     if job.student.is_explicit:
         check_network(model_of(plans, job.teacher.configuration, dataset_json))
-    _check_split(job, plans)
-    fold_folder = run_folder(job)
-    _check_run_folder(job, fold_folder, resume, overwrite)
-    if job.pretrained is not None and not (resume and reached_checkpoint(fold_folder)):
-        trainer = stock_trainer_of(architecture_of(plans, job.teacher.configuration)) or STOCK_TRAINER
-        model = model_of(plans, job.teacher.configuration, dataset_json)
-        load_pretrained(build_network(model, trainer=trainer), job.pretrained)
-    return plans, dataset_json, fold_folder
+    return plans
 
 
 def _check_split(job: TrainingJob, plans: dict[str, Any]) -> None:

@@ -45,19 +45,21 @@ class PlacedIO(ImageIO, Protocol):
         """Write one channel of an image as NIfTI, voxel for voxel on the grid on which `write` puts its label map."""
 
 
+READERS: dict[str, Callable[[], ImageIO]] = {
+    "SimpleITKIO": SimpleITKIO,
+    "SimpleITKIOWithReorient": lambda: SimpleITKIO(orientation="RAS"),
+    "NibabelIO": NibabelIO,
+    "NibabelIOWithReorient": lambda: NibabelIO(reorient=True),
+    "NaturalImage2DIO": NaturalImage2DIO,
+    "Tiff3DIO": Tiff3DIO,
+}
+
+
 def image_io(reader_writer: str) -> ImageIO:
     """The reader of that nnU-Net class name. Raises SpecError for one this runtime does not have."""
-    readers: dict[str, Callable[[], ImageIO]] = {
-        "SimpleITKIO": SimpleITKIO,
-        "SimpleITKIOWithReorient": lambda: SimpleITKIO(orientation="RAS"),
-        "NibabelIO": NibabelIO,
-        "NibabelIOWithReorient": lambda: NibabelIO(reorient=True),
-        "NaturalImage2DIO": NaturalImage2DIO,
-        "Tiff3DIO": Tiff3DIO,
-    }
-    if reader_writer not in readers:
+    if reader_writer not in READERS:
         raise SpecError(
             f"the model's image reader is {reader_writer!r}, which this runtime does not have; "
-            f"known: {', '.join(readers)}\nread the images yourself and call Predictor.predict_array"
+            f"known: {', '.join(READERS)}\nread the images yourself and call Predictor.predict_array"
         )
-    return readers[reader_writer]()
+    return READERS[reader_writer]()

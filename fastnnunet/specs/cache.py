@@ -90,3 +90,6 @@ class CacheSpec:
                 "most 16 times the first"
             ]
         return []
+
+
+SCANS_RECIPE = CacheSpec(temperature=1.0)  # of scans without labels, where no file gives one

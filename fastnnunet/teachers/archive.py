@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from fastnnunet.errors import NO_ROOM, CorruptError, DiskSpaceError, NotFoundError
+from fastnnunet.errors import NO_ROOM, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.home import HOME_VARIABLE, local_home
 
@@ -35,6 +35,8 @@ def unpacked(file: Path) -> Path:
         try:
             with zipfile.ZipFile(file) as archive:
                 _unpack(archive, file, Path(partial, "model"), home)
+        except FastnnUNetError:
+            raise
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError) as e:
             raise CorruptError(f"{file} cannot be unpacked: {e}\nget the file again") from e
         try:

@@ -27,16 +27,23 @@ def build_command(
             words += [flag, getattr(teacher, name)]
     if teacher.folds != default.folds:
         words += ["-f", *map(str, teacher.folds)]
-    if spec_file is not None:
-        words += ["--spec", str(spec_file)]
-    recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
-    if spec.temperature_range is None and spec.temperature != recipe.temperature:
-        words += ["--temp", f"{spec.temperature:g}"]
-    if spec.engine != recipe.engine:
-        words += ["--engine", spec.engine]
+    words += recipe_words(spec, spec_file)
     if root is not None:
         words += ["--root", str(root)]
     return shlex.join(words)
+
+
+def recipe_words(
+    spec: CacheSpec, spec_file: Path | None, default: CacheSpec = CacheSpec(), *, engine: bool = True
+) -> list[str]:
+    """The options that say this recipe. `default`: what a command takes without; `engine`: whether it has --engine."""
+    words = [] if spec_file is None else ["--spec", str(spec_file)]
+    recipe = default if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
+    if spec.temperature_range is None and spec.temperature != recipe.temperature:
+        words += ["--temp", f"{spec.temperature:g}"]
+    if engine and spec.engine != recipe.engine:
+        words += ["--engine", spec.engine]
+    return words
 
 
 def cache_job(

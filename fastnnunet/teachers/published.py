@@ -103,7 +103,8 @@ def _model_in(place: Path, spec: PublishedSpec) -> FoundModel:
     asked = [f"{flag} {getattr(spec, name)}" for name, flag in _OPTIONS if getattr(spec, name) is not None]
     left = fitting or found
     options = [flag for name, flag in _OPTIONS if len({getattr(candidate, name) for candidate in left}) > 1]
-    advice = "choose one with " + " and ".join(options) if options else "name its folder"
+    by_folder = "unzip it and name one of these folders" if spec.path.is_file() else "name its folder"
+    advice = "choose one with " + " and ".join(options) if options else by_folder
     there = "\n".join(f"  - {printable(str(c.folder.relative_to(place)))}" for c in left)
     raise SpecError(
         f"{spec.path}: {len(fitting)} models fit, expected one\n"

@@ -19,9 +19,11 @@ def dice(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes, in MB or GB of 1000 each."""
+    """Bytes, in kB, MB or GB of 1000 each."""
     if value is None:
         return NONE
+    if value < 1e6:
+        return f"{value / 1e3:.0f} kB"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastnnunet.bench.report.headline import Record, students
 from fastnnunet.bench.report.numbers import dice, seconds
-from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, SETTINGS, svg
+from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, plotting, svg
 from fastnnunet.runtime.times import STAGES
 
 _HEIGHTS_PT = (12, -20, 28, -36)
@@ -14,11 +14,10 @@ _HEIGHTS_PT = (12, -20, 28, -36)
 
 def stage_plot(record: Record) -> str:
     """Seconds of every stage, a panel each on one logarithmic axis."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     arms = record["arms"]
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(12, 1.1 + 0.34 * len(arms)), layout="constrained")
         panels = figure.subplots(1, len(STAGES), sharex=True, sharey=True)
         for axes, stage in zip(panels, STAGES, strict=True):
@@ -37,7 +36,6 @@ def stage_plot(record: Record) -> str:
 
 def total_plot(record: Record) -> str:
     """Warm seconds with a line to the 90th percentile, and cold ones."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     arms = record["arms"]
@@ -45,7 +43,7 @@ def total_plot(record: Record) -> str:
     warm = [arm["median_s"] for arm in arms.values()]
     cold = [arm.get("cold", {}).get("median_s", np.nan) for arm in arms.values()]
     has_cold = bool(np.isfinite(cold).any())
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(9, 1.2 + (0.62 if has_cold else 0.36) * len(arms)), layout="constrained")
         axes = figure.subplots()
         height = 0.34 if has_cold else 0.62
@@ -72,11 +70,10 @@ def total_plot(record: Record) -> str:
 
 def dice_plot(record: Record) -> str:
     """Mean Dice against milliseconds. For records with Dice."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     arms = {name: arm for name, arm in record["arms"].items() if arm.get("dice_on_common_cases") is not None}
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.subplots()
         ordered = sorted(arms.items(), key=lambda entry: entry[1]["median_s"])

@@ -54,8 +54,8 @@ def images(
         ),
     ] = False,
     student_file: options.StudentFile = None,
-    temperature: options.Temperature = None,
-    spec: options.SpecFile = None,
+    temperature: options.ScansTemperature = None,
+    spec: options.ScansSpecFile = None,
     engine: Annotated[TeacherEngine | None, options.option(CacheSpec, "engine", panel=options.TEACHER)] = None,
     workers: Annotated[
         int, options.ask("--workers", "Processes that preprocess and label; 0: none but this one.", options.RUN, min=0)
@@ -93,6 +93,7 @@ def images(
             students,
             work=work,
             recipe=recipe,
+            recipe_file=spec,
             training=published.given_on_command_line(context, training),
             held_out=hold_out,
             keep_all=keep_all,

@@ -94,14 +94,15 @@ def scans_recipe(spec: Path | None, temperature: float | None, engine: str | Non
     """The recipe of `--spec`, else that of `distil_images`, with what else was given."""
     import dataclasses
 
-    from fastnnunet.api.images import RECIPE
     from fastnnunet.cli.parts.choices import recipe_of
+    from fastnnunet.specs.cache import SCANS_RECIPE
 
     if spec is not None:
         recipe = recipe_of(spec, temperature, engine)
     else:
-        given: Asked = {"temperature": temperature, "engine": engine}
-        recipe = dataclasses.replace(RECIPE, **{name: value for name, value in given.items() if value is not None})
+        asked: Asked = {"temperature": temperature, "engine": engine}
+        given = {name: value for name, value in asked.items() if value is not None}
+        recipe = dataclasses.replace(SCANS_RECIPE, **given)
     return dataclasses.replace(recipe, mirroring=False) if no_mirroring else recipe
 
 
@@ -157,14 +158,15 @@ def print_students(distilled: "DistilledImages", scans: Path) -> None:
     print_scans(distilled.scans)
     first = distilled.students[0]
     names = list(first.fidelity.labels) if len(first.fidelity.labels) <= MOST_COLUMNS else []
-    table = Table(title=f"Dice against the teacher's labels of {len(distilled.scans.held_out)} scans held out")
+    many = len(distilled.scans.held_out)
+    table = Table(title=f"Dice against the teacher's labels of {many} scan{'s' * (many != 1)} held out")
     table.add_column("student")
     for heading in (*names, "mean", "95 % interval", "s per case", "MB"):
         table.add_column(heading, justify="right")
     for student in distilled.students:
         mean = student.fidelity.mean
         dice = [number(student.fidelity.labels[name].mean) for name in names]
-        interval = f"{number(mean.low)} to {number(mean.high)}"
+        interval = "-" if mean.low == mean.high else f"{number(mean.low)} to {number(mean.high)}"  # of one scan: none
         size = f"{student.bundle_bytes / 1e6:.1f}"
         table.add_row(student.tag, *dice, number(mean.mean), interval, f"{student.seconds:.2f}", size)
     wide_console().print(table)

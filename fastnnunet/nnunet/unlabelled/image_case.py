@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastnnunet.errors import FastnnUNetError
+from fastnnunet.images.io import READERS, image_io
 from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
 from fastnnunet.system.whole import is_whole
@@ -65,14 +67,26 @@ def shape_after(task: ImageTask) -> tuple[int, int, int]:
 
 
 def read_channels(task: ImageTask) -> np.ndarray:
-    """Image (C, and the axes as stored), whatever its values."""
+    """Image (C, and the axes as stored), float32, as prediction reads it.
+
+    It refuses more than nnU-Net's readers, such as NaN in a NIfTI file, and what it refuses no student can be judged
+    on. Raises ValueError, ImageError.
+    """
+    _require_whole(task.files)
+    reader_writer = str(task.plans["image_reader_writer"])
+    if reader_writer in READERS:
+        return image_io(reader_writer).read(task.files)[0]
     return _read_any(task)[0]
 
 
-def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
-    for file in task.files:
+def _require_whole(files: tuple[Path, ...]) -> None:
+    for file in files:
         if is_whole(file) is False:  # ITK reads the beginning, and zeros
             raise ValueError(f"{file.name} is cut off or empty")
+
+
+def _read_any(task: ImageTask) -> tuple[np.ndarray, dict[str, Any]]:
+    _require_whole(task.files)
     manager, _ = configuration_of(task.plans, task.configuration)
     with _spoken():
         image, properties = manager.image_reader_writer_class().read_images([str(f) for f in task.files])
@@ -106,6 +120,8 @@ def _spoken() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Last line of a message; ITK puts what went wrong there."""
+    """What went wrong, on one line: ITK puts it into the last."""
+    if isinstance(error, FastnnUNetError):
+        return " ".join(str(error).splitlines())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -60,7 +60,8 @@ def find_images(
             problems[case] = "a name that ends in _seg is one nnU-Net gives to segmentations; rename the files"
         elif sorted(files) != list(range(num_channels)) and not (is_short and in_pictures):
             got = ", ".join(f"_{c:04d}" for c in sorted(files))
-            problems[case] = f"got channels {got}, expected _0000 to _{num_channels - 1:04d}"
+            wanted = "_0000" if num_channels == 1 else f"_0000 to _{num_channels - 1:04d}"
+            problems[case] = f"got channels {got}, expected {wanted}"
     if problems:
         raise unusable(folder, problems)
     return {case: tuple(files[c] for c in sorted(files)) for case, files in sorted(channels.items())}

@@ -82,6 +82,8 @@ class ImageSet:
     plans: dict[str, Any]
     configuration: str
     dataset_json: dict[str, Any]
+    option: str = "--images"  # what the folder of images was given with
+    tell: bool = True  # what else lies in that folder
 
     @property
     def folder(self) -> Path:
@@ -124,8 +126,8 @@ class ImageSet:
 
     def find_images(self, images: Path, *, tell: bool = True) -> dict[str, tuple[Path, ...]]:
         """Case id -> files in `images`; errors and warnings as of `image_folder.find_images`."""
-        channels = num_image_channels(self.dataset_json)
-        return find_images(images, self.dataset_json["file_ending"], channels, tell=tell)
+        ending, channels = self.dataset_json["file_ending"], num_image_channels(self.dataset_json)
+        return find_images(images, ending, channels, tell=tell and self.tell, option=self.option)
 
 
 def sets_folder(dataset_name: str) -> Path:

@@ -29,7 +29,7 @@ from fastnnunet.nnunet.files.named import check_reproducible
 from fastnnunet.nnunet.files.plans import intensity_properties, without_previous_stage
 from fastnnunet.nnunet.unlabelled.sets import ImageSet
 from fastnnunet.nnunet.world import world_in
-from fastnnunet.specs.cache import CacheSpec
+from fastnnunet.specs.cache import SCANS_RECIPE, CacheSpec
 from fastnnunet.specs.canonical import differences, sha256_of, to_plain
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.provenance import write_json
@@ -38,12 +38,14 @@ from fastnnunet.system.files import atomic_output, check_output_folder, make_fol
 from fastnnunet.system.locks import locked
 from fastnnunet.teachers.data_set import cache_root
 from fastnnunet.teachers.images import UnlabelledJob
+from fastnnunet.teachers.jobs import recipe_words
 from fastnnunet.teachers.nnunet import NnUNetTeacher, make_teacher
-from fastnnunet.teachers.scans.found import Scans, as_files, find_scans, hold_out, require_known_intensities
+from fastnnunet.teachers.scans.found import OPTION, Scans, as_files, find_scans, hold_out, require_known_intensities
 from fastnnunet.teachers.stages import first_stage_folder, first_stage_seconds, open_stages
 
 DATASET, FINGERPRINT = "Dataset001_Images", "dataset_fingerprint.json"
 SET = "scans"
+IMAGES = "images"
 VERSION = 1
 
 
@@ -57,6 +59,7 @@ class Work:
     teacher: TeacherSpec  # the model by its names in this world
     scans: Scans
     recipe: CacheSpec
+    recipe_file: Path | None = None  # to quote it in commands
     first: NnUNetTeacher | None = None  # of a cascade: the teacher of its first stage
 
     @property
@@ -78,14 +81,15 @@ class Work:
     def file_ending(self) -> str:
         return str(self.source.dataset_json["file_ending"])
 
-    def options(self, fold_flag: str = "-f") -> str:
-        """How a command line names this folder and what it is of."""
+    def options(self, *, of_training: bool = False) -> str:
+        """How the command line of `cache build`, or `train`, names this folder and what it is of."""
         words = ["-m", str(self.asked.path), "-i", str(self.scans.folder), "--work", str(self.folder)]
         for flag, name in (("-c", "configuration"), ("-p", "plans"), ("-tr", "trainer"), ("-chk", "checkpoint")):
             if getattr(self.asked, name) is not None:
                 words += [flag, getattr(self.asked, name)]
         if self.asked.folds is not None:
-            words += [fold_flag, *map(str, self.asked.folds)]
+            words += ["-tf" if of_training else "-f", *map(str, self.asked.folds)]
+        words += recipe_words(self.recipe, self.recipe_file, SCANS_RECIPE, engine=not of_training)
         if not self.recipe.mirroring:
             words.append("--no-mirroring")
         return shlex.join(words)
@@ -107,12 +111,17 @@ class Work:
 
     def images(self, progress: Listener = ignore) -> tuple[Path, dict[str, tuple[Path, ...]]]:
         """The scans as files, and their folder; see `as_files`."""
-        return as_files(self.scans, self.folder / "images", self.file_ending, progress)
+        return as_files(self.scans, self.folder / IMAGES, self.file_ending, progress)
 
     def unlabelled(self, files: ModelFolder, images: Path) -> UnlabelledJob:
         """The scans as a set of images without labels. `files`: as `world` gives it."""
         target = ImageSet(
-            name=SET, plans=files.plans, configuration=files.configuration, dataset_json=files.dataset_json
+            name=SET,
+            plans=files.plans,
+            configuration=files.configuration,
+            dataset_json=files.dataset_json,
+            option=OPTION,
+            tell=False,  # `find_scans` has
         )
         return UnlabelledJob(
             target=target,
@@ -176,12 +185,14 @@ def open_work(
     recipe: CacheSpec = CacheSpec(),
     held_out: int | None = None,
     progress: Listener = ignore,
+    *,
+    recipe_file: Path | None = None,
 ) -> Work:
     """Join a model and scans with a work folder, which need not exist; all that can be refused is.
 
-    Writes nothing but work.json, and that last. Raises NotFoundError, CorruptError, SpecError (also for too few scans
-    to hold `held_out` of them out), ImageError (also for scans of another modality) and MismatchError (a work folder of
-    another model or other scans).
+    Writes nothing but work.json, and that last. Files converted from series are removed where scans have changed.
+    Raises NotFoundError, CorruptError, SpecError (also for too few scans to hold `held_out` of them out), ImageError
+    (also for scans of another modality) and MismatchError (a work folder of another model or other scans).
     """
     recipe = replace(recipe, policy="ensemble")
     check_output_folder(folder)
@@ -205,11 +216,13 @@ def open_work(
         ),
         scans=found,
         recipe=recipe,
+        recipe_file=recipe_file,
         first=stages.first,
     )
-    _require_same(work, record := _record(work))
-    if not (folder / "work.json").is_file():
+    if not _is_known(work, record := _record(work)):
         require_known_intensities(found, files.model)
+        if (converted := folder / IMAGES).is_dir():  # of series that have changed
+            shutil.rmtree(converted)
         write_json(folder / "work.json", record)
     return work
 
@@ -237,13 +250,17 @@ def _recognised(files: ModelFolder, folds: tuple[Fold, ...]) -> dict[str, Any]:
     }
 
 
-def _require_same(work: Work, record: dict[str, Any]) -> None:
-    """Raises MismatchError saying in what a work folder is of something else, SpecError for a folder of others."""
+def _is_known(work: Work, record: dict[str, Any]) -> bool:
+    """Whether a work folder is of this model and these scans; not yet where it is new.
+
+    Scans that cannot be used are to be mended or removed, so that they may change until the first cache is begun.
+    Raises MismatchError saying in what it is of something else, SpecError for a folder of others.
+    """
     file = work.folder / "work.json"
     if not file.is_file():
         if work.folder.is_dir() and any(p for p in work.folder.iterdir() if not p.name.startswith(".")):
             raise SpecError(f"--work {work.folder} holds other things and no work.json\nname an empty or a new folder")
-        return
+        return False
     try:
         stored = read_json_object(file)
         model, scans = dict(stored["model"]), dict(stored["scans"])
@@ -253,6 +270,8 @@ def _require_same(work: Work, record: dict[str, Any]) -> None:
         raise CorruptError(f"{file} is damaged: {e}\nname another --work, or remove this one") from e
     problems = [f"model {change}" for change in differences(model, record["model"])]
     now = to_plain(record["scans"])
+    if not problems and scans != now and not any(work.base.glob("fastnnunet_*")):
+        return False
     kinds = {
         "new": [case for case in now if case not in scans],
         "changed": [case for case in now if case in scans and now[case] != scans[case]],
@@ -265,6 +284,7 @@ def _require_same(work: Work, record: dict[str, Any]) -> None:
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nname another --work for these"
         )
+    return True
 
 
 def _write(file: Path, described: dict[str, Any]) -> None:

@@ -47,10 +47,11 @@ class ImagesFacts:
     mirrored: bool
     created: str  # as `provenance.now_utc` writes it
     trained_scans: int
+    alpha: float  # weight of the soft labels, from 0 to 1
     students: tuple[ReportedStudent, ...]
     teacher_seconds_per_case: float | None = None
     teacher_parameters: int | None = None  # of all folds together
-    teacher_bytes: int | None = None
+    teacher_bytes: int | None = None  # of its networks as float32
     label_values: Mapping[str, int] = field(default_factory=dict)  # name -> value in label maps, for the legend
     gaps: tuple[FidelityGap, ...] = ()
     pictures: tuple[JudgedCase, ...] = ()

@@ -55,7 +55,7 @@ def images_page(facts: ImagesFacts) -> str:
     parts.append(section("Every held-out scan", *plot, _case_table(facts)))
     if any(student.calibration for student in facts.students):
         parts.append(_calibration(facts.students))
-    if any(student.curve for student in facts.students):
+    if any(len(student.curve) > 1 for student in facts.students):
         parts.append(section("Training", plot_box(curve_plot(facts.students, facts.curve_axes))))
     if facts.left_out:
         parts.append(_left_out(facts))
@@ -72,7 +72,7 @@ def headline(facts: ImagesFacts) -> str:
     first = facts.students[0]
     many = len(facts.held_out)
     reached = f"{first.tag} agrees with its teacher with a mean Dice of {_interval(first.fidelity.mean)}"
-    words = [f"{reached} on {many} scan{'s' * (many != 1)} held out of training."]
+    words = [f"{reached} on {_scans(many)} held out of training."]
     faster = _faster(facts, first)
     if first.seconds_per_case is not None:
         than = f", {faster} faster than its teacher" if faster != NONE else ""
@@ -89,13 +89,15 @@ def _when(facts: ImagesFacts) -> str:
 
 
 def _what_fidelity_is(facts: ImagesFacts) -> str:
-    few = ""
-    if len(facts.held_out) < _FEW_SCANS:
-        few = f" With {len(facts.held_out)} held out the interval says little."
+    if len(facts.held_out) == 1:
+        brackets = " With one scan held out there is no interval."
+    else:
+        few = f" With {len(facts.held_out)} held out it says little." if len(facts.held_out) < _FEW_SCANS else ""
+        brackets = f" In brackets the {CONFIDENCE:.0%} interval of a bootstrap over scans.{few}"
     return (
         "Fidelity is the Dice of a student's labels against its teacher's own, on scans that the student was not "
-        "trained on. It is agreement, not truth: where the teacher is wrong, a faithful student is wrong too. In "
-        f"brackets the {CONFIDENCE:.0%} interval of a bootstrap over scans.{few}"
+        "trained on. It is agreement, not truth: where the teacher is wrong, a faithful student is wrong too."
+        + brackets
     )
 
 
@@ -218,10 +220,10 @@ def _scores(s: CalibrationScores) -> list[str]:
 
 
 def _left_out(facts: ImagesFacts) -> str:
-    kept = "They were trained on nevertheless. " if facts.kept_all else ""
+    kept = "They were kept nevertheless. Without --keep-all " if facts.kept_all else ""
     many = len(facts.left_out)
     rows: list[Row] = [(scan.case, [scan.reason, _numbers(scan)]) for scan in facts.left_out]
-    rule = facts.left_out_rule[:1].upper() + facts.left_out_rule[1:]
+    rule = facts.left_out_rule if facts.kept_all else facts.left_out_rule[:1].upper() + facts.left_out_rule[1:]
     shown = [scan for scan in facts.left_out if scan.picture is not None]
     figures = "".join(
         figure(scan.picture, f"{scan.case}: {scan.reason}", f"a slice of {scan.case}, {scan.reason}")
@@ -231,11 +233,15 @@ def _left_out(facts: ImagesFacts) -> str:
     more = len(shown) - MOST_LEFT_OUT_PICTURES
     return section(
         "Scans that would do harm" if facts.kept_all else "Scans left out",
-        f"<p>{escape(f'{many} scan' + 's' * (many != 1))}. {escape(kept + rule)}</p>",
+        f"<p>{escape(_scans(many))}. {escape(kept + rule)}</p>",
         box(f'<div class="words">{_table(["", "why", "numbers"], rows)}</div>'),
         f'<div class="slices">{figures}</div>' if figures else "",
         note(f"Pictures of {more} more are not shown.") if more > 0 else "",
     )
+
+
+def _scans(many: int) -> str:
+    return f"{many} scan{'s' * (many != 1)}"
 
 
 def _numbers(scan: LeftOutScan) -> str:
@@ -246,13 +252,14 @@ def _numbers(scan: LeftOutScan) -> str:
 
 
 def _made(facts: ImagesFacts) -> dict[str, str]:
+    learnt = "labels" if facts.alpha == 0 else "soft labels" if facts.alpha == 1 else "labels and soft labels"
     made = {
         "model": facts.model,
         "configuration": facts.configuration,
         "folds": f"{', '.join(facts.folds)}{', mirrored' if facts.mirrored else ', not mirrored'}",
-        "trained on": f"{facts.trained_scans} scans with the teacher's labels and soft labels, none by hand",
-        "judged on": f"{len(facts.held_out)} scans that were held out",
-        "left out": f"{0 if facts.kept_all else len(facts.left_out)} scans",
+        "trained on": f"{_scans(facts.trained_scans)} with the teacher's {learnt}, none by hand",
+        "judged on": f"{_scans(len(facts.held_out))} held out",
+        "left out": _scans(0 if facts.kept_all else len(facts.left_out)),
     }
     return made | {f"note {number}": text for number, text in enumerate(facts.notes, start=1)}
 
@@ -280,6 +287,8 @@ def _table(headings: Sequence[str], rows: Sequence[Row], marked: int | None = No
 def _interval(interval: Interval) -> str:
     if interval.mean != interval.mean:
         return NONE
+    if interval.low == interval.high:  # of one scan
+        return dice(interval.mean)
     return f"{dice(interval.mean)} ({dice(interval.low)} to {dice(interval.high)})"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.bench.report.images.facts import ImagesFacts, ReportedStudent
-from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, SETTINGS, svg
+from fastnnunet.bench.report.svg import ACCENT, INK, MUTED, OTHER, plotting, svg
 from fastnnunet.errors import printable
 
 MOST_STUDENTS = 8  # with marks of their own
@@ -17,12 +17,11 @@ _LONGEST_NAME = 24
 
 def case_plot(facts: ImagesFacts) -> str:
     """Fidelity of every case and student, cases sorted by the first student's."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     of_first = facts.students[0].fidelity.of_cases()
     order = sorted(of_first, key=lambda case: (-(of_first[case] if of_first[case] == of_first[case] else -1), case))
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         axes = figure.subplots()
         many = len(order) > _MOST_NAMES
@@ -40,10 +39,9 @@ def case_plot(facts: ImagesFacts) -> str:
 
 def reliability_plot(students: Sequence[ReportedStudent]) -> str:
     """Confidence of students against what the teacher gives to the same class, everywhere and near labels' borders."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(9, 4), layout="constrained")
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, what in zip(panels, ("everywhere", "near borders"), strict=True):
@@ -66,10 +64,9 @@ def reliability_plot(students: Sequence[ReportedStudent]) -> str:
 
 def curve_plot(students: Sequence[ReportedStudent], names: tuple[str, str]) -> str:
     """Training curves of the students that have one."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(SETTINGS):
+    with plotting():
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         axes = figure.subplots()
         for student, (colour, mark) in zip(students, _MARKS, strict=False):
