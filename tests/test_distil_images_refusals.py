@@ -206,9 +206,8 @@ class TestWorkFolder:
         write_series(folder / "a", np.full((6, 8, 7), 70, np.int16))
         place, files = opened_with(model, folder, work).images()
         assert sorted(p.name for p in place.iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
-        np.testing.assert_array_equal(
-            sitk.GetArrayFromImage(sitk.ReadImage(str(files["a"][0]))), np.full((6, 8, 7), 70)
-        )
+        converted = sitk.GetArrayFromImage(sitk.ReadImage(str(files["a"][0])))
+        np.testing.assert_array_equal(converted, np.full((6, 8, 7), 70 - 1024))  # the intercept of these files
 
     def test_damaged_or_of_something_else(self, opened, model, scans, tmp_path):
         (opened.folder / "work.json").write_text("{")
@@ -239,7 +238,7 @@ class TestTheCommandLine:
         ("options", "expected"),
         [
             (("--norm-statistics", "precise"), "norm_statistics: got precise"),
-            (("--last-patch", "17", "17", "17"), "last_patch"),
+            (("--last-patch", "17", "17", "17"), "--last-patch: patch_size"),
             (("-device", "gpu"), "gpu"),
             (("-device", "cuda"), "cuda"),
         ],
