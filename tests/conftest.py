@@ -106,12 +106,13 @@ def shared():
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers():
-    """A network that a test draws is the same whatever ran before in this process."""
+def same_start():
+    """A test draws the same network and adds in the same order whatever ran before in this process."""
     random.seed(0)
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

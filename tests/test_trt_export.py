@@ -393,7 +393,7 @@ class TestStore:
         assert key.folder_name == rtx_key().folder_name
 
     def test_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fastnnunet.engines.trt.store.os.replace", _no_room)
+        monkeypatch.setattr("fastnnunet.system.files.os.replace", _no_room)
         with pytest.raises(OSError, match="No space"):
             write_engine(tmp_path / "engines", rtx_key(), b"plan", {})
         assert list((tmp_path / "engines").iterdir()) == []
