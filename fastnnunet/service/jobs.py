@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastnnunet.errors import CorruptError, FastnnUNetError
-from fastnnunet.service.refusals import RefusedError
+from fastnnunet.service.refusals import RefusedError, no_room
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.system.files import atomic_output, check_output_folder, make_folder
 from fastnnunet.system.locks import locked
@@ -215,7 +215,7 @@ class JobStore:
             (job.folder / "input").mkdir(parents=True)
         except OSError as e:
             self.remove(job)
-            raise RefusedError(507, "the service has no room left on its disk") from e
+            raise no_room() from e
         return job
 
     def grow(self, job: Job, size_bytes: int) -> None:

@@ -31,10 +31,15 @@ class RefusedError(Exception):
         self.series = series or {}
 
 
+def no_room() -> RefusedError:
+    """The disk is full."""
+    return RefusedError(507, "the service has no room left on its disk")
+
+
 def refusal_of(error: FastnnUNetError, folder: Path) -> RefusedError:
     """An error of the library as a refusal: the image's fault, or ours. Names of our own files are left out."""
     if isinstance(error, DiskSpaceError):
-        return RefusedError(507, "the service has no room left on its disk")
+        return no_room()
     if isinstance(error, BackendError | CorruptError | MismatchError):
         return RefusedError(500, "the model cannot predict this image; the log of the service says more")
     if isinstance(error, ImageError | SpecError):

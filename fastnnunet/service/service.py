@@ -14,7 +14,7 @@ from fastnnunet.service.answers import made_of_image, refuse_without_series
 from fastnnunet.service.devices import DeviceThread, Waiting
 from fastnnunet.service.jobs import OVER, Job, JobStore
 from fastnnunet.service.models import Served
-from fastnnunet.service.refusals import RefusedError
+from fastnnunet.service.refusals import RefusedError, no_room
 from fastnnunet.service.spec import ServiceSpec
 from fastnnunet.service.uploads.receive import announced_bytes, receive
 from fastnnunet.service.worker import Loading
@@ -125,7 +125,7 @@ class Service:
                     await run_in_threadpool(self.store.keep, job)
             except FastnnUNetError as e:
                 self.store.remove(job)
-                raise RefusedError(507, "the service has no room left on its disk") from e
+                raise no_room() from e
             except BaseException:
                 self.store.remove(job)
                 raise

@@ -29,9 +29,8 @@ class Arrivals:
     spec: BundleSpec
     settle_s: float
     clock: Callable[[], float] = time.monotonic
-    left_over: list[str] = field(
-        default_factory=list
-    )  # of the last look: what is no image, where nothing may become one
+    # of the last look: what is no image, where nothing may become one
+    left_over: list[str] = field(default_factory=list)
     _since: dict[str, tuple[str, float]] = field(default_factory=dict)  # case -> its mark, and since when it has that
 
     def look(self) -> tuple[list[Arrival], bool]:

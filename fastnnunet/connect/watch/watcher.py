@@ -25,11 +25,7 @@ from fastnnunet.specs.canonical import sha256_of, sha256_of_file, to_plain
 from fastnnunet.specs.run.kept import KeptModelSpec
 from fastnnunet.system.files import make_folder
 
-_OF_THE_IMAGE = (
-    ImageError,
-    MismatchError,
-    UnexpectedError,
-)  # others are the machine's or the model's, and end it
+_OF_THE_IMAGE = (ImageError, MismatchError, UnexpectedError)  # others are the machine's or the model's, and end it
 
 
 class _StopError(BaseException):

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from fastnnunet.errors import NO_ROOM
-from fastnnunet.service.refusals import RefusedError
+from fastnnunet.service.refusals import RefusedError, no_room
 
 _END = struct.Struct("<4s4H2LH")  # end of central directory
 _END_MAGIC = b"PK\x05\x06"
@@ -108,4 +108,4 @@ def unpack(file: Path, folder: Path, *, most_bytes: int) -> None:
     except OSError as e:
         if e.errno not in NO_ROOM:
             raise
-        raise RefusedError(507, "the service has no room left on its disk") from e
+        raise no_room() from e
