@@ -44,6 +44,7 @@ from fastnnunet.specs.teacher import PublishedSpec, TeacherSpec
 from pipelines.measure.head import header, model_arguments, put
 
 PREPROCESSED = "nnUNet_preprocessed"
+LABELS = ("teacher", "true")
 TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0)  # tried on a student's probabilities
 
 
@@ -156,6 +157,7 @@ def train_arms(
     scans: int,
     seed: int,
     threads: int,
+    labels: str,
 ) -> dict[str, Path]:
     """Train all arms on the same batches of one subset of the scans; fold folders. Resumes finished ones."""
     import torch
@@ -171,7 +173,7 @@ def train_arms(
 
     keep_freed_memory()
     torch.set_num_threads(threads)
-    fold = seed * 1000 + scans  # a name for the subset
+    fold = LABELS.index(labels) * 10**6 + seed * 1000 + scans  # a name for the subset and whose labels it has
     jobs = {
         name: TrainingJob(teacher=teacher, student=student, distill=spec, cache=recipe, fold=fold, device="cpu")
         for name, (spec, student) in arms.items()
@@ -213,12 +215,13 @@ def student_probabilities(folder: Path, configuration: str, threads: int) -> Any
 
 
 def one_pass_probabilities(folder: Path, configuration: str, passes: int) -> Any:
-    """image -> probabilities of a student in a fold folder on the whole image at once, padded to whole strides.
+    """image -> probabilities of a student in a fold folder in one pass, in the frame that `predict` takes.
 
-    The k-th of several passes is shifted by k / passes of the largest stride; their logits are averaged.
+    The logits of several passes are averaged.
     """
     import torch
 
+    from fastnnunet.geometry.tiles import Axis
     from fastnnunet.nnunet.files.checkpoint import load_checkpoint, load_weights, strip_prefix
     from fastnnunet.nnunet.files.model import ModelFolder, build_network
     from fastnnunet.nnunet.student.fit import stride_products
@@ -227,13 +230,18 @@ def one_pass_probabilities(folder: Path, configuration: str, passes: int) -> Any
     network = build_network(files.model).eval()
     path = folder / "checkpoint_final.pth"
     load_weights(network, strip_prefix(load_checkpoint(path)["network_weights"]), path)
-    strides = stride_products(files.model.config.configuration)
+    config = files.model.config
+    strides = stride_products(config.configuration)
 
     def run(image_CZYX: np.ndarray, _: np.ndarray) -> np.ndarray:
         shape, total = image_CZYX.shape[1:], np.zeros(())
+        axes = [
+            Axis(size=size, least=least, multiple=multiple, halo=0, shifts=passes)
+            for size, least, multiple in zip(shape, config.patch_size, strides, strict=True)
+        ]
         for number in range(passes):
-            front = [n * number // passes for n in strides]
-            pads = [(f, -(n + f) % m) for f, n, m in zip(front, shape, strides, strict=True)]
+            front = [axis.before[number] for axis in axes]
+            pads = [(f, axis.frame - n - f) for f, n, axis in zip(front, shape, axes, strict=True)]
             with torch.inference_mode():
                 padded = torch.from_numpy(np.pad(image_CZYX, [(0, 0), *pads]))[None]
                 logits = network(padded)[0].numpy()
@@ -260,7 +268,7 @@ def main() -> None:
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-i", type=Path)
     parser.add_argument("-g", type=Path)
-    parser.add_argument("--labels", choices=["teacher", "true"], default="teacher")
+    parser.add_argument("--labels", choices=LABELS, default=LABELS[0])
     parser.add_argument("--scans", nargs="+", type=int, default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("-r", type=int, default=4)
@@ -307,7 +315,7 @@ def main() -> None:
                     own = {k: v for k, v in fields.items() if not k.startswith("student.")}
                     student = build_spec(StudentSpec, {"r": args.r, "family": args.family} | of_student, where="--arm")
                     arms[name] = build_spec(DistillSpec, common | own, where="--arm"), student
-            folders = train_arms(teacher, recipe, args.spec, arms, scans, seed, args.threads)
+            folders = train_arms(teacher, recipe, args.spec, arms, scans, seed, args.threads, args.labels)
             for name, folder in folders.items():
                 found = judge(student_probabilities(folder, args.c, args.threads), work)
                 if given[name].get("student.norm") == "batch":
