@@ -15,7 +15,7 @@ preprocessed space: Dice against the true labels, fidelity (Dice against the tea
 everywhere and within two voxels of the borders of the teacher's labels. These also at the one temperature that brings
 them closest to the teacher's on these very images, which favours students that were not taught probabilities. Students
 with batch norm are also judged in one pass over each image, and in two and four shifted ones. `--labels true`
-trains on the true labels.
+trains on the true labels, `--stable` tries one of the ways of `stability.py`.
 """
 
 import json
@@ -42,6 +42,7 @@ from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec, TeacherSpec
 from pipelines.measure.head import header, model_arguments, put
+from pipelines.measure.train.stability import STABLE
 
 PREPROCESSED = "nnUNet_preprocessed"
 LABELS = ("teacher", "true")
@@ -158,6 +159,7 @@ def train_arms(
     seed: int,
     threads: int,
     labels: str,
+    stable: str | None = None,
 ) -> dict[str, Path]:
     """Train all arms on the same batches of one subset of the scans; fold folders. Resumes finished ones."""
     import torch
@@ -173,7 +175,8 @@ def train_arms(
 
     keep_freed_memory()
     torch.set_num_threads(threads)
-    fold = LABELS.index(labels) * 10**6 + seed * 1000 + scans  # a name for the subset and whose labels it has
+    way = [None, *STABLE].index(stable)
+    fold = (10 * way + LABELS.index(labels)) * 10**6 + seed * 1000 + scans  # a name for the subset and its labels
     jobs = {
         name: TrainingJob(teacher=teacher, student=student, distill=spec, cache=recipe, fold=fold, device="cpu")
         for name, (spec, student) in arms.items()
@@ -198,6 +201,8 @@ def train_arms(
         held_out = sorted(set(cases) - set(chosen))[:2] or chosen[:2]
         trainer.do_split = lambda chosen=chosen, held_out=held_out: (chosen, held_out)
         trainer.save_every = 10**6
+        if stable is not None:
+            STABLE[stable](trainer)
         trainers.append(trainer)
     if trainers:
         run_epochs(trainers)
@@ -276,6 +281,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stable", choices=STABLE)
     parser.add_argument("--arm", nargs="+", action="append", default=[])
     args = parser.parse_args()
     work: Path = args.work.resolve()
@@ -295,7 +301,14 @@ def main() -> None:
         print(f"teacher: Dice {record['teacher']['dice']:.4f}", flush=True)
     for seed in args.seeds:
         for scans in args.scans:
-            key = {"labels": args.labels, "scans": scans, "seed": seed, "r": args.r, "steps": args.steps}
+            key = {
+                "labels": args.labels,
+                "scans": scans,
+                "seed": seed,
+                "r": args.r,
+                "steps": args.steps,
+                "stable": args.stable,
+            }
             done = {row["arm"] for row in record["rows"] if key.items() <= row.items()}
             given = dict(map(arm, args.arm))
             arms = {}
@@ -315,7 +328,7 @@ def main() -> None:
                     own = {k: v for k, v in fields.items() if not k.startswith("student.")}
                     student = build_spec(StudentSpec, {"r": args.r, "family": args.family} | of_student, where="--arm")
                     arms[name] = build_spec(DistillSpec, common | own, where="--arm"), student
-            folders = train_arms(teacher, recipe, args.spec, arms, scans, seed, args.threads, args.labels)
+            folders = train_arms(teacher, recipe, args.spec, arms, scans, seed, args.threads, args.labels, args.stable)
             for name, folder in folders.items():
                 found = judge(student_probabilities(folder, args.c, args.threads), work)
                 if given[name].get("student.norm") == "batch":
