@@ -112,6 +112,10 @@ def test_one_pass():
     assert arm["times_faster_than_window"] > 0 < arm["peak_gib"]
     assert record["arms"]["window, batch norm, fp32"]["described"]["way"] == "window"
     assert record["halo_is"] == "exact"
+    nnunet = record["nnunetv2"]
+    assert nnunet["single_fold_s"] == pytest.approx(6 * nnunet["pass_s"])  # a grid of 16 x 27 x 23
+    assert sorted(nnunet["all_pass_s"])[1] == nnunet["pass_s"]
+    assert arm["times_faster_than_ensemble"] == pytest.approx(40 * nnunet["single_fold_s"] / arm["seconds"])
 
 
 def test_file_to_file(tmp_path):

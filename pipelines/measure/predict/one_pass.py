@@ -11,10 +11,15 @@ window, instance norm   the path until now
 window, batch norm      the same window, a network that needs none
 one pass, batch norm    few tiles; `--passes` also shifted passes
 
+nnunetv2                nnU-Net's network of one fold, of which three passes over a patch are timed in between: the
+                        passes of one fold and of five with mirrors are counted and their time is extrapolated,
+                        nothing else that nnU-Net does is in it
+
 `agreement_with_whole` is parity: the share of voxels with the label that PyTorch gives of the whole image at once.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,6 +33,8 @@ import numpy as np
 
 from fastnnunet.engines.registry import available_cores
 from fastnnunet.export.bundle import export_bundle
+from fastnnunet.geometry.grid import tile_starts
+from fastnnunet.geometry.resample import resampled_shape
 from fastnnunet.images.io import image_io
 from fastnnunet.nnunet.student.plans import student_architecture
 from fastnnunet.runtime.loaded import LoadedBundle
@@ -37,14 +44,16 @@ from pipelines.measure.head import arguments, header, put
 from pipelines.measure.predict.large_volume import (
     CLASSES,
     CONFIGURATION,
+    ENSEMBLE_FOLDS,
     FEATURES,
+    MIRRORED_PASSES,
     PATCH,
     read_labels,
     teacher_plans,
     write_case,
     write_model,
 )
-from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, load_image
+from pipelines.measure.predict.pre_post_speed import SHAPE, SPACING_MM, TARGET_MM, load_image
 
 CHILD = """
 import json, sys
@@ -58,6 +67,24 @@ times = [predictor.predict_case(case, out).times for _ in range(asked["runs"])]
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 stages = [{s: getattr(t, s + "_s") for s in ("read", "preprocess", "infer", "postprocess", "write")} for t in times]
 print(json.dumps({"stages_s": stages, "peak_bytes": 1024 * int(peak.split()[1]), "described": predictor.describe()}))
+"""
+
+PASS = """
+import json, sys
+from time import perf_counter
+import torch
+from fastnnunet.nnunet.files.model import build_network, model_of
+from pipelines.measure.predict.large_volume import CLASSES, CONFIGURATION, _dataset_json, teacher_plans, toy_of
+features, patch, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+network = build_network(model_of(teacher_plans(features, patch), CONFIGURATION, _dataset_json(toy_of(CLASSES)))).eval()
+image, times = torch.zeros(1, 1, *patch), []
+with torch.inference_mode():
+    for _ in range(4):
+        start = perf_counter()
+        network(image)
+        times.append(perf_counter() - start)
+print(json.dumps(times[1:]))
 """
 
 
@@ -115,6 +142,14 @@ def run_arm(bundle: Path, image: Path, out: Path, backend: str, runs: int, optio
     return found
 
 
+def nnunet_passes(features: Sequence[int], patch: Sequence[int], threads: int) -> list[float]:
+    """Seconds of a pass of the teacher's network over a patch, three times, in a process of their own."""
+    command = [sys.executable, "-c", PASS, json.dumps([list(features), list(patch), threads])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    times: list[float] = json.loads(done.stdout)
+    return times
+
+
 def measure(
     image_file: Path | None,
     shape: Sequence[int] = SHAPE,
@@ -152,7 +187,9 @@ def measure(
                 asked[f"{words}, batch norm, {precision}"] = "batch_bundle", {**common, "passes": count}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
         agreement: dict[str, float] = {}
+        passes_s: list[float] = []
         for number in range(rounds):
+            passes_s += nnunet_passes(features, patch, threads)
             for name, (bundle, options) in asked.items():
                 out = where / "out.nii.gz"
                 runs[name].append(run_arm(where / bundle, Path(file), out, backend, 2, options))
@@ -171,6 +208,13 @@ def measure(
         }
         if "batch" in name:
             arms[name]["agreement_with_whole"] = agreement[name]
+    grid = resampled_shape(shape, SPACING_MM, TARGET_MM)
+    patches = math.prod(len(starts) for starts in tile_starts(grid, patch, 0.5))
+    single_s = patches * statistics.median(passes_s)
+    ensemble_s = single_s * ENSEMBLE_FOLDS * MIRRORED_PASSES
+    for one in arms.values():
+        one["times_faster_than_single_fold"] = single_s / one["seconds"]
+        one["times_faster_than_ensemble"] = ensemble_s / one["seconds"]
     for precision in precisions:
         for name in arms:
             before = arms[f"window, instance norm, {precision}"]
@@ -185,6 +229,14 @@ def measure(
         "halo": None if rules is None else list(rules.halo),
         "halo_is": None if rules is None else rules.halo_is,
         "threads": threads,
+        "nnunetv2": {
+            "patches": patches,
+            "pass_s": statistics.median(passes_s),
+            "all_pass_s": passes_s,
+            "single_fold_s": single_s,
+            "ensemble_s": ensemble_s,
+            "extrapolated": "passes of the network alone, times their number",
+        },
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "arms": arms,
     }
@@ -199,4 +251,8 @@ if __name__ == "__main__":
     record = measure(args.image, rounds=args.rounds, precisions=args.precision)
     put(record, args.o)
     for name, arm in record["arms"].items():
-        print(f"{name}: {arm['seconds']:.1f} s, {arm['peak_gib']:.2f} GiB")
+        print(
+            f"{name}: {arm['seconds']:.1f} s, {arm['peak_gib']:.2f} GiB; times faster than the window "
+            f"{arm['times_faster_than_window']:.1f}, than nnU-Net's passes of one fold "
+            f"{arm['times_faster_than_single_fold']:.0f}, of the ensemble {arm['times_faster_than_ensemble']:.0f}"
+        )
