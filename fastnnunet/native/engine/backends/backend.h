@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define FASTNNUNET_BACKEND_INTERFACE 2
+#define FASTNNUNET_BACKEND_INTERFACE 3
 
 typedef struct fastnnunet_network fastnnunet_network; /* of a plugin */
 
@@ -84,6 +84,13 @@ typedef struct fastnnunet_backend {
      * what is on it and computes. One caller at a time; not beside `run`. */
     int32_t (*run_on_gpu)(fastnnunet_network* network, const float* batch, int64_t count, const int64_t* tile,
                           float* logits, void* stream, fastnnunet_failure* failure);
+
+    /* As `run`, for callers without a place for the logits: they stay where the maker's library has put them, until
+     * `let_go` of `*held`. `*logits` is NULL where this network has them in no place of its own. Both functions NULL:
+     * none has. */
+    int32_t (*run_in_place)(fastnnunet_network* network, const float* batch, int64_t count, const int64_t* tile,
+                            const float** logits, void** held, fastnnunet_failure* failure);
+    void (*let_go)(fastnnunet_network* network, void* held);
 } fastnnunet_backend;
 
 typedef const fastnnunet_backend* (*fastnnunet_backend_entry)(void);

@@ -231,6 +231,8 @@ const fastnnunet_backend kBackend{
     [](const fastnnunet_network*) { return kMostOnGpu; },
     [](const fastnnunet_network*) -> std::int32_t { return 0; },
     run_on_gpu,
+    nullptr,  // it computes into the caller's memory
+    nullptr,
 };
 
 }  // namespace

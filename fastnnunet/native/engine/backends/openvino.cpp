@@ -11,6 +11,8 @@
 #include <mutex>
 #include <sstream>
 #include <thread>
+#include <tuple>
+#include <utility>
 
 #include "backends/library.hpp"
 #include "bundle/digest.hpp"
@@ -146,8 +148,8 @@ public:
     ~Handle() {
         if (one_ != nullptr) release_(one_);
     }
-    Handle(const Handle&) = delete;
-    Handle& operator=(const Handle&) = delete;
+    Handle(Handle&& other) noexcept : one_(other.release()), release_(other.release_) {}
+    Handle& operator=(Handle&&) = delete;
     T* get() const { return one_; }
     T* release() {
         T* one = one_;
@@ -258,22 +260,35 @@ public:
     OpenVINO& operator=(const OpenVINO&) = delete;
 
     void run(const float* batch, std::int64_t count, const std::int64_t* tile, float* logits) {
-        std::vector<std::int64_t> in{count, channels_}, out{count, heads_};
-        in.insert(in.end(), tile, tile + dims_);
-        out.insert(out.end(), tile, tile + dims_);
-        Handle<ov_infer_request> request(take(), ov().ov_infer_request_free);
-        const Handle<ov_tensor> input(tensor(in, const_cast<float*>(batch)), ov().ov_tensor_free);
-        check(ov().ov_infer_request_set_input_tensor(request.get(), input.get()));
         if (shapes_vary_) {
-            check(ov().ov_infer_request_infer(request.get()));
-            copy_output(request.get(), out, logits);
-        } else {  // straight to where they are wanted: those of many classes are large
-            const Handle<ov_tensor> output(tensor(out, logits), ov().ov_tensor_free);
-            check(ov().ov_infer_request_set_output_tensor(request.get(), output.get()));
-            check(ov().ov_infer_request_infer(request.get()));
+            const auto [found, request] = run_in_place(batch, count, tile);
+            std::int64_t values = count * heads_;
+            for (std::int32_t axis = 0; axis < dims_; ++axis) values *= tile[axis];
+            std::memcpy(logits, found, static_cast<std::size_t>(values) * sizeof(float));
+            return let_go(request);
         }
+        Handle<ov_infer_request> request = with_input(batch, count, tile);
+        // straight to where they are wanted: those of many classes are large
+        std::vector<std::int64_t> shape = shape_of(count, heads_, tile);
+        const Handle<ov_tensor> output(tensor(shape, logits), ov().ov_tensor_free);
+        check(ov().ov_infer_request_set_output_tensor(request.get(), output.get()));
+        check(ov().ov_infer_request_infer(request.get()));
+        let_go(request.release());
+    }
+
+    // Where the logits of a network whose shapes vary are, which its library puts nowhere else, until `let_go`
+    std::pair<const float*, ov_infer_request*> run_in_place(const float* batch, std::int64_t count,
+                                                            const std::int64_t* tile) {
+        if (!shapes_vary_) return {nullptr, nullptr};
+        Handle<ov_infer_request> request = with_input(batch, count, tile);
+        check(ov().ov_infer_request_infer(request.get()));
+        const float* logits = output(request.get(), shape_of(count, heads_, tile));
+        return {logits, request.release()};
+    }
+
+    void let_go(ov_infer_request* request) {
         const std::lock_guard lock(turn_);
-        idle_.push_back(request.release());
+        idle_.push_back(request);
     }
 
     const char* precision() const { return precision_.c_str(); }
@@ -289,7 +304,21 @@ private:
         return made;
     }
 
-    static void copy_output(ov_infer_request* request, const std::vector<std::int64_t>& shape, float* logits) {
+    std::vector<std::int64_t> shape_of(std::int64_t count, std::int64_t channels, const std::int64_t* tile) const {
+        std::vector<std::int64_t> shape{count, channels};
+        shape.insert(shape.end(), tile, tile + dims_);
+        return shape;
+    }
+
+    Handle<ov_infer_request> with_input(const float* batch, std::int64_t count, const std::int64_t* tile) {
+        Handle<ov_infer_request> request(take(), ov().ov_infer_request_free);
+        std::vector<std::int64_t> shape = shape_of(count, channels_, tile);
+        const Handle<ov_tensor> input(tensor(shape, const_cast<float*>(batch)), ov().ov_tensor_free);
+        check(ov().ov_infer_request_set_input_tensor(request.get(), input.get()));
+        return request;
+    }
+
+    static const float* output(ov_infer_request* request, const std::vector<std::int64_t>& shape) {
         ov_tensor* found = nullptr;
         check(ov().ov_infer_request_get_output_tensor(request, &found));
         const Handle<ov_tensor> output(found, ov().ov_tensor_free);
@@ -301,9 +330,7 @@ private:
         if (!fits) throw std::runtime_error("the network returned logits of another shape");
         void* data = nullptr;
         check(ov().ov_tensor_data(output.get(), &data));
-        std::size_t values = 1;
-        for (const std::int64_t size : shape) values *= static_cast<std::size_t>(size);
-        std::memcpy(logits, data, values * sizeof(float));
+        return static_cast<const float*>(data);
     }
 
     void compile(const fastnnunet_network_spec& spec, const Hints& hints) {
@@ -480,6 +507,13 @@ std::int32_t run(fastnnunet_network* network, const float* batch, std::int64_t c
     return guarded(failure, [&] { of(network)->run(batch, count, tile, logits); });
 }
 
+std::int32_t run_in_place(fastnnunet_network* network, const float* batch, std::int64_t count,
+                          const std::int64_t* tile, const float** logits, void** held, fastnnunet_failure* failure) {
+    return guarded(failure, [&] { std::tie(*logits, *held) = of(network)->run_in_place(batch, count, tile); });
+}
+
+void let_go(fastnnunet_network* network, void* held) { of(network)->let_go(static_cast<ov_infer_request*>(held)); }
+
 const fastnnunet_backend kBackend{
     FASTNNUNET_BACKEND_INTERFACE,
     "openvino",
@@ -497,6 +531,8 @@ const fastnnunet_backend kBackend{
     nullptr,
     nullptr,
     nullptr,
+    run_in_place,
+    let_go,
 };
 
 }  // namespace

@@ -185,6 +185,17 @@ void Network::run_exactly(const float* batch, std::int64_t count, const Sizes& t
     if (backend_.run(network_, batch, count, tile.data(), logits, &failure) != 0) fail(failure, count, tile);
 }
 
+KeptLogits Network::run_in_place(const float* batch, std::int64_t count, const Sizes& tile) const {
+    if (backend_.run_in_place == nullptr || (batch_size_ != 0 && count != batch_size_)) return nullptr;
+    const float* logits = nullptr;
+    void* held = nullptr;
+    fastnnunet_failure failure{};
+    if (backend_.run_in_place(network_, batch, count, tile.data(), &logits, &held, &failure) != 0) {
+        fail(failure, count, tile);
+    }
+    return {logits, [this, held](const float*) { backend_.let_go(network_, held); }};
+}
+
 void Network::fail(const fastnnunet_failure& failure, std::int64_t count, const Sizes& tile) const {
     std::string shape = "(" + std::to_string(count) + ", " + std::to_string(channels_);
     for (const std::int64_t size : tile) shape += ", " + std::to_string(size);

@@ -1,6 +1,7 @@
 // Opening the plugins that run networks, and choosing among them.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -19,6 +20,9 @@ struct BackendChoice {
     int threads = 0;      // 0: all cores
 };
 
+// Logits that lie where a network has put them
+using KeptLogits = std::unique_ptr<const float, std::function<void(const float*)>>;
+
 // A network of one model file. `run` may be called from several threads at once.
 class Network {
 public:
@@ -29,6 +33,8 @@ public:
 
     // Logits (count, heads, tile) of a contiguous batch (count, channels, tile). Throws BackendError.
     void run(const float* batch, std::int64_t count, const Sizes& tile, float* logits) const;
+    // The same without a copy; none where the network has no place of its own for them. They outlive no network.
+    KeptLogits run_in_place(const float* batch, std::int64_t count, const Sizes& tile) const;
 
     std::string name() const { return backend_.name; }
     std::string precision() const { return backend_.precision(network_); }

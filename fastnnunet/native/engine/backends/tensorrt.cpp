@@ -366,6 +366,8 @@ const fastnnunet_backend kBackend{
     [](const fastnnunet_network* network) { return of(network)->most(); },
     [](const fastnnunet_network*) { return kCanCapture; },
     run_on_gpu,
+    nullptr,  // it computes into the caller's memory
+    nullptr,
 };
 
 }  // namespace

@@ -136,13 +136,22 @@ Volumes<const float> HostTiles::of(const std::vector<Index>& origins, const Inde
         if (buffer.size() < size) buffer = Array4<float>(1, {1, 1, size});
         return buffer.values.get();
     };
-    float *batch = at_least(batch_, count * in), *logits = at_least(logits_, count * model_.heads * voxels);
+    const Sizes of_network(tile.end() - static_cast<long>(model_.patch_size.size()), tile.end());
+    const auto as_tiles = [&](const float* logits) -> Volumes<const float> {
+        return {logits, count * model_.heads, voxels, tile, {tile[1] * tile[2], tile[2]}};
+    };
+    kept_.reset();  // what is next may lie where these are
+    float* batch = at_least(batch_, count * in);
     for (std::int64_t i = 0; i < count; ++i) {
         cut_out(image_, origins[static_cast<std::size_t>(i)], tile, batch + i * in, threads_);
     }
-    const Sizes of_network(tile.end() - static_cast<long>(model_.patch_size.size()), tile.end());
+    if (model_.mirror_axes.empty()) {
+        kept_ = network_.run_in_place(batch, count, of_network);
+        if (kept_) return as_tiles(kept_.get());
+    }
+    float* logits = at_least(logits_, count * model_.heads * voxels);
     run_mirrored(network_, batch, count, model_, of_network, logits);
-    return {logits, count * model_.heads, voxels, tile, {tile[1] * tile[2], tile[2]}};
+    return as_tiles(logits);
 }
 
 std::unique_ptr<TileLogits> HostTiles::within(const ImagePart& part) const {

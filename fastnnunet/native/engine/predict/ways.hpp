@@ -131,6 +131,7 @@ private:
     int threads_;
     Array4<float> own_;  // which `image_` is, where it is no one else's
     Array4<float> batch_, logits_;
+    KeptLogits kept_;  // of the tiles before, in the place of `logits_`
 };
 
 constexpr std::int64_t kBatchVoxels = 1 << 17, kMaxBatch = 16;  // of small (2d) patches
