@@ -381,6 +381,20 @@ def test_batch_norm_on_hippocampus() -> None:
             assert cell == f"{mean(dice):.4f} ± {stdev(dice):.4f}"
 
 
+def test_the_table_of_one_pass() -> None:
+    measured = record("2026-11-30_one_pass.json")
+    text = section((ROOT / "docs" / "measured.md").read_text(), "A large CT")
+    table = tables(text)[-1]
+    for shown, arm in zip(table[1:], measured["arms"].values(), strict=True):
+        is_shown(shown[1], arm["seconds"])
+        is_shown(shown[2], arm["stages_s"]["infer"])
+        is_shown(shown[3], arm["peak_gib"])
+        for value, than in zip(shown[4:], ("window", "single_fold", "ensemble"), strict=True):
+            is_shown(value, arm[f"times_faster_than_{than}"])
+    assert f"over a patch took {measured['nnunetv2']['pass_s']:.1f} s" in text
+    assert 1 - measured["arms"]["one pass, batch norm, fp32"]["agreement_with_whole"] < 1e-6
+
+
 def test_the_table_of_a_locator() -> None:
     measured = record("2026-11-30_locate.json")
     text = section((ROOT / "docs" / "measured.md").read_text(), "Locate, then look")

@@ -165,11 +165,16 @@ class TestKinds:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("limit", [None, "13M"])
     @pytest.mark.parametrize("passes", [None, 3])
-    def test_one_pass(self, dims: int, backend: str, limit: Any, passes: Any, bundles: dict[str, Path]) -> None:
+    @pytest.mark.parametrize("mirroring", [True, False])
+    def test_one_pass(
+        self, dims: int, backend: str, limit: Any, passes: Any, mirroring: bool, bundles: dict[str, Path]
+    ) -> None:
+        """Without mirrors the logits of OpenVINO are read where they are."""
         pytest.importorskip(backend)
         image = smooth_noise((11, 50, 45) if dims == 2 else (41, 46, 55), 0)[None]
         options = {"passes": passes or 0, **({} if limit is None else {"memory_limit": limit})}
-        python = {"passes": passes, "memory_limit": limit}
+        options["no_mirroring"] = int(not mirroring)
+        python = {"passes": passes, "memory_limit": limit, "mirroring": mirroring}
         bundle = bundles[f"one_pass_{dims}"]
         assert_equal(bundle, image, (3.0, 1.1, 1.0), backend=backend, options=options, **python)
         assert ('"way": "one pass"' if passes is None else '"way": "3 passes"') in Engine(bundle, **options).describe()
@@ -203,8 +208,11 @@ class TestKinds:
         finally:
             engine.stream_bytes(before)
 
-    def test_a_model_for_so_many_patches(self, bundles: dict[str, Path]) -> None:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_model_for_so_many_patches(self, backend: str, bundles: dict[str, Path]) -> None:
         import onnx
+
+        pytest.importorskip(backend)
 
         bundle = bundles["fixed"]
         fixed = onnx.load(str(bundle / "model.onnx"))
@@ -213,26 +221,26 @@ class TestKinds:
         onnx.save(fixed, str(bundle / "model.onnx"))
         spec = load_bundle_spec_of(bundle, batch_size=3)
         assert spec.batch_size == 3
-        for backend in BACKENDS:
-            assert_equal(bundle, smooth_noise((5, 40, 45), 0)[None], (3.0, 1.0, 1.0), backend=backend)
+        assert_equal(bundle, smooth_noise((5, 40, 45), 0)[None], (3.0, 1.0, 1.0), backend=backend)
 
-    def test_threads_at_once(self, bundles: dict[str, Path]) -> None:
+    @pytest.mark.parametrize("kind", ["ensemble", "one_pass_3"])
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_threads_at_once(self, backend: str, kind: str, bundles: dict[str, Path]) -> None:
         """24 threads, one model: each gets what it would get alone."""
+        pytest.importorskip(backend)
         shapes = [(18, 30, 33), (16, 20, 24), (9, 13, 41)]
         images = [smooth_noise(shape, seed)[None] for seed, shape in enumerate(shapes)]
-        for backend in BACKENDS:
-            pytest.importorskip(backend)
-            one = Engine(bundles["ensemble"], backend)
-            expected = [one.predict(image, (1.0, 1.1, 1.0)).labels_ZYX for image in images]
-            start = threading.Barrier(24)
+        one = Engine(bundles[kind], backend, no_mirroring=1)
+        expected = [one.predict(image, (1.0, 1.1, 1.0)).labels_ZYX for image in images]
+        start = threading.Barrier(24)
 
-            def predict(number: int, one: Engine = one, start: threading.Barrier = start) -> np.ndarray:
-                start.wait()
-                return one.predict(images[number % 3], (1.0, 1.1, 1.0)).labels_ZYX
+        def predict(number: int) -> np.ndarray:
+            start.wait()
+            return one.predict(images[number % 3], (1.0, 1.1, 1.0)).labels_ZYX
 
-            with ThreadPoolExecutor(24) as pool:
-                for number, got in enumerate(pool.map(predict, range(24))):
-                    np.testing.assert_array_equal(got, expected[number % 3])
+        with ThreadPoolExecutor(24) as pool:
+            for number, got in enumerate(pool.map(predict, range(24))):
+                np.testing.assert_array_equal(got, expected[number % 3])
 
     def test_progress_and_cancelling(self, bundles: dict[str, Path]) -> None:
         one, image = Engine(bundles["ensemble"]), smooth_noise((18, 30, 33), 0)[None]

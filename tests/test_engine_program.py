@@ -414,7 +414,7 @@ def test_its_size(program: Path) -> None:
     assert sizes < 8 * 2**20
 
 
-def test_compiled_models_are_kept(program: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
+def test_compiled_models_of_openvino_are_kept(program: Path, bundle: Path, images: Path, tmp_path: Path) -> None:
     """The second process finds what OpenVINO made of the model; a damaged file is made again."""
     pytest.importorskip("openvino")
     home: dict[str, Any] = {"FASTNNUNET_CACHE_HOME": str(tmp_path / "home")}
