@@ -68,6 +68,8 @@ def environment() -> dict[str, str]:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             found[variable] = str(Path(spec.origin).parent / folder)
+    if _sanitizers():
+        found["FASTNNUNET_OPENVINO"] = str(BUILD)  # where it is not: AddressSanitizer ends processes with it
     return found
 
 
