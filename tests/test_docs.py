@@ -370,6 +370,15 @@ def test_cold_starts_of_the_engine() -> None:
     assert expected in " ".join((ROOT / "docs" / "guides" / "engine.md").read_text().split())
 
 
+def test_a_large_ct_in_the_engine() -> None:
+    volume = record("2026-11-30_engine_ct.json")["volume"]
+    assert volume["labels_equal"]
+    by = [volume[side][value] for side in ("engine", "python") for value in ("median_s", "peak_bytes")]
+    expected = "{:.1f} s and {:.2f} GB, Python {:.1f} s and {:.2f} GB, labels equal"
+    shown = expected.format(*(value if value < 1e6 else value / 1e9 for value in by))
+    assert shown in " ".join((ROOT / "docs" / "guides" / "engine.md").read_text().split())
+
+
 def test_batch_norm_on_hippocampus() -> None:
     (table,) = tables(section((ROOT / "docs" / "measured.md").read_text(), "One tile: batch norm on hippocampus"))
     measured = record("2026-11-30_hippocampus_norms.json")["rows"]
