@@ -41,12 +41,12 @@ def build(target: str = "engine", folder: Path = BUILD, *options: str) -> Path:
         if not (folder / "CMakeCache.txt").is_file():
             # -O1 takes half the time of -O2, and rounds nothing otherwise
             _run(cmake, "-S", NATIVE, "-B", folder, "-DFASTNNUNET_ENGINE=ON", "-DCMAKE_BUILD_TYPE=None",
-                 "-DCMAKE_CXX_FLAGS=-O1", "-DCMAKE_C_FLAGS=-O1", *options, *_sanitizers())  # fmt: skip
+                 "-DCMAKE_CXX_FLAGS=-O1", "-DCMAKE_C_FLAGS=-O1", *options, *sanitizers())  # fmt: skip
         _run(cmake, "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 
-def _sanitizers() -> list[str]:
+def sanitizers() -> list[str]:
     """What `BUILD` is configured with."""
     cache = BUILD / "CMakeCache.txt"
     option = "-DFASTNNUNET_SANITIZE=ON"
@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             found[variable] = str(Path(spec.origin).parent / folder)
-    if _sanitizers():
+    if sanitizers():
         found["FASTNNUNET_OPENVINO"] = str(BUILD)  # where it is not: AddressSanitizer ends processes with it
     return found
 
