@@ -278,6 +278,11 @@ def test_parts(program: Path, bundle: Path, images: Path, tmp_path: Path) -> Non
         ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "-num_parts", "2", "-part_id", "2"],
         ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "-f", "7"],
         ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "--memory-limit", "4X"],
+        ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "-step_size", "0"],
+        ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "-step_size", "-0.0"],
+        ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "--memory-limit", ""],
+        ["-i", "IN", "-o", "OUT", "-m", "BUNDLE", "--memory-limit="],
+        ["-i", "", "-o", "OUT", "-m", "BUNDLE"],
     ],
     ids=" ".join,
 )

@@ -56,7 +56,14 @@ std::vector<Flag> flags(Command command, Arguments& to) {
     add(runs, {{"-step_size", "--step_size"},
                "NUMBER",
                "step between tiles / patch, of nnU-Net's window",
-               [&](const std::string& word) { settings.step_size = real("-step_size", word); }});
+               [&](const std::string& word) {
+                   settings.step_size = real("-step_size", word);
+                   // which is what the settings have where none is given
+                   if (settings.step_size == 0) {
+                       throw SpecError("step_size: got " + python_real(settings.step_size) +
+                                       ", expected a number in (0, 1]");
+                   }
+               }});
     add(runs, {{"--passes"},
                "COUNT",
                "instead of one pass: the mean of this many, shifted against the strides",
@@ -154,6 +161,19 @@ const char* name_of(Command command) {
     return command == Command::predict ? "predict" : command == Command::info ? "info" : "bench";
 }
 
+// A variable of the shell that is not set would be taken for a default.
+void refuse_empty(Command command, const std::vector<std::string>& words) {
+    for (std::size_t i = 0; i < words.size(); ++i) {
+        const std::string& word = words[i];
+        const bool is_empty = word.empty();
+        if (!is_empty && (word.rfind("--", 0) != 0 || word.back() != '=')) continue;
+        const std::string before = i == 0 ? name_of(command) : words[i - 1];
+        throw SpecError("an empty value " + (is_empty ? "behind " + before : "in " + word) +
+                        ", expected something (a variable of the shell that is not set?)\n"
+                        "give a value, . for the current folder, or leave the option out");
+    }
+}
+
 // Flags of `fastnnunet predict` that take what this program has not
 const std::map<std::string, const char*>& of_python() {
     static const std::map<std::string, const char*> known{
@@ -168,6 +188,7 @@ const std::map<std::string, const char*>& of_python() {
 }  // namespace
 
 Arguments parse(Command command, const std::vector<std::string>& words) {
+    refuse_empty(command, words);
     Arguments made;
     std::vector<Flag> known = flags(command, made);
     const std::string program = std::string("fastnnunet-engine ") + name_of(command);
