@@ -360,7 +360,11 @@ def test_the_table_of_oasis() -> None:
 
 def test_ways_to_answer_the_same_wherever_strides_begin() -> None:
     text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS").split())
-    for name, between in (("filtered_strides", " in the window, "), ("moved_patches", " and ")):
+    for name, between in (
+        ("plain", " in the window and "),
+        ("filtered_strides", " in the window, "),
+        ("moved_patches", " and "),
+    ):
         (row,) = record(f"2026-11-30_oasis_{name}.json")["rows"]
         assert f"{row['dice']:.4f}{between}{row['one_pass']['1']['dice']:.4f}" in text
 
