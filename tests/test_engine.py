@@ -223,14 +223,14 @@ class TestKinds:
         assert spec.batch_size == 3
         assert_equal(bundle, smooth_noise((5, 40, 45), 0)[None], (3.0, 1.0, 1.0), backend=backend)
 
-    @pytest.mark.parametrize("kind", ["ensemble", "one_pass_3"])
+    @pytest.mark.parametrize(("kind", "no_mirroring"), [("ensemble", 0), ("one_pass_3", 1)])
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_threads_at_once(self, backend: str, kind: str, bundles: dict[str, Path]) -> None:
+    def test_threads_at_once(self, backend: str, kind: str, no_mirroring: int, bundles: dict[str, Path]) -> None:
         """24 threads, one model: each gets what it would get alone."""
         pytest.importorskip(backend)
         shapes = [(18, 30, 33), (16, 20, 24), (9, 13, 41)]
         images = [smooth_noise(shape, seed)[None] for seed, shape in enumerate(shapes)]
-        one = Engine(bundles[kind], backend, no_mirroring=1)
+        one = Engine(bundles[kind], backend, no_mirroring=no_mirroring)
         expected = [one.predict(image, (1.0, 1.1, 1.0)).labels_ZYX for image in images]
         start = threading.Barrier(24)
 

@@ -100,7 +100,7 @@ Settings settings_of(const fastnnunet_options& options) {
     settings.backend.plugins = text_or(options.plugins, "");
     settings.backend.threads = options.threads;
     settings.folds = words_of(options.folds);
-    settings.step_size = options.step_size;
+    if (options.step_size != 0) settings.step_size = options.step_size;
     settings.mirroring = options.no_mirroring == 0;
     settings.use_gaussian = options.no_gaussian == 0;
     settings.passes = options.passes;

@@ -94,7 +94,7 @@ Tiles tiles_of(const Bundle& bundle, const Settings& settings) {
 
 std::unique_ptr<Way> choose_way(const Bundle& bundle, const Settings& settings, const Network& network) {
     const Tiles tiles = tiles_of(bundle, settings);
-    if (bundle.one_pass && settings.step_size == 0) {
+    if (bundle.one_pass && !settings.step_size) {
         OnePassSettings given;
         given.passes = settings.passes == 0 ? 1 : settings.passes;
         given.memory_limit = settings.memory_limit.empty() ? 0 : parse_memory(settings.memory_limit);
@@ -109,11 +109,11 @@ std::unique_ptr<Way> choose_way(const Bundle& bundle, const Settings& settings, 
             (bundle.one_pass ? "and a step size asks for it" : "and the bundle " + bundle.name + " has no other way") +
             "\nleave out the " + (bundle.one_pass ? "step size" : given));
     }
-    if (settings.step_size != 0 && !(settings.step_size > 0 && settings.step_size <= 1)) {
-        throw SpecError("step_size: got " + python_real(settings.step_size) + ", expected a number in (0, 1]");
+    const double step_size = settings.step_size.value_or(bundle.step_size);
+    if (settings.step_size && !(step_size > 0 && step_size <= 1)) {
+        throw SpecError("step_size: got " + python_real(step_size) + ", expected a number in (0, 1]");
     }
-    return sliding_window(tiles, settings.step_size == 0 ? bundle.step_size : settings.step_size,
-                          settings.use_gaussian);
+    return sliding_window(tiles, step_size, settings.use_gaussian);
 }
 
 // Its network in float32, as its margin was measured, on the backend of the bundle; on the CPU where that needs built

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,7 @@ namespace fastnnunet::engine {
 struct Settings {
     BackendChoice backend;
     std::vector<std::string> folds;  // empty: all
-    double step_size = 0;            // of the window; 0: the bundle's, or one pass
+    std::optional<double> step_size;  // of the window; none: the bundle's, or one pass
     bool mirroring = true;
     bool use_gaussian = true;
     std::int64_t passes = 0;   // of one pass; 0: 1

@@ -56,14 +56,7 @@ std::vector<Flag> flags(Command command, Arguments& to) {
     add(runs, {{"-step_size", "--step_size"},
                "NUMBER",
                "step between tiles / patch, of nnU-Net's window",
-               [&](const std::string& word) {
-                   settings.step_size = real("-step_size", word);
-                   // which is what the settings have where none is given
-                   if (settings.step_size == 0) {
-                       throw SpecError("step_size: got " + python_real(settings.step_size) +
-                                       ", expected a number in (0, 1]");
-                   }
-               }});
+               [&](const std::string& word) { settings.step_size = real("-step_size", word); }});
     add(runs, {{"--passes"},
                "COUNT",
                "instead of one pass: the mean of this many, shifted against the strides",
