@@ -16,7 +16,7 @@ from fastnnunet.api.distil import Student, distil
 from fastnnunet.api.export import export
 from fastnnunet.api.judged import JudgedStudent, LabelledScans, judge, write_report
 from fastnnunet.api.label import build
-from fastnnunet.api.overall import Overall
+from fastnnunet.api.overall import Overall, Passes, median_passes, training_passes
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
 from fastnnunet.specs.cache import SCANS_RECIPE, CacheSpec
@@ -88,7 +88,7 @@ def distil_images(
     distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
-        overall = Overall(progress, "distil images", _expected(opened, jobs))
+        overall = Overall(progress, "distil images", _expected(opened, files, jobs))
         labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
         images, judged = opened.images()[1], []
         for group in _sharing(jobs):
@@ -144,8 +144,8 @@ def label_images(
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
     opened = _open(model, scans, work, recipe, recipe_file, held_out, progress)
-    overall = Overall(progress, "labelling scans", _expected(opened, ()))
     with opened.world() as files:
+        overall = Overall(progress, "labelling scans", _expected(opened, files, ()))
         labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
         overall.end()
     return labelled
@@ -240,20 +240,21 @@ def _tags(jobs: "Sequence[TrainingJob]") -> str:
     return " ".join(job.student.tag for job in jobs)
 
 
-def _expected(opened: "Work", jobs: "Sequence[TrainingJob]") -> dict[str, float]:
-    """Stages and about how many seconds each takes on any machine; labels and trainings that are there take none."""
+def _expected(opened: "Work", files: "ModelFolder", jobs: "Sequence[TrainingJob]") -> dict[str, float | Passes]:
+    """Stages and about how long each takes; labels and trainings that are there take none."""
     from fastnnunet.distill.job import run_folder
 
     scans = sum(not (opened.labels_folder / f"{case}{opened.file_ending}").is_file() for case in opened.scans.cases)
-    stages = {"preprocessing": 0.5 * scans}
+    stages: dict[str, float | Passes] = {"preprocessing": 0.5 * scans}
     if opened.first is not None:
-        stages[_FIRST_STAGE] = 3.0 * scans
-    stages |= {"labelling": 10.0 * scans, "writing labels": 0.2 * scans}
+        stages[_FIRST_STAGE] = median_passes(opened.first, scans)
+    teacher = opened.unlabelled(files, opened.folder).factory
+    stages |= {"labelling": median_passes(teacher, scans), "writing labels": 0.2 * scans}
     for group in _sharing(jobs):
         distill = group[0].distill
         new = sum(not (run_folder(job) / CHECKPOINT).is_file() for job in group)
-        one_s = 3600 * distill.hours if distill.hours else 0.2 * distill.epochs * distill.iterations_per_epoch
-        stages[f"training {_tags(group)}"] = new * one_s
+        one = 3600 * distill.hours if distill.hours else training_passes(files, distill)
+        stages[f"training {_tags(group)}"] = new * one
         for tag in (job.student.tag for job in group):
             stages |= {f"exporting {tag}": 20.0, f"judging {tag}": 0.2 * len(opened.scans.cases)}
     return stages
@@ -269,6 +270,7 @@ def _label(
     overall: Overall,
 ) -> tuple[LabelledScans, "Screening"]:
     """Preprocess, label, screen, hold scans out, and write the teacher's labels where nnU-Net looks for labels."""
+    from fastnnunet.cache.plan import plan_cache
     from fastnnunet.nnunet.files.cases import open_cases
     from fastnnunet.nnunet.unlabelled.teacher_labels import write_split
     from fastnnunet.teachers.intensities import require_modality
@@ -288,8 +290,12 @@ def _label(
     if opened.first is not None:
         overall.begin(_FIRST_STAGE)
     images = job.label_first(preprocessed, threads, overall)
+    cache_job = job.cache_job(images, overall)
+    work = Passes(plan_cache(cache_job).tiles_todo * job.factory.voxels_per_tile)
+    overall.expect("labelling", work)
     overall.begin("labelling")
-    cache = build(job.cache_job(images, overall), workers=workers, threads=threads, progress=overall)
+    cache = build(cache_job, workers=workers, threads=threads, progress=overall)
+    overall.took(work)
     overall.begin("writing labels")
     write_labels(cache.path, images, files, opened.cases_folder, opened.labels_folder, workers, overall)
     labelled = open_cases(files.plans, files.configuration)

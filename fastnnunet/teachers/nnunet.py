@@ -121,6 +121,11 @@ class NnUNetTeacher:
         """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
         return self.files.facts(self.folds[0]).mirror_axes if self.mirroring else ()
 
+    @property
+    def voxels_per_tile(self) -> int:
+        """Voxels that go through networks for one tile: a patch for every fold and mirror."""
+        return math.prod(self.patch_size) * len(self.folds) * 2 ** len(self.mirror_axes())
+
     def load(self, threads: int, device: Device | None = None) -> "LoadedTeacher":
         """Take all folds into engines. `device`: which GPU, where the engine computes on one; None: the first.
 
