@@ -12,10 +12,18 @@ import zarr
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
-from fastnnunet.errors import CorruptError, DiskSpaceError, ImageError, MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import (
+    CorruptError,
+    DiskSpaceError,
+    FastnnUNetError,
+    ImageError,
+    MismatchError,
+    NotFoundError,
+    SpecError,
+)
 from fastnnunet.nnunet.unlabelled import sets as unlabelled
 from fastnnunet.nnunet.unlabelled.foreground import read_locations, write_locations
-from fastnnunet.nnunet.unlabelled.sets import resolve_set
+from fastnnunet.nnunet.unlabelled.sets import SetRecord, resolve_set
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
@@ -265,6 +273,13 @@ class TestBadImages:
             resolve_set(*resolve, "third")
         with pytest.raises(SpecError, match="--name: got 'a__b'"):
             open_images(TEACHER, RECIPE, folder, "a__b")
+
+    def test_a_record_that_cannot_be_written_leaves_nothing_half_written(self, tmp_path):
+        in_its_place = tmp_path / "images.json"
+        in_its_place.mkdir()
+        with pytest.raises(FastnnUNetError, match=r"cannot write .*images\.json"):
+            unlabelled._write_record(in_its_place, SetRecord(images=tmp_path, preprocessing="digest", cases={}))
+        assert list(tmp_path.iterdir()) == [in_its_place]
 
     def test_moved_folder(self, world):
         folder = image_folder(world, "tiny_00")

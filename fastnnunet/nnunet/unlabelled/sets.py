@@ -9,7 +9,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from fastnnunet.nnunet.unlabelled.parallel import each
 from fastnnunet.specs.canonical import canonical_json, sha256_of
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.distill import SET_NAME
+from fastnnunet.system.files import atomic_output
 from fastnnunet.system.locks import locked
 
 SETS = "unlabelled"
@@ -322,12 +322,8 @@ def _tasks(target: ImageSet, found: Mapping[str, tuple[Path, ...]], known: Conta
 
 
 def _write_record(file: Path, record: SetRecord) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(canonical_json({"format_version": VERSION, **dataclasses.asdict(record)}))
-        os.replace(temporary, file)
-    except OSError as e:
-        raise _write_error(e, file) from e
+    with atomic_output(file) as partial:
+        partial.write_text(canonical_json({"format_version": VERSION, **dataclasses.asdict(record)}))
 
 
 def _write_error(error: OSError, path: Path) -> FastnnUNetError:
