@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -409,6 +410,18 @@ def test_a_damaged_case_is_built_again(tmp_path, reference):
     build_cache(job, progress=lambda e: rebuilt.append(e.case_id))
     assert rebuilt == ["small", "flat"]
     assert digests(cache) == reference
+
+
+def test_labelling_may_be_left_after_its_client(monkeypatch):
+    """As an interrupt does that arrives while a finished case is told of."""
+    from distributed import Client
+
+    monkeypatch.setattr(crew_module, "_label_in_worker", lambda task: task.case_id)
+    tasks = [SimpleNamespace(case_id=case, cache=SimpleNamespace(key="key")) for case in ("a", "b")]
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        left = crew_module.Cluster(client, "key", None, 1).label(tasks)
+        assert next(left)[0] in ("a", "b")
+    left.close()
 
 
 def test_no_cluster_at_the_address(tmp_path, monkeypatch):

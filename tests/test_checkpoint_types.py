@@ -253,6 +253,17 @@ def test_no_pickle_runs_code(attack: str, tmp_path: Path) -> None:
         assert not canary.exists()
 
 
+def test_of_what_torch_says_no_half_sentence_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {"w": torch.zeros(1000)}}, file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(CorruptError, match="cannot be read") as refused:
+        load_checkpoint(file)
+    said = str(refused.value).splitlines()[0]
+    assert said.endswith((" ...", "."))
+    assert "failed finding central directory" in said
+
+
 def test_a_torchscript_program_and_tar_archives_are_refused(tmp_path: Path) -> None:
     import tarfile
 

@@ -83,6 +83,13 @@ def test_a_full_disk_is_one_message(capsys):
     assert stopped.value.code == 2
     assert "error: No space left on device: bundle/model.onnx\nfree some space" in capsys.readouterr().err
 
+    def copy():  # as shutil names both
+        raise OSError(errno.ENOSPC, "No space left on device", "work/plans.json", None, "full/plans.json")
+
+    with pytest.raises(SystemExit):
+        guarded(copy)
+    assert "error: No space left on device: full/plans.json\n" in capsys.readouterr().err
+
     def lose():
         raise OSError(errno.EIO, "Input/output error")
 

@@ -131,6 +131,13 @@ def test_models_of_such_data_sets_are_found(name, roots):
         assert trained_model_folder(number, "nnUNetTrainer", "nnUNetPlans", "2d") == model
 
 
+def test_of_a_trained_model_the_folder_of_results_is_asked_for_first(monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotFoundError, match="nnUNet_results is not set"):
+        trained_model_folder("4", "nnUNetTrainer", "nnUNetPlans", CONFIGURATION)
+
+
 def test_numbers_for_nnunets_commands(roots):
     for name in NAMES:
         (roots / FOLDERS[0] / name).mkdir()

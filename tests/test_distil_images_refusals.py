@@ -229,7 +229,8 @@ class TestTheCommandLine:
         assert "which model?" in self.refused(capsys, *asked, "-d", "998", "-r", "4")
         assert "which student?" in self.refused(capsys, *asked)
         assert "alpha" in self.refused(capsys, *asked, "-r", "4", "-a", "2")
-        assert not output.exists() or [p.name for p in output.rglob("*")] == ["work", "work.json"]
+        assert "hours: got it beside epochs" in self.refused(capsys, *asked, "-r", "4", "--hours", "1", "-e", "2")
+        assert not output.exists()  # so that other options are not refused by what was begun with these
         file = tmp_path / "file"
         file.write_text("")
         assert f"{file} is a file" in self.refused(capsys, *asked[:-1], file, "-r", "4")

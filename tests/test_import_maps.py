@@ -1,7 +1,6 @@
 """Soft maps in a teacher's place: nnU-Net writes the maps and prepares the images that they are compared with."""
 
 import pickle
-import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -300,6 +299,8 @@ def test_a_damaged_case_is_made_again(world, tmp_path, capsys):
     write_raters(world, tmp_path / "maps")
     words = ["cache", "import", str(tmp_path / "maps"), "-d", "998", "--cases", *CASES]
     main_quietly(words)
+    said = capsys.readouterr()
+    assert "compared" not in said.out + said.err  # there is no teacher
     cache = import_maps([tmp_path / "maps"], DATA, CacheSpec(), cases=CASES).cache
     before = read_back(cache, CASES[0])
     shard = cache.case_dir(CASES[0]) / "c" / "0" / "0" / "0" / "0"
@@ -341,7 +342,7 @@ class TestTraining:
         with pytest.raises(NotFoundError, match="--start random"):
             train_student(replace(job, distill=replace(self.SHORT, start="teacher")), validate=False)
         cooler = replace(job, cache=CacheSpec(temperature=1.0), distill=replace(self.SHORT, temperature=1.0))
-        with pytest.raises(MismatchError, match=re.escape("--temp 2")):
+        with pytest.raises(MismatchError, match=r"--temp 2, or make another with: .* --temp 1$"):
             train_student(cooler, validate=False)
         with pytest.raises(NotFoundError, match="no such cache"):
             train_student(replace(job, soft_labels="beef"), validate=False)
@@ -353,8 +354,11 @@ class TestTraining:
     def test_caches_of_other_cases(self, world, tmp_path):
         write_raters(world, tmp_path / "maps")
         cache = import_maps([tmp_path / "maps"], DATA, CacheSpec(temperature=2.0), cases=CASES).cache
-        with pytest.raises(MismatchError, match="new cases: tiny_02"):
+        with pytest.raises(MismatchError, match="new cases: tiny_02") as refused:
             train_student(self.job(str(cache.path)), validate=False)
+        advice = str(refused.value).splitlines()[-1]
+        assert advice.startswith("make one that does with: fastnnunet cache import")
+        assert "--cases" not in advice  # which made this one
 
     def test_options_that_exclude_it(self):
         with pytest.raises(SpecError, match="-a 0"):

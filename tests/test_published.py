@@ -327,6 +327,9 @@ class TestLayouts:
             opened(file, configuration=TOY)
         with pytest.raises(SpecError, match=r"0 models fit"):
             opened(file, plans="others")
+        with pytest.raises(SpecError) as said:
+            opened(one, configuration="2d")
+        assert str(said.value).endswith(f"  - {one.name}\nleave out -c 2d, or name another model")
         found = opened(file, configuration=TOY, trainer="nnUNetTrainer_5epochs")[0]
         assert found.folder.name == other.name
         shutil.copytree(one.parent, where / "Dataset998_Copy")

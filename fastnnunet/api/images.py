@@ -84,8 +84,8 @@ def distil_images(
 
     _refuse_twice(students)
     _refuse_others(output, students)
+    distill = _training(recipe, training)
     opened = _open(model, scans, output / "work" if work is None else work, recipe, recipe_file, held_out, progress)
-    distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         overall = Overall(progress, "distil images", _expected(opened, files, jobs))
@@ -171,8 +171,8 @@ def train_on_images(
     `distil_images` does, and NotFoundError with the command that makes the work folder ready.
     """
     _refuse_twice(students)
+    distill = _training(recipe, training)
     opened = _open(model, scans, work, recipe, recipe_file, None, progress)
-    distill = _training(opened, training)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         labelled = _found(opened, files)
@@ -214,14 +214,14 @@ def _refuse_others(output: Path, students: Sequence[StudentSpec]) -> None:
         raise SpecError(f"-o {output}: {', '.join(map(str, others))} holds something else\ngive another -o")
 
 
-def _training(opened: "Work", training: Mapping[str, Any]) -> DistillSpec:
+def _training(recipe: CacheSpec, training: Mapping[str, Any]) -> DistillSpec:
     """`SCANS_TRAINING`, with what is asked for in its place. Raises SpecError."""
     from fastnnunet.specs.load import build_spec
 
     besides = {"steps": {"epochs", "iterations_per_epoch"}, "hours": {"epochs"}}
     replaced = {name for asked, names in besides.items() if training.get(asked) is not None for name in names}
     schedule = {name: value for name, value in SCANS_TRAINING.items() if name not in replaced}
-    given = {**schedule, "temperature": opened.recipe.temperature, **training}
+    given = {**schedule, "temperature": recipe.temperature, **training}
     return build_spec(DistillSpec, given, where="options")
 
 

@@ -94,9 +94,13 @@ def build(
     threads: int | None = None,
     scheduler: str | None = None,
     memory_limit_bytes: int | None = None,
+    compares: bool = True,
     progress: Listener = ignore,
 ) -> "CacheFolder":
-    """Label what is not stored yet, and tell how much that is. Arguments and errors as of `label`."""
+    """Label what is not stored yet, and tell how much that is. Arguments and errors as of `label`.
+
+    `compares`: whether the teacher is one that can be compared with nnU-Net, and it is told that it will be.
+    """
     from fastnnunet.cache.build import build_cache
     from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES
     from fastnnunet.engines.registry import available_cores
@@ -106,7 +110,7 @@ def build(
     stored = len(job.cases) - len(missing)
     progress(Message(text=f"cache: {job.path}"))
     progress(Message(text=f"{stored} of {len(job.cases)} cases stored, {len(todo)} to do"))
-    if todo and job.open() is None:
+    if compares and todo and job.open() is None:
         progress(Message(text="first, the teacher is compared with nnU-Net's own predictor on a few patches"))
     return build_cache(
         job,

@@ -35,5 +35,12 @@ def import_maps(
     job = maps_job(data, recipe, folders, root=root, spec_file=recipe_file, only=cases, progress=progress)
     if len(folders) > 1:
         progress(Message(text=f"mean of {len(folders)} raters"))
-    cache = build(job, cases=list(job.cases), threads=1, memory_limit_bytes=memory_limit_bytes, progress=progress)
+    cache = build(
+        job,
+        cases=list(job.cases),
+        threads=1,
+        memory_limit_bytes=memory_limit_bytes,
+        compares=False,
+        progress=progress,
+    )
     return LabelledCache(cache=cache, unlabelled=None)

@@ -121,7 +121,8 @@ class Cluster:
                 future.release()
                 yield case, outcome
         finally:
-            self._client.cancel(list(futures))
+            if self._client.status == "running":  # one that is closed, after an interrupt, has given them up already
+                self._client.cancel(list(futures))
 
 
 _loaded: dict[tuple[str, int], Teacher] = {}

@@ -77,7 +77,9 @@ def guarded(command: Callable[[], None]) -> None:
     except OSError as e:
         if e.errno not in MENDED:
             raise
-        where = f": {printable(e.filename)}" if e.filename else ""
+        filled = e.filename2 if e.errno in NO_ROOM else None  # of a copy: what it was written to
+        named = filled or e.filename
+        where = f": {printable(named)}" if named else ""
         print(f"error: {e.strerror}{where}\n{MENDED[e.errno]}, and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

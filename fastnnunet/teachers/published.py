@@ -105,12 +105,19 @@ def _model_in(place: Path, spec: PublishedSpec) -> FoundModel:
     options = [flag for name, flag in _OPTIONS if len({getattr(candidate, name) for candidate in left}) > 1]
     by_folder = "unzip it and name one of these folders" if spec.path.is_file() else "name its folder"
     advice = "choose one with " + " and ".join(options) if options else by_folder
-    there = "\n".join(f"  - {printable(str(c.folder.relative_to(place)))}" for c in left)
+    if not fitting and len(found) == 1:
+        advice = f"leave out {' '.join(asked)}, or name another model"
+    there = "\n".join(f"  - {printable(_name_in(place, candidate.folder))}" for candidate in left)
     raise SpecError(
         f"{spec.path}: {len(fitting)} models fit, expected one\n"
         f"  got      {' '.join(asked) or 'no option to choose by'}\n"
         f"  expected one of these models:\n{there}\n{advice}"
     )
+
+
+def _name_in(place: Path, folder: Path) -> str:
+    """Of a model folder in a place, which may be the model folder itself."""
+    return folder.resolve().name if folder == place else str(folder.relative_to(place))
 
 
 def candidates(described: Iterable[Path]) -> list[FoundModel]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"new file with -chk:\n{_shortened(path)}"
         ) from e
     except Exception as e:  # a damaged pickle raises nearly anything
-        reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        reason = textwrap.shorten(str(e).partition("\n")[0], 200, placeholder=" ...") or type(e).__name__
         raise CorruptError(
             f"checkpoint {path} cannot be read ({path.stat().st_size} bytes): {reason}\n"
             "it is truncated, damaged, or not an nnU-Net checkpoint; copy it again from where it is whole. Only if no "

@@ -80,6 +80,7 @@ def model_folder(dataset_name: str, trainer: str, plans: str, configuration: str
 
 def trained_model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
     """The folder of a trained model. Raises NotFoundError with those that exist when it is missing."""
+    nnunet_folder("nnUNet_results")  # or, with no variable set, another would be asked for
     folder = model_folder(resolve_dataset(dataset), trainer, plans, configuration)
     if not folder.is_dir():
         there = sorted(p.name for p in folder.parent.glob("*__*__*")) if folder.parent.is_dir() else []

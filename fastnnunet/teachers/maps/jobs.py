@@ -143,10 +143,11 @@ def named_cache(
     if labels[0] != labels[1] or cache.identity["soft_labels"]["heads"] != model.num_heads:
         raise MismatchError(f"cache {cache.path} has other labels\n  got      {labels[0]}\n  expected {labels[1]}")
     if cache.temperature is not None and cache.temperature != recipe.temperature:
+        another = _instead(cache.build_command, "--temp", f"{recipe.temperature:g}")
         raise MismatchError(
             f"cache {cache.path} holds soft labels at another temperature\n"
             f"  got      {cache.temperature:g}\n  expected {recipe.temperature:g}\n"
-            f"train at its own with --temp {cache.temperature:g}, or make another with: {cache.build_command}"
+            f"train at its own with --temp {cache.temperature:g}, or make another with: {another}"
         )
     cache.codec_at(recipe.temperature)
     if spec_file is not None:
@@ -166,7 +167,7 @@ def named_cache(
         raise MismatchError(
             f"cache {cache.path} does not fit the cases of fold {fold}\n"
             + "\n".join(lines)
-            + f"\nmake one that does with: {cache.build_command}"
+            + f"\nmake one that does with: {_instead(cache.build_command, '--cases')}"
         )
     if missing := [case for case, problem in cache.problems(needed).items() if problem is not None]:
         raise NotFoundError(
@@ -174,6 +175,16 @@ def named_cache(
             f"finish it with: {cache.build_command}"
         )
     return cache.path
+
+
+def _instead(command: str, option: str, *values: str) -> str:
+    """A command with other values of an option, or without it."""
+    words = shlex.split(command)
+    if option in words:
+        begin = words.index(option)
+        end = next((n for n in range(begin + 1, len(words)) if words[n].startswith("-")), len(words))
+        del words[begin:end]
+    return shlex.join([*words, *([option, *values] if values else [])])
 
 
 def _opened(which: str, root: Place) -> CacheFolder:
