@@ -27,7 +27,7 @@ from fastnnunet.runtime.pipeline import WriteGate, run_pipeline
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.service.refusals import RefusedError
 from fastnnunet.service.uploads.archives import unpack
-from fastnnunet.system.files import atomic_output, files_together, replace_folder
+from fastnnunet.system.files import atomic_output, files_together, replace_folder, room_for
 from fastnnunet.system.whole import is_whole
 from tests.bundles import Toy, ToyModel, make_toy_model, smooth_noise, write_image
 
@@ -504,3 +504,32 @@ def test_an_upload_that_the_disk_has_no_room_for(tmp_path: Path, monkeypatch: py
     with pytest.raises(RefusedError, match="no room left") as refused:
         unpack(packed, tmp_path / "slices", most_bytes=1000)
     assert refused.value.status == 507
+
+
+class TestLibrariesThatDoNotSayWhy:
+    """blosc2 calls a full disk an "Error while creating the NDArray"."""
+
+    @pytest.fixture
+    def full(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No file takes a byte more."""
+        real = Path.open
+
+        def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if "a" in mode:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return real(path, mode, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+    @pytest.mark.usefixtures("full")
+    @pytest.mark.parametrize("said", [RuntimeError("Error while creating"), OSError(errno.ENOSPC, "No space left")])
+    def test_a_full_disk_is_told(self, said: Exception, tmp_path: Path) -> None:
+        with (
+            pytest.raises(DiskSpaceError, match=r"no room left to write .*cases"),
+            room_for(tmp_path / "cases", tmp_path),
+        ):
+            raise said
+
+    def test_where_there_is_room_it_is_what_they_said(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match="Error while creating"), room_for(tmp_path / "cases", tmp_path):
+            raise RuntimeError("Error while creating")

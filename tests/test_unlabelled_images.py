@@ -184,6 +184,19 @@ class TestCache:
             write_locations(tmp_path / "a" / "case.npz", {})
         assert list((tmp_path / "a").iterdir()) == []
 
+    def test_a_disk_that_is_full_is_no_fault_of_the_images(self, world, monkeypatch):
+        from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr("fastnnunet.system.files._why_no_room", lambda _: full)
+
+        def fail(*_):
+            raise RuntimeError("Error while creating the NDArray")
+
+        monkeypatch.setattr(DefaultPreprocessor, "run_case_save", fail)
+        with pytest.raises(DiskSpaceError, match="no room left to write"):
+            build_unlabelled(image_folder(world, "tiny_00"))
+
     def test_other_caches_are_not_taken_for_the_data_sets_own(self, world):
         build_unlabelled(image_folder(world, "tiny_00"))
         with pytest.raises(NotFoundError, match="no soft-label cache of these cases under"):

@@ -116,6 +116,21 @@ def files_together() -> Iterator[None]:
         _remove(waiting)
 
 
+@contextmanager
+def room_for(place: Path, unfinished: Path) -> Iterator[None]:
+    """While a library writes into the folder `unfinished`, for `place`: some do not say why they fail.
+
+    Raises DiskSpaceError in the place of whatever they raise when there is no room left.
+    """
+    try:
+        yield
+    except Exception as e:
+        full = e if isinstance(e, OSError) and e.errno in NO_ROOM else _why_no_room(unfinished / "room")
+        if full is None:
+            raise
+        raise _cannot_write(place, full) from e
+
+
 def _put(files: Sequence[tuple[Path, Path]]) -> None:
     """Rename partial files to their places, unless one was abandoned. Raises FastnnUNetError."""
     for partial, path in files:

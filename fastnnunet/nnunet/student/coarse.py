@@ -27,7 +27,7 @@ from fastnnunet.nnunet.files.paths import nnunet_folder
 from fastnnunet.nnunet.files.plans import read_json, with_configuration
 from fastnnunet.nnunet.student.plans import BATCH_NORM, PLAIN
 from fastnnunet.specs.locator import FOREGROUND, MOST_FACTOR
-from fastnnunet.system.files import atomic_output
+from fastnnunet.system.files import atomic_output, room_for
 
 MOST_VOXELS = 2**16  # of a median image: as much as one patch of nnU-Net's smallest
 LEAST_FACTOR = 2
@@ -124,7 +124,8 @@ def make_coarse_cases(model: Model, factor: Sequence[int], progress: Listener = 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for number, case_id in enumerate(source.case_ids, 1):
-            _write_case(source, case_id, factor, temporary)
+            with room_for(folder, temporary):
+                _write_case(source, case_id, factor, temporary)
             progress(Progress(what="coarse cases", done=number, total=len(source.case_ids), unit="cases", note=case_id))
         temporary.chmod(0o755)
         if folder.is_dir():

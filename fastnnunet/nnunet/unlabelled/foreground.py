@@ -15,7 +15,7 @@ import numpy as np
 
 from fastnnunet.errors import CorruptError
 from fastnnunet.specs.checks.json_text import parse_json
-from fastnnunet.system.files import atomic_output
+from fastnnunet.system.files import atomic_output, room_for
 
 Locations = dict[Any, np.ndarray]  # label, or tuple of labels of a region -> voxels (n, 4): channel 0, z, y, x
 
@@ -43,7 +43,7 @@ def write_segmentation(file: Path, label_1ZYX: np.ndarray, like: Any) -> None:
     from fastnnunet.nnunet.v2 import nnUNetDatasetBlosc2
 
     file.parent.mkdir(exist_ok=True)
-    with TemporaryDirectory(prefix=".segmentation-", dir=file.parent) as made:
+    with TemporaryDirectory(prefix=".segmentation-", dir=file.parent) as made, room_for(file, Path(made)):
         partial = Path(made) / "label"
         nnUNetDatasetBlosc2.save_seg(label_1ZYX, str(partial), chunks_seg=like.chunks, blocks_seg=like.blocks)
         os.replace(partial.with_suffix(SEGMENTATION), file)

@@ -15,6 +15,7 @@ from fastnnunet.errors import FastnnUNetError
 from fastnnunet.images.io import READERS, image_io
 from fastnnunet.nnunet.files.plans import configuration_of, num_image_channels
 from fastnnunet.nnunet.unlabelled.image_folder import FileStamp, stamps_of
+from fastnnunet.system.files import room_for
 from fastnnunet.system.whole import is_whole
 
 ENDINGS = ("_seg.b2nd", ".pkl", ".b2nd")  # files of a case; nnU-Net takes a case for being there by the last
@@ -38,17 +39,18 @@ def preprocess_case(task: ImageTask) -> dict[str, FileStamp]:
     stamps = stamps_of(task.files)
     manager, config = configuration_of(task.plans, task.configuration)
     read_image(task)  # nnU-Net would go on with NaN, and spread it or lose it
-    with TemporaryDirectory(prefix=PARTIAL, dir=task.folder.parent) as made, _spoken():
+    folder = task.folder
+    with TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as made, room_for(folder, Path(made)), _spoken():
         files = [str(f) for f in task.files]
         preprocessor = config.preprocessor_class(verbose=False)
         target = str(Path(made) / task.case_id)
         preprocessor.run_case_save(target, files, None, manager, config, task.dataset_json)
-        task.folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for ending in ENDINGS:
             finished = Path(made) / f"{task.case_id}{ending}"
             with finished.open("rb") as f:
                 os.fsync(f.fileno())
-            finished.rename(task.folder / finished.name)
+            finished.rename(folder / finished.name)
     return stamps
 
 

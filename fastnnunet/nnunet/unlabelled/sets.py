@@ -209,6 +209,8 @@ def preprocess_images(
         _remove_others(target.cases_folder, known)
         problems: dict[str, str] = {}
         for case, outcome in each(preprocess_case, tasks, processes):
+            if isinstance(outcome, DiskSpaceError):
+                raise outcome
             if isinstance(outcome, OSError) and outcome.errno in NO_ROOM:
                 raise _write_error(outcome, target.folder)
             if isinstance(outcome, Exception):

@@ -19,7 +19,7 @@ from fastnnunet.nnunet.files.cases import PreprocessedCases
 from fastnnunet.nnunet.files.model import Model
 from fastnnunet.nnunet.unlabelled.foreground import as_segmentation, sample_foreground
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS, PARTIAL
-from fastnnunet.system.files import atomic_image, atomic_output, make_folder
+from fastnnunet.system.files import atomic_image, atomic_output, make_folder, room_for
 
 LABELLED_BY = "fastnnunet_labelled_by"  # in a case's properties: key of the cache that its labels are of
 
@@ -53,7 +53,7 @@ def write_labelled(
         LABELLED_BY: key,
     }
     make_folder(folder)
-    with TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as made:
+    with TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as made, room_for(folder, Path(made)):
         nnUNetDatasetBlosc2.save_seg(
             label_1ZYX,
             str(Path(made, f"{case_id}_seg")),
