@@ -178,9 +178,11 @@ class TestRefusals:
         refused(run_here("export", "onnx", "-d", "77", "-f", "0", "-r", "2", "-o", "b"), "unknown data set '77'")
 
     def test_unset_variables(self, world, monkeypatch):
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             monkeypatch.delenv(name)
         refused(run("cache", "build", "-d", "998"), "nnUNet_preprocessed is not set")
+        monkeypatch.delenv("nnUNet_results")
+        refused(run("cache", "build", "-d", "998"), "nnUNet_results is not set")
 
     def test_missing_folds(self, run_here, world):
         refused(run_here("cache", "build", "-d", "998", "-f", "0", "7"), "fold(s) 7 have no checkpoint_final.pth")
