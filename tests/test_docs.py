@@ -303,6 +303,36 @@ def test_the_table_of_the_readme() -> None:
     assert distilled["parameters"] == alone["parameters"] == benchmark[arms[2]]["parameters"]
 
 
+def test_students_of_a_stronger_teacher() -> None:
+    text = section((ROOT / "docs" / "measured.md").read_text(), "A stronger teacher")
+    measured = record("2026-11-30_strong_students.json")
+    teacher = record("2026-11-30_strong_teacher.json")
+    assert f"Dice {teacher['judged']['dice']:.4f}" in text
+    assert measured["teacher"]["dice"] == pytest.approx(teacher["judged"]["dice"], abs=5e-5)
+    (table,) = tables(text)
+    for r, seeds, *values in table[1:]:
+        arms = [
+            [row for row in measured["rows"] if 2 * row["r"] == int(r) and row["arm"] == a] for a in ("none", "half")
+        ]
+        assert [[row["seed"] for row in rows] for rows in arms] == [list(map(int, seeds.split()))] * 2
+        near = [[row["calibration"] for row in rows] for rows in arms]
+        expected = [[mean(row[name] for row in rows) for rows in arms] for name in ("dice", "fidelity")]
+        expected.append([mean(c["labels_border"]["nll"] for c in rows) for rows in near])
+        expected.append([mean(c["teacher_border"]["kl"] for c in rows) for rows in near])
+        for value, pair in zip(values, expected, strict=True):
+            is_shown(value, *pair)
+        gains = [100 * (half["dice"] - none["dice"]) for none, half in zip(*arms, strict=True)]
+        assert f"r={r} " + ", ".join(f"{gain:+.1f}" for gain in gains) in " ".join(text.split())
+    assert len(measured["rows"]) == 2 * sum(len(row[1].split()) for row in table[1:])
+
+
+def test_oasis_without_labels() -> None:
+    (row,) = record("2026-11-30_oasis_nolabels.json")["rows"]
+    one_pass = row["one_pass"]["1"]["dice"]
+    shown = f"{row['dice']:.4f} in the window, fidelity {row['fidelity']:.4f}, {one_pass:.4f} in one pass"
+    assert shown in " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS").split())
+
+
 def test_the_tables_of_scans_without_labels() -> None:
     measured = record("2026-11-29_soft_or_hard.json")
     arms = {name: [row for row in measured["rows"] if row["arm"] == name] for name in ("hard", "half", "soft")}

@@ -33,7 +33,11 @@ NoMirroring = Annotated[
 ]
 HoldOut = Annotated[
     int | None,
-    options.ask("--hold-out", "Scans that judge the students and teach none (default: a fifth; of 9 or more, at least 3).", options.CASES),
+    options.ask(
+        "--hold-out",
+        "Scans that judge the students and teach none (default: a fifth; of 9 or more, at least 3).",
+        options.CASES,
+    ),
 ]
 KeepAll = Annotated[
     bool, options.ask("--keep-all", "Train also on scans that would do harm; they are listed anyway.", options.CASES)
