@@ -323,6 +323,11 @@ def test_students_of_a_stronger_teacher() -> None:
             is_shown(value, *pair)
         gains = [100 * (half["dice"] - none["dice"]) for none, half in zip(*arms, strict=True)]
         assert f"r={r} " + ", ".join(f"{gain:+.1f}" for gain in gains) in " ".join(text.split())
+        none, half = (np.mean([[mean(c["dice"]) for c in row["cases"].values()] for row in rows], 0) for rows in arms)
+        cases = 100 * (half - none)
+        draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
+        low, high = np.percentile(draws, [2.5, 97.5])
+        assert f"r={r} {cases.mean():+.2f} ({low:.2f} to {high:.2f})" in " ".join(text.split())
     assert len(measured["rows"]) == 2 * sum(len(row[1].split()) for row in table[1:])
 
 
