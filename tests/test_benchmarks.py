@@ -287,7 +287,7 @@ def test_students_taught_online_in_the_table(world, tmp_path, monkeypatch):
     assert (extended["ensemble"], extended["created"]) == (first["ensemble"], first["created"])
     assert 0 <= rows["ensemble"]["mean_dice"] <= 1
     table = {row["soft_loss"]: row for row in rows["table"].values()}
-    assert set(table) == {"kl online", "none"}
+    assert set(table) == {"kl_dice T=1 every resolution online", "none"}
     for name, row in table.items():
         assert (row["r"], row["family"], row["seeds"]) == (2, "lite", [5])
         assert row["steps"] == job.distill.iterations_per_epoch  # of its one epoch

@@ -102,9 +102,9 @@ def test_mirroring_at_test_time_wants_mirrored_patches():
 
 
 def test_the_name_says_so():
-    spec = DistillSpec(augmentation="da5", mirror_augmentation=False, loss="kl_dice")
-    assert spec.tag == "a0.3_T3_kldice_da5_unmirrored"
-    assert DistillSpec(batch_size=2, epochs=5).tag == "a0.3_T3_e5_b2"
+    spec = DistillSpec(augmentation="da5", mirror_augmentation=False, loss="kl")
+    assert spec.tag == "a0.5_T1_kl_da5_unmirrored"
+    assert DistillSpec(batch_size=2, epochs=5).tag == "a0.5_T1_e5_b2"
     assert dataclasses.replace(spec, seed=4, optimizer="adamw", initial_lr=0.001).tag.startswith(
-        "a0.3_T3_adamw_lr0.001_s4"
+        "a0.5_T1_adamw_lr0.001_s4"
     )

@@ -180,8 +180,8 @@ class TestTraining:
                 assert torch.equal(started[name], tensor), name
 
     def test_in_the_name_of_the_run(self):
-        assert DistillSpec().tag == "a0.3_T3"
-        assert DistillSpec(start="random", loss="kl_dice").tag == "a0.3_T3_fromscratch_kldice"
+        assert DistillSpec().tag == "a0.5_T1"
+        assert DistillSpec(start="random", loss="kl").tag == "a0.5_T1_fromscratch_kl"
 
     def test_compiled_networks_store_plain_names(self, world, monkeypatch):
         """On GPUs nnU-Net compiles the network; stock nnU-Net loads the checkpoint, and the run goes on from it."""

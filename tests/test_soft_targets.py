@@ -370,7 +370,7 @@ class TestTraining:
         for (weights, shapes, _), of_labels in zip(handed, labels[: len(handed)], strict=True):
             np.testing.assert_allclose(weights, expected / expected.sum())
             assert shapes == of_labels
-        assert "_softds_entropy" in run_folder(job).parent.name
+        assert "_entropy" in run_folder(job).parent.name
         stored = load_checkpoint(run_folder(job) / "checkpoint_final.pth")["fastnnunet"]["distill"]
         assert stored["soft_deep_supervision"] is True
         assert stored["soft_voxels"] == "entropy"
@@ -378,10 +378,10 @@ class TestTraining:
 
 class TestSpec:
     def test_names(self):
-        assert DistillSpec().tag == "a0.3_T3"
-        assert DistillSpec(soft_deep_supervision=True, soft_voxels="boundary").tag == "a0.3_T3_softds_boundary"
-        assert DistillSpec(sharpen_above=0.9).tag == "a0.3_T3_sharp0.9p2"
-        assert DistillSpec(sharpen_above=0.9, sharpen_power=float("inf")).tag == "a0.3_T3_sharp0.9hard"
+        assert DistillSpec().tag == "a0.5_T1"
+        assert DistillSpec(soft_deep_supervision=False, soft_voxels="boundary").tag == "a0.5_T1_nosoftds_boundary"
+        assert DistillSpec(sharpen_above=0.9).tag == "a0.5_T1_sharp0.9p2"
+        assert DistillSpec(sharpen_above=0.9, sharpen_power=float("inf")).tag == "a0.5_T1_sharp0.9hard"
 
     @pytest.mark.parametrize(
         ("fields", "message"),

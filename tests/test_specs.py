@@ -89,6 +89,7 @@ def test_runs_of_different_settings_have_different_names():
     }
     assert len(names) == 8
     assert "nnUNetPlans_r4_a0.3_T3" in names
+    assert student_plans_name("P", StudentSpec(r=4), DistillSpec()) == "P_r4_a0.5_T1"
     assert student_plans_name("P", StudentSpec(r=2), DistillSpec(alpha=0)) == "P_r2_a0"
     assert not any("__" in n for n in names), "nnU-Net splits folder names at double underscores"
 

@@ -107,7 +107,7 @@ def test_blocks(blocks, r, expected):
 )
 def test_tags(changes, tag):
     assert StudentSpec(**changes).tag == tag
-    assert student_plans_name("P", StudentSpec(**changes), DistillSpec()) == f"P_{tag}_a0.3_T3"
+    assert student_plans_name("P", StudentSpec(**changes), DistillSpec()) == f"P_{tag}_a0.5_T1"
 
 
 def test_all_problems_of_a_student_at_once():

@@ -95,8 +95,12 @@ class TestContinue:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_after_an_update_of_the_package(self, tmp_path):
-        there = {"version": "0.0.1", "distill": {"alpha": 0.3}}
-        check_same_run(tmp_path, there, {"version": "0.2.0", "distill": dataclasses.asdict(DistillSpec())})
+        there = {"version": "0.0.1", "distill": {"alpha": 0.3}}  # when there was KL alone, at full resolution
+        spec = DistillSpec(alpha=0.3, loss="kl", soft_deep_supervision=False)
+        check_same_run(tmp_path, there, {"version": "0.2.0", "distill": dataclasses.asdict(spec)})
+        now = {"version": "0.2.0", "distill": dataclasses.asdict(dataclasses.replace(spec, soft_deep_supervision=True))}
+        with pytest.raises(MismatchError, match="soft_deep_supervision"):
+            check_same_run(tmp_path, there, now)
         with pytest.raises(MismatchError, match="alpha"):
             check_same_run(tmp_path, there, {"version": "0.0.1", "distill": dataclasses.asdict(DistillSpec(alpha=0.1))})
 

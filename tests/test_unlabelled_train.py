@@ -342,7 +342,7 @@ class TestTraining:
         assert [len(unlabelled & set(k)) for k in keys] == [1] * 4
         assert not unlabelled & set(validated)
         assert folder.parent.name == (
-            f"nnUNetTrainer__nnUNetPlans_r2_a0.3_T3_e2_i2_s5_kldice_u0.5_more-scans__{CONFIGURATION}"
+            f"nnUNetTrainer__nnUNetPlans_r2_a0.5_T1_e2_i2_s5_u0.5_more-scans__{CONFIGURATION}"
         )
         provenance = load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]
         caches = {p.parent.name for p in (prepared / "preprocessed" / DATASET).glob("fastnnunet_*/*/zarr.json")}

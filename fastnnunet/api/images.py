@@ -19,7 +19,7 @@ from fastnnunet.api.label import build
 from fastnnunet.api.overall import Overall, Passes, median_passes, training_passes
 from fastnnunet.errors import MismatchError, NotFoundError, SpecError
 from fastnnunet.events import Listener, Message, ignore
-from fastnnunet.specs.cache import SCANS_RECIPE, CacheSpec
+from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import SCANS_TRAINING, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import PublishedSpec
@@ -54,7 +54,7 @@ def distil_images(
     students: Sequence[StudentSpec],
     *,
     work: Path | None = None,
-    recipe: CacheSpec = SCANS_RECIPE,
+    recipe: CacheSpec = CacheSpec(),
     recipe_file: Path | None = None,
     training: Mapping[str, Any] = {},
     held_out: int | None = None,
@@ -134,7 +134,7 @@ def label_images(
     scans: Path,
     work: Path,
     *,
-    recipe: CacheSpec = SCANS_RECIPE,
+    recipe: CacheSpec = CacheSpec(),
     recipe_file: Path | None = None,
     held_out: int | None = None,
     keep_all: bool = False,
@@ -157,7 +157,7 @@ def train_on_images(
     work: Path,
     students: Sequence[StudentSpec],
     *,
-    recipe: CacheSpec = SCANS_RECIPE,
+    recipe: CacheSpec = CacheSpec(),
     recipe_file: Path | None = None,
     training: Mapping[str, Any] = {},
     threads: int | None = None,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fastnnunet.cache.codecs import BLOCK_VALUES, Codec, codec_for_spec
 from fastnnunet.cache.identity import cache_key
 from fastnnunet.cache.interfaces import Teacher
@@ -17,9 +19,10 @@ from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 from fastnnunet.specs.home import HOME_VARIABLE, local_home
 
-# Rule used until one case is measured. uint8: 0.33 on hippocampus at T = 3, less when T is lower; the mantissas of
-# float16 are noise to a compressor.
-BYTES_PER_STORED_VALUE = {"uint8": 0.4, "float16": 1.6}
+# Bytes per stored value until one case is measured. uint8 at some temperatures, with a margin: on hippocampus
+# 0.04, 0.23 and 0.32 (measure/cache/cache_layout.py). The mantissas of float16 are noise to a compressor.
+TEMPERATURES, UINT8_BYTES = (1.0, 2.0, 3.0), (0.1, 0.3, 0.4)
+FLOAT16_BYTES = 1.6
 FILES_PER_CASE_BYTES = 3 * 4096  # manifest, zarr.json and the rounding of three files to disk blocks
 SPACE_MARGIN = 1.1
 MEMORY_LIMIT_BYTES = 4 << 30  # of one worker, beyond the teacher's weights and activations
@@ -123,7 +126,11 @@ def _bytes_per_voxel(job: CacheJob) -> tuple[float, bool]:
     if cache is not None and (manifests := cache.stored_manifests()):
         return sum(m.stored_bytes for m in manifests) / sum(m.voxels for m in manifests), True
     codec = _codec(job)
-    return codec.num_stored * BYTES_PER_STORED_VALUE[codec.dtype], False
+    if codec.dtype == "float16":
+        return codec.num_stored * FLOAT16_BYTES, False
+    # gaps between logits are stored whatever the temperature
+    temperature = math.inf if job.spec.temperature_range is not None else job.spec.temperature
+    return codec.num_stored * float(np.interp(temperature, TEMPERATURES, UINT8_BYTES)), False
 
 
 def _codec(job: CacheJob) -> Codec:

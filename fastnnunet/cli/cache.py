@@ -70,7 +70,7 @@ def build(
     teacher: options.TeacherOrModel,
     fold: options.Folds = None,
     spec: options.SpecFile = None,
-    temperature: options.TemperatureToo = None,
+    temperature: options.Temperature = None,
     engine: Engine = None,
     root: options.CacheRoot = None,
     previous: options.Previous = None,

@@ -36,7 +36,7 @@ def train(
     student_file: options.StudentFile = None,
     student_plans: options.StudentPlans = None,
     pretrained: Annotated[Path | None, options.ask("-w", "nnU-Net checkpoint to start from.", options.TRAINING)] = None,
-    temperature: options.TemperatureToo = None,
+    temperature: options.Temperature = None,
     teacher_folds: options.TeacherFolds = None,
     spec: options.SpecFile = None,
     cache_root: options.CacheRoot = None,
@@ -82,11 +82,11 @@ def train(
 
     It runs a teacher for --online-teacher alone.
 
-    The student is an ordinary nnU-Net model: `nnUNetv2_predict -p nnUNetPlans_r4_a0.3_T3 -f 0 ...` runs it.
+    The student is an ordinary nnU-Net model: `nnUNetv2_predict -p nnUNetPlans_r4_a0.5_T1 -f 0 ...` runs it.
 
     Example:
 
-      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4 -a 0.3 -temp 3.0
+      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 2 4
 
     With images that have no labels (the soft loss alone sees them, with --pseudo-labels the hard loss too); label them
     by the teacher once, then train:

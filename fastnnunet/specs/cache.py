@@ -14,7 +14,7 @@ TeacherEngine = Literal["auto", "torch", "openvino", "onnxruntime", "tensorrt"]
 class CacheSpec:
     """Recipe of one soft-label cache (YAML in `cache_specs/`)."""
 
-    temperature: float = 3.0  # not used with a temperature_range
+    temperature: float = 1.0  # not used with a temperature_range
     # sparse_u8: many classes; logit_gap_u8: many temperatures; sigmoid_u8: region-based models; float16: the reference
     encoding: Literal["simplex_u8", "sparse_u8", "logit_gap_u8", "sigmoid_u8", "float16"] = "simplex_u8"
     levels: Literal[255, 63, 31] = 255  # of simplex_u8 and sparse_u8: fewer levels, a smaller cache, bound 1/levels
@@ -90,6 +90,3 @@ class CacheSpec:
                 "most 16 times the first"
             ]
         return []
-
-
-SCANS_RECIPE = CacheSpec(temperature=1.0)  # of scans without labels, where no file gives one

@@ -10,30 +10,32 @@ from fastnnunet.specs.option import Option
 
 EPOCHS, ITERATIONS, VAL_ITERATIONS = 1000, 250, 50  # nnU-Net's
 DEFAULT_LR = {"sgd": 1e-2, "adamw": 3e-3}
-# what `distill images` and `train -m` train with unless told otherwise; measured, see docs/measured.md
+# how long `distill images` and `train -m` train unless told otherwise; measured, see docs/measured.md
 SCANS_TRAINING: dict[str, Any] = {
-    "alpha": 0.5,  # Dice and fidelity of the teacher's labels alone, within the spread of seeds, and its probabilities
-    "loss": "kl_dice",
-    "soft_deep_supervision": True,
     "optimizer": "adamw",
     "batch_size": 2,
     "epochs": 40,
     "iterations_per_epoch": 100,
     "val_iterations_per_epoch": 5,
 }
+# what trainings did before these fields were there, where it is not the default of today
+BEFORE_THERE_WAS_A_CHOICE: dict[str, Any] = {"loss": "kl", "soft_deep_supervision": False}
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillSpec:
-    """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only."""
+    """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only.
 
-    alpha: Annotated[float, Option("-a --alpha", "Weight of the soft loss; 0 trains the control.", first=True)] = 0.3
+    The soft loss by default (alpha, T, loss, soft_deep_supervision) is the best of those measured: docs/measured.md.
+    """
+
+    alpha: Annotated[float, Option("-a --alpha", "Weight of the soft loss; 0 trains the control.", first=True)] = 0.5
     # first the teacher, in the end the labels
     anneal: Annotated[
         bool, Option("--anneal", "Let the weight of the soft loss fall linearly to 0 during the training.")
     ] = False
-    temperature: Annotated[float, Option("-temp --temperature", "T of cache and loss.", first=True)] = 3.0
+    temperature: Annotated[float, Option("-temp --temperature", "T of cache and loss.", first=True)] = 1.0
     epochs: Annotated[int, Option("-e --epochs", "Epochs.")] = EPOCHS
     iterations_per_epoch: Annotated[int, Option("--iterations", "Iterations per epoch.")] = ITERATIONS
     val_iterations_per_epoch: Annotated[int, Option("--val-iterations", "Validation iterations per epoch.")] = (
@@ -64,14 +66,14 @@ class DistillSpec:
     ] = "teacher"
     loss: Annotated[
         Literal["kl", "kl_dice"], Option("--loss", "Soft loss: kl, or kl_dice (KL and Dice semimetric).")
-    ] = "kl"
+    ] = "kl_dice"
     # as the hard loss has it, with nnU-Net's weights
     soft_deep_supervision: Annotated[
         bool,
         Option(
             "--soft-deep-supervision/--no-soft-deep-supervision", "Soft loss at every resolution of deep supervision."
         ),
-    ] = False
+    ] = True
     soft_voxels: Annotated[
         Literal["all", "uncertain", "entropy", "boundary"],
         Option("--soft-voxels", "Voxels of the KL: all, uncertain, boundary; or weighted by entropy."),
@@ -234,13 +236,13 @@ class DistillSpec:
 
     @property
     def soft_tag(self) -> str:
-        """How much the soft labels count: `a0.3_T3`, or `a0` for the control."""
+        """How much the soft labels count: `a0.5_T1`, or `a0` for the control."""
         return f"a{self.alpha:g}_T{self.temperature:g}" if self.alpha > 0 else "a0"
 
     def _soft_loss_words(self, default: "DistillSpec") -> list[str]:
         words = []
-        if self.soft_deep_supervision != default.soft_deep_supervision:
-            words.append("softds" if self.soft_deep_supervision else "nosoftds")
+        if not self.soft_deep_supervision:
+            words.append("nosoftds")
         if self.soft_voxels != default.soft_voxels:
             words.append(self.soft_voxels)
         if (self.sharpen_above, self.sharpen_power) != (default.sharpen_above, default.sharpen_power):
@@ -250,7 +252,7 @@ class DistillSpec:
 
     @property
     def tag(self) -> str:
-        """The part of a run's name that says how it was trained: `a0.3_T3`, then whatever is not the default."""
+        """The part of a run's name that says how it was trained: `a0.5_T1`, then whatever is not the default."""
         default = DistillSpec()
         words = [self.soft_tag]
         if self.optimizer != default.optimizer:

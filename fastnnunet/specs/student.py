@@ -157,5 +157,5 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def student_plans_name(teacher_plans: str, student: StudentSpec, distill: "DistillSpec") -> str:
-    """Name of the student's plans, e.g. `nnUNetPlans_r4_a0.3_T3`; what `nnUNetv2_predict -p` takes."""
+    """Name of the student's plans, e.g. `nnUNetPlans_r4_a0.5_T1`; what `nnUNetv2_predict -p` takes."""
     return student.plans_name or f"{teacher_plans}_{student.tag}_{distill.tag}"

@@ -33,12 +33,10 @@ def build_command(
     return shlex.join(words)
 
 
-def recipe_words(
-    spec: CacheSpec, spec_file: Path | None, default: CacheSpec = CacheSpec(), *, engine: bool = True
-) -> list[str]:
-    """The options that say this recipe. `default`: what a command takes without; `engine`: whether it has --engine."""
+def recipe_words(spec: CacheSpec, spec_file: Path | None, *, engine: bool = True) -> list[str]:
+    """The options that say this recipe. `engine`: whether the command has --engine."""
     words = [] if spec_file is None else ["--spec", str(spec_file)]
-    recipe = default if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
+    recipe = CacheSpec() if spec_file is None else load_yaml_spec(CacheSpec, spec_file)
     if spec.temperature_range is None and spec.temperature != recipe.temperature:
         words += ["--temp", f"{spec.temperature:g}"]
     if engine and spec.engine != recipe.engine:

@@ -54,8 +54,8 @@ def images(
         ),
     ] = False,
     student_file: options.StudentFile = None,
-    temperature: options.ScansTemperature = None,
-    spec: options.ScansSpecFile = None,
+    temperature: options.Temperature = None,
+    spec: options.SpecFile = None,
     engine: Annotated[TeacherEngine | None, options.option(CacheSpec, "engine", panel=options.TEACHER)] = None,
     workers: Annotated[
         int, options.ask("--workers", "Processes that preprocess and label; 0: none but this one.", options.RUN, min=0)

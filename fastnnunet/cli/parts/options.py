@@ -46,16 +46,9 @@ CacheRoot = Annotated[
     str | None,
     ask("--root", "Folder of the caches, or s3://bucket/prefix (default: beside the cases).", CACHE),
 ]
-_TEMPERATURE = "-temp --temp --temperature"
-Temperature = Annotated[float | None, ask(_TEMPERATURE, "T of cache and loss (default: the recipe's, else 3).")]
-TemperatureToo = Annotated[  # where scans may take the place of a data set
-    float | None, ask(_TEMPERATURE, "T of cache and loss (default: the recipe's, else 3; for scans, -i, 1).")
+Temperature = Annotated[
+    float | None, ask("-temp --temp --temperature", "T of cache and loss (default: the recipe's, else 1).")
 ]
-ScansSpecFile = Annotated[
-    Path | None,
-    ask("--spec", "Recipe (default: cache_specs/default.yaml's values, but for a temperature of 1).", CACHE),
-]
-ScansTemperature = Annotated[float | None, ask(_TEMPERATURE, "T of cache and loss (default: the recipe's, else 1).")]
 
 # which student
 Reduction = Annotated[list[int] | None, option(StudentSpec, "r")]

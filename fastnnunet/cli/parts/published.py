@@ -95,18 +95,12 @@ def asks_for_scans(context: typer.Context, scans: Path | None, apart: tuple[str,
 
 
 def scans_recipe(spec: Path | None, temperature: float | None, engine: str | None, no_mirroring: bool) -> "CacheSpec":
-    """The recipe of `--spec`, else that of `distil_images`, with what else was given."""
+    """The recipe of `--spec`, else the default, with what else was given."""
     import dataclasses
 
     from fastnnunet.cli.parts.choices import recipe_of
-    from fastnnunet.specs.cache import SCANS_RECIPE
 
-    if spec is not None:
-        recipe = recipe_of(spec, temperature, engine)
-    else:
-        asked: Asked = {"temperature": temperature, "engine": engine}
-        given = {name: value for name, value in asked.items() if value is not None}
-        recipe = dataclasses.replace(SCANS_RECIPE, **given)
+    recipe = recipe_of(spec, temperature, engine)
     return dataclasses.replace(recipe, mirroring=False) if no_mirroring else recipe
 
 

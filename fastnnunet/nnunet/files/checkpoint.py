@@ -13,7 +13,7 @@ from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.checks.pickles import RefusedTypeError
 from fastnnunet.specs.checks.problems import is_list, shown
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.distill import BEFORE_THERE_WAS_A_CHOICE, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 
 if TYPE_CHECKING:
@@ -158,12 +158,15 @@ def load_pretrained(network: "torch.nn.Module", path: Path) -> None:
 def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a run with other settings. Raises MismatchError naming those that differ.
 
-    Settings that the checkpoint does not know were added later and were at their default then. The version of this
-    package may change.
+    Settings that the checkpoint does not know were added later: then there was the default of today, but for
+    `BEFORE_THERE_WAS_A_CHOICE`. The version of this package may change.
     """
     settings = {
-        name: {**to_plain(default), **there.get(name, {})}
-        for name, default in (("distill", DistillSpec()), ("student", StudentSpec()))
+        name: {**default, **there.get(name, {})}
+        for name, default in (
+            ("distill", {**to_plain(DistillSpec()), **BEFORE_THERE_WAS_A_CHOICE}),
+            ("student", to_plain(StudentSpec())),
+        )
         if name in there
     }
     changed = differences({**there, **settings, "version": now.get("version")}, now)

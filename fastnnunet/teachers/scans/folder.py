@@ -29,7 +29,7 @@ from fastnnunet.nnunet.files.named import check_reproducible
 from fastnnunet.nnunet.files.plans import intensity_properties, without_previous_stage
 from fastnnunet.nnunet.unlabelled.sets import ImageSet
 from fastnnunet.nnunet.world import world_in
-from fastnnunet.specs.cache import SCANS_RECIPE, CacheSpec
+from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, sha256_of, to_plain
 from fastnnunet.specs.checks.json_text import read_json_object
 from fastnnunet.specs.provenance import write_json
@@ -89,7 +89,7 @@ class Work:
                 words += [flag, getattr(self.asked, name)]
         if self.asked.folds is not None:
             words += ["-tf" if of_training else "-f", *map(str, self.asked.folds)]
-        words += recipe_words(self.recipe, self.recipe_file, SCANS_RECIPE, engine=not of_training)
+        words += recipe_words(self.recipe, self.recipe_file, engine=not of_training)
         if not self.recipe.mirroring:
             words.append("--no-mirroring")
         return shlex.join(words)

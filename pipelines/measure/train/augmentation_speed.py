@@ -148,7 +148,9 @@ def measure(job: TrainingJob, rounds: int, steps: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = training_arguments(__doc__)
     parser.add_argument("-r", type=int, default=4)
-    parser.add_argument("-a", type=float, default=0.3, help="0: without soft labels, and without a cache")
+    parser.add_argument(
+        "-a", type=float, default=DistillSpec().alpha, help="0: without soft labels, and without a cache"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int)

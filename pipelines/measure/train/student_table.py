@@ -50,8 +50,9 @@ def soft_loss(distill: DistillSpec, online: bool) -> str:
     """Name of what a student learnt from, beside nnU-Net's own loss."""
     if distill.alpha == 0:
         return "none"
-    temperature = "" if distill.temperature == DistillSpec().temperature else f" T={distill.temperature:g}"
-    return distill.loss + temperature + (" annealed" if distill.anneal else "") + (" online" if online else "")
+    words = [distill.loss, f"T={distill.temperature:g}"]
+    words += ["every resolution"] * distill.soft_deep_supervision + ["annealed"] * distill.anneal + ["online"] * online
+    return " ".join(words)
 
 
 def dice_per_case(predictions: Path, labels: Path) -> dict[str, float]:
