@@ -77,7 +77,7 @@ def test_controls(world, tmp_path):
         assert (soft["soft_labels"], control["soft_labels"]) == (True, False)
         assert soft["ms_per_patch"] == control["ms_per_patch"]
         made = [load_bundle_spec(tmp_path / "bundles" / n).provenance["training"] for n in (f"r{r}", f"r{r}_control")]
-        assert [m["distill"]["alpha"] for m in made] == [0.3, 0]
+        assert [m["distill"]["alpha"] for m in made] == [0.5, 0]
         assert [m["cache_key"] is None for m in made] == [False, True]
     r = record["choice"]["name"][1]
     assert record["choice"]["name"] == max((f"r{r}", f"r{r}_control"), key=lambda name: students[name]["mean_dice"])

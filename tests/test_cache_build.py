@@ -81,7 +81,7 @@ def test_regions_store_every_head(tmp_path):
     factory = FakeFactory(has_regions=True)
     with pytest.raises(SpecError, match="use encoding: sigmoid_u8"):
         make_job(tmp_path, factory=factory)
-    job = make_job(tmp_path, factory=factory, spec=CacheSpec(encoding="sigmoid_u8", level=3))
+    job = make_job(tmp_path, factory=factory, spec=CacheSpec(encoding="sigmoid_u8", level=3, temperature=3.0))
     cache = build_cache(job)
     reader = SoftLabelReader(cache.path)
     logits = factory.load(1).logits(FakeCases().image_CZYX("flat"), factory.folds)
@@ -114,7 +114,7 @@ def test_out_of_fold_uses_only_unseen_folds(tmp_path):
 def test_probabilities_are_pooled_over_the_folds(tmp_path):
     """FakeTeacher adds 0.1 * fold to the foreground, so the mean of probabilities is not that of mean logits."""
     factory = FakeFactory(folds=(0, 1, 60))
-    job = make_job(tmp_path, factory=factory, spec=CacheSpec(pooling="probabilities", level=3))
+    job = make_job(tmp_path, factory=factory, spec=CacheSpec(pooling="probabilities", level=3, temperature=3.0))
     assert job.identity["inference"]["pooling"] == "probabilities"
     reader = SoftLabelReader(build_cache(job, only=["flat"]).path)
     image, teacher = FakeCases().image_CZYX("flat"), factory.load(1)
@@ -181,6 +181,19 @@ class TestPlan:
         assert not plan.bytes_measured
         assert plan.memory_per_worker > 40 * 37 * 41 * 3 * 4
         assert not (tmp_path / "root").exists()
+
+    @pytest.mark.parametrize(
+        ("spec", "per_voxel"),
+        [
+            (CacheSpec(), 2 * 0.1),
+            (CacheSpec(temperature=2.5), 2 * 0.35),
+            (CacheSpec(temperature=9), 2 * 0.4),
+            (CacheSpec(encoding="logit_gap_u8", temperature_range=(1.0, 4.0)), 3 * 0.4),
+            (CacheSpec(encoding="float16"), 2 * 1.6),
+        ],
+    )
+    def test_bytes_by_the_rule(self, tmp_path, spec, per_voxel):
+        assert plan_cache(make_job(tmp_path, spec=spec)).bytes_per_voxel == pytest.approx(per_voxel)
 
     def test_measured_bytes(self, tmp_path):
         job = make_job(tmp_path)

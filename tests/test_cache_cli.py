@@ -104,7 +104,7 @@ def test_build_list_info_verify(world, cli):
     assert re.search(rf"{folder.name}.*simplex_u8.*ensemble.*0 1.*{len(cases)}/{len(cases)}", text)
     code, text = cli("info", folder)
     assert code == 0
-    assert "temperature: 3.0" in text
+    assert "temperature: 1.0" in text
     assert "fastnnunet cache build -d 998" in text
 
     shard = folder / cases[1] / "c/0/0/0/0"
@@ -298,7 +298,7 @@ class TestDiff:
         assert lines[1].startswith("  data.sha256: ")
         assert lines[2:] == [
             "  inference.mirroring: true -> false",
-            "  soft_labels.temperature: 3.0 -> 2.0",
+            "  soft_labels.temperature: 1.0 -> 2.0",
             "  cases whose preprocessed image changed: flat large small",
         ]
 

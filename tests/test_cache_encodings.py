@@ -18,15 +18,15 @@ from fastnnunet.specs.cache import CacheSpec
 from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, make_job
 
 CLASS_SPECS = {
-    "simplex_u8": CacheSpec(level=3),
-    "levels_63": CacheSpec(level=3, levels=63),
-    "levels_31": CacheSpec(level=3, levels=31),
-    "sparse": CacheSpec(level=3, encoding="sparse_u8"),
-    "sparse_tail": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.008),
-    "sparse_63": CacheSpec(level=3, encoding="sparse_u8", tolerance=0.016, levels=63),
+    "simplex_u8": CacheSpec(temperature=3.0, level=3),
+    "levels_63": CacheSpec(temperature=3.0, level=3, levels=63),
+    "levels_31": CacheSpec(temperature=3.0, level=3, levels=31),
+    "sparse": CacheSpec(temperature=3.0, level=3, encoding="sparse_u8"),
+    "sparse_tail": CacheSpec(temperature=3.0, level=3, encoding="sparse_u8", tolerance=0.008),
+    "sparse_63": CacheSpec(temperature=3.0, level=3, encoding="sparse_u8", tolerance=0.016, levels=63),
     "logit_gap": CacheSpec(level=3, encoding="logit_gap_u8", temperature_range=(1.0, 4.0)),
-    "float16": CacheSpec(level=3, encoding="float16"),
-    "float16_lz4": CacheSpec(level=3, encoding="float16", compressor="lz4", chunk_zyx=(9, 8, 11)),
+    "float16": CacheSpec(temperature=3.0, level=3, encoding="float16"),
+    "float16_lz4": CacheSpec(temperature=3.0, level=3, encoding="float16", compressor="lz4", chunk_zyx=(9, 8, 11)),
 }
 
 

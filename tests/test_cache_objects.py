@@ -419,7 +419,7 @@ class TestCommands:
         assert (code, text) == (0, "3 cases ok, 0 damaged, 0 missing\n")
         code, text = cli("diff", cache.path, other.path)
         assert code == 1
-        assert "soft_labels.temperature: 3.0 -> 2.0" in text
+        assert "soft_labels.temperature: 1.0 -> 2.0" in text
         assert cli("gc", "--root", root) == (0, "nothing to remove\n")
 
     @pytest.mark.parametrize("command", ["list", "info", "verify", "gc"])

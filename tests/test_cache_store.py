@@ -49,7 +49,7 @@ def test_zarr_python_reads_the_same_values(tmp_path, compressor, chunk):
         np.testing.assert_array_equal(reader.read_case(case), values)
         assert group[case].metadata.dimension_names == ("channel", "z", "y", "x")
         assert group[case].attrs["fastnnunet"]["key"] == cache.key
-    assert group.attrs["fastnnunet"]["identity"]["soft_labels"]["temperature"] == 3.0
+    assert group.attrs["fastnnunet"]["identity"]["soft_labels"]["temperature"] == 1.0
 
 
 def test_tensorstore_reads_the_same_values(cache):
@@ -133,7 +133,7 @@ def test_changed_group_metadata_is_detected(cache):
     file = cache.path / "zarr.json"
     text = file.read_text()
     for changed in (
-        text.replace('"temperature": 3.0', '"temperature": 2.0'),
+        text.replace('"temperature": 1.0', '"temperature": 2.0'),
         text.replace(cache.key, "0" * 64),
         text.replace(cache.cases["small"], "f" * 64),
         text[:-20],
@@ -215,7 +215,7 @@ class TestFindCache:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"spec": CacheSpec(temperature=2.0)}, "soft_labels.temperature: 3.0 -> 2.0"),
+            ({"spec": CacheSpec(temperature=2.0)}, "soft_labels.temperature: 1.0 -> 2.0"),
             ({"spec": CacheSpec(mirroring=False)}, "inference.mirroring: true -> false"),
             ({"spec": CacheSpec(step_size=0.75)}, "inference.step_size: 0.5 -> 0.75"),
             ({"spec": CacheSpec(policy="out_of_fold")}, 'policy.name: "ensemble" -> "out_of_fold"'),

@@ -30,7 +30,7 @@ from fastnnunet.specs.teacher import PublishedSpec
 from tests.dicom_files import write_series
 from tests.tiny import CONFIGURATION, DATASET
 
-RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch", temperature=1.0)
+RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
 TRAINING = {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
 FOLDS = (0, 1)
 

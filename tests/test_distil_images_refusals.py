@@ -175,7 +175,7 @@ class TestWorkFolder:
         message = refused(MismatchError, model, scans, opened.folder, folds=(0,))
         assert "model checkpoints.1:" in message
         assert "name another --work" in message
-        mirrored = CacheSpec(precision="fp32", engine="torch", temperature=1.0)
+        mirrored = CacheSpec(precision="fp32", engine="torch")
         assert "model mirroring: false -> true" in refused(MismatchError, model, scans, opened.folder, recipe=mirrored)
 
     def test_of_other_scans(self, opened, model, scans):

@@ -34,8 +34,8 @@ from fastnnunet.teachers.data_set import open_teacher
 from tests.samples import NNUNETS, transformed
 from tests.tiny import CONFIGURATION, DATASET, FEATURES, before_2_5
 
-RECIPE = CacheSpec(precision="fp32", mirroring=False, engine="torch")
-SHORT = DistillSpec(epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
+RECIPE = CacheSpec(temperature=3.0, precision="fp32", mirroring=False, engine="torch")
+SHORT = DistillSpec(temperature=3.0, epochs=1, iterations_per_epoch=2, val_iterations_per_epoch=1, precision="fp32")
 CASCADE, LOWRES = "3d_cascade_fullres", "3d_lowres"
 REGIONS = {"background": 0, "both": [1, 2], "dark": 2}
 CONFIGURATIONS = {

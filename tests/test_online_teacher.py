@@ -23,10 +23,12 @@ from fastnnunet.teachers.online import OnlineTeacher, online_teacher
 from tests.bundles import Toy
 from tests.teachers import make_teacher, nnunet_predictor
 from tests.test_distill_seeds import assert_same
-from tests.test_unlabelled_images import RECIPE, TEACHER, build_unlabelled
+from tests.test_unlabelled_images import RECIPE as AT_ONE
+from tests.test_unlabelled_images import TEACHER, build_unlabelled
 from tests.test_unlabelled_train import scans
 from tests.tiny import CONFIGURATION, DATASET
 
+RECIPE = dataclasses.replace(AT_ONE, temperature=3.0)
 SPEC = DistillSpec(
     alpha=0.5,
     temperature=3.0,

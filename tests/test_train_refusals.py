@@ -192,7 +192,7 @@ class TestTemperature:
 
     def test_recipes_without_one(self, tmp_path):
         (tmp_path / "recipe.yaml").write_text("mirroring: false\n")
-        for temperature, words in ((3.0, False), (2.0, True)):
+        for temperature, words in ((1.0, False), (2.0, True)):
             spec = CacheSpec(mirroring=False, temperature=temperature)
             command = build_command(TeacherSpec(dataset="4"), spec, tmp_path / "recipe.yaml")
             assert ("--temp 2" in command) == words

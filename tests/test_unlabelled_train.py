@@ -353,7 +353,7 @@ class TestTraining:
 
     def test_soft_label_of_an_unlabelled_sample_is_its_own(self, prepared):
         """The loader reads an unlabelled case from its own data, cache and list of foreground voxels."""
-        own = CachedSoftLabels(cache_for_training(TEACHER, RECIPE), 3.0)
+        own = CachedSoftLabels(cache_for_training(TEACHER, RECIPE), RECIPE.temperature)
         unlabelled = unlabelled_for_training(TEACHER, RECIPE, MIXED, own.image_digests)
 
         class Labelled:
