@@ -101,7 +101,7 @@ def test_a_logit_gap_cache_serves_every_temperature_of_its_range(tmp_path):
 
 
 def test_probabilities_are_never_brought_to_another_temperature(tmp_path):
-    cache = build_cache(make_job(tmp_path), only=["small"])
+    cache = build_cache(make_job(tmp_path, spec=CacheSpec(temperature=3.0, level=3)), only=["small"])
     SoftLabelReader(cache.path, 3.0)
     with pytest.raises(MismatchError, match=r"got      3\n  expected 2\n.*logit_gap_u8"):
         SoftLabelReader(cache.path, 2.0)

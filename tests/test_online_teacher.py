@@ -133,7 +133,7 @@ class TestTraining:
     def test_on_the_command_line_with_augmentation_on_the_device(self, world, seen):
         words = "train -d 998 -f 0 -tf 0 1 -r 2 -a 0.5 -e 2 --iterations 2 --val-iterations 1 --no-validate"
         recipe = world / "recipe.yaml"
-        recipe.write_text("{precision: fp32, engine: torch, mirroring: false}")
+        recipe.write_text("{precision: fp32, engine: torch, mirroring: false, temperature: 3.0}")
         more = ["--online-teacher", "0.5", "--spec", str(recipe), "-device", "cpu", "--augment-on", "device"]
         with pytest.raises(SystemExit) as ended:
             main([*words.split(), *more, "--threads", "1"])

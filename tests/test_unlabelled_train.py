@@ -487,7 +487,7 @@ class TestTraining:
         kinds = set(read_locations(job.target.foreground_folder(cache.key) / "tiny_10.npz"))
         assert kinds == ({(1, 2), 2} if kind == "regions" else {1, 2, (-1, 0, 1, 2)})
         seen = []
-        job = make_job(teacher=teacher, recipe=recipe, epochs=1, soft_on_ignored=False)
+        job = make_job(teacher=teacher, recipe=recipe, temperature=recipe.temperature, epochs=1, soft_on_ignored=False)
         train_student(job, validate=False, progress=seen.append)
         assert all(s.soft > 0 and np.isfinite(s.hard) for s in seen)
 
