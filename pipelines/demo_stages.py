@@ -25,7 +25,6 @@ from pipelines.steps import Report
 
 DATASET_ID, NAME = 901, "ProceduralCT"
 FINAL = "checkpoint_final.pth"
-TEMPERATURE = 1.0
 STUDENT_FOLD = "all"  # every training case: students are judged on volumes that no model saw
 
 
@@ -63,13 +62,12 @@ class Demo:
             optimizer="adamw",
             initial_lr=8e-3 if r >= 4 else 3e-3,
             anneal=True,
-            temperature=TEMPERATURE,
             seed=self.spec.seed,
         )
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(temperature=TEMPERATURE)
+        return CacheSpec()
 
     @property
     def raw(self) -> Path:

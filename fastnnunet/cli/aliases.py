@@ -80,7 +80,7 @@ def primus_distillation_export_onnx(argv: list[str] | None = None) -> None:
 
 
 def _train_command(variant: str, argv: list[str] | None) -> None:
-    example = f"nnUNetv2_{variant}distillation_train -d 4 -f 0 -a 0.3 -temp 3.0 -r 2"
+    example = f"nnUNetv2_{variant}distillation_train -d 4 -f 0 -r 2"
     parser = _parser(variant, "Distil one student from a trained nnU-Net ensemble.", example)
     for spec, name, flags in TRAIN_OPTIONS:
         add_argument(parser, spec, name, flags)

@@ -36,11 +36,11 @@ def import_maps(
 
     Example:
 
-      fastnnunet cache import rater_1 rater_2 -d 4 -c 3d_fullres --temp 1
+      fastnnunet cache import rater_1 rater_2 -d 4 -c 3d_fullres
 
     Then train from it, with --start random where there is no teacher's model:
 
-      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 4 --temp 1 --soft-labels KEY --start random
+      fastnnunet train -d 4 -c 3d_fullres -f 0 -r 4 --soft-labels KEY --start random
     """
     from fastnnunet.api.soft_maps import import_maps as make
     from fastnnunet.cache.store.storage import place_at

@@ -47,10 +47,10 @@ def find_students(roots: Sequence[Path]) -> list[Path]:
 
 
 def soft_loss(distill: DistillSpec, online: bool) -> str:
-    """Name of what a student learnt from, beside nnU-Net's own loss."""
+    """Name of what a student learnt from, beside nnU-Net's own loss; at T = 3 and full resolution unless it says so."""
     if distill.alpha == 0:
         return "none"
-    words = [distill.loss, f"T={distill.temperature:g}"]
+    words = [distill.loss] + [f"T={distill.temperature:g}"] * (distill.temperature != 3)
     words += ["every resolution"] * distill.soft_deep_supervision + ["annealed"] * distill.anneal + ["online"] * online
     return " ".join(words)
 
