@@ -177,7 +177,7 @@ def teacher_labels(teacher: Any, folds: tuple[Any, ...], temperature: float) -> 
 
 
 def loss_check(job: TrainingJob, soft: CachedSoftLabels, trainer: Any, cases: int) -> dict[str, Any]:
-    """Loss from the cache against loss from the cache's own teachers, run online on the same unaugmented cases.
+    """KL from the cache against KL from the cache's own teachers, run online on the same unaugmented cases.
 
     The store says |p' - p| <= eps for every stored channel, so that the part of the objective that depends on logits,
     T^2 times the cross entropy of p' and q, moves by at most T^2 * eps * sum |log q - log q_0|: of the order T * eps
@@ -185,6 +185,7 @@ def loss_check(job: TrainingJob, soft: CachedSoftLabels, trainer: Any, cases: in
     """
     source, factory, _ = open_teacher(job.teacher, job.cache)
     teacher, temperature = factory.load(torch.get_num_threads()), job.distill.temperature
+    objective = replace(trainer.objective, dice=False)
     rows = []
     for case in source.case_ids[:cases]:
         image = source.image_CZYX(case)
@@ -198,7 +199,7 @@ def loss_check(job: TrainingJob, soft: CachedSoftLabels, trainer: Any, cases: in
         z = finest.float().clone().requires_grad_()
         losses, gradients = [], []
         for target in (exact, stored):
-            _, loss = trainer.objective(torch.zeros(()), z, target)
+            _, loss = objective(torch.zeros(()), z, target)
             (gradient,) = torch.autograd.grad(loss, z)
             losses.append(loss.item())
             gradients.append(gradient * z[0, 0].numel())  # of one voxel, since the loss is their mean
