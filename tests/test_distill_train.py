@@ -352,6 +352,9 @@ class TestCacheThatDoesNotFit:
         build(dataclasses.replace(CACHE, temperature=2.0))
         message = self.refused(make_job())
         assert "temperature: 2.0 -> 1.0" in message
+        assert message.endswith("or train at the temperature of this one, with --temp 2")
+        moreover = self.refused(make_job(cache=dataclasses.replace(CACHE, step_size=0.75)))
+        assert "--temp 2" not in moreover, "that alone would not do"
 
     def test_temperature_outside_the_range_of_the_recipe(self, world):
         """Said before a cache is asked for: there is no use in building one."""

@@ -55,10 +55,12 @@ def find_cache(
         lines.append(f"  and {len(fields) - NAMED_AT_MOST} more")
     if case_digests is not None:
         lines += case_differences(nearest.cases, case_digests)
+    lines.append(f"build the right one with: {build_command}")
+    if len(lines) == 2 and fields[0].startswith("soft_labels.temperature:") and nearest.temperature is not None:
+        lines.append(f"or train at the temperature of this one, with --temp {nearest.temperature:g}")
     raise MismatchError(
         f"no soft-label cache under {root} fits; the nearest, {nearest.path.name}, differs in (cached -> needed)\n"
         + "\n".join(lines)
-        + f"\nbuild the right one with: {build_command}"
     )
 
 
