@@ -52,6 +52,7 @@ def soft_loss(distill: DistillSpec, online: bool) -> str:
         return "none"
     words = [distill.loss] + [f"T={distill.temperature:g}"] * (distill.temperature != 3)
     words += ["every resolution"] * distill.soft_deep_supervision + ["annealed"] * distill.anneal + ["online"] * online
+    words += [f"online {distill.online_teacher:g}"] * (distill.online_teacher > 0)
     return " ".join(words)
 
 
@@ -64,8 +65,8 @@ def dice_per_case(predictions: Path, labels: Path) -> dict[str, float]:
     return {r.case: float(np.nanmean([m.dice for m in r.metrics.values()])) for r in results}
 
 
-def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[str, Any]:
-    """Export one student to `bundle` and score it; the row of one seed."""
+def score(fold_folder: Path, bundle: Path, images: Path, labels: Path, caches: str) -> dict[str, Any]:
+    """Export one student to `bundle` and score it; the row of one seed. `caches`: what their cache is, for its name."""
     number = fold_folder.name.removeprefix("fold_")
     export_bundle(fold_folder.parent, int(number) if number.isdigit() else number, bundle)
     with tempfile.TemporaryDirectory() as out:
@@ -77,7 +78,7 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path) -> dict[s
     distill = build_spec(DistillSpec, made["distill"])
     student = build_spec(StudentSpec, made["student"])
     family: Family = "lite" if student.is_lite else "width"
-    loss = soft_loss(distill, bool(made.get(ONLINE)))
+    loss = " ".join([soft_loss(distill, bool(made.get(ONLINE))), *caches.split()])
     teacher = f"{len(made['teacher']['folds'])} fold(s)"
     steps = distill.epochs * distill.iterations_per_epoch
     samples = spec.plans["configurations"][spec.configuration]["batch_size"]
@@ -123,6 +124,7 @@ def measure(
     rounds: int = 30,
     threads: int | None = None,
     earlier: dict[str, Any] | None = None,
+    caches: str = "",
 ) -> dict[str, Any]:
     """The record. `threads` of the ensemble, None for all cores.
 
@@ -130,7 +132,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as work:
         rows = [
-            score(folder, Path(work) / str(number), images, labels)
+            score(folder, Path(work) / str(number), images, labels, caches)
             for number, folder in enumerate(find_students(roots))
         ]
         sizes = {f"{r['family']} {r['r']}": r.pop("bundle") for r in rows}
@@ -184,10 +186,11 @@ if __name__ == "__main__":
     parser.add_argument("-f", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds of the ensemble")
     parser.add_argument("-i", type=Path, required=True, help="test images")
     parser.add_argument("-g", type=Path, required=True, help="their labels")
+    parser.add_argument("--caches", default="", help="of what kind the caches of these students are, for their names")
     parser.add_argument("--extend", type=Path, help="a record to which the students are added")
     args = parser.parse_args()
     known = None if args.extend is None else json.loads(args.extend.read_text())
-    record = measure(args.results, args.m, args.i, args.g, tuple(args.f), earlier=known)
+    record = measure(args.results, args.m, args.i, args.g, tuple(args.f), earlier=known, caches=args.caches)
     put(record, args.o)
     print(f"ensemble {record['ensemble']['mean_dice']:.4f}")
     for name, row in sorted(record["table"].items()):
