@@ -500,7 +500,7 @@ class TestCascades:
                 name="scans", plans=files.plans, configuration=files.configuration, dataset_json=files.dataset_json
             ),
             images=scans,
-            labelled=(),
+            data_set=None,
             factory=stages.teacher,
             spec=RECIPE,
             root=scans.parent / "caches",

@@ -608,6 +608,17 @@ class TestRefusals:
         shutil.rmtree(images)  # the images are not needed any more
         train_student(make_job(epochs=1), validate=False)
 
+    def test_labelled_images_are_refused_before_they_are_labelled_again(self, world):
+        from fastnnunet.api import label
+
+        images = image_folder(world, "tiny_03")
+        shutil.copy(raw_image(world, "tiny_10", "Ts"), images / "new_0000.nii.gz")
+        with pytest.raises(MismatchError, match=r"under another name:\n  - u_tiny_03 is tiny_03\ntake them out"):
+            label(TEACHER, RECIPE, images=images, threads=1)
+        assert not list((world / "preprocessed").rglob("manifest.json"))
+        (images / "u_tiny_03_0000.nii.gz").unlink()
+        assert label(TEACHER, RECIPE, images=images, threads=1).cache.cases.keys() == {"new"}
+
     def test_labelled_images_under_other_names(self, world):
         build_for(TEACHER, RECIPE)
         build_unlabelled(image_folder(world, "tiny_03"), RECIPE, TEACHER)

@@ -68,6 +68,7 @@ def label(
         unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
         _refuse_others(unlabelled, files, workers)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
+        unlabelled.refuse_labelled(job)
     cache = build(
         job,
         cases=cases,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from fastnnunet.cache.identity import digest_cases
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels
-from fastnnunet.errors import MismatchError, SpecError
+from fastnnunet.errors import SpecError
 from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.trainer.loading_errors import remake
 from fastnnunet.nnunet.unlabelled.image_case import ENDINGS
-from fastnnunet.nnunet.unlabelled.sets import require_current
+from fastnnunet.nnunet.unlabelled.sets import require_current, require_other_images
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.teacher import TeacherSpec
@@ -58,7 +58,7 @@ def unlabelled_for_training(
     soft_labels = CachedSoftLabels(cache, spec.temperature)
     if labelled is None:
         labelled = digest_cases(open_cases(job.target.plans, teacher.configuration))
-    _require_other_images(soft_labels, labelled)
+    require_other_images(soft_labels.image_digests, labelled)
     foreground = job.target.foreground_folder(soft_labels.key)
     unlabelled = Unlabelled(
         cases=cases,
@@ -71,15 +71,3 @@ def unlabelled_for_training(
     )
     unlabelled.require_foreground(job.command)
     return unlabelled
-
-
-def _require_other_images(unlabelled: CachedSoftLabels, labelled: Mapping[str, str]) -> None:
-    """Refuse images that the data set has with labels: one of them may be a validation case."""
-    own = {digest: case for case, digest in labelled.items()}
-    same = {case: own[digest] for case, digest in unlabelled.image_digests.items() if digest in own}
-    if same:
-        pairs = "\n".join(f"  - {case} is {labelled_case}" for case, labelled_case in same.items())
-        raise MismatchError(
-            f"{len(same)} unlabelled image(s) are labelled cases under another name:\n{pairs}\n"
-            "take them out of the folder and run fastnnunet cache build --images again"
-        )

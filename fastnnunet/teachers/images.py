@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastnnunet.cache.interfaces import CaseSource
 from fastnnunet.cache.job import CacheJob, prepare_job
 from fastnnunet.cache.plan import free_bytes
 from fastnnunet.cache.store.folder import CacheFolder
@@ -38,6 +39,7 @@ from fastnnunet.nnunet.unlabelled.sets import (
     expected_shapes,
     name_for,
     preprocess_images,
+    require_other_images,
     resolve_set,
 )
 from fastnnunet.specs.cache import CacheSpec
@@ -54,12 +56,27 @@ class UnlabelledJob:
 
     target: ImageSet
     images: Path
-    labelled: tuple[str, ...]  # ids of the data set's own cases
+    data_set: CaseSource | None  # labelled cases that the images must not be
     factory: NnUNetTeacher
     spec: CacheSpec
     root: Place
     command: str  # what a person types to bring everything up to date
     first: NnUNetTeacher | None = None  # of a cascade: the teacher of its first stage
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """Ids of the data set's own cases."""
+        return () if self.data_set is None else tuple(self.data_set.case_ids)
+
+    def refuse_labelled(self, job: CacheJob) -> None:
+        """Refuse images of `job` that the data set has with labels; of these only those of the same shape are read.
+
+        Raises MismatchError.
+        """
+        if self.data_set is not None:
+            shapes = {job.source.shape_zyx(case) for case in job.cases}
+            alike = [case for case in self.data_set.case_ids if self.data_set.shape_zyx(case) in shapes]
+            require_other_images(job.cases, {case: self.data_set.digest(case) for case in alike})
 
     def preprocess(
         self, processes: int, progress: Listener = ignore, threads: int | None = None
@@ -160,7 +177,7 @@ def open_images(
     return UnlabelledJob(
         target=target,
         images=folder,
-        labelled=cases.case_ids,
+        data_set=cases,
         factory=factory,
         spec=recipe,
         root=root or default_root,

@@ -289,6 +289,21 @@ def require_other_names(found: Any, labelled: Sequence[str]) -> None:
         )
 
 
+def require_other_images(unlabelled: Mapping[str, str], labelled: Mapping[str, str]) -> None:
+    """Raise MismatchError when images have the digests of labelled ones: one of those may be a validation case.
+
+    Both are case -> digest of its preprocessed image.
+    """
+    own = {digest: case for case, digest in labelled.items()}
+    same = {case: own[digest] for case, digest in unlabelled.items() if digest in own}
+    if same:
+        pairs = "\n".join(f"  - {case} is {labelled_case}" for case, labelled_case in same.items())
+        raise MismatchError(
+            f"{len(same)} unlabelled image(s) are labelled cases under another name:\n{pairs}\n"
+            "take them out of the folder and run fastnnunet cache build --images again"
+        )
+
+
 def _finished(target: ImageSet, images: Path, found: dict[str, tuple[Path, ...]]) -> dict[str, dict[str, FileStamp]]:
     """Cases that need not be preprocessed again. Raises SpecError when the set was made from other images."""
     try:

@@ -126,7 +126,7 @@ class Work:
         return UnlabelledJob(
             target=target,
             images=images,
-            labelled=(),
+            data_set=None,
             factory=make_teacher(files, self.teacher.folds, self.recipe, unseen={}),
             spec=self.recipe,
             root=cache_root(DATASET, self.teacher.plans, self.teacher.configuration),
