@@ -418,17 +418,17 @@ class TestCacheOfImages:
     """`cache build --images` names bad scans, and refuses a folder of another modality."""
 
     def test_bad_scans_and_rare_labels_are_named(self, world, monkeypatch):
-        folder = image_folder(world, "tiny_00", "tiny_01")
+        folder = image_folder(world, "tiny_10", "tiny_11", part="Ts")
         monkeypatch.setattr("fastnnunet.teachers.screen.dice_bound", lambda dices: 1.0)
         events = []
         made = label(TEACHER, RECIPE, images=folder, threads=1, progress=events.append)
         warnings = [event.text for event in events if isinstance(event, Message) and event.level == "warning"]
         rare = [text for text in warnings if "too few of the 2 scans" in text]
         (bad,) = (text for text in warnings if "2 of 2 images may do harm" in text)
-        assert "u_tiny_00: folds disagree: pairwise Dice" in bad
+        assert "u_tiny_10: folds disagree: pairwise Dice" in bad
         assert len(rare) == 1
         assert "bright in " in rare[0]
-        change_attributes(made.cache, "u_tiny_00", lambda attributes: attributes.pop("seen"))
+        change_attributes(made.cache, "u_tiny_10", lambda attributes: attributes.pop("seen"))
         label(TEACHER, RECIPE, images=folder, threads=1, progress=events.append)
         assert any("some were labelled before it was counted" in e.text for e in events if isinstance(e, Message))
 

@@ -39,12 +39,12 @@ def raw_image(world, case, part="Tr"):
     return world / "raw" / DATASET / f"images{part}" / f"{case}_0000.nii.gz"
 
 
-def image_folder(world, *cases, prefix="u"):
-    """A folder of copies of labelled images under other names."""
+def image_folder(world, *cases, prefix="u", part="Tr"):
+    """A folder of copies of images, labelled ones (`Tr`) or not (`Ts`), under other names."""
     folder = world / "more scans"
     folder.mkdir(exist_ok=True)
     for case in cases:
-        shutil.copy(raw_image(world, case), folder / f"{prefix}_{case}_0000.nii.gz")
+        shutil.copy(raw_image(world, case, part), folder / f"{prefix}_{case}_0000.nii.gz")
     return folder
 
 
