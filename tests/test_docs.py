@@ -279,11 +279,15 @@ def is_shown(text: str, *values: float) -> None:
     assert shown == [round(value, places) for value, places in zip(values, decimals, strict=True)], text
 
 
+EVERY = "kl_dice T=1 every resolution"
+DEFAULT = f"{EVERY} not mirrored"  # `train` as it is, labels of the ensemble without mirrors
+
+
 def test_the_table_of_the_readme() -> None:
     header, ensemble, fold, fp32, bf16, control = tables((ROOT / "README.md").read_text())[1]
     assert header[1:] == ["mean Dice", "seconds a case", "times faster", "model file"]
     benchmark = record("2026-11-28_hippocampus_benchmark.json")["arms"]
-    students = record("2026-11-29_student_table.json")
+    students = record("2026-12-01_student_table.json")
     arms = ("nnunetv2 ensemble", "nnunetv2 one fold", "hippocampus_r4 openvino", "hippocampus_r4 openvino bf16")
     common = benchmark[arms[0]]["per_case_s"].keys()
     for row, arm in zip((ensemble, fold, fp32, bf16), arms, strict=True):
@@ -295,7 +299,7 @@ def test_the_table_of_the_readme() -> None:
     earlier = record("2026-11-23_hippocampus_benchmark.json")["arms"]["nnunetv2 one fold"]
     is_shown(fold[1], earlier["metrics"]["foreground_mean"]["dice"])
     distilled, alone = (
-        students["table"][f"r4_lite {loss} 5 fold(s) from teacher, 2000 x 2"] for loss in ("kl", "none")
+        students["table"][f"r4_lite {loss} 5 fold(s) from teacher, 2000 x 2"] for loss in (DEFAULT, "none")
     )
     for row in (fp32, bf16):
         is_shown(row[1], distilled["mean_dice"])
@@ -323,12 +327,18 @@ def test_students_of_a_stronger_teacher() -> None:
             is_shown(value, *pair)
         gains = [100 * (half["dice"] - none["dice"]) for none, half in zip(*arms, strict=True)]
         assert f"r={r} " + ", ".join(f"{gain:+.1f}" for gain in gains) in " ".join(text.split())
+        for row in measured["rows"]:
+            if row["arm"] == "annealed" and 2 * row["r"] == int(r):
+                told = f"r={r}, seed {row['seed']}, Dice is {row['dice']:.4f} and fidelity {row['fidelity']:.4f}"
+                assert told in " ".join(text.split())
         none, half = (np.mean([[mean(c["dice"]) for c in row["cases"].values()] for row in rows], 0) for rows in arms)
         cases = 100 * (half - none)
         draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
         low, high = np.percentile(draws, [2.5, 97.5])
         assert f"r={r} {cases.mean():+.2f} ({low:.2f} to {high:.2f})" in " ".join(text.split())
-    assert len(measured["rows"]) == 2 * sum(len(row[1].split()) for row in table[1:])
+    assert sum(row["arm"] != "annealed" for row in measured["rows"]) == 2 * sum(
+        len(row[1].split()) for row in table[1:]
+    )
 
 
 def test_oasis_without_labels() -> None:
@@ -522,9 +532,11 @@ def test_speed_as_measured() -> None:
 
 
 def test_students_as_measured() -> None:
-    measured = record("2026-11-29_student_table.json")["table"]
+    measured = record("2026-12-01_student_table.json")["table"]
     losses = {
         "no soft labels": "none",
+        "the default: half soft, KL and Dice semimetric at every resolution, T = 1": DEFAULT,
+        "the default, `--anneal`": f"{EVERY} annealed not mirrored",
         "KL": "kl",
         "KL, `--anneal`": "kl annealed",
         "KL, T = 1, `--anneal`": "kl T=1 annealed",
