@@ -27,7 +27,8 @@ SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled i
 class DistillSpec:
     """Hyper-parameters of one training. `alpha` = 0 trains the control: same student, hard labels only.
 
-    The soft loss by default (alpha, T, loss, soft_deep_supervision) is the best of those measured: docs/measured.md.
+    The soft loss by default (alpha, T, loss, soft_deep_supervision) is what helped with a strong teacher, see
+    docs/measured.md.
     """
 
     alpha: Annotated[float, Option("-a --alpha", "Weight of the soft loss; 0 trains the control.", first=True)] = 0.5

@@ -1,6 +1,6 @@
 """One student through stock nnUNetv2_predict and through `fastnnunet predict` with every backend: the same voxels?
 
-    python -m pipelines.measure.predict.stock_agreement -d 4 -p nnUNetPlans_r4_a0.3_T3 -m BUNDLE -i imagesTs -o R.json
+    python -m pipelines.measure.predict.stock_agreement -d 4 -p nnUNetPlans_r4_a0.5_T1 -m BUNDLE -i imagesTs -o R.json
 
 Stock nnU-Net runs in a process in which fastnnunet cannot be imported. The share of equal voxels counts all voxels of
 all cases.

@@ -5,12 +5,13 @@ Three steps, each resumed by the same command. `nnUNet_results` holds the teache
     python -m pipelines.measure.train.soft_or_hard test -d 4 -i imagesTs -g labelsTs --work W
     python -m pipelines.measure.train.soft_or_hard labels -d 4 --spec RECIPE.yaml --work W
     python -m pipelines.measure.train.soft_or_hard train -d 4 --spec RECIPE.yaml --work W --labels teacher \\
-        --scans 10 200 --seeds 0 1 2 -r 4 --steps 2000 --arm hard alpha=0 --arm soft alpha=1 loss=kl_dice -o R.json
+        --scans 10 200 --seeds 0 1 2 -r 4 --steps 2000 --arm hard alpha=0 --arm soft alpha=1 -o R.json
 
 `test` preprocesses the test images and labels them by the whole ensemble. `labels` makes a preprocessed data set of the
 training scans whose labels are the teacher's (argmax of the soft labels of the recipe's cache), as if nobody had ever
-labelled them. `train` trains every arm, an arm being fields of DistillSpec (and of StudentSpec: `student.norm=batch`),
-from subsets of the scans (drawn by the seed, smaller ones inside larger ones) and judges it on the test images in
+labelled them. `train` trains every arm, an arm being fields of DistillSpec (and of StudentSpec: `student.norm=batch`;
+what it does not name is the default, in records before December 2026 loss=kl and soft_deep_supervision=false), from
+subsets of the scans (drawn by the seed, smaller ones inside larger ones) and judges it on the test images in
 preprocessed space: Dice against the true labels, fidelity (Dice against the teacher's), and its probabilities,
 everywhere and within two voxels of the borders of the teacher's labels. These also at the one temperature that brings
 them closest to the teacher's on these very images, which favours students that were not taught probabilities. Students

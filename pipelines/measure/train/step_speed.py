@@ -10,8 +10,9 @@ together        all students on the same batches, against the sum of their bare 
 Only the loaders of the arm that is timed run, and the first steps of an arm, which take batches that were made while
 the loop was starting, are not timed. Runs are written into a temporary nnUNet_results that links to the teacher.
 
-With `--loss` the record also compares, on unaugmented patches, the loss from the cache with that from the cache's own
-teachers run online on the same cases; they must agree within T * eps, where eps is the error bound of the store.
+With `--loss` the record also compares, on unaugmented patches, KL from the cache with that from the cache's own
+teachers run online on the same cases; their gradients must agree within T * eps, where eps is the error bound of the
+store.
 
 Example:
 

@@ -5,7 +5,8 @@ Each student was trained into an `nnUNet_results` folder of its own, for instanc
     nnUNet_results=runs/levels_31_0 fastnnunet train -d 4 -f 0 -r 4 --spec cache_specs/levels_31.yaml --seed 0 \\
         -e 40 --iterations 25 --val-iterations 1 --optimizer adamw
 
-with the teacher's model folder linked into it. Then
+with the teacher's model folder linked into it (the record of 24 November, when other values were the defaults: also
+-a 0.3 -temp 3 --loss kl --no-soft-deep-supervision --start random, and -temp 3 for its caches). Then
 
     python -m pipelines.measure.train.student_seeds --arm float16 runs/float16_* --arm levels_31 runs/levels_31_* \\
         -i imagesTs -g labelsTs -o record.json
