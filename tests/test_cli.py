@@ -142,7 +142,7 @@ def test_every_help_has_an_example(command):
 def test_three_stages_and_their_aliases(world, tmp_path):
     """nnU-Net-style commands build the cache when there is none; the plain commands find everything they left."""
     train = {"module": "fastnnunet.cli.aliases", "function": "distillation_train"}
-    flags = ["-d", "998", "-f", "0", "-a", "0.3", "-temp", "1.0", "-r", "2", "-e", "1", "--iterations", "2"]
+    flags = ["-d", "998", "-f", "0", "-a", "0.3", "-temp", "3.0", "-r", "2", "-e", "1", "--iterations", "2"]
     done = run(*flags, **train)
     assert done.returncode == 0, done.stderr
     assert "building the soft-label cache first" in done.stderr
@@ -153,12 +153,14 @@ def test_three_stages_and_their_aliases(world, tmp_path):
 
     done = run("cache", "list", "-d", "998")
     assert done.returncode == 0, done.stderr
-    again = run("train", "-d", "998", "-f", "0", "-r", "4", "-e", "1", "--iterations", "1", "--no-validate")
+    again = run(
+        "train", "-d", "998", "-f", "0", "-r", "4", "-temp", "3", "-e", "1", "--iterations", "1", "--no-validate"
+    )
     assert again.returncode == 0, again.stderr  # the same cache serves another size
 
     bundle = tmp_path / "bundle"
     export = {"module": "fastnnunet.cli.aliases", "function": "distillation_export_onnx"}
-    done = run("-d", "998", "-f", "0", "-a", "0.3", "-r", "2", "-o", bundle, "-v", **export)
+    done = run("-d", "998", "-f", "0", "-a", "0.3", "-temp", "3.0", "-r", "2", "-o", bundle, "-v", **export)
     assert done.returncode == 0, done.stderr
     assert "parity with PyTorch" in done.stdout
     done = run("predict", "-i", world / "raw" / DATASET / "imagesTs", "-o", tmp_path / "out", "-m", bundle)

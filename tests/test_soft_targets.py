@@ -370,7 +370,9 @@ class TestTraining:
         for (weights, shapes, _), of_labels in zip(handed, labels[: len(handed)], strict=True):
             np.testing.assert_allclose(weights, expected / expected.sum())
             assert shapes == of_labels
-        assert "_entropy" in run_folder(job).parent.name
+        assert run_folder(job).parent.name.split("__")[1].endswith(f"_{job.distill.tag}")
+        assert job.distill.tag.endswith("_entropy")
+        assert "softds" not in job.distill.tag, "it is the default"
         stored = load_checkpoint(run_folder(job) / "checkpoint_final.pth")["fastnnunet"]["distill"]
         assert stored["soft_deep_supervision"] is True
         assert stored["soft_voxels"] == "entropy"

@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastnnunet.cache.identity import digest_cases
 from fastnnunet.cache.store.storage import Place
 from fastnnunet.distill.soft_labels import CachedSoftLabels
 from fastnnunet.errors import SpecError
-from fastnnunet.nnunet.files.cases import open_cases
 from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.plans import configuration_of, label_manager_of
 from fastnnunet.nnunet.trainer.loading_errors import remake
@@ -54,11 +52,13 @@ def unlabelled_for_training(
             "--unlabelled: with batch Dice or an ignore label several processes cannot join their losses when they "
             "have different numbers of labelled samples\nstart one process, without torchrun, or give --pseudo-labels"
         )
-    cache = find_for_training(job.cache_job(cases))
+    cache_job = job.cache_job(cases)
+    cache = find_for_training(cache_job)
     soft_labels = CachedSoftLabels(cache, spec.temperature)
     if labelled is None:
-        labelled = digest_cases(open_cases(job.target.plans, teacher.configuration))
-    require_other_images(soft_labels.image_digests, labelled)
+        job.refuse_labelled(cache_job)
+    else:
+        require_other_images(soft_labels.image_digests, labelled)
     foreground = job.target.foreground_folder(soft_labels.key)
     unlabelled = Unlabelled(
         cases=cases,
