@@ -15,7 +15,8 @@ from fastnnunet.cli.parts.choices import parse_folds, student_specs
 from fastnnunet.distill.check import resolve_device
 from fastnnunet.distill.train import train_student, train_students
 from fastnnunet.errors import MismatchError, SpecError
-from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint
+from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, weights_digest
+from fastnnunet.nnunet.files.checkpoint_digest import DIGEST, write_checkpoint
 from fastnnunet.nnunet.student.inherit import inherit
 from fastnnunet.nnunet.versions import OLDEST
 from fastnnunet.specs.cache import CacheSpec
@@ -24,7 +25,7 @@ from fastnnunet.specs.load import load_yaml_spec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.jobs import build_command
-from tests.test_distill_train import SHORT, make_job
+from tests.test_distill_train import SHORT, build, make_job
 from tests.tiny import DATASET
 
 CONTROL = dataclasses.replace(SHORT, alpha=0.0, epochs=1)
@@ -80,6 +81,20 @@ class TestPlansNames:
         assert published == json.loads((folder.parent / "plans.json").read_text())
 
 
+def was_trained_with(path, **fields):
+    """Change settings in a checkpoint; None: an earlier version did not know them. Nor did it know `-spl`."""
+    checkpoint = load_checkpoint(path)
+    run = checkpoint["fastnnunet"]
+    distill = {name: value for name, value in {**run["distill"], **fields}.items() if value is not None}
+    student = {**run["student"], "plans_name": None}
+    kept = {k: v for k, v in checkpoint.items() if k != DIGEST}
+    write_checkpoint({**kept, "fastnnunet": {**run, "distill": distill, "student": student}}, path)
+
+
+def digest_of(folder):
+    return weights_digest(load_checkpoint(folder / "checkpoint_final.pth")["network_weights"])
+
+
 class TestContinue:
     def test_without_a_checkpoint_it_is_a_plain_start(self, world, caplog):
         """First weights from the teacher, as the name of the run says; losses of the first step tell."""
@@ -96,13 +111,39 @@ class TestContinue:
 
     def test_after_an_update_of_the_package(self, tmp_path):
         there = {"version": "0.0.1", "distill": {"alpha": 0.3}}  # when there was KL alone, at full resolution
-        spec = DistillSpec(alpha=0.3, loss="kl", soft_deep_supervision=False)
+        spec = DistillSpec(alpha=0.3, loss="kl", soft_deep_supervision=False, start="random")
         check_same_run(tmp_path, there, {"version": "0.2.0", "distill": dataclasses.asdict(spec)})
         now = {"version": "0.2.0", "distill": dataclasses.asdict(dataclasses.replace(spec, soft_deep_supervision=True))}
         with pytest.raises(MismatchError, match="soft_deep_supervision"):
             check_same_run(tmp_path, there, now)
         with pytest.raises(MismatchError, match="alpha"):
             check_same_run(tmp_path, there, {"version": "0.0.1", "distill": dataclasses.asdict(DistillSpec(alpha=0.1))})
+
+    def test_a_control_of_before(self, world):
+        """It has no soft loss, so what the soft loss was then does not matter."""
+        folder = train_student(make_job(distill=CONTROL), validate=False)
+        was_trained_with(folder / "checkpoint_final.pth", temperature=3.0, loss=None, soft_deep_supervision=None)
+        assert train_student(make_job(distill=CONTROL), resume=True, validate=False) == folder
+
+    def test_a_run_of_before_under_its_name(self, world):
+        """Its name was of other defaults: `--continue` names it, and with `-spl` it goes on."""
+        build()
+        name = "nnUNetPlans_r2_a0.3_T1_e2_i2"
+        spec = dataclasses.replace(SHORT, alpha=0.3, loss="kl", soft_deep_supervision=False)
+        named = make_job(distill=spec, student=StudentSpec(r=2, plans_name=name))
+        folder = train_student(named, validate=False)
+        weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
+        was_trained_with(folder / "checkpoint_final.pth", loss=None, soft_deep_supervision=None)
+        with pytest.raises(MismatchError, match=f"has another name.*\ncontinue it with -spl {name},"):
+            train_student(make_job(distill=spec), resume=True, validate=False)
+        assert students(world) == [folder.parent.name]
+        epochs = []
+        assert train_student(named, resume=True, validate=False, progress=epochs.append) == folder
+        assert not epochs
+        assert digest_of(folder) == weights_digest(weights)
+        other = make_job(distill=dataclasses.replace(spec, loss="kl_dice"), student=named.student)
+        with pytest.raises(MismatchError, match=r'distill\.loss: "kl" -> "kl_dice"'):
+            train_student(other, resume=True, validate=False)
 
     def test_another_spelling_of_the_data_set(self, world):
         folder = train_student(make_job(distill=CONTROL), validate=False)

@@ -11,7 +11,7 @@ from fastnnunet.distill.job import BEST, FINAL, LATEST, TrainingJob, provenance,
 from fastnnunet.errors import CorruptError, FastnnUNetError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.advice import preprocess_command
 from fastnnunet.nnunet.files.cases import open_cases
-from fastnnunet.nnunet.files.checkpoint import check_same_run, load_checkpoint, load_pretrained
+from fastnnunet.nnunet.files.checkpoint import changed_settings, check_same_run, load_checkpoint, load_pretrained
 from fastnnunet.nnunet.files.checkpoint_digest import require_undamaged
 from fastnnunet.nnunet.files.model import ModelFolder, PlannedModel, build_network, model_folder_of, model_of
 from fastnnunet.nnunet.files.named import check_loadable
@@ -27,7 +27,6 @@ from fastnnunet.nnunet.student.coarse import coarse_dataset_json, coarse_plans
 from fastnnunet.nnunet.student.fit import check_fit, check_last_patch, check_network
 from fastnnunet.nnunet.student.plans import check_plans_name, student_plans
 from fastnnunet.nnunet.student.primus import stock_trainer_of
-from fastnnunet.specs.canonical import differences
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.teachers.maps.jobs import preprocessed_model
 
@@ -169,6 +168,13 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         now, stored = provenance(job, None), _reached(path).get("fastnnunet", {})
         there = {name: value for name, value in stored.items() if name in {*now, "pretrained_sha256"}}
         check_same_run(path, {**there, "cache_key": None}, now)  # caches and the rest are compared on loading
+    if resume and not existing and job.student.plans_name is None:
+        same = [name for name, changed in _changed_beside(job, fold_folder).items() if not changed]
+        if same:
+            raise MismatchError(
+                f"--continue: {fold_folder} holds no checkpoint, and the run with these settings has another name, "
+                f"which an earlier version gave it\ncontinue it with -spl {same[0]}, or train anew without --continue"
+            )
 
 
 def _reached(path: Path) -> dict[str, Any]:
@@ -202,9 +208,9 @@ def _changed_beside(job: TrainingJob, fold_folder: Path) -> dict[str, list[str]]
     beside = {}
     for folder, path in runs.items():
         try:
-            changed = differences(load_checkpoint(path).get("fastnnunet", {}), now)
+            changed = changed_settings(load_checkpoint(path).get("fastnnunet", {}), now)
         except FastnnUNetError as e:  # it is not the run that is asked for
             changed = [str(e).splitlines()[0]]
-        others = ("version", "cache_key", "unlabelled_cache_key", "augmented_on", "planned_epochs")
+        others = ("cache_key", "unlabelled_cache_key", "augmented_on", "planned_epochs")
         beside[folder.parent.name.split("__")[1]] = [line for line in changed if not line.startswith(others)]
     return beside

@@ -19,7 +19,10 @@ SCANS_TRAINING: dict[str, Any] = {
     "val_iterations_per_epoch": 5,
 }
 # what trainings did before these fields were there, where it is not the default of today
-BEFORE_THERE_WAS_A_CHOICE: dict[str, Any] = {"loss": "kl", "soft_deep_supervision": False}
+BEFORE_THERE_WAS_A_CHOICE: dict[str, Any] = {"loss": "kl", "soft_deep_supervision": False, "start": "random"}
+OF_THE_SOFT_LOSS = (
+    "temperature", "loss", "soft_deep_supervision", "soft_voxels", "sharpen_above", "sharpen_power", "soft_on_ignored",
+)  # fmt: skip
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a set of unlabelled images; becomes part of a run's name
 
 

@@ -13,7 +13,7 @@ from fastnnunet.errors import CorruptError, MismatchError, NotFoundError
 from fastnnunet.specs.canonical import differences, to_plain
 from fastnnunet.specs.checks.pickles import RefusedTypeError
 from fastnnunet.specs.checks.problems import is_list, shown
-from fastnnunet.specs.distill import BEFORE_THERE_WAS_A_CHOICE, DistillSpec
+from fastnnunet.specs.distill import BEFORE_THERE_WAS_A_CHOICE, OF_THE_SOFT_LOSS, DistillSpec
 from fastnnunet.specs.student import StudentSpec
 
 if TYPE_CHECKING:
@@ -155,21 +155,32 @@ def load_pretrained(network: "torch.nn.Module", path: Path) -> None:
     network.load_state_dict({**own, **{name: given[name] for name in wanted}}, strict=True)
 
 
-def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue a run with other settings. Raises MismatchError naming those that differ.
+def changed_settings(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What another run would do differently, `name: there -> now`; both as `provenance` gives them.
 
-    Settings that the checkpoint does not know were added later: then there was the default of today, but for
-    `BEFORE_THERE_WAS_A_CHOICE`. The version of this package may change.
+    Settings that `there` does not know were added later: then there was the default of today, but for
+    `BEFORE_THERE_WAS_A_CHOICE`. Those of the soft loss count where one of the two has a soft loss. Neither the version
+    of this package nor how the name of the plans came about counts.
     """
-    settings = {
-        name: {**default, **there.get(name, {})}
-        for name, default in (
-            ("distill", {**to_plain(DistillSpec()), **BEFORE_THERE_WAS_A_CHOICE}),
-            ("student", to_plain(StudentSpec())),
-        )
-        if name in there
-    }
-    changed = differences({**there, **settings, "version": now.get("version")}, now)
+    return differences(_effective(there), _effective(now))
+
+
+def _effective(run: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in run.items() if name != "version"}
+    if "student" in run:
+        settings["student"] = {**to_plain(StudentSpec()), **run["student"], "plans_name": None}
+    if "distill" in run:
+        default = to_plain(DistillSpec())
+        distill = {**default, **BEFORE_THERE_WAS_A_CHOICE, **run["distill"]}
+        if distill["alpha"] == 0:
+            distill |= {name: default[name] for name in OF_THE_SOFT_LOSS}
+        settings["distill"] = distill
+    return settings
+
+
+def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings. Raises MismatchError naming those of `changed_settings`."""
+    changed = changed_settings(there, now)
     if changed:
         raise MismatchError(
             f"--continue: {path} was trained differently (there -> now):\n"

@@ -74,6 +74,10 @@ if __name__ == "__main__":
     parser.add_argument("-r", type=int, default=4)
     parser.add_argument("-a", type=float, default=DistillSpec().alpha)
     parser.add_argument("-temp", type=float, default=DistillSpec().temperature)
+    parser.add_argument("--loss", choices=["kl", "kl_dice"], default=DistillSpec().loss)
+    parser.add_argument(
+        "--soft-deep-supervision", action=argparse.BooleanOptionalAction, default=DistillSpec().soft_deep_supervision
+    )
     parser.add_argument("-e", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=250)
     parser.add_argument("--batch-size", type=int)
@@ -86,6 +90,8 @@ if __name__ == "__main__":
     distill = DistillSpec(
         alpha=args.a,
         temperature=args.temp,
+        loss=args.loss,
+        soft_deep_supervision=args.soft_deep_supervision,
         epochs=args.e,
         iterations_per_epoch=args.iterations,
         val_iterations_per_epoch=1,

@@ -184,6 +184,8 @@ def train_arms(
     }
     folders = {name: run_folder(job) for name, job in jobs.items()}
     todo = {name: job for name, job in jobs.items() if not (folders[name] / FINAL).is_file()}
+    for name in jobs.keys() - todo.keys():
+        check_job(jobs[name], resume=True, overwrite=False)  # the name does not say all of how it was trained
     trainers = []
     for job in todo.values():
         files = model_folder_of(teacher)
@@ -296,6 +298,8 @@ def main() -> None:
         return
     if args.labels == "teacher":
         os.environ[PREPROCESSED] = str(work / "teacher_labels")  # before nnU-Net is imported
+    from fastnnunet.nnunet.files.checkpoint import load_checkpoint
+
     record = json.loads(args.o.read_text()) if args.o.is_file() else {**header(__doc__.splitlines()[0]), "rows": []}
     if "teacher" not in record:
         record["teacher"] = judge(lambda _, p: p, work)
@@ -337,7 +341,8 @@ def main() -> None:
                         passes: judge(one_pass_probabilities(folder, args.c, passes), work) for passes in (1, 2, 4)
                     }
                     print(*(f"{k} passes {v['dice']:.4f}" for k, v in found["one_pass"].items()), flush=True)
-                record["rows"].append({**key, "arm": name, "fields": given[name], **found})
+                trained = load_checkpoint(folder / "checkpoint_final.pth")["fastnnunet"]["distill"]
+                record["rows"].append({**key, "arm": name, "fields": given[name], "distill": trained, **found})
                 write_json(args.o, record)
                 near = found["calibration"]["labels_border"]
                 print(

@@ -28,7 +28,7 @@ from fastnnunet.export.bundle import export_bundle
 from fastnnunet.images.cases import Case
 from fastnnunet.runtime.predict import Predictor
 from fastnnunet.specs.bundle import load_bundle_spec
-from fastnnunet.specs.distill import DistillSpec
+from fastnnunet.specs.distill import BEFORE_THERE_WAS_A_CHOICE, DistillSpec
 from fastnnunet.specs.load import build_spec
 from fastnnunet.specs.provenance import now_utc
 from fastnnunet.specs.student import Family, StudentSpec
@@ -75,7 +75,7 @@ def score(fold_folder: Path, bundle: Path, images: Path, labels: Path, caches: s
     spec = load_bundle_spec(bundle)
     provenance = spec.provenance
     made = provenance["training"]
-    distill = build_spec(DistillSpec, made["distill"])
+    distill = build_spec(DistillSpec, {**BEFORE_THERE_WAS_A_CHOICE, **made["distill"]})
     student = build_spec(StudentSpec, made["student"])
     family: Family = "lite" if student.is_lite else "width"
     loss = " ".join([soft_loss(distill, bool(made.get(ONLINE))), *caches.split()])
