@@ -38,6 +38,10 @@ def opened_with(model, scans, work, recipe=RECIPE, folds=FOLDS, **options):
     return open_work(PublishedSpec(path=model, folds=folds), scans, work, recipe, **options)
 
 
+def begin_cache(work):
+    (work.base / "fastnnunet_nnUNetPlans_3d_fullres").mkdir(parents=True)
+
+
 def refused(error, *arguments, **options):
     with pytest.raises(error) as caught:
         opened_with(*arguments, **options)
@@ -172,6 +176,7 @@ class TestWorkFolder:
         assert told == [f"-i: {scans}: not used: 1 broken link(s): gone_0000.nii.gz"]
 
     def test_of_another_teacher(self, opened, model, scans):
+        begin_cache(opened)
         message = refused(MismatchError, model, scans, opened.folder, folds=(0,))
         assert "model checkpoints.1:" in message
         assert "name another --work" in message
@@ -179,7 +184,7 @@ class TestWorkFolder:
         assert "model mirroring: false -> true" in refused(MismatchError, model, scans, opened.folder, recipe=mirrored)
 
     def test_of_other_scans(self, opened, model, scans):
-        (opened.base / "fastnnunet_nnUNetPlans_3d_fullres").mkdir(parents=True)  # a cache is begun
+        begin_cache(opened)
         shutil.copy(scans / "s0_0000.nii.gz", scans / "x_0000.nii.gz")
         (scans / "s1_0000.nii.gz").unlink()
         (scans / "s2_0000.nii.gz").write_bytes((scans / "s2_0000.nii.gz").read_bytes() + b"\0")
@@ -194,7 +199,20 @@ class TestWorkFolder:
         record = json.loads((opened.folder / "work.json").read_text())
         assert list(record["scans"]) == list(mended.scans.cases) == ["s1", "s2", "s3", "s4"]
         assert record["scans"]["s1"] == {"s1_0000.nii.gz": [1, (scans / "s1_0000.nii.gz").stat().st_size]}
-        assert "model checkpoints.1:" in refused(MismatchError, model, scans, opened.folder, folds=(0,))
+
+    def test_labelling_may_change_until_the_first_cache_is_begun(self, opened, model, scans):
+        opened_with(model, scans, opened.folder, folds=(0,))
+        changed = opened_with(model, scans, opened.folder, CacheSpec(precision="fp32", engine="torch"), folds=(0,))
+        record = json.loads((opened.folder / "work.json").read_text())["model"]
+        assert (list(record["checkpoints"]), record["mirroring"]) == (["0"], True)
+        assert changed.teacher.folds == (0,)
+
+    def test_other_plans_are_another_model_at_once(self, opened, pristine_world, scans, tmp_path):
+        other = shutil.copytree(model_in(pristine_world), tmp_path / "other")
+        plans = json.loads((other / "plans.json").read_text())
+        plans["configurations"]["3d_fullres"]["spacing"][0] *= 2
+        (other / "plans.json").write_text(json.dumps(plans))
+        assert "model plans:" in refused(MismatchError, other, scans, opened.folder)
 
     def test_series_that_changed_are_converted_again(self, model, tmp_path):
         folder, work = tmp_path / "dicom", tmp_path / "work"

@@ -18,6 +18,7 @@ from fastnnunet.cache.store.storage import Place
 from fastnnunet.errors import DiskSpaceError, SpecError
 from fastnnunet.geometry.grid import tile_starts
 from fastnnunet.specs.home import HOME_VARIABLE, local_home
+from fastnnunet.system.words import size_text
 
 # Bytes per stored value until one case is measured. uint8 at some temperatures, with a margin: on hippocampus
 # 0.04, 0.23 and 0.32 (measure/cache/cache_layout.py). The mantissas of float16 are noise to a compressor.
@@ -89,7 +90,7 @@ def require_space(job: CacheJob, todo: Sequence[str], *, at_once: int = 1) -> No
     if free < needed:
         raise DiskSpaceError(
             f"not enough disk space under {folder} for {len(written)} cases\n"
-            f"  got      {free / 1e9:.3f} GB free\n  expected {needed / 1e9:.3f} GB\n"
+            f"  got      {size_text(free)} free\n  expected {size_text(needed)}\n"
             f"free some space, {mend}, or build fewer cases with --case"
         )
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from fastnnunet.errors import NO_ROOM, CorruptError, DiskSpaceError, FastnnUNetError, NotFoundError
 from fastnnunet.specs.canonical import sha256_of_file
 from fastnnunet.specs.home import HOME_VARIABLE, local_home
+from fastnnunet.system.words import size_text
 
 _WANTED = re.compile(r"(?!__MACOSX/)(.*/)?(plans\.json|dataset(_fingerprint)?\.json|fold_[^/]+/[^/.][^/]*\.pth)")
 _OF_VERSION_1 = re.compile(r"(.*/)?(plans\.pkl|[^/]+\.model(\.pkl)?)")
@@ -54,8 +55,8 @@ def _unpack(archive: zipfile.ZipFile, file: Path, folder: Path, home: Path) -> N
     size, free = sum(m.file_size for m in members), shutil.disk_usage(home).free
     if size > free:
         raise DiskSpaceError(
-            f"not enough disk space to unpack {file} into {home}\n  got      {free / 1e9:.3f} GB free\n"
-            f"  expected {size / 1e9:.3f} GB\nfree some space, or choose another folder with {HOME_VARIABLE}"
+            f"not enough disk space to unpack {file} into {home}\n  got      {size_text(free)} free\n"
+            f"  expected {size_text(size)}\nfree some space, or choose another folder with {HOME_VARIABLE}"
         )
     for member in members:
         name = PurePosixPath(member.filename)

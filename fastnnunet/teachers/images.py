@@ -44,6 +44,7 @@ from fastnnunet.nnunet.unlabelled.sets import (
 )
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
+from fastnnunet.system.words import size_text
 from fastnnunet.teachers.data_set import open_teacher
 from fastnnunet.teachers.jobs import build_command
 from fastnnunet.teachers.nnunet import NnUNetTeacher
@@ -111,7 +112,7 @@ class UnlabelledJob:
         if size_bytes > free:
             raise DiskSpaceError(
                 f"not enough disk space for {len(missing)} preprocessed images in {self.target.folder}\n"
-                f"  got      {free / 1e9:.3f} GB free\n  expected {size_bytes / 1e9:.3f} GB\nfree some space"
+                f"  got      {size_text(free)} free\n  expected {size_text(size_bytes)}\nfree some space"
             )
         return size_bytes
 

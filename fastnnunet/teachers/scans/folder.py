@@ -253,7 +253,8 @@ def _recognised(files: ModelFolder, folds: tuple[Fold, ...]) -> dict[str, Any]:
 def _is_known(work: Work, record: dict[str, Any]) -> bool:
     """Whether a work folder is of this model and these scans; not yet where it is new.
 
-    Scans that cannot be used are to be mended or removed, so that they may change until the first cache is begun.
+    Until the first cache is begun, scans may change, as those that cannot be used are to be mended or removed. So may how
+    they are labelled (folds, mirroring, step size), but not what they are preprocessed for.
     Raises MismatchError saying in what it is of something else, SpecError for a folder of others.
     """
     file = work.folder / "work.json"
@@ -270,8 +271,9 @@ def _is_known(work: Work, record: dict[str, Any]) -> bool:
         raise CorruptError(f"{file} is damaged: {e}\nname another --work, or remove this one") from e
     problems = [f"model {change}" for change in differences(model, record["model"])]
     now = to_plain(record["scans"])
-    if not problems and scans != now and not any(work.base.glob("fastnnunet_*")):
-        return False
+    begun = any(work.base.glob("fastnnunet_*"))
+    if not begun and _preprocessed_for(model) == _preprocessed_for(record["model"]):
+        return not problems and scans == now
     kinds = {
         "new": [case for case in now if case not in scans],
         "changed": [case for case in now if case in scans and now[case] != scans[case]],
@@ -285,6 +287,11 @@ def _is_known(work: Work, record: dict[str, Any]) -> bool:
             + "\nname another --work for these"
         )
     return True
+
+
+def _preprocessed_for(model: dict[str, Any]) -> list[Any]:
+    stages = [model, *([model["first"]] if "first" in model else [])]
+    return [[stage.get(name) for name in ("configuration", "plans", "labels")] for stage in stages]
 
 
 def _write(file: Path, described: dict[str, Any]) -> None:
