@@ -20,13 +20,14 @@ from scipy.special import expit, softmax
 
 from fastnnunet.cache import crew as crew_module
 from fastnnunet.cache import plan as plan_module
-from fastnnunet.cache.build import CasesFailedError, build_cache
+from fastnnunet.cache.build import CaseDone, CasesFailedError, build_cache
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.plan import count_tiles, plan_cache
 from fastnnunet.cache.store.reader import SoftLabelReader
 from fastnnunet.cache.store.writer import PARTIAL, remove_leftovers
 from fastnnunet.cache.verify import verify_cache
 from fastnnunet.errors import BuildError, DiskSpaceError, SpecError
+from fastnnunet.events import Message
 from fastnnunet.specs.cache import CacheSpec
 from tests.cache_fakes import SHAPES, FakeCases, FakeFactory, FakeTeacher, digests, make_job
 
@@ -45,6 +46,7 @@ def test_largest_first_with_progress_and_resume(tmp_path, reference):
     cache = build_cache(job, only=["flat"], progress=events.append)
     assert cache.missing_cases() == ["large", "small"]
     build_cache(job, progress=events.append)
+    events = [event for event in events if isinstance(event, CaseDone)]
     assert [(e.case_id, e.done, e.total) for e in events] == [("flat", 1, 1), ("large", 1, 2), ("small", 2, 2)]
     assert [e.voxels for e in events] == [540, 40 * 37 * 41, 7 * 20 * 33]
     assert digests(cache) == reference
@@ -143,6 +145,24 @@ def test_the_deviation_of_the_teacher_is_recorded(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match="RuntimeError: not enough memory"):
         build_cache(make_job(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("equal", "difference", "far"), [(0.9991, 9e-4, False), (0.9989, 9e-4, True), (0.9991, 1.1e-3, True)]
+)
+def test_how_far_the_teacher_is_from_the_reference_is_told_once(tmp_path, monkeypatch, equal, difference, far):
+    found = {"against": "another", "patches": 2, "argmax_equal": equal, "mean_abs_difference": difference}
+    monkeypatch.setattr(FakeTeacher, "deviation", lambda *_: found)
+    events, job = [], make_job(tmp_path)
+    build_cache(job, only=["flat"], progress=events.append)
+    told, *warned = [event for event in events if isinstance(event, Message)]
+    expected = f"teacher against another, 2 patches: {equal * 100:.3f}% of labels equal, mean difference"
+    assert told.text == f"{expected} of probabilities {difference:.1e}"
+    assert [event.level for event in warned] == ["warning"] * far
+    assert events[0] == told, "before the first case"
+    events.clear()
+    build_cache(job, progress=events.append)
+    assert not [event for event in events if isinstance(event, Message)]
 
 
 def test_the_key_ignores_place_and_layout(tmp_path):
@@ -275,7 +295,7 @@ class TestDask:
             os.kill(int(process), signal.SIGKILL)
             cache = build.result(300)
         assert digests(cache) == expected
-        assert sorted(event.case_id for event in events) == sorted(shapes)
+        assert sorted(event.case_id for event in events if isinstance(event, CaseDone)) == sorted(shapes)
         times = Counter(file.name.split("-")[0] for file in labels.iterdir())
         assert times == {"x".join(map(str, s)): 1 for s in shapes.values()} | {shape: 2}
         assert {r.status for r in verify_cache(cache)} == {"ok"}
@@ -286,7 +306,7 @@ class TestDask:
         job = make_job(tmp_path / "root", FakeCases(shapes=shapes), FakeFactory(delay_s=1.0))
         message = r"(?s)connection to the dask scheduler at tcp://127.* is lost.*run the same command again"
         with dask_processes(tmp_path) as (address, scheduler), pytest.raises(BuildError, match=message):
-            build_cache(job, scheduler=address, progress=lambda event: scheduler.kill())
+            build_cache(job, scheduler=address, progress=lambda event: isinstance(event, CaseDone) and scheduler.kill())
         assert "Traceback" not in "".join(capfd.readouterr())
         assert 0 < len(job.open().missing_cases()) < 4
         assert {r.status for r in verify_cache(job.open())} == {"ok", "missing"}

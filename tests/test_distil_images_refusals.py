@@ -178,10 +178,42 @@ class TestWorkFolder:
     def test_of_another_teacher(self, opened, model, scans):
         begin_cache(opened)
         message = refused(MismatchError, model, scans, opened.folder, folds=(0,))
-        assert "model checkpoints.1:" in message
-        assert "name another --work" in message
+        assert (
+            "was labelled otherwise (there -> now):\n  - folds: 0 1 -> 0\ngive what is there, or name another --work"
+            in message
+        )
         mirrored = CacheSpec(precision="fp32", engine="torch")
-        assert "model mirroring: false -> true" in refused(MismatchError, model, scans, opened.folder, recipe=mirrored)
+        assert "  - --no-mirroring -> mirrored\n" in refused(
+            MismatchError, model, scans, opened.folder, recipe=mirrored
+        )
+        sparse = CacheSpec(precision="fp32", engine="torch", mirroring=False, step_size=0.75)
+        assert "  - step_size: 0.5 -> 0.75\n" in refused(MismatchError, model, scans, opened.folder, recipe=sparse)
+
+    def test_of_other_weights(self, opened, pristine_world, model, scans, tmp_path):
+        begin_cache(opened)
+        other = shutil.copytree(model_in(pristine_world), tmp_path / "other")
+        shutil.copy(other / "fold_1/checkpoint_final.pth", other / "fold_0/checkpoint_final.pth")
+        message = refused(MismatchError, other, scans, opened.folder)
+        assert "  - weights of fold 0: others than there\n" in message
+
+    def test_remembers_how_many_are_held_out(self, opened, model, scans):
+        asked = opened_with(model, scans, opened.folder, held_out=2, keep_all=True)
+        assert opened_with(model, scans, opened.folder).held_out is None, "nothing was chosen yet"
+        with asked.world():
+            asked.choose(["s0", "s1", "s2"], ["s3", "s4"])
+        again = opened_with(model, scans, opened.folder)
+        assert (again.held_out, again.keep_all) == (2, True)
+        assert again.options().endswith(" --hold-out 2 --keep-all")
+        assert "--hold-out" not in again.options(of_training=True)
+        other = opened_with(model, scans, opened.folder, held_out=1, keep_all=False)
+        assert (other.held_out, other.keep_all) == (1, False)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"held_out": "2"}', '{"held_out": true}', '{"keep_all": null}'])
+    def test_damaged_choice(self, opened, model, scans, text):
+        (opened.folder / "chosen.json").write_text(text)
+        message = refused(CorruptError, model, scans, opened.folder)
+        assert message.startswith(f"{opened.folder / 'chosen.json'} is damaged: ")
+        assert message.endswith("\nremove it, and give --hold-out and --keep-all again")
 
     def test_of_other_scans(self, opened, model, scans):
         begin_cache(opened)

@@ -1,5 +1,6 @@
 """Specs: every problem at once, and keys that depend on content alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,11 @@ def test_runs_of_different_settings_have_different_names():
     assert len(names) == 8
     assert "nnUNetPlans_r4_a0.3_T3" in names
     assert student_plans_name("P", StudentSpec(r=4), DistillSpec()) == "P_r4_a0.5_T1"
-    assert student_plans_name("P", StudentSpec(r=2), DistillSpec(alpha=0)) == "P_r2_a0"
+    control = DistillSpec(alpha=0, loss="kl", soft_deep_supervision=False, soft_voxels="uncertain", sharpen_above=0.9)
+    for spec in (DistillSpec(alpha=0), replace(control, soft_on_ignored=False)):
+        assert student_plans_name("P", StudentSpec(r=2), spec) == "P_r2_a0", "no soft loss, no words of one"
+    soft = replace(control, alpha=1, soft_on_ignored=False)
+    assert soft.tag == "a1_T1_kl_nosoftds_uncertain_sharp0.9p2_unignored"
     assert not any("__" in n for n in names), "nnU-Net splits folder names at double underscores"
 
 

@@ -134,7 +134,7 @@ class TestContinue:
         folder = train_student(named, validate=False)
         weights = load_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
         was_trained_with(folder / "checkpoint_final.pth", loss=None, soft_deep_supervision=None)
-        with pytest.raises(MismatchError, match=f"has another name.*\ncontinue it with -spl {name},"):
+        with pytest.raises(MismatchError, match=f"is there under another name\ncontinue it with -spl {name},"):
             train_student(make_job(distill=spec), resume=True, validate=False)
         assert students(world) == [folder.parent.name]
         epochs = []

@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 import zarr
 
+from fastnnunet.api.label import label
 from fastnnunet.cache.build import build_cache
 from fastnnunet.cache.job import prepare_job
 from fastnnunet.cache.store.reader import SoftLabelReader
@@ -269,6 +270,14 @@ class TestBadImages:
         folder = image_folder(world, "tiny_00")
         shutil.copy(raw_image(world, "tiny_01"), folder / "tiny_01_0000.nii.gz")
         assert "have the name of a case of the data set: tiny_01\n" in self.refused(folder, MismatchError)
+
+    def test_names_are_looked_at_before_any_image_is(self, world, monkeypatch):
+        """The images of a large set take minutes to be measured."""
+        folder = image_folder(world, "tiny_00")
+        shutil.copy(raw_image(world, "tiny_01"), folder / "tiny_01_0000.nii.gz")
+        monkeypatch.setattr("fastnnunet.teachers.measured.measure_scans", lambda *_, **__: pytest.fail("read an image"))
+        with pytest.raises(MismatchError, match="have the name of a case of the data set: tiny_01\n"):
+            label(TEACHER, images=folder)
 
     def test_two_folders_of_one_name(self, world):
         folder = image_folder(world, "tiny_00")

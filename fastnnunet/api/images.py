@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint_final.pth"
 _MARKS = {"bundle": "bundle.json", "nnunet_model": "plans.json"}  # in the folders of a student
-_FIRST_STAGE = "labelling by the first stage"  # of a cascade
+_FIRST_STAGE, _REPORT = "labelling by the first stage", "writing the report"  # the first one of a cascade
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +71,9 @@ def distil_images(
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
     training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
-    students are judged on. `keep_all`: scans that would do harm are learnt from too. `calibrate`: the temperature that
-    brings a student's probabilities closest to its teacher's is folded into its last layer, which changes no label.
+    students are judged on, None: as before in this work folder. `keep_all`: scans that would do harm are learnt from
+    too. `calibrate`: the temperature that brings a student's probabilities closest to its teacher's is folded into its
+    last layer, which changes no label.
     `command` is quoted in the report, and `recipe_file`, where `recipe` was read from, in commands that are named.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
@@ -85,11 +86,12 @@ def distil_images(
     _refuse_twice(students)
     _refuse_others(output, students)
     distill = _training(recipe, training)
-    opened = _open(model, scans, output / "work" if work is None else work, recipe, recipe_file, held_out, progress)
+    work = output / "work" if work is None else work
+    opened = _open(model, scans, work, recipe, recipe_file, progress, held_out, keep_all)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
-        overall = Overall(progress, "distil images", _expected(opened, files, jobs))
-        labelled, screening = _label(opened, files, held_out, keep_all, workers, threads, overall)
+        overall = Overall(progress, "distill images", _expected(opened, files, jobs))
+        labelled, screening = _label(opened, files, workers, threads, overall)
         images, judged = opened.images()[1], []
         for group in _sharing(jobs):
             overall.begin(f"training {_tags(group)}")
@@ -117,11 +119,12 @@ def distil_images(
             "held_out": labelled.held_out,
             "would_do_harm": [verdict.line for verdict in screening.bad],
             "left_out": labelled.left_out,
-            "keep_all": keep_all,
+            "keep_all": opened.keep_all,
             "rare_labels": labelled.rare,
             "teacher": {"seconds_per_case": labelled.teacher_s, "labels": labelled.labels},
             "students": judged,
         }
+        overall.begin(_REPORT)
         summary, report = output / "summary.json", output / "report.html"
         write_json(summary, record)
         write_report(report, opened, files, labelled, screening, images, judged, record, command)
@@ -143,10 +146,10 @@ def label_images(
     progress: Listener = ignore,
 ) -> LabelledScans:
     """The first stages of `distil_images`: everything up to the training. Raises as it does."""
-    opened = _open(model, scans, work, recipe, recipe_file, held_out, progress)
+    opened = _open(model, scans, work, recipe, recipe_file, progress, held_out, keep_all)
     with opened.world() as files:
         overall = Overall(progress, "labelling scans", _expected(opened, files, ()))
-        labelled, _ = _label(opened, files, held_out, keep_all, workers, threads, overall)
+        labelled, _ = _label(opened, files, workers, threads, overall)
         overall.end()
     return labelled
 
@@ -172,7 +175,7 @@ def train_on_images(
     """
     _refuse_twice(students)
     distill = _training(recipe, training)
-    opened = _open(model, scans, work, recipe, recipe_file, None, progress)
+    opened = _open(model, scans, work, recipe, recipe_file, progress)
     with opened.world() as files:
         jobs = [_job(opened, files, student, distill, device, augment_on, threads) for student in students]
         labelled = _found(opened, files)
@@ -185,14 +188,15 @@ def _open(
     work: Path,
     recipe: CacheSpec,
     recipe_file: Path | None,
-    held_out: int | None,
     progress: Listener,
+    held_out: int | None = None,
+    keep_all: bool | None = None,
 ) -> "Work":
     from fastnnunet.nnunet.versions import TRAINING, require_versions
     from fastnnunet.teachers.scans.folder import open_work
 
     require_versions(TRAINING)
-    return open_work(model, scans, work, recipe, held_out, progress, recipe_file=recipe_file)
+    return open_work(model, scans, work, recipe, held_out, progress, keep_all=keep_all, recipe_file=recipe_file)
 
 
 def _refuse_twice(students: Sequence[StudentSpec]) -> None:
@@ -257,22 +261,15 @@ def _expected(opened: "Work", files: "ModelFolder", jobs: "Sequence[TrainingJob]
         stages[f"training {_tags(group)}"] = new * one
         for tag in (job.student.tag for job in group):
             stages |= {f"exporting {tag}": 20.0, f"judging {tag}": 0.2 * len(opened.scans.cases)}
-    return stages
+    return stages | ({_REPORT: 5.0} if jobs else {})
 
 
 def _label(
-    opened: "Work",
-    files: "ModelFolder",
-    held_out: int | None,
-    keep_all: bool,
-    workers: int,
-    threads: int | None,
-    overall: Overall,
+    opened: "Work", files: "ModelFolder", workers: int, threads: int | None, overall: Overall
 ) -> tuple[LabelledScans, "Screening"]:
     """Preprocess, label, screen, hold scans out, and write the teacher's labels where nnU-Net looks for labels."""
     from fastnnunet.cache.plan import plan_cache
     from fastnnunet.nnunet.files.cases import open_cases
-    from fastnnunet.nnunet.unlabelled.teacher_labels import write_split
     from fastnnunet.teachers.intensities import require_modality
     from fastnnunet.teachers.measured import measure_scans
     from fastnnunet.teachers.scans.found import hold_out
@@ -305,7 +302,7 @@ def _label(
         cases=images,
         measured=measured,
         label_ZYX=labelled.label_ZYX,
-        keep_all=keep_all,
+        keep_all=opened.keep_all,
         progress=overall,
     )
     for line in screening.lines():
@@ -315,12 +312,12 @@ def _label(
             f"{len(screening.kept)} of {len(cache.cases)} scans are fit to learn from, expected at least 2\n"
             f"{screening.rule}\ngive other scans, or keep all of them with --keep-all"
         )
-    out = hold_out(screening.kept, held_out)
+    out = hold_out(screening.kept, opened.held_out)
     learnt_from = tuple(case for case in screening.kept if case not in out)
     rare = rare_labels(screening.verdicts, learnt_from)
     if rare:
         overall(Message(text=rare_text(rare, len(learnt_from)), level="warning"))
-    write_split(opened.base, learnt_from, out)
+    opened.choose(learnt_from, out)
     return _labelled(opened, files, cache, screening.left_out, rare), screening
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastnnunet.evaluate.calibration import CalibrationSummary
     from fastnnunet.evaluate.fidelity import Fidelity
     from fastnnunet.nnunet.files.model import ModelFolder
+    from fastnnunet.specs.distill import DistillSpec
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
 
@@ -255,6 +256,7 @@ def write_report(
         created=record["created"],
         trained_scans=len(scans.learnt_from),
         alpha=record["training"].alpha,
+        training=_in_words(record["training"], model.model.config.batch_size),
         students=tuple(
             ReportedStudent(
                 tag=s.tag,
@@ -285,6 +287,21 @@ def write_report(
         command=command,
     )
     write_images_report(facts, file)
+
+
+def _in_words(training: "DistillSpec", batch_size: int) -> str:
+    """How students were trained. `batch_size`: that of the plans."""
+    long = f"{training.epochs} epochs" if training.hours is None else f"{training.hours:g} hours of epochs"
+    words = [
+        f"{long} of {training.iterations_per_epoch} steps of {training.batch_size or batch_size} samples",
+        f"{training.optimizer} from a learning rate of {training.lr:g}",
+        f"seed {training.seed}",
+    ]
+    if training.alpha > 0:
+        loss = {"kl": "KL", "kl_dice": "KL and Dice semimetric"}[training.loss]
+        falling = ", falling to 0" * training.anneal
+        words.append(f"soft loss {loss} at T = {training.temperature:g}, of weight {training.alpha:g}{falling}")
+    return "; ".join(words)
 
 
 def _parameters(files: "ModelFolder", folds: Sequence[Fold]) -> int:

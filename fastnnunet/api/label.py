@@ -66,7 +66,7 @@ def label(
         job = cache_job(teacher, recipe, root=root, spec_file=recipe_file, progress=progress, files=files)
     else:
         unlabelled = open_images(teacher, recipe, images, name, root, recipe_file, files)
-        _refuse_others(unlabelled, files, workers)
+        _refuse_others(unlabelled, files, workers, progress)
         job = unlabelled.cache_job(unlabelled.preprocess(workers, progress), progress)
         unlabelled.refuse_labelled(job)
     cache = build(
@@ -124,16 +124,21 @@ def build(
     )
 
 
-def _refuse_others(unlabelled: "UnlabelledJob", files: "ModelFolder", workers: int) -> None:
-    """Before images are preprocessed for the first time. Raises ImageError when they are of another modality."""
+def _refuse_others(unlabelled: "UnlabelledJob", files: "ModelFolder", workers: int, progress: Listener) -> None:
+    """Before images are preprocessed for the first time, those that have names of labelled ones or another modality.
+
+    Raises MismatchError, ImageError.
+    """
+    from fastnnunet.nnunet.unlabelled.sets import require_other_names
     from fastnnunet.teachers.intensities import require_modality, sample_of
     from fastnnunet.teachers.measured import measure_scans
 
     if unlabelled.target.record_file.is_file():
         return
     found = unlabelled.target.find_images(unlabelled.images, tell=False)
+    require_other_names(found, unlabelled.labelled)
     try:
-        measured = measure_scans(sample_of(found), files.model, processes=workers)
+        measured = measure_scans(sample_of(found), files.model, processes=workers, progress=progress)
     except ImageError:
         return  # preprocessing names all images that cannot be read, not those of the sample alone
     require_modality(measured, files.model)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastnnunet.cache.crew import Crew, Outcome, open_crew
 from fastnnunet.cache.identity import cache_key, folds_for_case
-from fastnnunet.cache.interfaces import Float32Array, Teacher
+from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL, Float32Array, Teacher
 from fastnnunet.cache.job import CacheJob
 from fastnnunet.cache.label import CaseTask
 from fastnnunet.cache.plan import MEMORY_LIMIT_BYTES, require_memory, require_space
@@ -96,7 +96,7 @@ def build_cache(
         _tidy(cache)
         return cache
     with open_crew(cache_key(job.identity), job.factory, threads, min(workers, len(todo)), scheduler) as crew:
-        cache = job.open() or job.create(_deviation(job, crew, todo))
+        cache = job.open() or job.create(_deviation(job, crew, todo, progress))
         if isinstance(cache.path, Path):
             has_locks(cache.path)  # says so where there are none: workers, who want them, are not heard
         _tidy(cache)
@@ -160,18 +160,38 @@ def _tidy(cache: CacheFolder) -> None:
         log.info("removed %d unfinished case(s) of an interrupted build: %s", len(leftovers), ", ".join(leftovers))
 
 
-def _deviation(job: CacheJob, crew: Crew, todo: Sequence[str]) -> dict[str, Any]:
-    """What goes into the provenance: how far the teacher is from the reference on patches of a few cases."""
+def _deviation(job: CacheJob, crew: Crew, todo: Sequence[str], progress: Listener) -> dict[str, Any]:
+    """For the provenance: how far the teacher is from the reference on patches of a few cases, which is told too."""
     step = max(1, len(todo) // DEVIATION_CASES)
     images = [job.source.image_CZYX(case) for case in todo[::step][:DEVIATION_CASES]]
     question = partial(_ask_deviation, images_CZYX=images, temperature=job.spec.temperature)
     try:
-        return {"deviation": crew.ask(question)}
+        found = crew.ask(question)
     except FastnnUNetError:
         raise
     except Exception as e:  # from the framework underneath, such as running out of memory
         log.exception("the deviation could not be measured")
         raise BuildError(f"the teacher failed on a patch of {todo[0]}: {type(e).__name__}: {e}") from e
+    for message in _compared(found):
+        progress(message)
+    return {"deviation": found}
+
+
+def _compared(found: dict[str, Any]) -> Iterator[Message]:
+    """What a comparison found; nothing of a teacher that there is nothing to compare with."""
+    if not found:
+        return
+    equal, difference = found["argmax_equal"], found["mean_abs_difference"]
+    yield Message(
+        text=f"teacher against {found['against']}, {found['patches']} patches: {equal:.3%} of labels equal, mean "
+        f"difference of probabilities {difference:.1e}"
+    )
+    if equal < MIN_ARGMAX_EQUAL or difference > MAX_MEAN_DIFFERENCE:
+        yield Message(
+            text=f"that is further apart than it should be (expected {MIN_ARGMAX_EQUAL:.1%} or more, "
+            f"{MAX_MEAN_DIFFERENCE:g} or less): with precision: fp32 in the recipe it is closer",
+            level="warning",
+        )
 
 
 def _ask_deviation(teacher: Teacher, images_CZYX: list[Float32Array], temperature: float) -> dict[str, Any]:

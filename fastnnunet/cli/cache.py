@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastnnunet.cli.guard import SAME_COMMAND, going_on
 from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import recipe_of, teacher_of
 from fastnnunet.cli.parts.fields import Asked, spread
@@ -111,7 +112,7 @@ def build(
     if published.asks_for_scans(context, scans, ("root", "previous", "images", "name", "case", "scheduler")):
         from fastnnunet.api import label_images
 
-        with cache_view() as view:
+        with going_on(SAME_COMMAND), cache_view() as view:
             ready = label_images(
                 published.named_model(context, teacher, model, fold),
                 published.required(scans),
@@ -132,7 +133,7 @@ def build(
     request = _request(teacher, fold, previous, spec, temperature, engine, root)
     workers, threads = _parallelism(workers, threads, request.recipe.engine)
     _require_images(images, name)
-    with cache_view() as view:
+    with going_on(SAME_COMMAND), cache_view() as view:
         labelled = label(
             request.teacher,
             request.recipe,

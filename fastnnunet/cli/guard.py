@@ -1,14 +1,17 @@
 """Errors at the edge: one message on standard error and an exit code, never a traceback for what a user can mend."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from fastnnunet.errors import LINES, NO_ROOM, FastnnUNetError, SpecError, printable
+
+SAME_COMMAND = "the same command goes on where this one stopped"
 
 # top-level modules that are no part of the base install
 EXTRA_OF = {
@@ -87,6 +90,16 @@ def guarded(command: Callable[[], None]) -> None:
     except SystemExit as e:
         if isinstance(getattr(e.__context__, "__cause__", None), KeyboardInterrupt):  # typer made it of one
             _leave_interrupted()
+        raise
+
+
+@contextlib.contextmanager
+def going_on(how: str) -> Iterator[None]:
+    """Say what goes on where an interrupted command stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(how, file=sys.stderr)
         raise
 
 

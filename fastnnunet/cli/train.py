@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastnnunet.cli.guard import SAME_COMMAND, going_on
 from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import parse_folds, recipe_of, student_specs, teacher_of
 from fastnnunet.cli.parts.fields import Asked, spread
@@ -112,7 +113,7 @@ def train(
         from fastnnunet.api import View, train_on_images
 
         published.refuse_twice(reduction)
-        with View() as view:
+        with going_on(SAME_COMMAND), View() as view:
             trained = train_on_images(
                 published.named_model(context, teacher, model, teacher_folds),
                 published.required(scans),
@@ -184,8 +185,9 @@ def train(
     if len(groups) > 1:  # refuse before the first trains for hours; a single one does so itself
         for job in (job for group in groups for job in group):
             check_job(job, resume=resume, overwrite=overwrite)
-    for group in groups:
-        run_jobs(group, resume=resume, overwrite=overwrite, validate=validate, name=name)
+    with going_on("the same command with --continue goes on after the last whole epoch"):
+        for group in groups:
+            run_jobs(group, resume=resume, overwrite=overwrite, validate=validate, name=name)
 
 
 def _train_locators(

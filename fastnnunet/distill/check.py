@@ -172,8 +172,8 @@ def _check_run_folder(job: TrainingJob, fold_folder: Path, resume: bool, overwri
         same = [name for name, changed in _changed_beside(job, fold_folder).items() if not changed]
         if same:
             raise MismatchError(
-                f"--continue: {fold_folder} holds no checkpoint, and the run with these settings has another name, "
-                f"which an earlier version gave it\ncontinue it with -spl {same[0]}, or train anew without --continue"
+                f"--continue: {fold_folder} holds no checkpoint; the run with these settings is there under another "
+                f"name\ncontinue it with -spl {same[0]}, or train anew without --continue"
             )
 
 

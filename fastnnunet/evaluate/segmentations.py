@@ -96,6 +96,8 @@ def pair_cases(prediction_folder: Path, label_folder: Path, file_ending: str) ->
     """Match files by name. Raises NotFoundError when a folder or every pair is missing."""
     cases = []
     for folder, what in ((prediction_folder, "prediction"), (label_folder, "label")):
+        if folder.is_file():
+            raise NotFoundError(f"{what} folder expected, got a file: {folder}\nname the folder that holds it")
         if not folder.is_dir():
             raise NotFoundError(f"{what} folder not found: {folder}")
         cases.append({f.name.removesuffix(file_ending) for f in _visible(folder, file_ending)})

@@ -54,6 +54,10 @@ def load_model(
         if checkpoint is not None:
             raise SpecError(f"-chk {checkpoint}: {model} is a bundle, which has one checkpoint; leave it out")
         return Predictor.load(model, folds=folds, **options)
+    if model.is_file():
+        raise NotFoundError(
+            f"{model} is a file, expected the folder of a bundle or of an nnU-Net model\nunpack a zip of one first"
+        )
     if not (model / "plans.json").is_file():
         raise NotFoundError(
             f"no bundle at {model}, and no nnU-Net model: neither bundle.json nor plans.json is there\n"

@@ -244,7 +244,9 @@ class DistillSpec:
         return f"a{self.alpha:g}_T{self.temperature:g}" if self.alpha > 0 else "a0"
 
     def _soft_loss_words(self, default: "DistillSpec") -> list[str]:
-        words = []
+        if self.alpha == 0:
+            return []
+        words = [] if self.loss == default.loss else [self.loss.replace("_", "")]
         if not self.soft_deep_supervision:
             words.append("nosoftds")
         if self.soft_voxels != default.soft_voxels:
@@ -272,14 +274,12 @@ class DistillSpec:
             words.append("fromscratch")
         if self.anneal:
             words.append("annealed")
-        if self.loss != default.loss:
-            words.append(self.loss.replace("_", ""))
         words += self._soft_loss_words(default)
         if self.augmentation != default.augmentation:
             words.append(self.augmentation)
         if not self.mirror_augmentation:
             words.append("unmirrored")
-        if not self.soft_on_ignored:
+        if self.alpha > 0 and not self.soft_on_ignored:
             words.append("unignored")
         if self.last_patch is not None:
             words.append(f"last{'x'.join(map(str, self.last_patch))}")

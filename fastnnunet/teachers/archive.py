@@ -82,4 +82,8 @@ def no_model(place: Path, names: Iterable[str]) -> NotFoundError:
             f"{place} holds a model of nnU-Net v1, which nnU-Net v2 does not read either\n"
             "ask for one trained with nnU-Net v2: it has a plans.json"
         )
+    if not place.exists():
+        return NotFoundError(
+            f"{place} does not exist\nexpected the folder of an nnU-Net model, which holds fold_0, or the zip of one"
+        )
     return NotFoundError(f"no nnU-Net model at {place}: there is no plans.json\nname the folder that holds fold_0")

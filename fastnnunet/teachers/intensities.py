@@ -133,7 +133,7 @@ def outside(found: Intensities, expected: Fingerprint) -> str | None:
         upper = min(found.percentile_99_5, expected.percentile_99_5)
         covered = max(0.0, upper - max(found.percentile_00_5, expected.percentile_00_5)) / expected.width
         if covered < MIN_COVERED:
-            return f"{got}, of which that is {covered:.1%}"
+            return f"{got}; of this range {covered:.1%} are covered"
         if expected.minimum < 0 and found.below_zero < MIN_BELOW_ZERO:
             return f"{got}, down to {expected.minimum:.4g}; none below 0 are no Hounsfield units"
     elif expected.scheme in AS_THEY_ARE and spread < MIN_SPREAD * expected.width:

@@ -115,7 +115,7 @@ class Screening:
         """The rule in words, with the bounds that held here."""
         return (
             f"left out are scans on which the folds' label maps have a pairwise Dice below {self.dice_bound:.2f}, in "
-            f"which the teacher gives no label {MIN_VOXELS} voxels, and whose intensities are far outside those it "
+            f"which the teacher gives no label {MIN_VOXELS} voxels, or whose intensities are far outside those it "
             "learnt from"
         )
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastnnunet.cli.guard import SAME_COMMAND, going_on
 from fastnnunet.cli.parts import options, published
 from fastnnunet.cli.parts.choices import student_specs
 from fastnnunet.cli.parts.fields import spread
@@ -85,7 +86,7 @@ def images(
     students = student_specs(reduction, student_file, student)
     recipe = published.scans_recipe(spec, temperature, engine, no_mirroring)
     teacher = published.published_model(model, dataset, configuration, plans, trainer, fold, checkpoint)
-    with View() as view:
+    with going_on(SAME_COMMAND), View() as view:
         distilled = distil_images(
             teacher,
             scans,

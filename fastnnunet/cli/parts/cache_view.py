@@ -10,7 +10,6 @@ from rich.table import Table
 
 from fastnnunet.api.view import View
 from fastnnunet.cache.find import case_differences
-from fastnnunet.cache.interfaces import MAX_MEAN_DIFFERENCE, MIN_ARGMAX_EQUAL
 from fastnnunet.cache.leftover import Leftover
 from fastnnunet.cache.plan import CachePlan
 from fastnnunet.cache.store.folder import CacheFolder, open_cache
@@ -133,17 +132,6 @@ def print_summary(cache: CacheFolder) -> None:
         f"{size / max(voxels, 1):.3f} bytes per voxel, "
         f"largest error {max((m.max_error for m in stored), default=0):.6f} (bound {cache.codec.eps:.6f})"
     )
-    if deviation := cache.provenance.get("deviation"):
-        console.print(
-            f"teacher against {deviation['against']}, {deviation['patches']} patches: "
-            f"{deviation['argmax_equal']:.3%} of labels equal, "
-            f"mean difference of probabilities {deviation['mean_abs_difference']:.1e}"
-        )
-        if deviation["argmax_equal"] < MIN_ARGMAX_EQUAL or deviation["mean_abs_difference"] > MAX_MEAN_DIFFERENCE:
-            console.print(
-                f"[yellow]that is further apart than it should be (expected {MIN_ARGMAX_EQUAL:.1%} or more, "
-                f"{MAX_MEAN_DIFFERENCE:g} or less)[/yellow]: with precision: fp32 in the recipe it is closer"
-            )
 
 
 def print_reports(cache: CacheFolder, reports: Sequence[CaseReport]) -> bool:

@@ -35,7 +35,8 @@ HoldOut = Annotated[
     int | None,
     options.ask(
         "--hold-out",
-        "Scans that judge the students and teach none (default: a fifth; of 9 or more, at least 3).",
+        "Scans that judge the students and teach none (default: as before in this work folder, at first a fifth; of 9 "
+        "or more, at least 3).",
         options.CASES,
     ),
 ]

@@ -1,6 +1,7 @@
 """The work folder: where it keeps what, and which model and scans it is of.
 
 WORK/work.json                             the model and the scans it was begun with
+WORK/chosen.json                           how the scans to learn from were chosen
 WORK/images/                               DICOM series as files, where the scans are DICOM
 WORK/nnUNet_results/Dataset001_Images/     the model, under nnU-Net's names, and the students
 WORK/nnUNet_preprocessed/Dataset001_Images/
@@ -16,7 +17,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastnnunet.nnunet.files.model import ModelFolder
 from fastnnunet.nnunet.files.named import check_reproducible
 from fastnnunet.nnunet.files.plans import intensity_properties, without_previous_stage
 from fastnnunet.nnunet.unlabelled.sets import ImageSet
+from fastnnunet.nnunet.unlabelled.teacher_labels import write_split
 from fastnnunet.nnunet.world import world_in
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.canonical import differences, sha256_of, to_plain
@@ -45,7 +47,7 @@ from fastnnunet.teachers.stages import first_stage_folder, first_stage_seconds, 
 
 DATASET, FINGERPRINT = "Dataset001_Images", "dataset_fingerprint.json"
 SET = "scans"
-IMAGES = "images"
+IMAGES, CHOSEN = "images", "chosen.json"
 VERSION = 1
 
 
@@ -61,6 +63,8 @@ class Work:
     recipe: CacheSpec
     recipe_file: Path | None = None  # to quote it in commands
     first: NnUNetTeacher | None = None  # of a cascade: the teacher of its first stage
+    held_out: int | None = None  # None: a part of the scans, see `hold_out`
+    keep_all: bool = False  # also scans that would do harm
 
     @property
     def base(self) -> Path:
@@ -92,7 +96,15 @@ class Work:
         words += recipe_words(self.recipe, self.recipe_file, engine=not of_training)
         if not self.recipe.mirroring:
             words.append("--no-mirroring")
+        if not of_training:
+            words += [] if self.held_out is None else ["--hold-out", str(self.held_out)]
+            words += ["--keep-all"] * self.keep_all
         return shlex.join(words)
+
+    def choose(self, learnt_from: Sequence[str], out: Sequence[str]) -> None:
+        """Write who learns and who is held out, and remember what was asked for."""
+        write_json(self.folder / CHOSEN, {"held_out": self.held_out, "keep_all": self.keep_all})
+        write_split(self.base, learnt_from, out)
 
     @contextlib.contextmanager
     def world(self) -> Iterator[ModelFolder]:
@@ -186,10 +198,12 @@ def open_work(
     held_out: int | None = None,
     progress: Listener = ignore,
     *,
+    keep_all: bool | None = None,
     recipe_file: Path | None = None,
 ) -> Work:
     """Join a model and scans with a work folder, which need not exist; all that can be refused is.
 
+    What is None of `held_out` and `keep_all` is as it was chosen before in this folder.
     Writes nothing but work.json, and that last. Files converted from series are removed where scans have changed.
     Raises NotFoundError, CorruptError, SpecError (also for too few scans to hold `held_out` of them out), ImageError
     (also for scans of another modality) and MismatchError (a work folder of another model or other scans).
@@ -201,6 +215,8 @@ def open_work(
     plans = without_previous_stage(files.plans, files.configuration)  # students see the scan alone
     check_reproducible(plans, files.configuration)  # or there could be no bundle
     found = find_scans(scans, files.model)
+    before = _chosen(folder)
+    held_out = before["held_out"] if held_out is None else held_out
     hold_out(list(found.cases), held_out)
     work = Work(
         folder=folder,
@@ -218,6 +234,8 @@ def open_work(
         recipe=recipe,
         recipe_file=recipe_file,
         first=stages.first,
+        held_out=held_out,
+        keep_all=before["keep_all"] if keep_all is None else keep_all,
     )
     if not _is_known(work, record := _record(work)):
         require_known_intensities(found, files.model)
@@ -225,6 +243,21 @@ def open_work(
             shutil.rmtree(converted)
         write_json(folder / "work.json", record)
     return work
+
+
+def _chosen(folder: Path) -> dict[str, Any]:
+    """What `Work.choose` remembers. Raises CorruptError."""
+    file, chosen = folder / CHOSEN, {"held_out": None, "keep_all": False}
+    if not file.is_file():
+        return chosen
+    try:
+        chosen |= read_json_object(file)
+        count = chosen["held_out"]
+        if not (count is None or type(count) is int) or not isinstance(chosen["keep_all"], bool):
+            raise ValueError(f"got {chosen}, expected a number or null, and true or false")
+    except ValueError as e:
+        raise CorruptError(f"{file} is damaged: {e}\nremove it, and give --hold-out and --keep-all again") from e
+    return chosen
 
 
 def _record(work: Work) -> dict[str, Any]:
@@ -253,8 +286,8 @@ def _recognised(files: ModelFolder, folds: tuple[Fold, ...]) -> dict[str, Any]:
 def _is_known(work: Work, record: dict[str, Any]) -> bool:
     """Whether a work folder is of this model and these scans; not yet where it is new.
 
-    Until the first cache is begun, scans may change, as those that cannot be used are to be mended or removed. So may how
-    they are labelled (folds, mirroring, step size), but not what they are preprocessed for.
+    Until the first cache is begun, scans may change, as those that cannot be used are to be mended or removed. So may
+    how they are labelled (folds, mirroring, step size), but not what they are preprocessed for.
     Raises MismatchError saying in what it is of something else, SpecError for a folder of others.
     """
     file = work.folder / "work.json"
@@ -270,10 +303,17 @@ def _is_known(work: Work, record: dict[str, Any]) -> bool:
     except (ValueError, KeyError, TypeError) as e:
         raise CorruptError(f"{file} is damaged: {e}\nname another --work, or remove this one") from e
     problems = [f"model {change}" for change in differences(model, record["model"])]
+    same_model = _preprocessed_for(model) == _preprocessed_for(record["model"])
     now = to_plain(record["scans"])
     begun = any(work.base.glob("fastnnunet_*"))
-    if not begun and _preprocessed_for(model) == _preprocessed_for(record["model"]):
+    if same_model and not begun:
         return not problems and scans == now
+    if problems and same_model and scans == now:
+        raise MismatchError(
+            f"the work folder {work.folder} was labelled otherwise (there -> now):\n"
+            + "\n".join(f"  - {line}" for line in _labelled_otherwise(model, record["model"]))
+            + "\ngive what is there, or name another --work, where everything is labelled anew"
+        )
     kinds = {
         "new": [case for case in now if case not in scans],
         "changed": [case for case in now if case in scans and now[case] != scans[case]],
@@ -287,6 +327,21 @@ def _is_known(work: Work, record: dict[str, Any]) -> bool:
             + "\nname another --work for these"
         )
     return True
+
+
+def _labelled_otherwise(there: dict[str, Any], now: dict[str, Any], stage: str = "") -> Iterator[str]:
+    """The options in which two records of one model differ."""
+    weights, ours = there["checkpoints"], now["checkpoints"]
+    if weights.keys() != ours.keys():
+        yield f"{stage}folds: {' '.join(sorted(weights))} -> {' '.join(sorted(ours))}"
+    if other := sorted(fold for fold in weights.keys() & ours.keys() if weights[fold] != ours[fold]):
+        yield f"{stage}weights of fold {', '.join(other)}: others than there"
+    if (was := there.get("mirroring")) != now.get("mirroring"):
+        yield "mirrored -> --no-mirroring" if was else "--no-mirroring -> mirrored"
+    if there.get("step_size") != now.get("step_size"):
+        yield f"step_size: {there.get('step_size')} -> {now.get('step_size')}"
+    if "first" in there:
+        yield from _labelled_otherwise(there["first"], now["first"], "first stage, ")
 
 
 def _preprocessed_for(model: dict[str, Any]) -> list[Any]:

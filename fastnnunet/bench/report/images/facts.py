@@ -49,6 +49,7 @@ class ImagesFacts:
     trained_scans: int
     alpha: float  # weight of the soft labels, from 0 to 1
     students: tuple[ReportedStudent, ...]
+    training: str = ""  # how long and from what loss, in words
     teacher_seconds_per_case: float | None = None
     teacher_parameters: int | None = None  # of all folds together
     teacher_bytes: int | None = None  # of its networks as float32

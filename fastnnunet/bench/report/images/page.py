@@ -12,6 +12,7 @@ from fastnnunet.bench.report.numbers import NONE, dice, seconds, size, times
 from fastnnunet.bench.report.slices import legend
 from fastnnunet.evaluate.bootstrap import CONFIDENCE, Interval
 from fastnnunet.evaluate.calibration import CalibrationScores
+from fastnnunet.evaluate.temperature import HIGHEST, LOWEST
 from fastnnunet.outputs.page.html import (
     box,
     document,
@@ -211,6 +212,12 @@ def _calibration(students: Sequence[ReportedStudent]) -> str:
     folded = ", ".join(f"{s.tag} by {s.temperature:.3g}" for s in students if s.temperature != 1)
     if folded:
         text += f" Logits were divided ({folded}), fitted on scans that were learnt from; it changes no label."
+    at_end = [s.tag for s in students if not LOWEST * 1.01 < s.temperature < HIGHEST * 0.99]
+    if at_end:
+        text += (
+            f" Of {', '.join(at_end)} that is the end of the range that is looked at, {LOWEST:g} to {HIGHEST:g}: "
+            "look at the training before these probabilities are used."
+        )
     plot = plot_box(reliability_plot(students))
     return section("Calibration", box(_table(headings, rows)), plot, note(text))
 
@@ -258,6 +265,7 @@ def _made(facts: ImagesFacts) -> dict[str, str]:
         "configuration": facts.configuration,
         "folds": f"{', '.join(facts.folds)}{', mirrored' if facts.mirrored else ', not mirrored'}",
         "trained on": f"{_scans(facts.trained_scans)} with the teacher's {learnt}, none by hand",
+        **({"training": facts.training} if facts.training else {}),
         "judged on": f"{_scans(len(facts.held_out))} held out",
         "left out": _scans(0 if facts.kept_all else len(facts.left_out)),
     }
