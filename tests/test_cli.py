@@ -218,3 +218,12 @@ class TestRefusals:
 
     def test_no_bundle(self, run_here, tmp_path):
         refused(run_here("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "b"), "no bundle at")
+
+    def test_a_file_as_the_model(self, run_here, tmp_path):
+        (tmp_path / "model.zip").write_bytes(b"")
+        done = run_here("predict", "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "model.zip")
+        refused(done, "model.zip is a file, expected the folder of a bundle or of an nnU-Net model", "unpack a zip")
+
+    def test_no_model_to_learn_from(self, run_here, tmp_path):
+        done = run_here("distill", "images", "-m", tmp_path / "b", "-i", tmp_path, "-r", 4, "-o", tmp_path / "o")
+        refused(done, f"{tmp_path / 'b'} does not exist\n")

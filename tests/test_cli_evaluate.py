@@ -150,6 +150,7 @@ def test_bad_input_is_one_message(folders: tuple[Path, Path], tmp_path: Path, ca
     (tmp_path / "broken.json").write_text('{"labels": 3}')
     cases = [
         (("evaluate", "-p", tmp_path / "nowhere", "-g", labels), "prediction folder not found"),
+        (("evaluate", "-p", tmp_path / "broken.json", "-g", labels), "prediction folder expected, got a file"),
         (("evaluate", "-p", tmp_path / "empty", "-g", labels), "nothing to compare"),
         ((*base, "-dj", tmp_path / "nowhere.json"), "dataset.json not found"),
         ((*base, "-dj", tmp_path / "broken.json"), "not an nnU-Net dataset.json"),

@@ -228,7 +228,13 @@ class TestTheCommand:
         for case, dice in plain.fidelity.dice.items():  # but for voxels whose float16 logits are level
             assert dice == pytest.approx(student.fidelity.dice[case], abs=0.01)
         assert student.calibration.teacher_border.kl < plain.calibration.teacher_border.kl
-        assert "Logits were divided (r2 by " in distilled.report.read_text()
+        report = distilled.report.read_text()
+        assert "Logits were divided (r2 by " in report
+        assert (
+            "2 epochs of 2 steps of 2 samples; adamw from a learning rate of 0.003; seed 0; soft loss KL and Dice"
+            in report
+        )
+        assert "semimetric at T = 1, of weight 0.5" in report
 
     def test_again_it_does_nothing_twice_and_another_size_costs_its_training(self, done, pristine_world, monkeypatch):
         from fastnnunet.teachers.nnunet import NnUNetTeacher
@@ -255,7 +261,7 @@ class TestTheCommand:
         assert [note.split(", about ")[0] for note in begun[:4]] == [
             *("preprocessing", "labelling", "writing labels", "training r2 r4")
         ]
-        left_s = 2 * (20 + 5 * 0.2)  # two exports, two students on five scans; four steps take no time
+        left_s = 2 * (20 + 5 * 0.2) + 5  # two exports, two students on five scans, the report; four steps take no time
         assert begun[0] == f"preprocessing, about {left_s:.0f} s left of all"
         after = dict(files_below(root / "again/work/nnUNet_preprocessed"))
         changed = {Path(name).name for name, time in before if after[name] != time}

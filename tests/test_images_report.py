@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -294,6 +295,16 @@ def test_plots_do_not_depend_on_what_others_have_set() -> None:
 def test_it_tells_what_was_learnt(alpha: float, expected: str) -> None:
     found = Reader(images_page(facts({"one": {"a": 0.9}}, alpha=alpha)))
     assert f"77 scans with the teacher's {expected} by hand" in found.text
+
+
+@pytest.mark.parametrize(("temperature", "at_end"), [(1.3, False), (7.9999, True), (0.25, True)])
+def test_a_temperature_at_the_end_of_its_range_is_doubted(temperature: float, at_end: bool) -> None:
+    page = facts({"one": {"a": 0.9}}, training="80 epochs; sgd")
+    students = tuple(replace(student, temperature=temperature) for student in page.students)
+    text = Reader(images_page(replace(page, students=students))).text
+    doubted = "Of r2, r4 that is the end of the range that is looked at, 0.25 to 8: look at the training"
+    assert (doubted in text) == at_end
+    assert "80 epochs; sgd" in text
 
 
 def test_names_do_no_harm() -> None:

@@ -372,7 +372,8 @@ def test_a_training(world, name, tmp_path):
     said = [line for line in process.stderr if " fold 0 epoch " not in line]
     assert process.wait(PATIENCE_S) == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[name]
     assert until(lambda: not descendants(mark), GONE_WITHIN_S)
-    assert said == {"SIGKILL": [], "SIGINT": ["interrupted\n"]}[name]
+    how = "the same command with --continue goes on after the last whole epoch"
+    assert said == {"SIGKILL": [], "SIGINT": [f"interrupted; {how}\n"]}[name]
 
 
 def test_no_warning_is_logged(caplog):

@@ -95,12 +95,11 @@ def guarded(command: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def going_on(how: str) -> Iterator[None]:
-    """Say what goes on where an interrupted command stopped."""
+    """End an interrupted command saying what goes on where it stopped."""
     try:
         yield
     except KeyboardInterrupt:
-        print(how, file=sys.stderr)
-        raise
+        _leave_interrupted(f"; {how}")
 
 
 def leave(code: int) -> None:
@@ -116,7 +115,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _leave_interrupted() -> NoReturn:
+def _leave_interrupted(how: str = "") -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only spoil the way out
-    print("interrupted", file=sys.stderr)
+    print(f"interrupted{how}", file=sys.stderr)
     sys.exit(130)
