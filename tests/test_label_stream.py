@@ -16,9 +16,10 @@ from fastnnunet.runtime.label_stream import MARGIN, LabelStream, stream_labels
 from fastnnunet.runtime.loaded import Labelled, LoadedBundle
 from fastnnunet.runtime.logits import label_rule, plan_logits, postprocess
 from fastnnunet.runtime.preprocess import Preprocessed
-from fastnnunet.runtime.sliding_window import SlidingWindow, TileSums, finished_chunks, sliding_window_logits
+from fastnnunet.runtime.sliding_window import SlidingWindow, TileSums, finished_chunks
 from fastnnunet.runtime.times import StageTimes
 from tests.bundles import DEFAULT_RESAMPLING, NO_RESAMPLING, TORCH_RESAMPLING, smooth_noise
+from tests.one_piece import sliding_window_logits
 from tests.test_runtime_stages import _fake_network, _spec
 
 SIDES = st.integers(1, 21)

@@ -7,12 +7,13 @@ import pytest
 
 from fastnnunet.errors import BackendError, ImageError, SpecError
 from fastnnunet.geometry.resample import parse_resample_spec
-from fastnnunet.runtime.logits import LabelRule, argmax_heads, label_rule, plan_logits, postprocess
+from fastnnunet.runtime.logits import LabelRule, label_rule, plan_logits, postprocess
 from fastnnunet.runtime.normalize import SCHEMES, check_normalization
 from fastnnunet.runtime.preprocess import Preprocessed, nonzero_bbox, preprocess
-from fastnnunet.runtime.sliding_window import SlidingWindow, sliding_window_logits
+from fastnnunet.runtime.sliding_window import SlidingWindow
 from fastnnunet.specs.bundle import BundleSpec
 from tests.bundles import DEFAULT_RESAMPLING, smooth_noise
+from tests.one_piece import argmax_heads, sliding_window_logits
 
 INTENSITY = {"mean": 55.5, "std": 20.25, "percentile_00_5": 10.0, "percentile_99_5": 98.5}
 DATA = parse_resample_spec(DEFAULT_RESAMPLING["data"], "data")

@@ -169,9 +169,3 @@ def _resampled_slabs(
                     threads=threads,
                 ),
             )
-
-
-def argmax_heads(values_HX: Array, out: npt.NDArray[Any], threads: int | None = None) -> None:
-    """Index of the largest head into `out` (unsigned, shape of one head); ties go to the lowest index."""
-    shape = (1,) * (3 - out.ndim) + out.shape
-    native.label_logits(values_HX.reshape(-1, *shape), out.reshape(shape), (0, 0, 0), to_half=False, threads=threads)

@@ -103,19 +103,6 @@ class SlidingWindow:
                 progress(Progress(what="tiles", done=number + 1, total=len(tiles), unit="tiles"))
 
 
-def sliding_window_logits(
-    data_CZYX: Array,
-    network: Network,
-    window: SlidingWindow,
-    *,
-    progress: Listener = ignore,
-    threads: int | None = None,
-) -> HalfArray:
-    """Logits (H, Z, Y, X) of the data's shape, in one piece; see `finished_chunks`."""
-    _, ((_, logits),) = window.begin(data_CZYX, network, whole=True, progress=progress, threads=threads)
-    return logits
-
-
 def finished_chunks(
     data_CZYX: Array,
     network: Network,
