@@ -58,7 +58,7 @@ def distil_images(
     recipe_file: Path | None = None,
     training: Mapping[str, Any] = {},
     held_out: int | None = None,
-    keep_all: bool = False,
+    keep_all: bool | None = None,
     calibrate: bool = True,
     workers: int = 0,
     threads: int | None = None,
@@ -71,9 +71,9 @@ def distil_images(
 
     Interrupted, the same call goes on; with the same `work` (default `output`/work) other students cost only their own
     training. `training`: fields of `DistillSpec` in the place of those of `SCANS_TRAINING`. `held_out`: how many scans
-    students are judged on, None: as before in this work folder. `keep_all`: scans that would do harm are learnt from
-    too. `calibrate`: the temperature that brings a student's probabilities closest to its teacher's is folded into its
-    last layer, which changes no label.
+    students are judged on. `keep_all`: scans that would do harm are learnt from too. Both are as before in this work
+    folder where they are None. `calibrate`: the temperature that brings a student's probabilities closest to its
+    teacher's is folded into its last layer, which changes no label.
     `command` is quoted in the report, and `recipe_file`, where `recipe` was read from, in commands that are named.
     Into `output` come summary.json, report.html and a folder for every student: its bundle, an nnU-Net model folder and
     its predictions of the scans held out.
@@ -140,7 +140,7 @@ def label_images(
     recipe: CacheSpec = CacheSpec(),
     recipe_file: Path | None = None,
     held_out: int | None = None,
-    keep_all: bool = False,
+    keep_all: bool | None = None,
     workers: int = 0,
     threads: int | None = None,
     progress: Listener = ignore,

@@ -89,7 +89,7 @@ def build(
     work: published.Work = None,
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
-    keep_all: published.KeepAll = False,
+    keep_all: published.KeepAll = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Label every case with the teacher ensemble. Interrupt it at any time: the same command resumes.

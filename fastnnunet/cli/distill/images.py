@@ -47,7 +47,7 @@ def images(
     ] = None,
     no_mirroring: published.NoMirroring = False,
     hold_out: published.HoldOut = None,
-    keep_all: published.KeepAll = False,
+    keep_all: published.KeepAll = None,
     no_calibration: Annotated[
         bool,
         options.ask(

@@ -41,7 +41,13 @@ HoldOut = Annotated[
     ),
 ]
 KeepAll = Annotated[
-    bool, options.ask("--keep-all", "Train also on scans that would do harm; they are listed anyway.", options.CASES)
+    bool | None,
+    options.ask(
+        "--keep-all/--no-keep-all",
+        "Train also on scans that would do harm; they are listed anyway (default: as before in this work folder, at "
+        "first no).",
+        options.CASES,
+    ),
 ]
 
 OF_SCANS = ("model", "work", "no_mirroring", "hold_out", "keep_all")  # parameters that mean nothing without scans
