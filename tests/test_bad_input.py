@@ -151,6 +151,17 @@ def test_a_bad_case_is_told_and_the_others_are_predicted(
     assert names == {"good.nii.gz", "plans.json", "dataset.json", "predict_from_raw_data_args.json"}
 
 
+def test_the_failure_of_an_only_image_is_told_once(
+    model: ToyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [_image(tmp_path / f"case_000{channel}.nii.gz", channel) for channel in range(2)]
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    assert _predict(model, files[0], tmp_path / "out.nii.gz") == 2
+    said = capsys.readouterr().err
+    assert said.count("case_0001.nii.gz") == said.count("error: ") == 1
+    assert "failed: " not in said
+
+
 def test_a_constant_image_as_nnunet(model: ToyModel, tmp_path: Path) -> None:
     files = [write_image(np.full(SHAPE, 7 - 7 * c, np.float32), tmp_path / f"a_000{c}.nii.gz") for c in (0, 1)]
     nnunet_predict(model, {"a": files}, tmp_path / "theirs")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnnunet.errors import LINES, printable
+from fastnnunet.errors import LINES, DiskSpaceError, printable
 from fastnnunet.events import Event, Listener, Message, Result, ignore
 from fastnnunet.outputs.spec import OutputSpec
 
@@ -72,6 +72,7 @@ def predict(
     """
     from fastnnunet.api.conversions import device_name
     from fastnnunet.export.models import check_reader, load_model
+    from fastnnunet.images.cases import is_single_image
     from fastnnunet.images.tidy.rules import cleanup_from_words
 
     begin = time.perf_counter()
@@ -102,8 +103,11 @@ def predict(
 
     writer = predictor.writer(outputs, model)
 
+    alone = is_single_image(source, predictor.spec)
+
     def told(event: Event) -> None:
-        if isinstance(event, Result) and event.value.error is not None:
+        error = event.value.error if isinstance(event, Result) else None
+        if error is not None and not alone and not isinstance(error, DiskSpaceError):  # those are raised
             text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=LINES)}"
             progress(Message(text=text, level="error"))
         progress(event)
