@@ -313,6 +313,9 @@ def test_a_damaged_case_is_made_again(world, tmp_path, capsys):
     main_quietly(words)
     np.testing.assert_array_equal(read_back(cache, CASES[0]), before)
     assert f"--soft-labels {cache.path.name}" in capsys.readouterr().out
+    main_quietly(["cache", "list", "-d", "998"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(cache.path.name))
+    assert line.split()[3:7] == ["import", "1", "map(s)", "2/2"], "maps are of no fold"
 
 
 def main_quietly(words):

@@ -85,12 +85,13 @@ def _list_row(folder: Place) -> tuple[str, ...]:
     stored = cache.stored_manifests()
     size, voxels = _totals(stored)
     policy, labels = cache.identity["policy"], cache.identity["soft_labels"]
+    of_maps = "maps" in cache.identity["teacher"]  # imported
     return (
         folder.name,
         f"{cache.temperature:g}" if cache.temperature is not None else "{:g}-{:g}".format(*labels["temperature_range"]),
         labels["encoding"] + (f", {labels['levels']} levels" if "levels" in labels else ""),
-        policy["name"],
-        " ".join(map(str, policy["folds"])),
+        "import" if of_maps else policy["name"],
+        f"{len(policy['folds'])} map(s)" if of_maps else " ".join(map(str, policy["folds"])),
         f"{len(stored)}/{len(cache.cases)}",
         size_text(size),
         f"{size / voxels:.3f}" if voxels else "-",
