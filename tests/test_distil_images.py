@@ -271,8 +271,13 @@ class TestTheCommand:
         assert set(kept) <= set(files_below(root / "again")), "the first was predicted or exported again"
         assert repr(again.students[0]) == repr(judged_in(done[1].students[0], root / "again"))  # NaN is not NaN
         (root / "again/r2/judged.json").write_text('{"asked": ')
+        (fitted,) = (root / "again/work/nnUNet_results").glob("*/*_r2_*/fold_0/temperature.json")
+        noted = json.loads(fitted.read_text())
+        monkeypatch.setattr(NnUNetTeacher, "load", load)
+        fitted.write_text('{"weights_sha256": ')
         once_more = run(model_in(pristine_world), root / "scans", root / "again", progress=events).students[0]
         assert once_more.fidelity == again.students[0].fidelity
+        assert json.loads(fitted.read_text()) == noted
         changed = {Path(name).name for name, _ in set(files_below(root / "again/r2")) - set(kept)}
         assert {"judged.json", *(f"{case}.nii.gz" for case in again.scans.held_out)} <= changed
 

@@ -18,7 +18,7 @@ from fastnnunet.cache.verify import verify_cache
 from fastnnunet.cli.main import main
 from fastnnunet.distill.job import TrainingJob
 from fastnnunet.distill.train import train_student
-from fastnnunet.errors import MismatchError, NotFoundError, SpecError
+from fastnnunet.errors import ImageError, MismatchError, NotFoundError, SpecError
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.model import model_of
 from fastnnunet.specs.cache import CacheSpec
@@ -26,7 +26,9 @@ from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.maps.check import value_problems
 from fastnnunet.teachers.maps.jobs import maps_job, preprocessed_model
+from fastnnunet.teachers.maps.read import read_map
 from fastnnunet.teachers.maps.teacher import on_grid
 from fastnnunet.testing import check_teacher
 from tests.test_kinds import prepare, recipe_for
@@ -211,7 +213,7 @@ WRONG = {
     "classes": (lambda v: v[:2] / v[:2].sum(0), "got 2 channels, expected 3, the classes with background"),
     "finite": (nan, r"1 values are not finite"),
     "range": (lambda v: v * 255, "expected probabilities from 0 to 1"),
-    "sum": (lambda v: v * 0.9, r"sum to 1 but for 0\.1000, expected at most 0\.005"),
+    "sum": (lambda v: v * 0.9, r"sum to 0\.9000, expected 1, or off by 0\.005 at most"),
 }
 
 
@@ -226,6 +228,45 @@ def test_values_that_are_no_soft_map(world, tmp_path, wrong):
     with pytest.raises(MismatchError, match=message):
         import_maps([tmp_path / "maps"], DATA, RECIPE, cases=CASES)
     assert not list((world / "preprocessed" / DATASET).glob("fastnnunet_*"))
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_nifti_that_is_cut_off_or_not_finite(tmp_path, ending, vectors):
+    """ITK reads what is missing, and NaN, as zeros, which are probabilities too."""
+    values = np.random.default_rng(0).uniform(0.2, 0.9, (2, 6, 7, 8)).astype(np.float32)
+    file = tmp_path / f"map{ending}"
+
+    def write():
+        array = np.moveaxis(values, 0, -1) if vectors else values
+        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vectors), str(file))
+
+    write()
+    np.testing.assert_array_equal(read_map(file).values_CZYX, values)
+    content = file.read_bytes()
+    for share in (0.5, 0.9, 0.999):
+        file.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ImageError, match=rf"{file.name} is truncated"):
+            read_map(file)
+    values[1, 3, 4, 5] = np.nan
+    write()
+    read = read_map(file).values_CZYX
+    np.testing.assert_array_equal(read, values)
+    assert value_problems(read, has_regions=True) == ["1 values are not finite (NaN or infinite)"]
+
+
+@pytest.mark.parametrize("stored", [np.uint8, np.float64])
+def test_nifti_whose_values_are_rescaled(tmp_path, stored):
+    file = tmp_path / "map.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(np.full((6, 5, 4), 128, stored)), str(file))
+    content = bytearray(file.read_bytes())
+    content[112:116] = np.float32(1 / 256).tobytes()  # scl_slope
+    file.write_bytes(content)
+    if stored is np.uint8:
+        np.testing.assert_allclose(read_map(file).values_CZYX, np.full((1, 6, 5, 4), 0.5), rtol=1e-6)
+    else:
+        with pytest.raises(ImageError, match="rescaled floating point numbers; write it again as float32"):
+            read_map(file)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +300,7 @@ def test_all_problems_in_one_message(world, tmp_path, capsys):
     for words in (
         "4 problem(s)",
         "from 0 to 1",
-        f"{ALL[1]}.nii.gz cannot be read",
+        f"{ALL[1]}.nii.gz is not a NIfTI image",
         f"no map of case {ALL[3]}",
         "stranger",
     ):

@@ -444,12 +444,13 @@ def _temperature(
     from fastnnunet.engines.registry import available_cores
     from fastnnunet.nnunet.files.cases import open_cases
     from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
-    from fastnnunet.specs.checks.json_text import read_json_object
+    from fastnnunet.specs.checks.json_text import read_note
     from fastnnunet.specs.provenance import write_json
 
     mark = trained.folder / "temperature.json"
     weights = weights_digest(load_checkpoint(trained.folder / CHECKPOINT)["network_weights"])
-    if mark.is_file() and (known := read_json_object(mark)).get("weights_sha256") == weights:
+    known = read_note(mark)
+    if known.get("weights_sha256") == weights and isinstance(known.get("temperature"), float):
         return float(known["temperature"])
     temperature = student_temperature(
         trained.folder.parent,

@@ -1,7 +1,7 @@
 """Students judged on the scans that were held out, and the report on them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isnan, nan
 from pathlib import Path
 from statistics import median
@@ -291,11 +291,22 @@ def write_report(
 
 def _in_words(training: "DistillSpec", batch_size: int) -> str:
     """How students were trained. `batch_size`: that of the plans."""
+    from fastnnunet.specs.distill import DistillSpec
+
     long = f"{training.epochs} epochs" if training.hours is None else f"{training.hours:g} hours of epochs"
     words = [
         f"{long} of {training.iterations_per_epoch} steps of {training.batch_size or batch_size} samples",
         f"{training.optimizer} from a learning rate of {training.lr:g}",
         f"seed {training.seed}",
+    ]
+    told = {"epochs", "hours", "iterations_per_epoch", "val_iterations_per_epoch", "batch_size", "optimizer", "seed"}
+    told |= {"initial_lr", "alpha", "anneal", "temperature", "loss"}
+    default = DistillSpec()
+    others = [field.name for field in fields(training) if field.name not in told]
+    words += [
+        f"{name.replace('_', ' ')} {getattr(training, name)}"
+        for name in others
+        if getattr(training, name) != getattr(default, name)
     ]
     if training.alpha > 0:
         loss = {"kl": "KL", "kl_dice": "KL and Dice semimetric"}[training.loss]

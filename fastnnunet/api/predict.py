@@ -103,11 +103,10 @@ def predict(
 
     writer = predictor.writer(outputs, model)
 
-    alone = is_single_image(source, predictor.spec)
+    alone = is_single_image(source, predictor.spec)  # whose failure is raised, as a full disk is
 
     def told(event: Event) -> None:
-        error = event.value.error if isinstance(event, Result) else None
-        if error is not None and not alone and not isinstance(error, DiskSpaceError):  # those are raised
+        if isinstance(event, Result) and not (alone or isinstance(event.value.error, DiskSpaceError | None)):
             text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=LINES)}"
             progress(Message(text=text, level="error"))
         progress(event)

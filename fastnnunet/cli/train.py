@@ -226,10 +226,14 @@ def run_jobs(
     """Train students on the same batches, shown on standard error; print where they went."""
     from fastnnunet.api import View, distil
     from fastnnunet.api.distil import is_first_process
+    from fastnnunet.distill.job import FINAL, run_folder
 
+    finished = [job.student.tag for job in jobs if resume and (run_folder(job) / FINAL).is_file()]
     with View() as view:
         students = distil(jobs, resume=resume, overwrite=overwrite, validate=validate, name=name, progress=view)
     if is_first_process():
+        if finished:
+            print(f"finished before, so not trained now: {', '.join(finished)}")
         print_trained(students, name)
     return [student.folder for student in students]
 

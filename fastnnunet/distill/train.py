@@ -236,9 +236,7 @@ def _clear(folder: Path, keep: Path) -> None:
 def _resume(trainer: "StudentTrainer", path: Path) -> bool:
     """Load what was reached; returns whether that is the end."""
     trainer.resume(path)
-    if path.name == FINAL:
-        log.info("%s is finished: nothing is left to train", path.parent)
-    else:
+    if path.name != FINAL:
         log.info("continuing from %s at epoch %d", path.name, trainer.current_epoch)
     return path.name == FINAL
 

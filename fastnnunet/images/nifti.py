@@ -63,9 +63,9 @@ def is_nifti_pair(path: Path) -> bool:
     return path.name.lower().endswith((".hdr", ".img", ".img.gz"))
 
 
-def read_nifti(path: Path) -> tuple[Header, npt.NDArray[np.generic] | None]:
-    """The header, and voxels of an image of two to four axes in (t, z, y, x): in the file's own dtype, or float32 where
-    they are rescaled.
+def read_nifti(path: Path, *, most_axes: int = 4) -> tuple[Header, npt.NDArray[np.generic] | None]:
+    """The header, and voxels of an image of two to `most_axes` axes in (..., z, y, x): in the file's own dtype, or
+    float32 where they are rescaled.
 
     No voxels when the file uses what only ITK should interpret (more axes, rescaled numbers of many digits); it is
     checked all the same.
@@ -76,10 +76,10 @@ def read_nifti(path: Path) -> tuple[Header, npt.NDArray[np.generic] | None]:
         with open_stored(header_path, detect=True) as stored:
             header = _read_header(stored, single=False)
         with open_stored(voxel_path, detect=True) as stored:
-            return header, _read_voxels(stored, header)
+            return header, _read_voxels(stored, header, most_axes)
     with open_stored(path, detect=True) as stored:
         header = _read_header(stored, single=True)
-        return replace(header, packed=stored.packed), _read_voxels(stored, header)
+        return replace(header, packed=stored.packed), _read_voxels(stored, header, most_axes)
 
 
 def nifti_header(path: Path) -> Header:
@@ -97,7 +97,7 @@ def _halves(path: Path) -> tuple[Path, Path]:
     return header, next((v for v in voxels if v.exists()), voxels[0])
 
 
-def _read_voxels(stored: Stored, header: Header) -> npt.NDArray[np.generic] | None:
+def _read_voxels(stored: Stored, header: Header, most_axes: int) -> npt.NDArray[np.generic] | None:
     """From where `stored` is; the file may be that of the header or another one."""
     path, datatype = stored.path, header.datatype
     voxels = math.prod(header.sizes_xyz)
@@ -112,7 +112,7 @@ def _read_voxels(stored: Stored, header: Header) -> npt.NDArray[np.generic] | No
     slope, intercept = (value if math.isfinite(value) else 0.0 for value in (header.slope, header.intercept))
     is_plain = (slope, intercept) in ((0.0, 0.0), (1.0, 0.0))
     is_rescaled = datatype in _EXACT_IN_FLOAT32 and all(_LEAST < abs(v) < 1 / _LEAST for v in (slope, intercept or 1.0))
-    if not 2 <= len(header.sizes_xyz) <= 4 or datatype not in _DTYPES or not (is_plain or is_rescaled):
+    if not 2 <= len(header.sizes_xyz) <= most_axes or datatype not in _DTYPES or not (is_plain or is_rescaled):
         stored.check(need)
         return None
     flat = stored.voxels(voxels, f"{header.order}{_DTYPES[datatype]}")

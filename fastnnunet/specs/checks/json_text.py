@@ -47,6 +47,14 @@ def read_json_object(path: Path, *, finite: bool = False) -> dict[str, Any]:
     return value
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """What was noted in a file that is made anew where it is missing or damaged; empty then."""
+    try:
+        return read_json_object(path)
+    except (NotFoundError, CorruptError):
+        return {}
+
+
 def check_tree(value: Any, *, finite: bool = False) -> None:
     """Refuse a tree that is too deep or too large for what is done with it, and text that no file can hold.
 

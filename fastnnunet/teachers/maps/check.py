@@ -73,7 +73,8 @@ def map_problems(soft: SoftMap, case_id: str, cases: PreprocessedCases, model: M
         kind = "regions" if model.has_regions else "classes with background"
         problems.append(f"got {got[0]} channels, expected {model.num_heads}, the {kind} of dataset.json")
     problems += geometry_problems(soft.geometry, properties)
-    return problems + value_problems(soft.values_CZYX, has_regions=model.has_regions)
+    no_sums = model.has_regions or got[0] != model.num_heads  # of other channels than the classes
+    return problems + value_problems(soft.values_CZYX, has_regions=no_sums)
 
 
 def geometry_problems(got: Geometry, properties: Mapping[str, Any]) -> list[str]:
@@ -102,12 +103,14 @@ def value_problems(values_CZYX: Float32Array, *, has_regions: bool) -> list[str]
         return [f"{count} values are not finite (NaN or infinite)"]
     low, high = float(values_CZYX.min(initial=1)), float(values_CZYX.max(initial=0))
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        return [f"values from {low:g} to {high:g}, expected probabilities from 0 to 1"]
+        whole = " (whole numbers, as of a label map)" if (values_CZYX == np.rint(values_CZYX)).all() else ""
+        return [f"values from {low:g} to {high:g}{whole}, expected probabilities from 0 to 1"]
     if has_regions:
         return []
-    off = float(np.abs(values_CZYX.sum(axis=0, dtype=np.float32) - 1).max(initial=0))
-    if off > SUM_TOLERANCE:
-        return [f"the classes of a voxel sum to 1 but for {off:.4f}, expected at most {SUM_TOLERANCE:g}"]
+    sums_ZYX = values_CZYX.sum(axis=0, dtype=np.float32)
+    furthest = float(sums_ZYX.flat[int(np.abs(sums_ZYX - 1).argmax())]) if sums_ZYX.size else 1.0
+    if abs(furthest - 1) > SUM_TOLERANCE:
+        return [f"the classes of a voxel sum to {furthest:.4f}, expected 1, or off by {SUM_TOLERANCE:g} at most"]
     return []
 
 

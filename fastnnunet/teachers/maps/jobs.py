@@ -110,7 +110,16 @@ def _command(
     spec_file: Path | None,
     only: Sequence[str] | None,
 ) -> str:
-    words = ["fastnnunet", "cache", "import", *map(str, folders), "-d", spec.dataset, "-c", spec.configuration]
+    words = [
+        "fastnnunet",
+        "cache",
+        "import",
+        *(str(folder.absolute()) for folder in folders),
+        "-d",
+        spec.dataset,
+        "-c",
+        spec.configuration,
+    ]
     words += ["-p", spec.plans]
     if spec_file is not None:
         words += ["--spec", str(spec_file)]

@@ -19,6 +19,8 @@ from fastnnunet.specs.checks.pickles import load_plain
 NIFTI = (".nii.gz", ".nii")
 ARCHIVE = ".npz"
 ARRAY = "probabilities"
+_VECTOR_AXES = 5  # x, y, z, time and the components of a vector
+_INTEGERS = (2, 4, 8, 256, 512, 768, 1024, 1280)  # NIfTI's codes
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -123,7 +125,12 @@ def _read_nifti(path: Path) -> SoftMap:
     import SimpleITK as sitk
 
     from fastnnunet.images.itk import no_warnings
+    from fastnnunet.images.nifti import read_nifti
 
+    # whole, or it is refused: ITK reads what is cut off as zeros, and NaN too
+    header, voxels = read_nifti(path, most_axes=_VECTOR_AXES)
+    if voxels is None and header.datatype not in _INTEGERS:
+        raise ImageError(f"{path}: its values are rescaled floating point numbers; write it again as float32")
     with no_warnings():
         image = sitk.ReadImage(str(path))
     vectors = image.GetNumberOfComponentsPerPixel() > 1
@@ -134,6 +141,8 @@ def _read_nifti(path: Path) -> SoftMap:
         values = np.moveaxis(values, -1, 0)
     elif image.GetDimension() == 3:  # one region
         values = values[None]
+    if voxels is not None:
+        values = voxels.reshape(values.shape)
     size = image.GetDimension()
     direction = np.reshape(image.GetDirection(), (size, size))[:3, :3]
     return SoftMap(

@@ -207,8 +207,9 @@ def train_arms(
         if stable is not None:
             STABLE[stable](trainer)
         trainers.append(trainer)
-    if trainers:
-        run_epochs(trainers)
+    for has_soft in (False, True):  # which share no batches, but see the same ones
+        if some := [trainer for trainer in trainers if (trainer.soft_labels is not None) == has_soft]:
+            run_epochs(some)
     return folders
 
 
