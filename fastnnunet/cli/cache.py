@@ -410,7 +410,7 @@ def _select(which: str | None, dataset: str | None, root: str | None) -> "CacheF
     matching = [folder for folder in folders if folder.name.startswith(which or "")]
     if not matching:
         raise NotFoundError(
-            f"no soft-label cache found{f' whose key begins with {which}' if which else ''}\n"
+            f"no soft-label cache {f'{which} ' if which else ''}found\n"
             f"there are: {', '.join(folder.name for folder in folders) or 'none'}\n"
             "expected a cache folder or the first digits of a key; see: fastnnunet cache list"
         )
