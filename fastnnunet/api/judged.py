@@ -293,7 +293,8 @@ def _in_words(training: "DistillSpec", batch_size: int) -> str:
     """How students were trained. `batch_size`: that of the plans."""
     from fastnnunet.specs.distill import DistillSpec
 
-    long = f"{training.epochs} epochs" if training.hours is None else f"{training.hours:g} hours of epochs"
+    many = f"{training.epochs} epoch{'s' * (training.epochs != 1)}"
+    long = many if training.hours is None else f"{training.hours:g} hours of epochs"
     words = [
         f"{long} of {training.iterations_per_epoch} steps of {training.batch_size or batch_size} samples",
         f"{training.optimizer} from a learning rate of {training.lr:g}",
