@@ -341,6 +341,19 @@ def test_students_of_a_stronger_teacher() -> None:
     )
 
 
+def test_longer_trainings_of_a_stronger_teacher() -> None:
+    text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "A stronger teacher").split())
+    measured = record("2026-12-01_strong_students_2000.json")
+    assert measured["teacher"]["dice"] == record("2026-11-30_strong_students.json")["teacher"]["dice"]
+    rows = {(row["seed"], row["arm"]): row for row in measured["rows"]}
+    for seed in {seed for seed, _ in rows}:
+        none, half = rows[seed, "none"], rows[seed, "half"]
+        assert {(row["r"], row["steps"]) for row in (none, half)} == {(2, 2000)}
+        pairs = [f"{none[name]:.4f} / {half[name]:.4f}" for name in ("dice", "fidelity")]
+        kl = " / ".join(f"{row['calibration']['teacher_border']['kl']:.3f}" for row in (none, half))
+        assert f"seed {seed} Dice {pairs[0]}, fidelity {pairs[1]}, KL to the teacher {kl}" in text
+
+
 def test_oasis_without_labels() -> None:
     (row,) = record("2026-11-30_oasis_nolabels.json")["rows"]
     one_pass = row["one_pass"]["1"]["dice"]
