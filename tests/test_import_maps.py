@@ -252,7 +252,7 @@ def test_nifti_that_is_cut_off_or_not_finite(tmp_path, ending, vectors):
     write()
     read = read_map(file).values_CZYX
     np.testing.assert_array_equal(read, values)
-    assert value_problems(read, has_regions=True) == ["1 values are not finite (NaN or infinite)"]
+    assert value_problems(read, sums_to_one=False) == ["1 values are not finite (NaN or infinite)"]
 
 
 @pytest.mark.parametrize("stored", [np.uint8, np.float64])

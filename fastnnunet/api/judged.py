@@ -1,7 +1,7 @@
 """Students judged on the scans that were held out, and the report on them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fastnnunet.teachers.scans.folder import Work
     from fastnnunet.teachers.screen import Screening
 
+_IN_WORDS = (  # fields of DistillSpec that have words of their own
+    *("epochs", "hours", "iterations_per_epoch", "val_iterations_per_epoch", "batch_size", "optimizer", "initial_lr"),
+    *("seed", "alpha", "anneal", "temperature", "loss"),
+)
 Files = Mapping[str, tuple[Path, ...]]  # case -> its images, in the order of the channels
 
 
@@ -291,6 +295,7 @@ def write_report(
 
 def _in_words(training: "DistillSpec", batch_size: int) -> str:
     """How students were trained. `batch_size`: that of the plans."""
+    from fastnnunet.specs.canonical import to_plain
     from fastnnunet.specs.distill import DistillSpec
 
     many = f"{training.epochs} epoch{'s' * (training.epochs != 1)}"
@@ -300,15 +305,10 @@ def _in_words(training: "DistillSpec", batch_size: int) -> str:
         f"{training.optimizer} from a learning rate of {training.lr:g}",
         f"seed {training.seed}",
     ]
-    told = {"epochs", "hours", "iterations_per_epoch", "val_iterations_per_epoch", "batch_size", "optimizer", "seed"}
-    told |= {"initial_lr", "alpha", "anneal", "temperature", "loss"}
-    default = DistillSpec()
-    others = [field.name for field in fields(training) if field.name not in told]
-    words += [
-        f"{name.replace('_', ' ')} {getattr(training, name)}"
-        for name in others
-        if getattr(training, name) != getattr(default, name)
-    ]
+    default = to_plain(DistillSpec())
+    for name, value in to_plain(training).items():
+        if name not in _IN_WORDS and value != default[name]:
+            words.append(f"{name.replace('_', ' ')} {value}")
     if training.alpha > 0:
         loss = {"kl": "KL", "kl_dice": "KL and Dice semimetric"}[training.loss]
         falling = ", falling to 0" * training.anneal

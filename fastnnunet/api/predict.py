@@ -103,10 +103,12 @@ def predict(
 
     writer = predictor.writer(outputs, model)
 
-    alone = is_single_image(source, predictor.spec)  # whose failure is raised, as a full disk is
-
     def told(event: Event) -> None:
-        if isinstance(event, Result) and not (alone or isinstance(event.value.error, DiskSpaceError | None)):
+        if (
+            isinstance(event, Result)
+            and not isinstance(event.value.error, DiskSpaceError | None)
+            and not is_single_image(source, predictor.spec)
+        ):  # else there is none, or it is raised
             text = f"failed: {printable(event.what)}: {printable(event.value.error, keep=LINES)}"
             progress(Message(text=text, level="error"))
         progress(event)

@@ -52,6 +52,11 @@ class Header:
     intent: int = 0
     packed: bool = False
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether voxels are stored as whole numbers."""
+        return self.datatype in _DTYPES and np.dtype(_DTYPES[self.datatype]).kind in "iu"
+
 
 def is_nifti(path: Path) -> bool:
     """Whether a file is named as a single-file NIfTI image."""

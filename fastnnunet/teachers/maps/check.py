@@ -73,8 +73,8 @@ def map_problems(soft: SoftMap, case_id: str, cases: PreprocessedCases, model: M
         kind = "regions" if model.has_regions else "classes with background"
         problems.append(f"got {got[0]} channels, expected {model.num_heads}, the {kind} of dataset.json")
     problems += geometry_problems(soft.geometry, properties)
-    no_sums = model.has_regions or got[0] != model.num_heads  # of other channels than the classes
-    return problems + value_problems(soft.values_CZYX, has_regions=no_sums)
+    sums_to_one = got[0] == model.num_heads and not model.has_regions
+    return problems + value_problems(soft.values_CZYX, sums_to_one=sums_to_one)
 
 
 def geometry_problems(got: Geometry, properties: Mapping[str, Any]) -> list[str]:
@@ -96,7 +96,7 @@ def geometry_problems(got: Geometry, properties: Mapping[str, Any]) -> list[str]
     return problems
 
 
-def value_problems(values_CZYX: Float32Array, *, has_regions: bool) -> list[str]:
+def value_problems(values_CZYX: Float32Array, *, sums_to_one: bool) -> list[str]:
     """What keeps values from being probabilities."""
     if not np.isfinite(values_CZYX).all():
         count = np.count_nonzero(~np.isfinite(values_CZYX))
@@ -105,7 +105,7 @@ def value_problems(values_CZYX: Float32Array, *, has_regions: bool) -> list[str]
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         whole = " (whole numbers, as of a label map)" if (values_CZYX == np.rint(values_CZYX)).all() else ""
         return [f"values from {low:g} to {high:g}{whole}, expected probabilities from 0 to 1"]
-    if has_regions:
+    if not sums_to_one:
         return []
     sums_ZYX = values_CZYX.sum(axis=0, dtype=np.float32)
     furthest = float(sums_ZYX.flat[int(np.abs(sums_ZYX - 1).argmax())]) if sums_ZYX.size else 1.0

@@ -110,17 +110,8 @@ def _command(
     spec_file: Path | None,
     only: Sequence[str] | None,
 ) -> str:
-    words = [
-        "fastnnunet",
-        "cache",
-        "import",
-        *(str(folder.absolute()) for folder in folders),
-        "-d",
-        spec.dataset,
-        "-c",
-        spec.configuration,
-    ]
-    words += ["-p", spec.plans]
+    words = ["fastnnunet", "cache", "import", *(str(folder.absolute()) for folder in folders)]
+    words += ["-d", spec.dataset, "-c", spec.configuration, "-p", spec.plans]
     if spec_file is not None:
         words += ["--spec", str(spec_file)]
     if recipe.temperature_range is None:

@@ -14,13 +14,13 @@ import numpy as np
 
 from fastnnunet.cache.interfaces import Float32Array
 from fastnnunet.errors import ImageError, NotFoundError
+from fastnnunet.images.nifti import read_nifti
 from fastnnunet.specs.checks.pickles import load_plain
 
 NIFTI = (".nii.gz", ".nii")
 ARCHIVE = ".npz"
 ARRAY = "probabilities"
 _VECTOR_AXES = 5  # x, y, z, time and the components of a vector
-_INTEGERS = (2, 4, 8, 256, 512, 768, 1024, 1280)  # NIfTI's codes
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -125,31 +125,29 @@ def _read_nifti(path: Path) -> SoftMap:
     import SimpleITK as sitk
 
     from fastnnunet.images.itk import no_warnings
-    from fastnnunet.images.nifti import read_nifti
 
     # whole, or it is refused: ITK reads what is cut off as zeros, and NaN too
     header, voxels = read_nifti(path, most_axes=_VECTOR_AXES)
-    if voxels is None and header.datatype not in _INTEGERS:
+    if voxels is None and not header.is_integer:
         raise ImageError(f"{path}: its values are rescaled floating point numbers; write it again as float32")
+    itk = sitk.ImageFileReader()
+    itk.SetFileName(str(path))
     with no_warnings():
-        image = sitk.ReadImage(str(path))
-    vectors = image.GetNumberOfComponentsPerPixel() > 1
-    if (image.GetDimension(), vectors) not in ((3, False), (3, True), (4, False)):
-        raise ImageError(f"{path}: got {image.GetDimension()} axes, expected x, y, z and one of classes, the last")
-    values = sitk.GetArrayFromImage(image)
-    if vectors:
-        values = np.moveaxis(values, -1, 0)
-    elif image.GetDimension() == 3:  # one region
-        values = values[None]
-    if voxels is not None:
-        values = voxels.reshape(values.shape)
-    size = image.GetDimension()
-    direction = np.reshape(image.GetDirection(), (size, size))[:3, :3]
+        itk.ReadImageInformation()
+        axes, channels = itk.GetDimension(), itk.GetNumberOfComponents()
+        if (axes, channels > 1) not in ((3, False), (3, True), (4, False)):
+            raise ImageError(f"{path}: got {axes} axes, expected x, y, z and one of classes, the last")
+        if voxels is None:
+            voxels = sitk.GetArrayFromImage(itk.Execute())
+            if channels > 1:
+                voxels = np.moveaxis(voxels, -1, 0)
+    size_zyx = itk.GetSize()[:3][::-1]
+    direction = np.reshape(itk.GetDirection(), (axes, axes))[:3, :3]
     return SoftMap(
-        values_CZYX=np.ascontiguousarray(values, np.float32),
+        values_CZYX=np.ascontiguousarray(voxels.reshape(-1, *size_zyx), np.float32),
         geometry=Geometry(
-            spacing_zyx=tuple(image.GetSpacing()[:3][::-1]),
-            origin_xyz=tuple(image.GetOrigin()[:3]),
+            spacing_zyx=tuple(itk.GetSpacing()[:3][::-1]),
+            origin_xyz=tuple(itk.GetOrigin()[:3]),
             direction=tuple(direction.ravel().tolist()),
         ),
     )
