@@ -68,8 +68,11 @@ def test_the_recipe_says_what_is_open(folder):
 
 class TestRefusals:
     def test_no_model(self, folder, tmp_path):
-        with pytest.raises(NotFoundError, match=r"there is no plans\.json"):
+        with pytest.raises(NotFoundError, match=r"nothing does not exist\nexpected the folder of an nnU-Net model"):
             open_factory(PublishedSpec(path=tmp_path / "nothing"), RECIPE)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(NotFoundError, match=r"there is no plans\.json\nname the folder that holds fold_0"):
+            open_factory(PublishedSpec(path=tmp_path / "empty"), RECIPE)
 
     def test_two_models(self, folder):
         shutil.copytree(folder, folder.with_name(NAME.replace("3d_fullres", "2d")))
