@@ -170,9 +170,12 @@ def train_arms(
     from fastnnunet.distill.job import FINAL, TrainingJob, run_folder, start_fold
     from fastnnunet.distill.memory import keep_freed_memory
     from fastnnunet.distill.soft_labels import CachedSoftLabels
+    from fastnnunet.engines.devices import CPU
     from fastnnunet.nnunet.files.model import model_folder_of
     from fastnnunet.nnunet.trainer.epochs import run_epochs
+    from fastnnunet.nnunet.trainer.online import LastEpochs
     from fastnnunet.teachers.jobs import cache_for_training
+    from fastnnunet.teachers.online import online_teacher
 
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -204,6 +207,11 @@ def train_arms(
         held_out = sorted(set(cases) - set(chosen))[:2] or chosen[:2]
         trainer.do_split = lambda chosen=chosen, held_out=held_out: (chosen, held_out)
         trainer.save_every = 10**6
+        if share := job.distill.online_teacher:
+            loaded = online_teacher(
+                teacher, recipe, files, temperature=job.distill.temperature, threads=threads, device=CPU
+            )
+            trainer.online = LastEpochs(loaded, share)
         if stable is not None:
             STABLE[stable](trainer)
         trainers.append(trainer)
