@@ -47,7 +47,8 @@ test:
 	@$(MAKE) --no-print-directory -j 3 install wheel another
 	FASTNNUNET_WHEELS=$(abspath dist) FASTNNUNET_ENGINE_BUILD=$(abspath $(WHEEL_ENV)/cmake) \
 	FASTNNUNET_ANOTHER=$(if $(ANOTHER),$(abspath $(ANOTHER_ENV)/bin/python)) \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	    --durations 40 --durations-min 5
 
 # A wheel whose install needs no compiler, made where nothing is installed but what building it takes. On Linux auditwheel puts
 # libgomp inside, which other machines may lack, and names the oldest glibc that will do. That is about the one of this machine:

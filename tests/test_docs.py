@@ -354,6 +354,29 @@ def test_longer_trainings_of_a_stronger_teacher() -> None:
         assert f"seed {seed} Dice {pairs[0]}, fidelity {pairs[1]}, KL to the teacher {kl}" in text
 
 
+def gain(rows: list[dict], base: list[dict], name: str) -> str:
+    """In points, mean of the seeds, paired over the cases; with its bootstrap interval."""
+    pairs = zip(sorted(rows, key=lambda r: r["seed"]), sorted(base, key=lambda r: r["seed"]), strict=True)
+    cases = 100 * np.mean(
+        [[mean(new["cases"][c][name]) - mean(old["cases"][c][name]) for c in old["cases"]] for new, old in pairs], 0
+    )
+    draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{cases.mean():+.2f} ({low:.2f} to {high:.2f})"
+
+
+def test_a_stronger_teacher_online_at_the_end() -> None:
+    text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "A stronger teacher").split())
+    rows = record("2026-12-01_strong_online.json")["rows"]
+    assert {(row["r"], row["steps"], row["distill"]["online_teacher"]) for row in rows} == {(2, 1000, 0.1)}
+    cached = [r for r in record("2026-11-30_strong_students.json")["rows"] if (r["r"], r["arm"]) == (2, "half")]
+    assert [row["seed"] for row in rows] == [row["seed"] for row in cached] == [0, 1, 2]
+    dice, fidelity = (mean(row[name] for row in rows) for name in ("dice", "fidelity"))
+    assert f"Dice is {dice:.4f} and fidelity {fidelity:.4f}" in text
+    points = gain(rows, cached, "dice").replace(" (", " points (")
+    assert f"Dice {points}, fidelity {gain(rows, cached, 'fidelity')}" in text
+
+
 def test_oasis_without_labels() -> None:
     (row,) = record("2026-11-30_oasis_nolabels.json")["rows"]
     one_pass = row["one_pass"]["1"]["dice"]
