@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ import torch
 from fastnnunet.engines.registry import create_engine, is_installed
 from fastnnunet.errors import CorruptError, MismatchError, NotFoundError, ParityError, SpecError
 from fastnnunet.export import bundle as bundle_module
+from fastnnunet.export import patches
 from fastnnunet.export.bundle import export_bundle
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.files.model import build_network, model_of
@@ -80,6 +82,19 @@ def test_parity_patches_are_real(bundle, world):
     assert parity["image"].shape == (2, 1, *PATCH)
     assert parity["logits"].shape == (2, 3, *PATCH)
     assert parity["image"].std() > 0.1
+
+
+def test_patches_that_show_nothing_come_last(monkeypatch):
+    """What a network with instance norm says of an image of one value is rounding."""
+    rng = np.random.default_rng(0)
+    images = {case: np.full((2, 4, 5, 6), [[[[1]]], [[[3]]]], np.float32) for case in "abe"}
+    images |= {case: rng.normal(size=(2, 4, 5, 6)).astype(np.float32) for case in "cdf"}
+    stored = SimpleNamespace(case_ids=sorted(images), image_CZYX=images.__getitem__)
+    monkeypatch.setattr(patches, "open_cases", lambda *_: stored)
+    np.testing.assert_array_equal(patches.real_patches({}, "", (4, 5, 6)), [images["c"], images["d"]])
+    np.testing.assert_array_equal([*patches.real_images({}, "", count=5)], [images[case] for case in "cdf"])
+    stored.case_ids = ["a", "f", "b"]
+    np.testing.assert_array_equal(patches.real_patches({}, "", (4, 5, 6)), [images["f"], images["a"]])
 
 
 def test_export_is_reproducible(bundle, model_folder, tmp_path):

@@ -1,12 +1,14 @@
 """Patches an exported model is compared with PyTorch on, real or noise, and random ones to calibrate on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastnnunet.errors import MismatchError, NotFoundError
 from fastnnunet.events import Listener, Progress, ignore
+from fastnnunet.geometry.plain import is_plain
 from fastnnunet.nnunet.files.cases import PreprocessedCases, open_cases
 
 PARITY_PATCHES = 2
@@ -25,29 +27,32 @@ class Patches(Protocol):
 def real_patches(
     plans: dict[str, Any], configuration: str, patch_size: tuple[int, ...], previous_labels: tuple[int, ...] = ()
 ) -> np.ndarray:
-    """Centre patches of the first preprocessed cases, zero padded: float32 (N, C, *patch).
+    """Centre patches of the first preprocessed cases that show something, zero padded: float32 (N, C, *patch).
 
     In a cascade the label of the case stands in for the previous stage's segmentation.
     Raises NotFoundError when there are no preprocessed cases.
     """
     cases = open_cases(plans, configuration)
-    patches = []
-    for case_id in cases.case_ids[:PARITY_PATCHES]:
-        image_CZYX = network_input(cases, case_id, previous_labels)
-        patches.append(_cut(image_CZYX, patch_size, (_MIDDLE,) * 3))
-    return np.stack(patches)
+    showing: list[np.ndarray] = []
+    plain: list[np.ndarray] = []
+    for case_id in cases.case_ids:
+        patch_CX = _cut(network_input(cases, case_id, previous_labels), patch_size, (_MIDDLE,) * 3)
+        (plain if is_plain(patch_CX) else showing).append(patch_CX)
+        if len(showing) == PARITY_PATCHES:
+            break
+    return np.stack((showing + plain)[:PARITY_PATCHES])
 
 
 def real_images(
     plans: dict[str, Any], configuration: str, previous_labels: tuple[int, ...] = (), count: int = 2
 ) -> Iterator[np.ndarray]:
-    """What the network sees of the first preprocessed cases, float32 (C, Z, Y, X); nothing where there are none."""
+    """What the network sees of the first preprocessed cases that show something, float32 (C, Z, Y, X)."""
     try:
         cases = open_cases(plans, configuration)
     except (NotFoundError, MismatchError):
         return
-    for case_id in cases.case_ids[:count]:
-        yield network_input(cases, case_id, previous_labels)
+    images = (network_input(cases, case_id, previous_labels) for case_id in cases.case_ids)
+    yield from islice((image for image in images if not is_plain(image)), count)
 
 
 def network_input(cases: PreprocessedCases, case_id: str, previous_labels: tuple[int, ...] = ()) -> np.ndarray:

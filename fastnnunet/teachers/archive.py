@@ -86,4 +86,7 @@ def no_model(place: Path, names: Iterable[str]) -> NotFoundError:
         return NotFoundError(
             f"{place} does not exist\nexpected the folder of an nnU-Net model, which holds fold_0, or the zip of one"
         )
-    return NotFoundError(f"no nnU-Net model at {place}: there is no plans.json\nname the folder that holds fold_0")
+    mend = (
+        "name the folder that holds fold_0" if place.is_dir() else "export it again with nnUNetv2_export_model_to_zip"
+    )
+    return NotFoundError(f"no nnU-Net model at {place}: there is no plans.json\n{mend}")

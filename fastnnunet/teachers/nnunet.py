@@ -20,6 +20,7 @@ from fastnnunet.engines.registry import ENGINES, engine_of_network
 from fastnnunet.geometry.chunked_mean import Block, ChunkedMean
 from fastnnunet.geometry.chunked_window import ChunkedWindow, chunked_window, own_part
 from fastnnunet.geometry.padding import centre_padding, pad_spatial
+from fastnnunet.geometry.plain import is_plain
 from fastnnunet.nnunet.files.checkpoint import load_weights
 from fastnnunet.nnunet.files.model import (
     ModelFolder,
@@ -237,15 +238,20 @@ class LoadedTeacher:
     def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
         """How far this ensemble is from nnU-Net's own predictor, which loads the same folds from disk.
 
-        Only the patch in the middle of every image is looked at, each by one fold, the folds taking turns: a mean over
-        folds is no further off than they are, and nnU-Net needs minutes for all of them.
+        Only the patch in the middle of every image is looked at, where it shows something, each by one fold, the folds
+        taking turns: a mean over folds is no further off than they are, and nnU-Net needs minutes for all of them.
         """
         recipe = self.recipe
         reference = fold_reference(recipe.files, mirroring=recipe.mirroring, step_size=recipe.step_size)
-        size_zyx, folds = (1, *recipe.patch_size)[-3:], itertools.cycle(recipe.folds)
-        patches = [(middle(image_CZYX, size_zyx), next(folds)) for image_CZYX in images_CZYX]
+        size_zyx = (1, *recipe.patch_size)[-3:]
+        patches = [middle(image_CZYX, size_zyx) for image_CZYX in images_CZYX]
+        patches = [patch for patch in patches if not is_plain(patch)] or patches
         measured = measure_deviation(
-            self._patch_logits, reference.logits, patches, temperature=temperature, has_regions=recipe.has_regions
+            self._patch_logits,
+            reference.logits,
+            list(zip(patches, itertools.cycle(recipe.folds), strict=False)),
+            temperature=temperature,
+            has_regions=recipe.has_regions,
         )
         return {"against": reference.name, **measured}
 
