@@ -279,6 +279,7 @@ def is_shown(text: str, *values: float) -> None:
     assert shown == [round(value, places) for value, places in zip(values, decimals, strict=True)], text
 
 
+OASIS_WITHOUT_LABELS = (("2026-11-30", ""), ("2026-12-01", "_mirrored"))  # labelled without mirrors, and with
 EVERY = "kl_dice T=1 every resolution"
 DEFAULT = f"{EVERY} not mirrored"  # `train` as it is, labels of the ensemble without mirrors
 
@@ -378,10 +379,40 @@ def test_a_stronger_teacher_online_at_the_end() -> None:
 
 
 def test_oasis_without_labels() -> None:
-    (row,) = record("2026-11-30_oasis_nolabels.json")["rows"]
-    one_pass = row["one_pass"]["1"]["dice"]
-    shown = f"{row['dice']:.4f} in the window, fidelity {row['fidelity']:.4f}, {one_pass:.4f} in one pass"
-    assert shown in " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS").split())
+    text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS").split())
+    students = [record(f"{day}_oasis_nolabels{kind}.json") for day, kind in OASIS_WITHOUT_LABELS]
+    for measured in students:
+        (row,) = measured["rows"]
+        one_pass = row["one_pass"]["1"]["dice"]
+        assert f"{row['dice']:.4f} in the window, fidelity {row['fidelity']:.4f}, {one_pass:.4f} in one pass" in text
+        assert f"{100 * (measured['teacher']['dice'] - row['dice']):.1f} points below its teacher mirrored" in text
+    teacher, mirrored_teacher, student, mirrored = (
+        row["dice"] for row in record("2026-12-01_oasis_mirrors.json")["rows"]
+    )
+    assert student == pytest.approx(row["dice"], abs=5e-5)
+    assert mirrored_teacher == pytest.approx(measured["teacher"]["dice"], abs=5e-5)
+    shown = "{:.4f} and the teacher {:.4f}, {:.1f} points; both mirrored {:.4f} and {:.4f}, **{:.1f} points**"
+    below = 100 * (teacher - student), 100 * (mirrored_teacher - mirrored)
+    assert shown.format(student, teacher, below[0], mirrored, mirrored_teacher, below[1]) in text
+
+
+def test_few_labels_and_more_scans() -> None:
+    text = section((ROOT / "docs" / "measured.md").read_text(), "Few labels, more scans")
+    rows = record("2026-12-01_unlabelled_share.json")["rows"]
+    assert {(row["r"], row["steps"], row["labelled"]) for row in rows} == {(2, 1000, 25)}
+    (table,) = tables(text)
+    arms = {
+        arm: [row for row in rows if row["arm"] == arm] for arm in ("none", "half", "soft_half", "mixed_half", "all")
+    }
+    assert sum(map(len, arms.values())) == len(rows)
+    for (_, seeds, *values), of_arm in zip(table[1:], arms.values(), strict=True):
+        assert [row["seed"] for row in of_arm] == [int(seed) for seed in seeds.split()]
+        is_shown(values[0], *(row["dice"] for row in of_arm))
+        is_shown(values[1], *(row["fidelity"] for row in of_arm))
+        is_shown(values[2], *(row["calibration"]["labels_border"]["nll"] for row in of_arm))
+        is_shown(values[3], *(row["calibration"]["teacher_border"]["kl"] for row in of_arm))
+    points = gain(arms["all"], arms["half"], "dice").replace(" (", " points (")
+    assert f"Dice {points}, fidelity {gain(arms['all'], arms['half'], 'fidelity')}" in " ".join(text.split())
 
 
 def test_the_tables_of_scans_without_labels() -> None:
