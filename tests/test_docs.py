@@ -415,6 +415,29 @@ def test_few_labels_and_more_scans() -> None:
     assert f"Dice {points}, fidelity {gain(arms['all'], arms['half'], 'fidelity')}" in " ".join(text.split())
 
 
+def test_ten_scans_of_a_stronger_teacher() -> None:
+    text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Scans without labels").split())
+    measured = record("2026-12-01_strong_nolabels.json")
+    assert measured["teacher"]["dice"] == record("2026-11-30_strong_students.json")["teacher"]["dice"]
+    hard, half = measured["rows"]
+    assert (hard["arm"], half["arm"], hard["scans"], hard["r"], hard["steps"]) == ("hard", "half", 10, 2, 1000)
+    dice, fidelity = ([row[name] for row in (hard, half)] for name in ("dice", "fidelity"))
+    near = [row["calibration"] for row in (hard, half)]
+    nll, kl = [c["labels_border"]["nll"] for c in near], [c["teacher_border"]["kl"] for c in near]
+    pair = "{0:.4f} / {1:.4f}".format
+    assert f"Dice {pair(*dice)}, fidelity {pair(*fidelity)}, NLL" in text
+    assert "NLL of the true label {:.3f} / {:.3f}, KL to the teacher {:.3f} / {:.3f}".format(*nll, *kl) in text
+    labelled = [
+        next(
+            row["dice"]
+            for row in record("2026-12-01_unlabelled_share.json")["rows"]
+            if (row["arm"], row["seed"]) == (arm, hard["seed"])
+        )
+        for arm in ("none", "half")
+    ]
+    assert "{:.4f} and {:.4f} of the same seed".format(*labelled) in text
+
+
 def test_the_tables_of_scans_without_labels() -> None:
     measured = record("2026-11-29_soft_or_hard.json")
     arms = {name: [row for row in measured["rows"] if row["arm"] == name] for name in ("hard", "half", "soft")}
