@@ -23,6 +23,7 @@ from fastnnunet.events import Stage
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint
 from fastnnunet.nnunet.world import VARIABLES, world_in
 from fastnnunet.service.models import load_models
+from fastnnunet.specs.bundle import load_bundle_spec
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.distill import DistillSpec
 from fastnnunet.specs.student import StudentSpec
@@ -281,6 +282,22 @@ class TestTheCommand:
         changed = {Path(name).name for name, _ in set(files_below(root / "again/r2")) - set(kept)}
         assert {"judged.json", *(f"{case}.nii.gz" for case in again.scans.held_out)} <= changed
 
+    def test_mirrors_change_the_student_that_is_there_and_back(self, done, pristine_world, tmp_path, monkeypatch):
+        """The same weights: a bundle that mirrors is another, and so is what it finds."""
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        root, _ = done
+        shutil.copytree(root / "out", tmp_path / "out")
+        found = []
+        for mirroring in (True, False):
+            training = {**TRAINING, "mirroring": mirroring}
+            student = run(model_in(pristine_world), root / "scans", tmp_path / "out", training=training).students[0]
+            checkpoint = load_checkpoint(student.model / "fold_0/checkpoint_final.pth")
+            axes = (0, 1, 2) if mirroring else None
+            assert checkpoint["inference_allowed_mirroring_axes"] == axes
+            assert load_bundle_spec(student.bundle).mirror_axes == axes
+            found.append({case: read(file).tobytes() for case, file in predicted(tmp_path / "out/r2")})
+        assert found[0] != found[1] == {case: read(file).tobytes() for case, file in predicted(root / "out/r2")}
+
     def test_each_case_of_the_cache_is_decoded_once(self, done, monkeypatch, tmp_path):
         from fastnnunet.cache.store.reader import SoftLabelReader
         from fastnnunet.nnunet.files.model import ModelFolder
@@ -305,6 +322,11 @@ class TestTheCommand:
         for case in images.case_ids:
             written = read(tmp_path / f"labels/{case}.nii.gz")
             np.testing.assert_array_equal(written, read(distilled.scans.labels / f"{case}.nii.gz"))
+
+
+def predicted(student):
+    """Label maps of the scans held out: (name, file)."""
+    return [(file.name, file) for file in sorted((student / "predictions").glob("*.nii.gz"))]
 
 
 def judged_in(student, output):

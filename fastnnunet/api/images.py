@@ -467,7 +467,7 @@ def _temperature(
 
 
 def _export(trained: Student, folder: Path, temperature: float, progress: Listener) -> None:
-    """Write bundle and nnU-Net model folder of a student into `folder`, unless that of the same weights is there.
+    """Write bundle and nnU-Net model folder of a student into `folder`, unless that of the same weights and mirrors is.
 
     Both have `temperature` in their last layer.
     """
@@ -477,11 +477,13 @@ def _export(trained: Student, folder: Path, temperature: float, progress: Listen
     from fastnnunet.specs.checks.json_text import read_json_object
 
     bundle, model, fold = folder / "bundle", folder / "nnunet_model", trained.folder
-    stored = strip_prefix(load_checkpoint(fold / CHECKPOINT)["network_weights"])
-    weights = weights_digest(tempered(stored, temperature))
+    stored = load_checkpoint(fold / CHECKPOINT)
+    weights = weights_digest(tempered(strip_prefix(stored["network_weights"]), temperature))
     if is_bundle(bundle):
-        known = read_json_object(bundle / "bundle.json").get("provenance", {}).get("weights_sha256")
-        if known == {fold.name.removeprefix("fold_"): weights} and (model / fold.name / CHECKPOINT).is_file():
+        there = read_json_object(bundle / "bundle.json")
+        known = there.get("provenance", {}).get("weights_sha256"), there.get("mirror_axes") or []
+        now = {fold.name.removeprefix("fold_"): weights}, [*(stored["inference_allowed_mirroring_axes"] or ())]
+        if known == now and (model / fold.name / CHECKPOINT).is_file():
             return
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:

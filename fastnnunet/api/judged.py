@@ -84,6 +84,7 @@ def judge(
     asked = {
         "version": __version__,
         "weights": spec.provenance["weights_sha256"],
+        "mirror_axes": list(spec.mirror_axes or ()),
         "soft_labels": scans.cache.key,
         "temperature": opened.recipe.temperature,
         "held_out": list(scans.held_out),

@@ -217,7 +217,7 @@ def named_set(
         if images.is_dir():
             build = images_command(teacher, spec, images, default_name(images), root, spec_file)
         else:
-            build += " --images FOLDER"
+            build += f" --images FOLDER --name {shlex.quote(reference)}"
         raise NotFoundError(f"{e}\nmake it with: {build}") from e
 
 

@@ -183,9 +183,9 @@ def check_same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> No
     changed = changed_settings(there, now)
     if changed:
         raise MismatchError(
-            f"--continue: {path} was trained differently (there -> now):\n"
+            f"{path} was trained differently (there -> now), so it cannot be continued:\n"
             + "\n".join(f"  - {c}" for c in changed)
-            + "\ngive the same options, or start over with --overwrite"
+            + "\ngive the same options and images, or start over: with --overwrite, or in another --work"
         )
 
 
