@@ -627,6 +627,7 @@ def test_students_as_measured() -> None:
         "no soft labels": "none",
         "the default: half soft, KL and Dice semimetric at every resolution, T = 1": DEFAULT,
         "the default, `--anneal`": f"{EVERY} annealed not mirrored",
+        "the default, `policy: out_of_fold`": f"{EVERY} not mirrored out of fold",
         "KL": "kl",
         "KL, `--anneal`": "kl annealed",
         "KL, T = 1, `--anneal`": "kl T=1 annealed",
