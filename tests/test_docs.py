@@ -279,6 +279,17 @@ def is_shown(text: str, *values: float) -> None:
     assert shown == [round(value, places) for value, places in zip(values, decimals, strict=True)], text
 
 
+def gain(rows: list[dict], base: list[dict], name: str) -> str:
+    """In points, mean of the seeds, paired over the cases; with its bootstrap interval."""
+    pairs = zip(sorted(rows, key=lambda r: r["seed"]), sorted(base, key=lambda r: r["seed"]), strict=True)
+    cases = 100 * np.mean(
+        [[mean(new["cases"][c][name]) - mean(old["cases"][c][name]) for c in old["cases"]] for new, old in pairs], 0
+    )
+    draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{cases.mean():+.2f} ({low:.2f} to {high:.2f})"
+
+
 OASIS_WITHOUT_LABELS = (("2026-11-30", ""), ("2026-12-01", "_mirrored"))  # labelled without mirrors, and with
 EVERY = "kl_dice T=1 every resolution"
 DEFAULT = f"{EVERY} not mirrored"  # `train` as it is, labels of the ensemble without mirrors
@@ -332,11 +343,8 @@ def test_students_of_a_stronger_teacher() -> None:
             if row["arm"] == "annealed" and 2 * row["r"] == int(r):
                 told = f"r={r}, seed {row['seed']}, Dice is {row['dice']:.4f} and fidelity {row['fidelity']:.4f}"
                 assert told in " ".join(text.split())
-        none, half = (np.mean([[mean(c["dice"]) for c in row["cases"].values()] for row in rows], 0) for rows in arms)
-        cases = 100 * (half - none)
-        draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
-        low, high = np.percentile(draws, [2.5, 97.5])
-        assert f"r={r} {cases.mean():+.2f} ({low:.2f} to {high:.2f})" in " ".join(text.split())
+        none, half = arms
+        assert f"r={r} {gain(half, none, 'dice')}" in " ".join(text.split())
     assert sum(row["arm"] != "annealed" for row in measured["rows"]) == 2 * sum(
         len(row[1].split()) for row in table[1:]
     )
@@ -353,17 +361,6 @@ def test_longer_trainings_of_a_stronger_teacher() -> None:
         pairs = [f"{none[name]:.4f} / {half[name]:.4f}" for name in ("dice", "fidelity")]
         kl = " / ".join(f"{row['calibration']['teacher_border']['kl']:.3f}" for row in (none, half))
         assert f"seed {seed} Dice {pairs[0]}, fidelity {pairs[1]}, KL to the teacher {kl}" in text
-
-
-def gain(rows: list[dict], base: list[dict], name: str) -> str:
-    """In points, mean of the seeds, paired over the cases; with its bootstrap interval."""
-    pairs = zip(sorted(rows, key=lambda r: r["seed"]), sorted(base, key=lambda r: r["seed"]), strict=True)
-    cases = 100 * np.mean(
-        [[mean(new["cases"][c][name]) - mean(old["cases"][c][name]) for c in old["cases"]] for new, old in pairs], 0
-    )
-    draws = cases[np.random.default_rng(0).integers(0, len(cases), (10000, len(cases)))].mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{cases.mean():+.2f} ({low:.2f} to {high:.2f})"
 
 
 def test_a_stronger_teacher_online_at_the_end() -> None:

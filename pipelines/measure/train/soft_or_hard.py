@@ -269,6 +269,18 @@ def one_pass_probabilities(folder: Path, configuration: str, passes: int) -> Any
     return run
 
 
+def schedule(steps: int, seed: int) -> dict[str, Any]:
+    """Fields of DistillSpec that all arms share: epochs of 50 steps of two samples."""
+    return {
+        "epochs": max(1, steps // 50),
+        "iterations_per_epoch": 50,
+        "val_iterations_per_epoch": 1,
+        "batch_size": 2,
+        "optimizer": "adamw",
+        "seed": seed,
+    }
+
+
 def arm(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """NAME FIELD=VALUE ..."""
     name, *pairs = words
@@ -327,16 +339,7 @@ def main() -> None:
             given = dict(map(arm, args.arm))
             arms = {}
             for name, fields in given.items():
-                common = {
-                    "epochs": max(1, args.steps // 50),
-                    "iterations_per_epoch": 50,
-                    "val_iterations_per_epoch": 1,
-                    "batch_size": 2,
-                    "optimizer": "adamw",
-                    "initial_lr": args.lr,
-                    "seed": seed,
-                    "temperature": 1.0,
-                }
+                common = {**schedule(args.steps, seed), "initial_lr": args.lr, "temperature": 1.0}
                 if name not in done:
                     of_student = {k.removeprefix("student."): v for k, v in fields.items() if k.startswith("student.")}
                     own = {k: v for k, v in fields.items() if not k.startswith("student.")}

@@ -31,7 +31,7 @@ from fastnnunet.specs.provenance import write_json
 from fastnnunet.specs.student import StudentSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from pipelines.measure.head import header, model_arguments, put
-from pipelines.measure.train.soft_or_hard import arm, judge, student_probabilities, subset
+from pipelines.measure.train.soft_or_hard import arm, judge, schedule, student_probabilities, subset
 
 SCANS = "more_scans"
 VALIDATE = 5  # cases; nothing is chosen by them
@@ -97,18 +97,10 @@ def main() -> None:
             key = {"arm": arm_name, "seed": seed, "r": args.r, "steps": args.steps, "labelled": args.labelled}
             if any(key.items() <= row.items() for row in record["rows"]):
                 continue
-            common = {
-                "epochs": max(1, args.steps // 50),
-                "iterations_per_epoch": 50,
-                "val_iterations_per_epoch": 1,
-                "batch_size": 2,
-                "optimizer": "adamw",
-                "seed": seed,
-            }
             job = TrainingJob(
                 teacher=teacher,
                 student=StudentSpec(r=args.r),
-                distill=build_spec(DistillSpec, common | fields, where="--arm"),
+                distill=build_spec(DistillSpec, schedule(args.steps, seed) | fields, where="--arm"),
                 cache=recipe,
                 fold=0,
                 device="cpu",
