@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fastnnunet.engines.base import Settings
 from fastnnunet.engines.labelling import resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.torch import TorchEngine, cpu_has_bf16
 from fastnnunet.errors import BackendError, CorruptError, MismatchError, NotFoundError, SpecError
+from fastnnunet.geometry.chunked_window import chunked_window
 from fastnnunet.geometry.grid import tile_slices
 from fastnnunet.geometry.padding import centre_padding, inner_slices
 from fastnnunet.nnunet.files.checkpoint import load_checkpoint, weights_digest
@@ -24,6 +26,7 @@ from fastnnunet.nnunet.files.paths import resolve_dataset
 from fastnnunet.specs.cache import CacheSpec
 from fastnnunet.specs.teacher import TeacherSpec
 from fastnnunet.teachers.data_set import open_teacher
+from fastnnunet.teachers.nnunet import LoadedTeacher
 from tests.test_trt_backend import cuda, rtx  # noqa: F401 (fixtures)
 from tests.tiny import DATASET
 
@@ -168,12 +171,62 @@ def test_devices_of_engines(monkeypatch):
     assert str(resolve_device("onnxruntime")) == str(resolve_device("openvino")) == "cpu"
 
 
-def test_threads_change_nothing(world):
-    cases, teacher, _ = open_teacher(ONE_FOLD, dataclasses.replace(FP32, engine="openvino"))
-    image_CZYX = cases.image_CZYX(cases.case_ids[0])
+@pytest.mark.parametrize(("engine", "mirroring"), [("openvino", True), ("openvino", False), ("torch", False)])
+def test_threads_and_tiles_under_way_together_change_nothing(world, engine, mirroring, monkeypatch):
+    two_folds = TeacherSpec(dataset="998", folds=(1, 2))
+    cases, teacher, _ = open_teacher(two_folds, dataclasses.replace(FP32, engine=engine, mirroring=mirroring))
+    image_CZYX = np.tile(cases.image_CZYX(cases.case_ids[0]), (1, 2, 1, 1))  # several tiles along z
     shape = image_CZYX.shape[1:]
-    one, two = (next(teacher.load(n).blocks(image_CZYX, (2,), shape))[1] for n in (1, 2))
-    np.testing.assert_array_equal(one, two)
+    assert len(chunked_window(shape, teacher.patch_size, teacher.step_size, shape).tiles) > 2
+    together = [next(teacher.load(n).blocks(image_CZYX, (1, 2), shape))[1] for n in (1, 2)]
+    monkeypatch.setattr("fastnnunet.teachers.nnunet.APART_BYTES", 0)
+    assert teacher.tiles_at_once == 1
+    alone = next(teacher.load(2).blocks(image_CZYX, (1, 2), shape))[1]
+    np.testing.assert_array_equal(together[0], alone)
+    np.testing.assert_array_equal(together[1], alone)
+
+
+class SideBySide:
+    """An engine that answers as soon as `threads` rows of all engines of a teacher are with it at once."""
+
+    def __init__(self, num_heads, most, rows):
+        self.num_heads, self.most, self.rows = num_heads, most, rows
+
+    def run(self, batch_NCX):
+        self.rows.append(len(batch_NCX))
+        if len(batch_NCX) < self.most.parties:
+            self.most.wait(timeout=60)
+        return np.zeros((len(batch_NCX), self.num_heads, *batch_NCX.shape[2:]), np.float32)
+
+
+class TestAllThreadsAreBusy:
+    """Without mirrors a tile is one patch, of one thread: labelling took one core, whatever it was given."""
+
+    @pytest.fixture
+    def labelled(self, world):
+        cases, teacher, _ = open_teacher(SPEC, dataclasses.replace(FP32, engine="openvino", mirroring=False))
+        case_CZYX = cases.image_CZYX(cases.case_ids[0])
+
+        def label(threads, folds, copies=1):
+            rows, most = [], threading.Barrier(threads)
+            engines = {fold: SideBySide(teacher.num_heads, most, rows) for fold in folds}
+            loaded = LoadedTeacher(teacher, engines, teacher.num_heads, teacher.mirror_axes(), threads)
+            image_CZYX = np.tile(case_CZYX, (1, copies, 1, 1))[:, : copies * teacher.patch_size[0]]
+            image_CZYX = image_CZYX[:, :, : teacher.patch_size[1], : teacher.patch_size[2]]
+            list(loaded.blocks(image_CZYX, folds, image_CZYX.shape[1:]))
+            return rows
+
+        return label
+
+    def test_by_folds_where_there_is_one_tile(self, labelled):
+        assert labelled(2, (0, 1, 2, 3)) == [1] * 4
+        assert labelled(4, (0, 1, 2, 3)) == [1] * 4
+
+    def test_by_tiles_where_there_is_one_fold(self, labelled):
+        assert labelled(2, (0,), copies=2) == [3]
+
+    def test_one_thread_never_waits_for_another(self, labelled):
+        assert labelled(1, (0, 1), copies=2) == [3, 3]
 
 
 def test_a_batch_too_large_for_the_device_is_halved():

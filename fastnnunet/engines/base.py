@@ -14,6 +14,7 @@ from fastnnunet.specs.bundle import BundleSpec
 from fastnnunet.specs.run.precision import Precision as Precision
 
 Array: TypeAlias = npt.NDArray[np.float32]
+APART_BYTES = 64 << 20  # of the logits of all patches that are computed at once, unless one alone has more
 
 
 class Engine(Protocol):
@@ -50,6 +51,11 @@ class Settings:
     # Rows of a batch are patches computed apart, several at once where that costs little memory: neither threads nor
     # the other rows change what comes out. Otherwise a batch is computed as one, as fast as it can be.
     apart: bool = False
+
+
+def side_by_side(threads: int, logits_bytes: int) -> int:
+    """How many patches apart an engine computes at once, each of one thread where their logits are small enough."""
+    return max(1, min(threads, APART_BYTES // logits_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

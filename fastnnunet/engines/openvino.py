@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings
+from fastnnunet.engines.base import Array, LiveNetwork, Precision, Settings, side_by_side
 from fastnnunet.engines.calls import Calls
 from fastnnunet.engines.compiled import compile_kept
 from fastnnunet.engines.failures import batch_failed
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 # model says itself what is computed in 8 bits; the hint is for the rest.
 _PRECISION_HINT: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _CONVERTER = "openvino.tools.ovc"
-STREAM_BYTES = 64 << 20  # patches apart: every thread has a stream of its own while the logits of all stay below this
 
 
 def import_openvino() -> Any:
@@ -106,7 +105,7 @@ class OpenVINOEngine:
             # several processes would all be pinned to the same first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        streams = max(1, min(settings.threads, STREAM_BYTES // logits_bytes))
+        streams = side_by_side(settings.threads, logits_bytes)
         hints |= {"NUM_STREAMS": str(streams)} if settings.apart else {"PERFORMANCE_HINT": "LATENCY"}
         self._compiled = compile_kept(core, model, hints, key, openvino.__version__)
         self._queue: Any = openvino.AsyncInferQueue(self._compiled, streams) if settings.apart else None

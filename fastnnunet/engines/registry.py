@@ -33,6 +33,7 @@ class EngineEntry:
     extra: str | None  # of this package's optional dependencies; None: part of the base install
     precisions: tuple[Precision, ...]
     devices: tuple[DeviceKind, ...] = ("cpu",)  # where it can compute, the default first
+    side_by_side: bool = False  # patches apart are computed so; otherwise one after the other, each by all threads
 
     @property
     def needs_gpu(self) -> bool:
@@ -41,7 +42,12 @@ class EngineEntry:
 
 ENGINES: dict[str, EngineEntry] = {
     "openvino": EngineEntry(
-        "fastnnunet.engines.openvino", "OpenVINOEngine", ("openvino",), "openvino", ("fp32", "bf16", "int8")
+        "fastnnunet.engines.openvino",
+        "OpenVINOEngine",
+        ("openvino",),
+        "openvino",
+        ("fp32", "bf16", "int8"),
+        side_by_side=True,
     ),
     "onnxruntime": EngineEntry(
         "fastnnunet.engines.onnxruntime",

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastnnunet.cache.seen import FoldTally
-from fastnnunet.engines.base import Engine, LiveNetwork, Precision, Settings
+from fastnnunet.engines.base import APART_BYTES, Engine, LiveNetwork, Precision, Settings, side_by_side
 from fastnnunet.engines.devices import Device
 from fastnnunet.engines.labelling import labelling_precisions, resolve_device, resolve_engine, resolve_precision
 from fastnnunet.engines.mirrors import mirrored
@@ -37,6 +38,7 @@ from fastnnunet.teachers.deviation import measure_deviation, middle
 
 MEANS_BYTES = 2 << 30  # means over tiles are float32 while they fit in this, beyond it float16, as nnU-Net's always are
 PARALLEL_BYTES = 32 << 20  # tiles whose logits are larger than this go through the networks one mirror at a time
+PATCHES_AT_ONCE = 64  # of tiles and mirrors together; more keep no more cores busy
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,28 @@ class NnUNetTeacher:
     def memory_bytes(self, shape_zyx: Sequence[int], chunk_zyx: Sequence[int]) -> int:
         """Peak memory of labelling an image of this shape, beyond weights and activations."""
         window = chunked_window(shape_zyx, self.patch_size, self.step_size, chunk_zyx)
-        tile_bytes = 4 * self.num_heads * math.prod(self.patch_size)
-        mirrors = 2 ** len(self.mirror_axes()) if tile_bytes <= PARALLEL_BYTES else 1
+        tile_bytes, mirrors = self.tile_bytes, self.mirrors_at_once
         means = window.peak_voxels() * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
         image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
         votes = (len(self.folds) + 5) * math.prod(self.patch_size)  # a label for each fold, one largest logit
-        return means + (mirrors + 3) * tile_bytes + 2 * image + votes
+        together = min(self.tiles_at_once, len(window.tiles) * len(self.folds))
+        return means + together * ((mirrors + 3) * tile_bytes + votes) + 2 * image
+
+    @property
+    def tile_bytes(self) -> int:
+        """Size of the logits of one tile."""
+        return 4 * self.num_heads * math.prod(self.patch_size)
+
+    @property
+    def mirrors_at_once(self) -> int:
+        """Mirrored copies of a tile that a network gets together."""
+        return 2 ** len(self.mirror_axes()) if self.tile_bytes <= PARALLEL_BYTES else 1
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles, each of one fold, that may be under way together."""
+        most = min(APART_BYTES // self.tile_bytes, PATCHES_AT_ONCE)
+        return max(1, most // self.mirrors_at_once)
 
     def mirror_axes(self) -> tuple[int, ...]:
         """Spatial axes along which the networks may be mirrored; empty where the recipe switches mirroring off."""
@@ -152,7 +170,7 @@ class NnUNetTeacher:
                 to_onnx=partial(_onnx_bytes, network, model.num_channels, model.patch_size),
             )
             engines[fold] = engine_of_network(self.engine, live, settings)
-        return LoadedTeacher(self, engines, model.num_heads, self.mirror_axes())
+        return LoadedTeacher(self, engines, model.num_heads, self.mirror_axes(), threads)
 
 
 @dataclass
@@ -163,6 +181,7 @@ class LoadedTeacher:
     engines: Mapping[Fold, Engine]
     num_heads: int
     mirror_axes: tuple[int, ...]
+    threads: int
 
     def blocks(
         self,
@@ -191,49 +210,77 @@ class LoadedTeacher:
         padded = pad_spatial(image_CZYX, centre_padding(image_CZYX.shape[1:], window.tile))
         below = [-axis[0] for axis in window.starts]
         means = ChunkedMean(window, _mean_dtype(window, self.num_heads))
-        for number, start in enumerate(window.tiles):
-            inside = tuple(slice(s + b, s + b + t) for s, b, t in zip(start, below, window.tile, strict=True))
-            votes = None if tally is None else Votes(tally, own_part(window, number)[1])
-            yield from means.add(number, self._tile(padded[(slice(None), *inside)], folds, per_fold, votes))
+        together = self.recipe.tiles_at_once
+        for first in range(0, len(window.tiles), together):
+            tiles, votes = [], []
+            for number, start in enumerate(window.tiles[first : first + together], first):
+                inside = tuple(slice(s + b, s + b + t) for s, b, t in zip(start, below, window.tile, strict=True))
+                tiles.append(padded[(slice(None), *inside)])
+                votes.append(None if tally is None else Votes(tally, own_part(window, number)[1]))
+            for number, mean_HZYX in enumerate(self._tiles(np.stack(tiles), folds, per_fold, votes), first):
+                yield from means.add(number, mean_HZYX)
 
-    def _tile(
+    def _tiles(
         self,
-        tile_CZYX: np.ndarray,
+        tiles_NCZYX: np.ndarray,
         folds: Sequence[Fold],
         per_fold: Callable[[np.ndarray], np.ndarray] | None,
-        votes: "Votes | None" = None,
-    ) -> np.ndarray:
-        tile_1CX = np.ascontiguousarray(tile_CZYX.reshape(1, len(tile_CZYX), *self.recipe.patch_size))
-        small = 4 * self.num_heads * math.prod(self.recipe.patch_size) <= PARALLEL_BYTES
-        at_once = 2 ** len(self.mirror_axes) if small else 1
-        total: np.ndarray | None = None
-        for fold in folds:
-            (mean,) = mirrored(self.engines[fold].run, tile_1CX, self.mirror_axes, at_once=at_once)
-            if not self.mirror_axes:
-                mean = mean.copy()  # out of the engine's own memory
-            if votes is not None:
-                votes.add(mean.reshape(self.num_heads, *tile_CZYX.shape[1:]))
-            values = mean if per_fold is None else per_fold(mean)
-            if total is None:
-                total = values
-            else:
-                total += values
-        if total is None:
+        votes: Sequence["Votes | None"],
+    ) -> list[np.ndarray]:
+        """Means over mirrors and folds (heads, z, y, x) of tiles that go through the networks together."""
+        if not folds:
             raise ValueError("no folds")
-        if votes is not None:
-            votes.count()
-        total /= len(folds)
-        return total.reshape(self.num_heads, *tile_CZYX.shape[1:])
+        shape_HZYX = (self.num_heads, *tiles_NCZYX.shape[2:])
+        totals: list[np.ndarray] = []
+        for means_NHX in self._of_folds(tiles_NCZYX.reshape(*tiles_NCZYX.shape[:2], *self.recipe.patch_size), folds):
+            for number, mean in enumerate(means_NHX):
+                if (counted := votes[number]) is not None:
+                    counted.add(mean.reshape(shape_HZYX))
+                values = mean if per_fold is None else per_fold(mean)
+                if len(totals) == number:
+                    totals.append(values)
+                else:
+                    totals[number] += values
+        for counted in votes:
+            if counted is not None:
+                counted.count()
+        for total in totals:
+            total /= len(folds)
+        return [total.reshape(shape_HZYX) for total in totals]
+
+    def _of_folds(self, tiles_NCX: np.ndarray, folds: Sequence[Fold]) -> Iterator[np.ndarray]:
+        """Means over mirrors (N, heads, *patch) of each fold, one after the other; the caller's.
+
+        Folds are computed at once where the tiles are too few to keep all threads busy.
+        """
+        recipe = self.recipe
+
+        def mean_of(fold: Fold) -> np.ndarray:
+            run = self.engines[fold].run
+            mean_NHX = mirrored(run, tiles_NCX, self.mirror_axes, at_once=recipe.mirrors_at_once)
+            return mean_NHX if self.mirror_axes else mean_NHX.copy()  # out of the engine's own memory
+
+        at_once = side_by_side(self.threads, recipe.tile_bytes) // (len(tiles_NCX) * recipe.mirrors_at_once)
+        if at_once < 2 or not ENGINES[recipe.engine].side_by_side:
+            yield from map(mean_of, folds)
+            return
+        with ThreadPoolExecutor(at_once) as pool:
+            yield from pool.map(mean_of, folds)
 
     def seconds_per_patch(self) -> float:
-        """Seconds for one patch through all folds and mirrors (one timed fold after a warm-up, times the folds)."""
-        shape = (1, *self.recipe.patch_size)[-3:]
-        image_CZYX = np.zeros((self.recipe.num_channels, *shape), np.float32)
-        first = self.recipe.folds[:1]
-        self._tile(image_CZYX, first, None)
+        """Seconds for one patch through all folds and mirrors (one timed fold after a warm-up, times the folds).
+
+        As many patches as it takes to keep all threads busy are timed together.
+        """
+        recipe = self.recipe
+        busy = side_by_side(self.threads, recipe.tile_bytes) if ENGINES[recipe.engine].side_by_side else 1
+        count = min(recipe.tiles_at_once, math.ceil(busy / recipe.mirrors_at_once))
+        images_NCZYX = np.zeros((count, recipe.num_channels, *(1, *recipe.patch_size)[-3:]), np.float32)
+        first = recipe.folds[:1]
+        self._tiles(images_NCZYX, first, None, [None] * count)
         start = time.perf_counter()
-        self._tile(image_CZYX, first, None)
-        return (time.perf_counter() - start) * len(self.recipe.folds)
+        self._tiles(images_NCZYX, first, None, [None] * count)
+        return (time.perf_counter() - start) / count * len(recipe.folds)
 
     def deviation(self, images_CZYX: Sequence[np.ndarray], temperature: float) -> dict[str, Any]:
         """How far this ensemble is from nnU-Net's own predictor, which loads the same folds from disk.
