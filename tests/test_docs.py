@@ -476,6 +476,23 @@ def test_the_tables_of_scans_without_labels() -> None:
                 is_shown(part, value)
 
 
+def test_the_command_for_scans_as_a_whole() -> None:
+    measured = record("2026-12-01_distil_images.json")
+    (run,), (student,) = measured["runs"], measured["students"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join(section((ROOT / "docs" / "measured.md").read_text(), "Scans without labels").split())
+    took = "{} min {} s".format(*divmod(run["seconds"], 60))
+    assert took in readme
+    assert took in text
+    fidelity = student["fidelity"]
+    assert "fidelity {mean:.3f} ({low:.3f} to {high:.3f})".format(**fidelity) in text
+    assert (
+        f"{student['seconds']:.2f} s a case against the teacher's {measured['teacher_seconds_per_case']:.2f} s" in text
+    )
+    labelling, training = (divmod(round(run["stages"][name]), 60) for name in ("labelling", "training r4"))
+    assert "labelling took {} min {} s and training {} min {} s".format(*labelling, *training) in text
+
+
 def test_the_table_of_oasis() -> None:
     measured = record("2026-11-29_oasis.json")
     text = section((ROOT / "docs" / "measured.md").read_text(), "Several tiles: OASIS")

@@ -171,7 +171,7 @@ def test_devices_of_engines(monkeypatch):
     assert str(resolve_device("onnxruntime")) == str(resolve_device("openvino")) == "cpu"
 
 
-@pytest.mark.parametrize(("engine", "mirroring"), [("openvino", True), ("openvino", False), ("torch", False)])
+@pytest.mark.parametrize(("engine", "mirroring"), [("openvino", False), ("torch", True)])
 def test_threads_and_tiles_under_way_together_change_nothing(world, engine, mirroring, monkeypatch):
     two_folds = TeacherSpec(dataset="998", folds=(1, 2))
     cases, teacher, _ = open_teacher(two_folds, dataclasses.replace(FP32, engine=engine, mirroring=mirroring))
