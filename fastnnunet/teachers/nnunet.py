@@ -117,8 +117,9 @@ class NnUNetTeacher:
         means = window.peak_voxels() * (self.num_heads * _mean_dtype(window, self.num_heads).itemsize + 4)
         image = 4 * self.num_channels * math.prod(map(max, shape_zyx, window.tile))
         votes = (len(self.folds) + 5) * math.prod(self.patch_size)  # a label for each fold, one largest logit
+        input_bytes = 4 * self.num_channels * math.prod(self.patch_size)
         together = min(self.tiles_at_once, len(window.tiles) * len(self.folds))
-        return means + together * ((mirrors + 3) * tile_bytes + votes) + 2 * image
+        return means + 2 * image + together * ((mirrors + 3) * tile_bytes + (mirrors + 1) * input_bytes + votes)
 
     @property
     def tile_bytes(self) -> int:
